@@ -1,0 +1,75 @@
+"""Processes. Every helper is a no-op in a run of one process; `torchrun` starts more."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+
+@contextmanager
+def process_group(device: torch.device) -> Iterator[None]:
+    """Join the process group that torchrun announces in the environment, and leave it at the end."""
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        yield
+        return
+    dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()
+
+
+def rank() -> int:
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def world_size() -> int:
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def owned(count: int) -> Tensor:
+    """Indices in 0..count-1 of this process: every world_size-th, so each prompt's images spread out."""
+    return torch.arange(rank(), count, world_size())
+
+
+def gather_rows(rows: Tensor, index: Tensor, count: int, device: torch.device) -> Tensor:
+    """`[count, ...]` of all processes' rows, in order, on the CPU, on every process.
+
+    rows: this process's rows `[n, ...]`; index: `[n]`, where they belong.
+    """
+    if world_size() == 1:
+        return rows[index.argsort()].cpu()
+    # A row is zero everywhere but on its owner, so the sum is exact. gloo and nccl both sum these dtypes.
+    full = torch.zeros(count, *rows.shape[1:], dtype=rows.dtype, device=device)
+    full[index.to(device)] = rows.to(device)
+    dist.all_reduce(full)
+    return full.cpu()
+
+
+def sum_gradients(parameters: Iterable[torch.nn.Parameter]) -> None:
+    """Add up all processes' gradients, once an update, as one flat message."""
+    if world_size() == 1:
+        return
+    grads = []
+    for p in parameters:
+        if p.grad is None:  # A process that owned no image of this update.
+            p.grad = torch.zeros_like(p)
+        grads.append(p.grad)
+    flat = torch.cat([g.flatten() for g in grads])
+    dist.all_reduce(flat)
+    for g, part in zip(grads, flat.split([g.numel() for g in grads]), strict=True):
+        g.copy_(part.view_as(g))
+
+
+def sum_value(value: float, device: torch.device) -> float:
+    """The sum of a figure over all processes."""
+    if world_size() == 1:
+        return value
+    total = torch.tensor(value, dtype=torch.float64, device=device)
+    dist.all_reduce(total)
+    return float(total)

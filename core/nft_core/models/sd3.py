@@ -1,0 +1,121 @@
+"""Stable Diffusion 3 and 3.5, and any pipeline folder in the same classes.
+
+Source: arXiv 2403.03206 and diffusers' StableDiffusion3Pipeline, whose text encoding, scheduler,
+VAE and LoRA format are used as they are.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import StableDiffusion3Pipeline
+from torch import Tensor
+
+from nft_plugins import Condition
+
+ATTENTION = (
+    *("attn.to_q", "attn.to_k", "attn.to_v", "attn.to_out.0"),
+    *("attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj", "attn.to_add_out"),
+)
+
+
+class SD3:
+    """A `FlowModel` over a StableDiffusion3Pipeline.
+
+    checkpoint: hub id or local folder, safetensors only.
+    dtype: of the transformer; the text encoders share it, the VAE stays in float32.
+    max_sequence_length: T5 tokens of a prompt. A pipeline without a T5 has that many zeros in their
+        place, as diffusers' own has.
+    Raises OSError where the checkpoint cannot be read.
+    """
+
+    lora_targets = ATTENTION
+
+    def __init__(
+        self,
+        checkpoint: str,
+        *,
+        device: torch.device | str = "cpu",
+        dtype: torch.dtype = torch.float32,
+        max_sequence_length: int = 128,
+    ) -> None:
+        self.name = checkpoint
+        self.device = torch.device(device)
+        self.max_sequence_length = max_sequence_length
+        index = StableDiffusion3Pipeline.load_config(checkpoint)
+        # diffusers wants to be told of each component that a pipeline was saved without.
+        absent = {name: None for name, kind in index.items() if kind == [None, None]}
+        self.pipeline = StableDiffusion3Pipeline.from_pretrained(
+            checkpoint,
+            torch_dtype={"default": dtype, "vae": torch.float32},
+            use_safetensors=True,
+            **absent,
+        )
+        self.pipeline.set_progress_bar_config(disable=True)
+        self.pipeline.to(self.device)
+        for part in (*self.pipeline.components.values(),):
+            if isinstance(part, torch.nn.Module):
+                part.requires_grad_(False).eval()
+        self.transformer: torch.nn.Module = self.pipeline.transformer
+        # 512 px is what the published runs train SD3.5 at; its own default would cost four times that.
+        side = min(self.pipeline.default_sample_size * self.pipeline.vae_scale_factor, 512)
+        self.resolution = (side, side)
+
+    @torch.no_grad()
+    def encode(self, prompts: Sequence[str]) -> Condition:
+        embeds, _, pooled, _ = self.pipeline.encode_prompt(
+            list(prompts),
+            None,
+            None,
+            device=self.device,
+            do_classifier_free_guidance=False,
+            max_sequence_length=self.max_sequence_length,
+        )
+        return {"embeds": embeds, "pooled": pooled}
+
+    def velocity(self, x_t: Tensor, t: Tensor, condition: Condition) -> Tensor:
+        (v,) = self.transformer(
+            hidden_states=x_t.to(condition["embeds"].dtype),
+            encoder_hidden_states=condition["embeds"],
+            pooled_projections=condition["pooled"],
+            timestep=t * 1000,
+            return_dict=False,
+        )
+        return v.to(x_t.dtype)
+
+    @torch.no_grad()
+    def decode(self, x_0: Tensor) -> Tensor:
+        vae = self.pipeline.vae
+        latents = x_0 / vae.config.scaling_factor + vae.config.shift_factor
+        (images,) = vae.decode(latents.to(vae.dtype), return_dict=False)
+        return (images.float() / 2 + 0.5).clamp(0, 1)
+
+    def latent_shape(self, height: int, width: int) -> tuple[int, ...]:
+        multiple = self.pipeline.vae_scale_factor * self.pipeline.patch_size
+        if height % multiple or width % multiple:
+            near = [max(round(side / multiple), 1) * multiple for side in (height, width)]
+            raise ValueError(
+                f"{self.name} makes images whose sides are multiples of {multiple} px, got "
+                f"{height} x {width}; the nearest possible size is {near[0]} x {near[1]}"
+            )
+        factor = self.pipeline.vae_scale_factor
+        return (self.transformer_config.in_channels, height // factor, width // factor)
+
+    def times(self, steps: int, height: int, width: int) -> tuple[float, ...]:
+        scheduler = self.pipeline.scheduler
+        scheduler = type(scheduler).from_config(scheduler.config)
+        scheduler.set_timesteps(steps)
+        return tuple(scheduler.sigmas.tolist())
+
+    @property
+    def transformer_config(self) -> Any:
+        return self.pipeline.transformer.config
+
+    def save_lora(self, folder: Path, state: Mapping[str, Tensor], config: Mapping[str, Any]) -> None:
+        # Without the metadata a LoRA loads with another alpha, silently.
+        self.pipeline.save_lora_weights(
+            folder, dict(state), transformer_lora_adapter_metadata=dict(config)
+        )

@@ -1,0 +1,234 @@
+"""Sampling images and scoring them, the one overlapped with the other."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from nft_plugins import Batch, Condition, FlowModel, Part, Reward, Scores, Solver, Velocity, randn_like
+
+from .distributed import gather_rows, owned
+from .prompts import Prompt
+from .seeds import generator
+
+
+@dataclass(frozen=True)
+class Draws:
+    """The images to make: `images` of each of some prompts, image n of prompt `n // images`.
+
+    Their noise depends on (seed, purpose, epoch), the prompt's index in its file and the image's
+    index in its group, and on nothing else.
+    """
+
+    prompts: Sequence[Prompt]
+    indices: Sequence[int]
+    images: int
+    seed: int
+    purpose: str
+    epoch: int
+
+    def __len__(self) -> int:
+        return len(self.indices) * self.images
+
+    def prompt(self, n: int) -> Prompt:
+        return self.prompts[self.indices[n // self.images]]
+
+    def generator(self, n: int, purpose: str = "") -> torch.Generator:
+        position, image = divmod(n, self.images)
+        return generator(
+            self.seed, purpose or self.purpose, self.epoch, self.indices[position], image
+        )
+
+    def batch(self, rows: Tensor, images: Tensor) -> Batch:
+        """Images n in `rows` with what they were made for."""
+        prompts = [self.prompt(int(n)) for n in rows]
+        groups = self.groups()[rows].to(images.device)
+        return Batch(images, [p.text for p in prompts], [p.metadata for p in prompts], groups)
+
+    def groups(self) -> Tensor:
+        """`[N]` int64: the index of each image's prompt in its file."""
+        return torch.tensor(self.indices).repeat_interleave(self.images)
+
+
+@dataclass(frozen=True)
+class Sampler:
+    """Makes images: a solver on a grid of times, for one size of image."""
+
+    model: FlowModel
+    velocity: Callable[[Tensor, Tensor, Condition], Tensor]
+    solver: Solver
+    times: Sequence[float]
+    shape: tuple[int, ...]
+    batch: int
+    device: torch.device
+
+    def latents(self, condition: Condition, generators: list[torch.Generator]) -> Tensor:
+        """x_0 `[B, *shape]` float32 of one batch."""
+        size = len(generators)
+        noise = randn_like(torch.empty(size, *self.shape, device=self.device), generators)
+
+        def velocity(x_t: Tensor, t: float) -> Tensor:
+            return self.velocity(x_t, torch.full((size,), t, device=self.device), condition)
+
+        return self.solver.solve(_checked(velocity), noise, self.times, generators).float()
+
+
+def _checked(velocity: Velocity) -> Velocity:
+    """The velocity of a black-box solver: float32 in and out, whatever the solver computes in."""
+    return lambda x_t, t: velocity(x_t.float(), float(t)).to(x_t.dtype)
+
+
+@dataclass(frozen=True)
+class Rollout:
+    """The clean latents of this process's images, and what all processes' images scored.
+
+    draws: what all N images were made from; index: `[n]`, which of the N images are here; x_0: `[n, C, h, w]`; batch: these images.
+    scores: `[N]` on the CPU; groups: `[N]`.
+    """
+
+    draws: Draws
+    index: Tensor
+    x_0: Tensor
+    batch: Batch
+    scores: Scores
+    groups: Tensor
+
+
+@torch.no_grad()
+def roll_out(
+    sampler: Sampler,
+    draws: Draws,
+    condition: Condition,
+    reward: Reward,
+    progress: Callable[[str, int, int], None],
+    phase: Callable[[str], AbstractContextManager[None]],
+) -> Rollout:
+    """Sample this process's share of the images, scoring each batch while the next is being made.
+
+    condition: a row for each of `draws.prompts`. progress: told (phase, images done, images in all).
+    phase: times what runs inside it: `rollout`, then `reward`, the wait for the last scores.
+    """
+    index = owned(len(draws))
+    groups = draws.groups()
+    latents, batches, pending = [], [], []
+    scores: list[Scores] = []
+    with ThreadPoolExecutor(1, "reward") as scorer:
+        with phase("rollout"):
+            for rows in index.split(sampler.batch):
+                x_0 = sampler.latents(
+                    rows_of(condition, groups[rows]), [draws.generator(int(n)) for n in rows]
+                )
+                batch = draws.batch(rows, sampler.model.decode(x_0))
+                latents.append(x_0)
+                batches.append(batch)
+                pending.append(scorer.submit(reward, batch))
+                _raise_failure(pending)
+                progress(draws.purpose, sum(map(len, batches)), len(index))
+        with phase("reward"):
+            for future in pending:
+                scores.append(future.result())
+                progress("reward", sum(map(len, scores)), len(index))
+    return Rollout(
+        draws,
+        index,
+        torch.cat(latents),
+        _join(batches),
+        gather_scores(concatenate(scores), index, len(draws), sampler.device),
+        groups,
+    )
+
+
+def rows_of(condition: Condition, prompts: Tensor) -> Condition:
+    """The condition of each image from its prompt's index."""
+    return {name: c[prompts.to(c.device)] for name, c in condition.items()}
+
+
+def _raise_failure(pending: Sequence[Future[Scores]]) -> None:
+    """A reward that failed stops the rollout now and not after the last image."""
+    for future in pending:
+        if future.done():
+            future.result()
+
+
+def _join(batches: Sequence[Batch]) -> Batch:
+    return Batch(
+        torch.cat([b.images.cpu() for b in batches]),
+        [p for b in batches for p in b.prompts],
+        [m for b in batches for m in b.metadata],
+        torch.cat([b.groups.cpu() for b in batches]),
+    )
+
+
+def map_scores(scores: Scores, f: Callable[[Tensor], Tensor]) -> Scores:
+    """f applied to every tensor of the scores and of their parts."""
+    return Scores(
+        f(scores.values),
+        f(scores.valid),
+        {name: f(d) for name, d in scores.details.items()},
+        {name: Part(w, map_scores(part, f)) for name, (w, part) in scores.parts.items()},
+    )
+
+
+def concatenate(scores: Sequence[Scores]) -> Scores:
+    """The scores of consecutive batches of the same reward as one."""
+    first = scores[0]
+
+    def join(get: Callable[[Scores], Tensor]) -> Tensor:
+        return torch.cat([get(s).cpu() for s in scores])
+
+    details = {name: join(lambda s, name=name: s.details[name]) for name in first.details}
+    parts = {
+        name: Part(part.weight, concatenate([s.parts[name].scores for s in scores]))
+        for name, part in first.parts.items()
+    }
+    return Scores(join(lambda s: s.values), join(lambda s: s.valid), details, parts)
+
+
+def gather_scores(scores: Scores, index: Tensor, count: int, device: torch.device) -> Scores:
+    """`[count]` scores of all processes' images, in order."""
+
+    def gather(x: Tensor) -> Tensor:
+        rows = gather_rows(x.float() if x.dtype == torch.bool else x, index, count, device)
+        return rows.bool() if x.dtype == torch.bool else rows
+
+    return map_scores(scores, gather)
+
+
+def shuffled_within_groups(scores: Scores, groups: Tensor, source: torch.Generator) -> Scores:
+    """Scores that have changed places within each group, whole samples at a time."""
+    order = torch.arange(len(groups))
+    for g in groups.unique():
+        members = (groups == g).nonzero().flatten()
+        order[members] = members[torch.randperm(len(members), generator=source)]
+    return map_scores(scores, lambda x: x[order])
+
+
+def statistics(scores: Scores, metadata: Sequence[Mapping[str, Any]] = ()) -> dict[str, Any]:
+    """Means over valid samples for a line of `metrics.jsonl`: rewards, details, and rewards by tag."""
+    everything = {name: part.scores for name, part in scores.parts.items()} | {"total": scores}
+    rewards = {name: _summary(s.values, s.valid) for name, s in everything.items()}
+    details = {name: _mean(d, scores.valid) for name, d in scores.details.items()}
+    tags = sorted({str(m["tag"]) for m in metadata if "tag" in m})
+    by_tag = {}
+    for tag in tags:
+        members = torch.tensor([str(m.get("tag")) == tag for m in metadata])
+        figures = {n: _mean(s.values, s.valid & members) for n, s in everything.items()}
+        figures |= {n: _mean(d, scores.valid & members) for n, d in scores.details.items()}
+        by_tag[tag] = figures
+    return {"rewards": rewards, "details": details, **({"tags": by_tag} if by_tag else {})}
+
+
+def _mean(values: Tensor, valid: Tensor) -> float | None:
+    return float(values[valid].double().mean()) if valid.any() else None
+
+
+def _summary(values: Tensor, valid: Tensor) -> dict[str, float | int | None]:
+    v = values[valid].double()
+    std = float(v.std(correction=0)) if len(v) else None
+    return {"mean": _mean(values, valid), "std": std, "valid": len(v)}

@@ -1,0 +1,284 @@
+"""A run from its settings: everything is checked, then loaded, then trained."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from nft_plugins import Run
+
+from .errors import NftError, UsageError, unknown
+from .host import Host
+from .prompts import Prompt, read_prompts, scorable
+from .settings import Settings, make_settings, to_toml
+from .specs import RewardSpec, parse_reward
+
+if TYPE_CHECKING:
+    import torch
+
+    from nft_plugins import FlowModel
+
+    from .train import Training
+
+#: Prompts with words to paint, for a run that is given none.
+DATA = Path(__file__).parent / "data"
+
+
+def resolve(host: Host, preset: str | None, *layers: Mapping[str, Any]) -> Settings:
+    """Settings from a preset and then from each layer, later ones first in rank."""
+    base: dict[str, Any] = {}
+    if preset:
+        if preset not in host.presets:
+            raise unknown("preset", preset, host.presets)
+        info = host.presets[preset].info
+        base = {**info.settings, "reward_defaults": {k: dict(v) for k, v in info.rewards.items()}}
+    return make_settings(base, *layers)
+
+
+def run(settings: Settings, folder: Path, host: Host, say: Callable[[str], None] = print) -> None:
+    """Train, in this process or in each that torchrun started, and write everything to `folder`.
+
+    Raises UsageError for what can be told from the settings and files alone, before anything heavy is
+    loaded or written, and NftError for what fails later.
+    """
+    specs = reward_specs(settings, host)
+    solver = host.make_solver(settings.solver, settings.solver_options)
+    prompts, held_out = both_prompts(settings, say)
+    claim(folder)
+
+    from .composer import compose
+    from .distributed import process_group, rank
+
+    device = pick_device(settings.device)
+    with process_group(device):
+        reward = compose(specs, host=host, device=str(device))
+        prompts = scorable(prompts, reward.check_prompt, settings.unscorable)
+        held_out = scorable(held_out, reward.check_prompt, settings.unscorable)
+        check_sizes(settings, len(prompts))
+        model = load_model(settings, host, device)
+        described = Run(folder, settings.model_dump(), settings.epochs)
+        if rank() == 0:
+            write_settings(folder, settings)
+            observe = observers(host, described)
+        else:
+            observe = silent
+        training = assemble(settings, model, reward, solver, prompts, held_out, device, observe, folder)
+        observe("nft_run_started", run=described)
+        error: BaseException | None = None
+        try:
+            from .train import train
+
+            train(training)
+        except BaseException as caught:
+            error = caught
+            raise
+        finally:
+            observe("nft_run_finished", error=error)
+
+
+def reward_specs(settings: Settings, host: Host) -> list[RewardSpec]:
+    """The run's rewards with the preset's options filled in where the user gave none."""
+    if not settings.rewards:
+        raise UsageError(
+            "A run needs a reward: give --reward NAME, as in --reward pickscore. "
+            f"Known: {', '.join(sorted(host.rewards))}."
+        )
+    specs = []
+    for given in settings.rewards:
+        spec = parse_reward(given)
+        host.reward_info(spec.name)
+        defaults = settings.reward_defaults.get(spec.name, {})
+        specs.append(RewardSpec(spec.name, spec.weight, {**defaults, **spec.options}))
+    return specs
+
+
+def both_prompts(settings: Settings, say: Callable[[str], None]) -> tuple[list[Prompt], list[Prompt]]:
+    """Training and held-out prompts; these are split off the training file where there is no other."""
+    if not settings.prompts:
+        held_out = settings.eval_prompts or DATA / "prompts-eval.txt"
+        return read_prompts(DATA / "prompts-train.txt"), read_prompts(Path(held_out))
+    prompts = read_prompts(Path(settings.prompts))
+    if settings.eval_prompts:
+        return prompts, read_prompts(Path(settings.eval_prompts))
+    count = min(64, len(prompts) // 10) or 1
+    if len(prompts) == 1:
+        say(f"{settings.prompts} holds one prompt: it is trained on and evaluated on.")
+        return prompts, prompts
+    held_out = prompts[:: len(prompts) // count][:count]
+    say(f"No --eval-prompts: {count} of {len(prompts)} prompts are held out for evaluation.")
+    return [p for p in prompts if p not in held_out], held_out
+
+
+def claim(folder: Path) -> None:
+    """Refuse a folder that holds anything: a run never overwrites another."""
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise UsageError(
+            f"{folder} exists and is not empty. Choose another --out, or remove it first; "
+            "nothing in it was changed."
+        )
+
+
+def check_sizes(settings: Settings, prompts: int) -> None:
+    """Raise UsageError, with the nearest possible sizes, for sizes that the prompts or processes rule out."""
+    from .distributed import world_size
+
+    if settings.prompts_per_epoch > prompts:
+        raise UsageError(
+            f"prompts_per_epoch = {settings.prompts_per_epoch}, but there are {prompts} training prompts "
+            f"to choose from: use --set prompts_per_epoch={prompts} or less, or give more prompts."
+        )
+    images = settings.prompts_per_epoch * settings.group_size
+    if images < world_size():
+        raise UsageError(f"{images} images an epoch cannot be shared by {world_size()} processes.")
+
+
+def pick_device(name: str) -> torch.device:
+    """The device by name; `auto` is this process's GPU where there is one."""
+    import torch
+
+    local = int(os.environ.get("LOCAL_RANK", "0"))
+    if name == "auto":
+        name = f"cuda:{local}" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise UsageError(f"Unknown device {name!r}: expected cpu, cuda, cuda:N or auto.") from error
+    if device.type == "cuda":
+        if not torch.cuda.is_available():
+            raise UsageError(f"--device {name}: this torch ({torch.__version__}) sees no GPU; use cpu.")
+        device = torch.device("cuda", device.index if device.index is not None else local)
+        torch.cuda.set_device(device)
+    return device
+
+
+def load_model(settings: Settings, host: Host, device: torch.device) -> FlowModel:
+    """The base model, by the family whose pipeline class its `model_index.json` names."""
+    import torch
+    from diffusers import DiffusionPipeline
+
+    name = settings.model
+    try:
+        pipeline = str(DiffusionPipeline.load_config(name)["_class_name"])
+    except (OSError, ValueError, KeyError) as error:
+        raise NftError(
+            f"Cannot load the model {name!r}: looked for a diffusers pipeline (model_index.json) in a folder "
+            f"of that name and on the Hugging Face hub. {first_line(error)} Check the name, your network "
+            "and, for a gated model, `hf auth login`; a local folder with --model PATH works offline, "
+            "and so does --tiny, which brings its own small model."
+        ) from error
+    families = {p: card.info for card in host.models.values() for p in card.info.pipelines}
+    if pipeline not in families:
+        raise UsageError(
+            f"{name} is a {pipeline}, which no model plug-in handles. Known: {', '.join(sorted(families))}."
+        )
+    # A LoRA's frozen base can stand in half precision; weights that are trained stay in float32.
+    half = autocast_dtype(settings, device) if settings.lora_rank else None
+    dtype = half or torch.float32
+    options = {"max_sequence_length": settings.max_sequence_length}
+    try:
+        return host.make_model(families[pipeline].name, name, device=device, dtype=dtype, **options)
+    except (OSError, ValueError) as error:
+        raise NftError(f"Cannot load the model {name!r}: {first_line(error)}") from error
+
+
+def first_line(error: BaseException) -> str:
+    text = " ".join(str(error).split())
+    return text if len(text) < 400 else text[:400] + " ..."
+
+
+def autocast_dtype(settings: Settings, device: torch.device) -> torch.dtype | None:
+    import torch
+
+    auto = settings.precision == "auto" and device.type == "cuda"
+    return torch.bfloat16 if auto or settings.precision == "bf16" else None
+
+
+def write_settings(folder: Path, settings: Settings) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "run.toml").write_text(to_toml(settings.model_dump()), encoding="utf-8")
+    except OSError as error:
+        raise NftError(f"Cannot write to {folder}: {error}. Choose another --out.") from error
+
+
+def silent(hook: str, **arguments: Any) -> None:
+    """The observers of every process but the first."""
+
+
+def observers(host: Host, described: Run) -> Callable[..., None]:
+    from .observers import builtin
+
+    for observer in builtin():
+        host.register(observer, f"nft_core.{type(observer).__name__.lower()}")
+    return lambda hook, **arguments: host.notify(hook, run=described, **arguments)
+
+
+def assemble(
+    s: Settings,
+    model: FlowModel,
+    reward: Any,
+    solver: Any,
+    prompts: list[Prompt],
+    held_out: list[Prompt],
+    device: torch.device,
+    observe: Callable[..., None],
+    folder: Path,
+) -> Training:
+    """The loop's parts, put together."""
+    import torch
+
+    from .checkpoint import save_checkpoint
+    from .distributed import rank
+    from .policy import Policy
+    from .rollout import Sampler
+    from .train import Training
+
+    torch.manual_seed(s.seed)
+    policy = Policy(
+        model,
+        lora_rank=s.lora_rank,
+        lora_alpha=s.lora_alpha,
+        lora_targets=s.lora_targets,
+        ema_decay=s.ema_decay,
+        autocast=autocast_dtype(s, device),
+        keep_reference=s.kl_weight > 0,
+    )
+    height, width = (s.resolution, s.resolution) if s.resolution else model.resolution
+    try:
+        shape = model.latent_shape(height, width)
+    except ValueError as error:
+        raise UsageError(f"Setting resolution: {error}.") from error
+
+    def sampler(steps: int) -> Sampler:
+        times = model.times(steps, height, width)
+        return Sampler(model, policy.velocity, solver, times, shape, s.rollout_batch, device)
+
+    def save(epoch: int, step: int) -> None:
+        if rank() == 0:
+            path = folder / "checkpoints" / f"{step:06d}"
+            save_checkpoint(path, policy, optimizer, epoch, step)
+            observe("nft_checkpoint_saved", folder=path)
+
+    optimizer = torch.optim.AdamW(
+        policy.parameters,
+        lr=s.lr,
+        betas=(s.adam_beta1, s.adam_beta2),
+        weight_decay=s.weight_decay,
+        fused=device.type == "cuda",
+    )
+    return Training(
+        settings=s,
+        policy=policy,
+        reward=reward,
+        sampler=sampler(s.steps),
+        eval_sampler=sampler(s.eval_steps or s.steps),
+        prompts=prompts,
+        eval_prompts=held_out,
+        condition=model.encode([p.text for p in prompts]),
+        eval_condition=model.encode([p.text for p in held_out]),
+        optimizer=optimizer,
+        observe=observe,
+        save=save,
+    )

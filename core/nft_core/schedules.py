@@ -1,0 +1,33 @@
+"""How the old policy follows the live one: `old <- d old + (1 - d) theta`, with d by schedule."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from .errors import UsageError, unknown
+
+#: Named schedules: step -> d. The published code calls them `decay_type` 0, 1 and 2.
+OLD_DECAY: dict[str, Callable[[int], float]] = {
+    "on_policy": lambda step: 0.0,
+    "ramp": lambda step: min(0.001 * step, 0.5),
+    "slow": lambda step: min(max(0.0075 * (step - 75), 0.0), 0.999),
+}
+
+
+def old_decay(schedule: str | float, step: int) -> float:
+    """d in [0, 1) after `step` gradient steps.
+
+    schedule: a number for a constant d; `on_policy` (0: the old policy is the live one of an epoch
+    ago); `ramp` (0.001 a step up to 0.5); `slow` (0 for 75 steps, then 0.0075 a step up to 0.999).
+    """
+    if isinstance(schedule, str) and schedule not in OLD_DECAY:
+        raise unknown("old_decay schedule", schedule, OLD_DECAY)
+    d = OLD_DECAY[schedule](step) if isinstance(schedule, str) else float(schedule)
+    if not 0 <= d < 1:
+        raise UsageError(f"old_decay must be in [0, 1), got {d}: at 1 the old policy would never move")
+    return d
+
+
+def warmup(steps: int, step: int) -> float:
+    """The learning rate's factor at gradient step `step` (from 0): linear up to 1 over `steps`."""
+    return min((step + 1) / steps, 1.0) if steps > 0 else 1.0

@@ -1,0 +1,190 @@
+"""A run's settings: from presets, TOML files, `--set` and options, checked by pydantic."""
+
+from __future__ import annotations
+
+import tomllib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from .advantages import AdvantageMode, Combine, Std
+from .errors import UsageError, unknown
+from .schedules import OLD_DECAY
+from .times import TrainTimes
+
+Count = Annotated[int, Field(ge=1)]
+NotNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+
+
+class Settings(BaseModel):
+    """All of a run. The names are the recipe's own; docs/settings.md explains each."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    # What is trained, and on what.
+    model: str = Field("stabilityai/stable-diffusion-3.5-medium", description="hub id or local folder")
+    rewards: list[str | dict[str, Any]] = Field([], description="reward specs: NAME[=WEIGHT][,KEY=VALUE...]")
+    reward_defaults: dict[str, dict[str, Any]] = Field({}, description="default options by reward name")
+    combine: Combine = Field("sum", description="normalise advantages of the sum, or of each reward")
+    prompts: str = Field("", description="training prompts, .txt or .jsonl")
+    eval_prompts: str = Field("", description="held-out prompts, .txt or .jsonl")
+    unscorable: Literal["error", "drop"] = Field(
+        "error", description="prompts that a reward cannot score: refuse the file, or leave them out"
+    )
+    seed: Annotated[int, Field(ge=0, lt=2**63)] = Field(0, description="of everything random in the run")
+    epochs: Annotated[int, Field(ge=0)] = Field(100, description="rollouts followed by updates")
+
+    # Rollout.
+    solver: str = Field("dpm2", description="solver of rollouts and evaluation")
+    solver_options: dict[str, Any] = Field({}, description="options of the solver")
+    steps: Count = Field(10, description="solver steps of a rollout")
+    group_size: Annotated[int, Field(ge=2)] = Field(24, description="images a prompt (K)")
+    prompts_per_epoch: Count = Field(48, description="prompts an epoch")
+    resolution: Annotated[int, Field(ge=0)] = Field(0, description="image side in px; 0: the model's")
+    max_sequence_length: Annotated[int, Field(ge=0, le=512)] = Field(128, description="T5 tokens a prompt")
+    rollout_batch: Count = Field(24, description="images sampled at once, a process")
+
+    # Advantages and loss.
+    advantage_clip: Positive = Field(5.0, description="advantages are clipped to +- this")
+    advantage_mode: AdvantageMode = Field("all", description="which advantages count")
+    std: Std = Field("global", description="deviation that advantages are divided by")
+    beta: Positive = Field(1.0, description="how far v+ and v- reach from the old policy")
+    kl_weight: NotNegative = Field(1e-4, description="weight of |v_theta - v_ref|^2; 0 skips the reference")
+    old_decay: float | str = Field(
+        "ramp", description="old <- d old + (1 - d) theta: a number, on_policy, ramp or slow"
+    )
+    train_times: TrainTimes = Field("grid", description="times that an image is trained at")
+    train_times_count: Count = Field(9, description="how many of them")
+    time_shift: Positive = Field(3.0, description="shift of uniform and logit_normal times")
+    shuffle_rewards: bool = Field(
+        False, description="a control: scores change places within their group, so nothing should be learned"
+    )
+
+    # Updates.
+    updates_per_epoch: Count = Field(2, description="gradient steps an epoch")
+    microbatch: Count = Field(8, description="images a forward pass of training, a process")
+    lr: Positive = Field(3e-4, description="AdamW's learning rate")
+    warmup: Annotated[int, Field(ge=0)] = Field(0, description="gradient steps to reach lr, linearly")
+    adam_beta1: Annotated[float, Field(ge=0, lt=1)] = Field(0.9, description="AdamW")
+    adam_beta2: Annotated[float, Field(ge=0, lt=1)] = Field(0.999, description="AdamW")
+    weight_decay: NotNegative = Field(1e-4, description="AdamW")
+    max_grad_norm: Positive = Field(1.0, description="gradients are clipped to this norm")
+    ema_decay: Annotated[float, Field(ge=0, lt=1)] = Field(
+        0.9, description="of the weights that are evaluated and saved, an update; 0: none"
+    )
+    lora_rank: Annotated[int, Field(ge=0)] = Field(32, description="0 trains the whole transformer")
+    lora_alpha: Positive = Field(64, description="LoRA's scale is alpha / rank")
+    lora_targets: list[str] = Field([], description="layers that LoRA adapts; empty: the family's; all-linear")
+    precision: Literal["auto", "fp32", "bf16"] = Field("auto", description="auto: bf16 on CUDA, else fp32")
+    device: str = Field("auto", description="auto: CUDA where there is one")
+
+    # Evaluation and saving.
+    eval_every: Annotated[int, Field(ge=0)] = Field(10, description="epochs; 0: before and after only")
+    eval_images: Count = Field(1, description="images a held-out prompt")
+    eval_steps: Annotated[int, Field(ge=0)] = Field(0, description="solver steps; 0: as in rollouts")
+    checkpoint_every: Annotated[int, Field(ge=0)] = Field(50, description="epochs; 0: at the end only")
+
+    @field_validator("old_decay")
+    @classmethod
+    def _known_schedule(cls, value: float | str) -> float | str:
+        if isinstance(value, str) and value not in OLD_DECAY:
+            raise ValueError(f"expected a number in [0, 1) or one of {', '.join(OLD_DECAY)}")
+        if isinstance(value, float) and not 0 <= value < 1:
+            raise ValueError("expected a number in [0, 1): at 1 the old policy would never move")
+        return value
+
+    @model_validator(mode="after")
+    def _possible_sizes(self) -> Settings:
+        images = self.prompts_per_epoch * self.group_size
+        if images % self.updates_per_epoch:
+            near = min(
+                (n for n in range(1, images + 1) if images % n == 0),
+                key=lambda n: abs(n - self.updates_per_epoch),
+            )
+            raise ValueError(
+                f"prompts_per_epoch x group_size = {self.prompts_per_epoch} x {self.group_size} = {images} "
+                f"images cannot be split into {self.updates_per_epoch} equal updates; the nearest possible "
+                f"updates_per_epoch is {near}"
+            )
+        return self
+
+
+def make_settings(*layers: Mapping[str, Any]) -> Settings:
+    """Settings from mappings, later ones first in rank. Raises UsageError with every mistake on one line."""
+    merged: dict[str, Any] = {}
+    for layer in layers:
+        for name, value in layer.items():
+            if name not in Settings.model_fields:
+                raise unknown("setting", name, Settings.model_fields)
+            merged[name] = value
+    try:
+        return Settings(**merged)
+    except ValidationError as error:
+        raise UsageError("; ".join(_explain(e) for e in error.errors())) from error
+
+
+def _explain(error: Any) -> str:
+    name = ".".join(str(part) for part in error["loc"] if part not in ("float", "str", "int"))
+    message = error["msg"].removeprefix("Value error, ")
+    if not name:
+        return str(message)
+    return f"Setting {name} = {error['input']!r}: {message[0].lower() + message[1:]}."
+
+
+def read_toml(path: Path) -> dict[str, Any]:
+    """The settings of a run file."""
+    try:
+        return tomllib.loads(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError) as error:
+        raise UsageError(f"Cannot read the run file {path}: {error}.") from error
+    except tomllib.TOMLDecodeError as error:
+        raise UsageError(f"{path} is not valid TOML: {error}.") from error
+
+
+def parse_assignment(text: str) -> tuple[str, Any]:
+    """`key=value` of `--set`; the value as TOML writes it, or else a plain string."""
+    name, equals, value = text.partition("=")
+    if not equals or not name.strip():
+        raise UsageError(f"--set takes KEY=VALUE, such as --set lr=1e-4, got {text!r}.")
+    try:
+        return name.strip(), tomllib.loads(f"value = {value}")["value"]
+    except tomllib.TOMLDecodeError:
+        return name.strip(), value.strip()
+
+
+def to_toml(settings: Mapping[str, Any]) -> str:
+    """A run file that reads back as these settings."""
+    plain = [f"{k} = {_toml(v)}" for k, v in settings.items() if not isinstance(v, dict)]
+    tables = [
+        f"\n[{name}]\n" + "\n".join(f"{_key(k)} = {_toml(v)}" for k, v in value.items())
+        for name, value in settings.items()
+        if isinstance(value, dict) and value
+    ]
+    return "\n".join(plain + tables) + "\n"
+
+
+def _toml(value: Any) -> str:
+    match value:
+        case bool():
+            return str(value).lower()
+        case int() | float():
+            return repr(value)
+        case list() | tuple():
+            return f"[{', '.join(_toml(v) for v in value)}]"
+        case Mapping():
+            return "{" + ", ".join(f"{_key(k)} = {_toml(v)}" for k, v in value.items()) + "}"
+        case _:
+            return _quote(str(value))
+
+
+def _key(name: str) -> str:
+    bare = name.replace("-", "").replace("_", "").isalnum() and name.isascii()
+    return name if bare else _quote(name)
+
+
+def _quote(text: str) -> str:
+    escape = {'"': '\\"', "\\": "\\\\", "\n": "\\n", "\t": "\\t", "\r": "\\r"}
+    return '"' + "".join(escape.get(c, c if c.isprintable() else f"\\U{ord(c):08x}") for c in text) + '"'

@@ -1,0 +1,38 @@
+"""The times that an image is trained at."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+TrainTimes = Literal["grid", "uniform", "logit_normal"]
+
+
+def shifted(t: Tensor, shift: float) -> Tensor:
+    """`shift t / (1 + (shift - 1) t)`: more time near the noise for shift > 1 (SD3, arXiv 2403.03206)."""
+    return shift * t / (1 + (shift - 1) * t)
+
+
+def draw_times(
+    kind: TrainTimes, count: int, grid: Sequence[float], shift: float, generator: torch.Generator
+) -> Tensor:
+    """`count` training times for one image, `[count]` float32 in (0, 1].
+
+    `grid` takes them from the solver's grid without the last time before 0 (as published, where
+    little is left to learn), each at most once more often than another; `uniform` and
+    `logit_normal` draw them, then shift them.
+    """
+    if kind == "grid":
+        inner = torch.tensor(list(grid[:-2]) or list(grid[:1]))
+        rounds = -(-count // len(inner))
+        order = torch.cat([torch.randperm(len(inner), generator=generator) for _ in range(rounds)])
+        return inner[order[:count]].float()
+    if kind == "uniform":
+        # Stratified: `count` draws cover (0, 1] evenly, which lowers the gradient's variance.
+        t = (torch.arange(count) + 1 - torch.rand((), generator=generator)) / count
+    else:
+        t = torch.randn(count, generator=generator).sigmoid()
+    return shifted(t, shift).clamp(1e-4, 1)

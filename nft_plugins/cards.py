@@ -1,0 +1,82 @@
+"""Static cards. Listing plug-ins reads these alone; a factory is imported only when it is called."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, TypeAlias
+
+#: A callable, or `"module:attribute"`, which keeps heavy imports out of listings.
+Factory: TypeAlias = "str | Callable[..., Any]"
+
+
+@dataclass(frozen=True)
+class RewardInfo:
+    """A reward's card.
+
+    name: what `--reward` calls it: lower-case letters, digits, `_` and `-`.
+    summary: one line.
+    factory: makes the reward. Its keyword parameters are the reward's options. One that takes
+        `device` is given the run's.
+    source: paper, section or hub id of the definition.
+    licence: of the weights, or of the definition where there are none.
+    range: typical or possible values, in words.
+    metadata: prompt metadata that it needs.
+    modules: Python modules that it imports beyond the base install.
+    extra: the extra of the distribution that installs them.
+    """
+
+    name: str
+    summary: str
+    factory: Factory
+    source: str = ""
+    licence: str = ""
+    range: str = ""
+    metadata: tuple[str, ...] = ()
+    modules: tuple[str, ...] = ()
+    extra: str = ""
+
+
+@dataclass(frozen=True)
+class SolverInfo:
+    """A solver's card. `order`: of its global error; None where noise is added at every step.
+
+    A name that ends in `:` is a family: `diffusers:` makes `diffusers:CLASS`, and CLASS is handed
+    to the factory as its first argument.
+    """
+
+    name: str
+    summary: str
+    factory: Factory
+    source: str = ""
+    order: int | None = None
+    stochastic: bool = False
+
+
+@dataclass(frozen=True)
+class ModelInfo:
+    """A model family's card. The factory is called as `factory(path_or_hub_id, device=, dtype=)`.
+
+    pipelines: names of the diffusers pipeline classes, as in `model_index.json`, that it handles.
+    """
+
+    name: str
+    summary: str
+    factory: Factory
+    pipelines: tuple[str, ...]
+    source: str = ""
+    licence: str = ""
+
+
+@dataclass(frozen=True)
+class Preset:
+    """A name for run settings, in the form of a run's TOML file.
+
+    settings: any of a run's settings.
+    rewards: default options by reward name; what the user gives comes first.
+    """
+
+    name: str
+    summary: str
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    rewards: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)

@@ -1,0 +1,102 @@
+"""What goes into a reward and what comes out: `Batch` and `Scores`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+    from torch import Tensor
+
+
+class PromptError(ValueError):
+    """A prompt that a reward can never score, such as one without the words an OCR reward looks for."""
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Images to be scored together with what they were made for.
+
+    images: `[B, 3, H, W]` float32 in [0, 1], RGB, on any device.
+    prompts: B strings.
+    metadata: one mapping an image (GenEval's `include`, OCR's `text`); empty where there is none.
+    groups: `[B]` int64, the index of the prompt that each image was made for. Images of one group
+        are those that advantages compare with one another.
+    """
+
+    images: Tensor
+    prompts: Sequence[str]
+    metadata: Sequence[Mapping[str, Any]]
+    groups: Tensor
+
+    def __post_init__(self) -> None:
+        if self.images.ndim != 4 or self.images.shape[1] != 3:
+            raise ValueError(f"images must be [B, 3, H, W], got {list(self.images.shape)}")
+        sizes = {
+            "prompts": len(self.prompts),
+            "metadata": len(self.metadata),
+            "groups": len(self.groups),
+        }
+        wrong = {name: size for name, size in sizes.items() if size != len(self)}
+        if wrong:
+            raise ValueError(f"a batch of {len(self)} images needs {len(self)} of each, got {wrong}")
+
+    def __len__(self) -> int:
+        return int(self.images.shape[0])
+
+    @cached_property
+    def uint8(self) -> Tensor:
+        """`[B, 3, H, W]` uint8 in 0..255 on the images' device: quantised once, shared by all rewards."""
+        return self.images.mul(255).round().clamp(0, 255).byte()
+
+    @cached_property
+    def pil(self) -> list[Image]:
+        """B RGB images, from `uint8`."""
+        from PIL.Image import fromarray
+
+        return [fromarray(array) for array in self.uint8.permute(0, 2, 3, 1).cpu().numpy()]
+
+
+@dataclass(frozen=True)
+class Scores:
+    """What a reward says of a batch.
+
+    values: `[B]` float32, bigger is better. Meaningless where `valid` is false.
+    valid: `[B]` bool. A sample that could not be scored is marked here, never given a made-up number.
+    details: named per-sample figures, `[B]` each (GenEval's `strict`, OCR's `distance`).
+    parts: for a composed reward, each member's weight and scores by name.
+    """
+
+    values: Tensor
+    valid: Tensor
+    details: Mapping[str, Tensor] = field(default_factory=dict)
+    parts: Mapping[str, Part] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        shape = self.values.shape
+        if self.values.ndim != 1 or self.valid.shape != shape:
+            raise ValueError(
+                f"values and valid must be [B], got {list(shape)} and {list(self.valid.shape)}"
+            )
+        for name, figure in self.details.items():
+            if figure.shape != shape:
+                raise ValueError(f"detail {name!r} must be {list(shape)}, got {list(figure.shape)}")
+
+    @classmethod
+    def of(cls, values: Tensor, **details: Tensor) -> Scores:
+        """Scores whose samples are valid where the value is finite."""
+        values = values.float()
+        return cls(values, values.isfinite(), details)
+
+    def __len__(self) -> int:
+        return int(self.values.shape[0])
+
+
+class Part(NamedTuple):
+    """One member of a composed reward."""
+
+    weight: float
+    scores: Scores

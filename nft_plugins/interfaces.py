@@ -1,0 +1,139 @@
+"""What a reward, a solver and a model offer. Plug-ins may inherit from these classes or just look like them.
+
+One convention everywhere: `x_t = (1 - t) x_0 + t noise`, `v = noise - x_0`, and t runs from 1 down to 0.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol, TypeAlias, runtime_checkable
+
+from .data import Batch, Scores
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+    # One generator for the whole batch, or one for each image: then an image's noise does not
+    # depend on the batch it is in. diffusers' schedulers take the same union.
+    Generator: TypeAlias = torch.Generator | list[torch.Generator] | None
+
+#: `velocity(x_t [B, ...], t) -> v [B, ...]` for one time t in [0, 1] shared by the batch.
+Velocity: TypeAlias = "Callable[[Tensor, float], Tensor]"
+
+#: What `FlowModel.encode` returns: named tensors whose first dimension is the prompt's.
+Condition: TypeAlias = "Mapping[str, Tensor]"
+
+
+@runtime_checkable
+class Reward(Protocol):
+    """Scores images; bigger is better. Holds no state that changes from call to call.
+
+    A reward may also define `check_prompt(prompt, metadata)`, which raises `PromptError` for a prompt
+    that it can never score. A run calls it for every prompt before it starts.
+    """
+
+    def __call__(self, batch: Batch) -> Scores: ...
+
+
+@runtime_checkable
+class Solver(Protocol):
+    """Integrates the flow from noise to an image's latents. Any black box will do."""
+
+    def solve(
+        self, velocity: Velocity, noise: Tensor, times: Sequence[float], generator: Generator
+    ) -> Tensor:
+        """Latents `x_0` from `noise [B, ...]`.
+
+        times: descending, from 1.0 to 0.0; one more than the number of steps.
+        generator: where a stochastic solver draws its noise, through `randn_like`.
+        """
+        ...
+
+
+class SteppedSolver:
+    """A solver that goes from one time to the next: `init` and `step`, state in and state out."""
+
+    def init(self, noise: Tensor, times: Sequence[float]) -> Any:
+        """The state before the first step. One-step methods have none."""
+        return None
+
+    def step(
+        self, velocity: Velocity, x: Tensor, t: float, s: float, state: Any, generator: Generator
+    ) -> tuple[Tensor, Any]:
+        """From `x` at time t to time s < t; returns the new `x` and the new state."""
+        raise TypeError(f"{type(self).__name__} must define step(velocity, x, t, s, state, generator)")
+
+    def solve(
+        self, velocity: Velocity, noise: Tensor, times: Sequence[float], generator: Generator
+    ) -> Tensor:
+        x, state = noise, self.init(noise, times)
+        for t, s in zip(times[:-1], times[1:], strict=True):
+            x, state = self.step(velocity, x, t, s, state, generator)
+        return x
+
+
+@runtime_checkable
+class FlowModel(Protocol):
+    """A family of text-to-image flow models, as the trainer sees it.
+
+    name: the path or hub id that it was loaded from.
+    transformer: the module that is trained; `velocity` must call this attribute, so that adapters
+        and swapped weights take effect.
+    lora_targets: names of the transformer's linear layers that LoRA adapts by default.
+    resolution: the default image height and width in pixels.
+    """
+
+    name: str
+    transformer: torch.nn.Module
+    lora_targets: Sequence[str]
+    resolution: tuple[int, int]
+
+    def encode(self, prompts: Sequence[str]) -> Condition:
+        """Condition tensors for B prompts, without gradients."""
+        ...
+
+    def velocity(self, x_t: Tensor, t: Tensor, condition: Condition) -> Tensor:
+        """v `[B, C, h, w]` for `x_t [B, C, h, w]` at times `t [B]` in [0, 1]."""
+        ...
+
+    def decode(self, x_0: Tensor) -> Tensor:
+        """Images `[B, 3, H, W]` float32 in [0, 1] from latents, without gradients."""
+        ...
+
+    def latent_shape(self, height: int, width: int) -> tuple[int, ...]:
+        """`(C, h, w)` of the latents of an image of that size in pixels."""
+        ...
+
+    def times(self, steps: int, height: int, width: int) -> tuple[float, ...]:
+        """The family's own sampling grid: steps + 1 times from 1.0 down to 0.0."""
+        ...
+
+    def save_lora(self, folder: Path, state: Mapping[str, Tensor], config: Mapping[str, Any]) -> None:
+        """Write a LoRA as the family's diffusers pipeline loads it with `load_lora_weights`.
+
+        state: peft's state dict of the transformer's adapter.
+        config: the adapter's `LoraConfig` as a dictionary.
+        """
+        ...
+
+
+def randn_like(x: Tensor, generator: Generator) -> Tensor:
+    """Standard normal noise of x's shape, dtype and device; row i from `generator[i]` if it is a list.
+
+    Drawn in float32 on the generator's own device, so that it does not depend on x's.
+    """
+    import torch
+
+    def draw(shape: Sequence[int], source: torch.Generator | None) -> Tensor:
+        device = source.device if source is not None else x.device
+        return torch.randn(shape, generator=source, device=device)
+
+    if isinstance(generator, list):
+        if len(generator) != len(x):
+            raise ValueError(f"{len(x)} images need {len(x)} generators, got {len(generator)}")
+        noise = torch.stack([draw(x.shape[1:], source) for source in generator])
+    else:
+        noise = draw(x.shape, generator)
+    return noise.to(x)
