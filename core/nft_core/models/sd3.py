@@ -50,7 +50,7 @@ class SD3:
         absent = {name: None for name, kind in index.items() if kind == [None, None]}
         self.pipeline = StableDiffusion3Pipeline.from_pretrained(
             checkpoint,
-            torch_dtype={"default": dtype, "vae": torch.float32},
+            dtype={"default": dtype, "vae": torch.float32},
             use_safetensors=True,
             **absent,
         )

@@ -1,0 +1,220 @@
+"""Any scheduler of diffusers that predicts flow, by its class's name.
+
+Order, noise and limits are the scheduler's own. Ours are the times: they become its sigmas, with every
+shift and respacing of its config switched off, so that none is applied twice; sigmas that differ from
+them by more than 1e-5 are an error. Schedulers that work in log-SNR and divide by zero at an end get
+that end moved by 1e-6. The velocity is always given the exact times. Each solve makes a scheduler of
+its own.
+Source: diffusers, `schedulers/`. What fits is found by inspection and by a trial run on a point mass,
+which every sound flow scheduler solves exactly, not by a list of names.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from inspect import isclass, signature
+from itertools import pairwise
+from typing import TYPE_CHECKING, Any
+
+import diffusers
+import numpy as np
+import torch
+from diffusers.utils import logging
+
+from nft_plugins import Velocity
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from nft_plugins.interfaces import Generator
+
+FLOW: dict[str, Any] = {"prediction_type": "flow_prediction", "use_flow_sigmas": True}
+#: Whatever would change the times that we set.
+GRID: dict[str, Any] = {
+    "shift": 1.0,
+    "flow_shift": 1.0,
+    "shift_terminal": None,
+    "use_dynamic_shifting": False,
+    "invert_sigmas": False,
+    "use_karras_sigmas": False,
+    "use_exponential_sigmas": False,
+    "use_beta_sigmas": False,
+    "use_lu_lambdas": False,
+    "final_sigmas_type": "zero",
+}
+TOLERANCE = 1e-5
+#: (first, last) sigma in the order they are tried: log-SNR is infinite at either end.
+ENDS = ((1.0, 0.0), (1 - 1e-6, 0.0), (1 - 1e-6, 1e-6))
+
+
+def predicts_flow(scheduler: type) -> bool:
+    """By its config's options, or by the forward process that only flow matching's schedulers have."""
+    if not issubclass(
+        scheduler, diffusers.SchedulerMixin
+    ):  # A stand-in for one whose packages are missing.
+        return False
+    if "Inverse" in scheduler.__name__:  # From image to noise.
+        return False
+    return hasattr(scheduler, "scale_noise") or set(FLOW) <= set(signature(scheduler).parameters)
+
+
+@dataclass(frozen=True)
+class DiffusersSolver:
+    scheduler: type
+    options: Mapping[str, Any]
+    ends: tuple[float, float] = ENDS[0]
+
+    def solve(
+        self, velocity: Velocity, noise: Tensor, times: Sequence[float], generator: Generator
+    ) -> Tensor:
+        scheduler, calls = self.prepare(times)
+        drawn = {"generator": generator} if "generator" in signature(scheduler.step).parameters else {}
+        x = noise
+        for t, timestep in zip(calls, scheduler.timesteps, strict=True):
+            x = scheduler.step(velocity(x, t), timestep, x, return_dict=False, **drawn)[0].to(
+                noise.dtype
+            )
+        return x
+
+    def prepare(self, times: Sequence[float]) -> tuple[Any, list[float]]:
+        """A fresh scheduler set to our times, and the time of each call of the velocity."""
+        known = signature(self.scheduler).parameters
+        fixed = {name: value for name, value in (FLOW | GRID).items() if name in known}
+        scheduler: Any = self.scheduler(**fixed | dict(self.options))
+        steps = len(times) - 1
+        if "sigmas" in signature(scheduler.set_timesteps).parameters and self.ends == ENDS[0]:
+            scheduler.set_timesteps(sigmas=np.array(times[:-1]), **self._count(scheduler, steps))
+            index = self._index(scheduler.sigmas, steps)
+        else:
+            # Its own grid shows how it lays out sigmas: Heun's repeats the inner ones.
+            scheduler.set_timesteps(steps)
+            index = self._index(scheduler.sigmas, steps)
+            first, last = self.ends
+            ours = torch.tensor([min(max(t, last), first) for t in times], dtype=torch.float64)
+            scheduler.sigmas = ours[index]
+            scheduler.timesteps = (
+                scheduler.sigmas[: len(scheduler.timesteps)] * scheduler.config.num_train_timesteps
+            )
+        off = (
+            (scheduler.sigmas.double().cpu() - torch.tensor(times, dtype=torch.float64)[index])
+            .abs()
+            .max()
+        )
+        if off > TOLERANCE:
+            raise ValueError(
+                f"diffusers:{self.scheduler.__name__} changes the times that it is given by {off:.2g}; "
+                "drop the option that respaces them"
+            )
+        if hasattr(scheduler, "set_begin_index"):
+            scheduler.set_begin_index(
+                0
+            )  # Else it looks a timestep up, by equality, among rounded ones.
+        return scheduler, [times[i] for i in index[: len(scheduler.timesteps)]]
+
+    @staticmethod
+    def _count(scheduler: Any, steps: int) -> dict[str, int]:
+        """`num_inference_steps`, for a `set_timesteps` that insists on it."""
+        count = signature(scheduler.set_timesteps).parameters.get("num_inference_steps")
+        return {"num_inference_steps": steps} if count and count.default is count.empty else {}
+
+    def _index(self, sigmas: Tensor, steps: int) -> list[int]:
+        """Which of our times each of the scheduler's sigmas stands for."""
+        values = sigmas.tolist()
+        if any(a < b for a, b in pairwise(values)):
+            raise ValueError(f"diffusers:{self.scheduler.__name__} runs from image to noise")
+        if len(values) == steps + 1:
+            return list(range(steps + 1))
+        _, index = torch.unique_consecutive(sigmas, return_inverse=True)
+        if index[-1] != steps:
+            raise ValueError(
+                f"diffusers:{self.scheduler.__name__} has a layout of sigmas that nft cannot read: "
+                f"{len(values)} for {steps} steps"
+            )
+        return [int(i) for i in index]
+
+    def check(self) -> None:
+        """Solve for a point mass in few steps and in many; raises ValueError if x_0 is missed."""
+        for steps in (1, 2, 4, 20):
+            times = [1 - i / steps for i in range(steps)] + [0.0]
+            noise = torch.tensor([[[[1.7]]]])
+            with torch.random.fork_rng(devices=[]):
+                before = torch.get_rng_state()
+                x = self.solve(
+                    lambda x, t: (x - 0.5) / t, noise, times, torch.Generator().manual_seed(0)
+                )
+                if not torch.equal(before, torch.get_rng_state()):
+                    raise ValueError(
+                        f"diffusers:{self.scheduler.__name__} with {dict(self.options)} draws noise "
+                        "from the global generator, so its images could not be reproduced"
+                    )
+            if not abs(x.item() - 0.5) < 1e-3:
+                raise ValueError(
+                    f"diffusers:{self.scheduler.__name__} does not integrate our flow: "
+                    f"in {steps} steps it ends at {x.item():.3g} for a target of 0.5"
+                )
+
+
+def fitted(scheduler: type, options: Mapping[str, Any]) -> DiffusersSolver:
+    """The solver with the first ends that pass the trial run; else the first failure."""
+    failures: list[Exception] = []
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity_error()  # Some comment on each set_timesteps.
+    try:
+        for ends in ENDS:
+            solver = DiffusersSolver(scheduler, options, ends)
+            try:
+                solver.check()
+            except Exception as error:  # A scheduler's own can be of any kind.
+                failures.append(error)
+            else:
+                return solver
+    finally:
+        logging.set_verbosity(verbosity)
+    if isinstance(failures[0], ValueError):
+        raise failures[0]
+    raise ValueError(
+        f"diffusers:{scheduler.__name__} fails on our flow: {failures[0]!r}"
+    ) from failures[0]
+
+
+def flow_schedulers() -> list[str]:
+    """Names of the installed diffusers' schedulers that pass with their default options."""
+    names = []
+    for name in sorted(dir(diffusers)):
+        if not name.endswith("Scheduler") or name.startswith("Flax"):
+            continue
+        scheduler = getattr(diffusers, name)
+        if isclass(scheduler) and predicts_flow(scheduler):
+            try:
+                fitted(scheduler, {})
+            except ValueError:
+                continue
+            names.append(name)
+    return names
+
+
+def diffusers_solver(name: str, **options: Any) -> DiffusersSolver:
+    """The solver `diffusers:NAME`; options are those of the scheduler's config."""
+    scheduler = getattr(diffusers, name, None) if name.endswith("Scheduler") else None
+    if not isclass(scheduler):
+        raise ValueError(
+            f"diffusers {diffusers.__version__} has no scheduler {name!r}; "
+            f"those that predict flow are {', '.join(flow_schedulers())}"
+        )
+    if not predicts_flow(scheduler):
+        raise ValueError(
+            f"diffusers:{name} has no flow prediction; "
+            f"those that have are {', '.join(flow_schedulers())}"
+        )
+    known = set(signature(scheduler).parameters)
+    if ours := sorted(set(options) & known & set(FLOW | GRID)):
+        raise ValueError(
+            f"diffusers:{name}: {', '.join(ours)} cannot be set, the run's times decide it"
+        )
+    if unknown := sorted(set(options) - known):
+        raise ValueError(
+            f"diffusers:{name} has no option {', '.join(unknown)}; "
+            f"it has {', '.join(sorted(known - set(FLOW | GRID)))}"
+        )
+    return fitted(scheduler, options)

@@ -1,0 +1,79 @@
+import json
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from nft_core.errors import UsageError
+from nft_core.prompts import Prompt, prompts_of_epoch, read_prompts, scorable
+from nft_core.run import DATA
+from nft_plugins import PromptError
+
+
+def write(tmp_path, name, text):
+    path = tmp_path / name
+    path.write_text(text, encoding="utf-8")
+    return path
+
+
+def test_text_and_jsonl(tmp_path):
+    path = write(tmp_path, "p.txt", "a cat\n\n  a dog  \n")
+    assert read_prompts(path) == [Prompt("a cat", {}, f"{path}:1"), Prompt("a dog", {}, f"{path}:3")]
+    path = write(tmp_path, "p.jsonl", json.dumps({"prompt": "a cat", "tag": "x"}) + "\n")
+    assert read_prompts(path) == [Prompt("a cat", {"tag": "x"}, f"{path}:1")]
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "message"),
+    [
+        ("p.txt", "\n \n", "holds no prompt"),
+        ("p.txt", "a\nb\na\n", r"p.txt:3: this prompt stands at .*p.txt:1 already"),
+        ("p.jsonl", '{"prompt": "a"}\n{"prompt"\n', r"p.jsonl:2: not a line of JSON"),
+        ("p.jsonl", "[1]\n", r"p.jsonl:1: expected an object"),
+        ("p.jsonl", '{"text": "a"}\n', r"p.jsonl:1: expected an object"),
+        ("p.jsonl", '{"prompt": " "}\n', r"p.jsonl:1: the prompt is empty"),
+        ("p.jsonl", "[" * 100_000, r"p.jsonl:1: not a line of JSON"),
+    ],
+)
+def test_bad_files(tmp_path, name, text, message):
+    with pytest.raises(UsageError, match=message):
+        read_prompts(write(tmp_path, name, text))
+
+
+def test_missing_and_binary_files(tmp_path):
+    with pytest.raises(UsageError, match="Cannot read the prompt file"):
+        read_prompts(tmp_path / "none.txt")
+    (tmp_path / "b.txt").write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(UsageError, match="Cannot read the prompt file"):
+        read_prompts(tmp_path / "b.txt")
+
+
+def check(prompt, metadata):
+    if "text" not in metadata:
+        raise PromptError("no text")
+
+
+def test_scorable():
+    good, bad = Prompt("a", {"text": "A"}, "f:1"), Prompt("b", {}, "f:2")
+    assert scorable([good, bad], check, "drop") == [good]
+    with pytest.raises(UsageError, match="f:2: no text.*unscorable=drop"):
+        scorable([good, bad], check, "error")
+    with pytest.raises(UsageError, match="Of 1 prompts none can be scored.*f:2: no text"):
+        scorable([bad], check, "drop")
+
+
+@given(st.integers(1, 40), st.integers(1, 40), st.integers(0, 3))
+def test_an_epoch_has_distinct_prompts_and_a_pass_repeats_none(count, per_epoch, seed):
+    per_epoch = min(count, per_epoch)
+    epochs = range(1, count // per_epoch + 1)
+    one_pass = [prompts_of_epoch(count, per_epoch, seed, e) for e in epochs]
+    flat = [i for epoch in one_pass for i in epoch]
+    assert all(len(epoch) == per_epoch for epoch in one_pass)
+    assert len(set(flat)) == len(flat)
+    assert set(flat) <= set(range(count))
+
+
+def test_built_in_prompts_share_none():
+    train, held_out = (read_prompts(DATA / f"prompts-{kind}.txt") for kind in ("train", "eval"))
+    assert len(train) >= 500
+    assert not {p.text for p in train} & {p.text for p in held_out}

@@ -1,0 +1,89 @@
+import tomllib
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from nft_core.errors import UsageError
+from nft_core.settings import Settings, make_settings, parse_assignment, read_toml, to_toml
+
+
+def test_later_layers_win():
+    assert make_settings({"lr": 1.0, "epochs": 3}, {"lr": 2.0}).lr == 2.0
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"learning_rat": 1}, "Unknown setting 'learning_rat'"),
+        ({"grup_size": 4}, "Did you mean 'group_size'"),
+        ({"group_size": 1}, "Setting group_size = 1: input should be greater than or equal to 2"),
+        ({"lr": "fast"}, "Setting lr = 'fast': input should be a valid number"),
+        ({"lr": float("nan")}, "Setting lr = nan"),
+        ({"old_decay": "ramps"}, "on_policy, ramp, slow"),
+        ({"old_decay": 1.0}, "never move"),
+        ({"combine": "max"}, "'sum' or 'normalized'"),
+        ({"updates_per_epoch": 5}, "1152 images cannot be split into 5 equal updates.*is 4"),
+    ],
+)
+def test_bad_settings(settings, message):
+    with pytest.raises(UsageError, match=message):
+        make_settings(settings)
+
+
+def test_every_mistake_is_named():
+    with pytest.raises(UsageError, match=r"lr.*seed|seed.*lr"):
+        make_settings({"lr": -1, "seed": -1})
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("lr=1e-4", ("lr", 1e-4)),
+        ("epochs=3", ("epochs", 3)),
+        ("solver=euler", ("solver", "euler")),
+        ('solver="dpm2"', ("solver", "dpm2")),
+        ("lora_targets=['a', 'b']", ("lora_targets", ["a", "b"])),
+        ("model=/a/b=c", ("model", "/a/b=c")),
+        ("shuffle_rewards=true", ("shuffle_rewards", True)),
+    ],
+)
+def test_assignments(text, expected):
+    assert parse_assignment(text) == expected
+
+
+@pytest.mark.parametrize("text", ["lr", "=3", " = 3"])
+def test_bad_assignments(text):
+    with pytest.raises(UsageError, match="KEY=VALUE"):
+        parse_assignment(text)
+
+
+def test_bad_toml(tmp_path):
+    path = tmp_path / "run.toml"
+    path.write_text("lr = ")
+    with pytest.raises(UsageError, match="not valid TOML"):
+        read_toml(path)
+    with pytest.raises(UsageError, match="Cannot read the run file"):
+        read_toml(tmp_path / "none.toml")
+
+
+plain = st.none().flatmap(
+    lambda _: st.one_of(st.text(), st.integers(-(2**62), 2**62), st.floats(allow_nan=False), st.booleans())
+)
+
+
+@given(st.dictionaries(st.text(), st.recursive(plain, lambda x: st.lists(x) | st.dictionaries(st.text(), x))))
+def test_toml_round_trip(options):
+    settings = {"solver_options": options, "lr": 1e-4}
+    assert tomllib.loads(to_toml(settings)).get("solver_options", {}) == options
+
+
+def test_resolved_settings_round_trip():
+    settings = make_settings(
+        {"rewards": ["ocr=0.5", {"name": "x", "k": 1}], "reward_defaults": {"ocr": {"upscale": 4}}}
+    )
+    assert make_settings(tomllib.loads(to_toml(settings.model_dump()))) == settings
+
+
+def test_every_setting_is_described():
+    assert all(field.description for field in Settings.model_fields.values())
