@@ -1,0 +1,203 @@
+"""Several rewards as one: weights, arithmetic, and weights of a model shared between equal entries."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from nft_plugins import Batch, Part, PromptError, Reward, Scores
+
+from .errors import NftError
+from .host import Host, load_host
+from .specs import RewardSpec, parse_reward
+
+
+class Term(NamedTuple):
+    """A member of a sum."""
+
+    name: str
+    weight: float
+    reward: Reward
+
+
+@dataclass(frozen=True)
+class Composed:
+    """A weighted sum of rewards and a constant; itself a reward.
+
+    Its scores carry each member's own scores in `parts`, and their details as `NAME/DETAIL`. A sample
+    is valid where it is for every member. Built by `reward`, `compose` and arithmetic:
+    `0.8 * reward("pickscore") + 0.2 * reward("ocr").clip(0, 1)`.
+    """
+
+    terms: tuple[Term, ...]
+    constant: float = 0.0
+
+    def __call__(self, batch: Batch) -> Scores:
+        """Scores on the CPU. Raises NftError for a member that fails or returns something else."""
+        scored: dict[int, Scores] = {}
+        for term in self.terms:
+            # Equal entries hold the same object, which scores a batch once.
+            if id(term.reward) not in scored:
+                scored[id(term.reward)] = checked(term.name, term.reward, batch)
+        parts = {t.name: Part(t.weight, scored[id(t.reward)]) for t in self.terms}
+        values = torch.full((len(batch),), self.constant)
+        valid = torch.ones(len(batch), dtype=torch.bool)
+        for weight, scores in parts.values():
+            values += weight * scores.values
+            valid &= scores.valid
+        details = {
+            f"{name}/{detail}": figure
+            for name, part in parts.items()
+            for detail, figure in part.scores.details.items()
+        }
+        return Scores(values, valid, details, parts)
+
+    def check_prompt(self, prompt: str, metadata: Mapping[str, Any]) -> None:
+        """Raises PromptError for a prompt that one of the members can never score."""
+        for term in self.terms:
+            check_prompt(term.reward, term.name, prompt, metadata)
+
+    def __add__(self, other: Composed | float) -> Composed:
+        if isinstance(other, (int, float)):
+            return Composed(self.terms, self.constant + other)
+        if isinstance(other, Composed):
+            return Composed(merged([*self.terms, *other.terms]), self.constant + other.constant)
+        return NotImplemented
+
+    def __mul__(self, weight: float) -> Composed:
+        if not isinstance(weight, (int, float)):
+            return NotImplemented
+        terms = tuple(t._replace(weight=t.weight * weight) for t in self.terms)
+        return Composed(terms, self.constant * weight)
+
+    __radd__ = __add__
+    __rmul__ = __mul__
+
+    def __neg__(self) -> Composed:
+        return self * -1.0
+
+    def __sub__(self, other: Composed | float) -> Composed:
+        return self + -other
+
+    def __rsub__(self, other: float) -> Composed:
+        return -self + other
+
+    def __truediv__(self, divisor: float) -> Composed:
+        return self * (1 / divisor)
+
+    def clip(self, low: float | None = None, high: float | None = None) -> Composed:
+        """The reward with its values held within [low, high]."""
+        return self.map(lambda values: values.clamp(low, high))
+
+    def map(self, f: Callable[[Tensor], Tensor]) -> Composed:
+        """The reward with `f` applied to its values `[B]`."""
+        return Composed((Term("+".join(t.name for t in self.terms), 1.0, Mapped(self, f)),))
+
+
+@dataclass(frozen=True)
+class Mapped:
+    """A reward with a function applied to its values."""
+
+    inner: Composed
+    f: Callable[[Tensor], Tensor]
+
+    def __call__(self, batch: Batch) -> Scores:
+        scores = self.inner(batch)
+        details = {name.rpartition("/")[2]: d for name, d in scores.details.items()}
+        return Scores(self.f(scores.values), scores.valid, details)
+
+    def check_prompt(self, prompt: str, metadata: Mapping[str, Any]) -> None:
+        self.inner.check_prompt(prompt, metadata)
+
+
+def merged(terms: Iterable[Term]) -> tuple[Term, ...]:
+    """Terms with names of their own; the weights of equal entries add up."""
+    result: dict[str, Term] = {}
+    for term in terms:
+        name, number = term.name, 1
+        while name in result and result[name].reward is not term.reward:
+            number += 1
+            name = f"{term.name}:{number}"
+        weight = term.weight + (result[name].weight if name in result else 0.0)
+        result[name] = Term(name, weight, term.reward)
+    return tuple(result.values())
+
+
+def check_prompt(member: Any, name: str, prompt: str, metadata: Mapping[str, Any]) -> None:
+    check = getattr(member, "check_prompt", None)
+    if check is None:
+        return
+    try:
+        check(prompt, metadata)
+    except PromptError as error:
+        message = str(error)
+        raise PromptError(message if message.startswith(name) else f"{name}: {message}") from error
+
+
+def checked(name: str, member: Reward, batch: Batch) -> Scores:
+    """A member's scores on the CPU, held to the contract."""
+    try:
+        scores = member(batch)
+    except (NftError, PromptError):
+        raise
+    except Exception as error:
+        raise NftError(f"The reward {name!r} failed: {type(error).__name__}: {error}") from error
+    if not isinstance(scores, Scores):
+        raise NftError(f"The reward {name!r} must return Scores, got {type(scores).__name__}.")
+    if len(scores) != len(batch):
+        raise NftError(f"The reward {name!r} must score {len(batch)} images, got {len(scores)} values.")
+    values, valid = scores.values.detach().float().cpu(), scores.valid.detach().bool().cpu()
+    if not values[valid].isfinite().all():
+        raise NftError(
+            f"The reward {name!r} gave a value that is not finite and marked it as valid: a sample that "
+            "cannot be scored must have valid = False."
+        )
+    details = {key: d.detach().float().cpu() for key, d in scores.details.items()}
+    return Scores(values.where(valid, 0), valid, details, scores.parts)
+
+
+#: Loaded rewards by name, options and device, for as long as somebody holds them.
+Loaded = dict[tuple[Any, ...], Reward]
+
+
+def reward(spec: str | Mapping[str, Any], *, host: Host | None = None, device: str = "cpu", **options: Any) -> Composed:
+    """A registered reward by name or spec, with options: `reward("ocr", upscale=4)`.
+
+    Raises UsageError for an unknown name or option and NftError for a reward that cannot be loaded.
+    """
+    parsed = parse_reward(spec)
+    return compose(
+        [RewardSpec(parsed.name, parsed.weight, {**parsed.options, **options})], host=host, device=device
+    )
+
+
+def compose(
+    rewards: Mapping[str, float] | Iterable[str | Mapping[str, Any] | RewardSpec],
+    *,
+    host: Host | None = None,
+    device: str = "cpu",
+) -> Composed:
+    """A weighted sum: `compose({"pickscore": 1.0, "ocr": 0.5})`, or a list of specs.
+
+    Entries with equal names and options share one loaded reward.
+    """
+    host = host or load_host()
+    if isinstance(rewards, Mapping):
+        rewards = [_weighted(parse_reward(name), weight) for name, weight in rewards.items()]
+    specs = [r if isinstance(r, RewardSpec) else parse_reward(r) for r in rewards]
+    loaded: Loaded = {}
+    terms = []
+    for spec in specs:
+        key = (spec.name, repr(sorted(spec.options.items())))
+        if key not in loaded:
+            loaded[key] = host.make_reward(spec.name, spec.options, device)
+        terms.append(Term(spec.name, spec.weight, loaded[key]))
+    return Composed(merged(terms))
+
+
+def _weighted(spec: RewardSpec, weight: float) -> RewardSpec:
+    return RewardSpec(spec.name, spec.weight * weight, spec.options)

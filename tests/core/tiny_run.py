@@ -1,0 +1,75 @@
+"""A short run on random weights, written as JSON: what the tests of invariance compare.
+
+    python tiny_run.py PIPELINE OUT.json [SETTING=VALUE ...]
+"""
+
+import json
+import sys
+from pathlib import Path
+
+import torch
+
+from nft_core.distributed import process_group, rank
+from nft_core.prompts import Prompt
+from nft_core.run import assemble
+from nft_core.settings import make_settings, parse_assignment
+from nft_core.train import train
+from nft_plugins import Scores
+from nft_solvers.sde import SDE
+
+LETTERS = "abcdefgh"
+
+
+def brightness(batch):
+    """Red minus blue; one image in seven is marked invalid, by its own content."""
+    red, _, blue = batch.images.mean((2, 3)).unbind(1)
+    values = (red - blue).float()
+    return Scores(values, (values * 1e4).long() % 7 != 0)
+
+
+def main(folder, out, *assignments):
+    torch.set_num_threads(1)
+    settings = make_settings(
+        {
+            "model": folder,
+            "rewards": ["brightness"],
+            "epochs": 2,
+            "steps": 3,
+            "group_size": 4,
+            "prompts_per_epoch": 4,
+            "train_times_count": 2,
+            "lora_rank": 4,
+            "lr": 1e-3,
+            "kl_weight": 0.1,
+            "max_sequence_length": 8,
+            "eval_every": 1,
+            "eval_images": 2,
+            "rollout_batch": 8,
+        },
+        dict(parse_assignment(a) for a in assignments),
+    )
+    records = []
+
+    def observe(hook, **arguments):
+        if "record" in arguments:
+            records.append(arguments["record"])
+
+    prompts = [Prompt(f"{a} {b}", {}) for a in LETTERS[:3] for b in LETTERS[3:6]]
+    held_out = [Prompt(f"{a} a", {}) for a in LETTERS[6:]]
+    device = torch.device("cpu")
+    with process_group(device):
+        from nft_core.models.sd3 import SD3
+
+        model = SD3(folder, max_sequence_length=8)
+        training = assemble(
+            settings, model, brightness, SDE(), prompts, held_out, device, observe, Path(out).parent
+        )
+        training.save = lambda epoch, step: None
+        train(training)
+        if rank() == 0:
+            weights = [float(p.double().sum()) for p in training.policy.parameters]
+            Path(out).write_text(json.dumps({"records": records, "weights": weights}))
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
