@@ -1,0 +1,36 @@
+"""CLIPScore: agreement of image and prompt. Several definitions share the name; the choice is by `variant`.
+
+Source: Hessel et al., arXiv 2104.08718; openai/clip-vit-large-patch14 (MIT).
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from nft_plugins import Batch, Scores
+
+from .clip import load_clip
+
+
+class CLIPScore:
+    """`variant="cosine"`, as in DiffusionNFT: the cosine, about 0.2 to 0.35. `"hessel"`, the paper's:
+    `2.5 max(cos, 0)` with "A photo depicts " before the prompt (its figures are for ViT-B/32).
+
+    checkpoint: hub id or folder of a CLIPModel in safetensors. Raises OSError without the files.
+    """
+
+    def __init__(
+        self,
+        checkpoint: str = "openai/clip-vit-large-patch14",
+        *,
+        variant: Literal["cosine", "hessel"] = "cosine",
+        device: str = "cpu",
+    ) -> None:
+        self.clip = load_clip(checkpoint, checkpoint, device)
+        self.variant = variant
+
+    def __call__(self, batch: Batch) -> Scores:
+        if self.variant == "cosine":
+            return Scores.of(self.clip.cosine(batch, batch.prompts))
+        prompts = [f"A photo depicts {prompt}" for prompt in batch.prompts]
+        return Scores.of(2.5 * self.clip.cosine(batch, prompts).clamp_min(0))

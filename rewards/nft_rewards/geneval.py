@@ -1,0 +1,208 @@
+"""GenEval: does the image show the objects, counts, colours and positions that the prompt asks for?
+
+An evaluator over detections, which come from any detector. Source: Ghosh et al., arXiv 2310.11513, and
+its published evaluator; `soft` is the score that Flow-GRPO (arXiv 2505.05470) and DiffusionNFT optimise.
+"""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal, NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+from nft_plugins import Batch, PromptError, Scores
+
+THRESHOLD = 0.3
+COUNTING_THRESHOLD = 0.9
+MAX_OBJECTS = 16
+RELATIONS = ("left of", "right of", "above", "below")
+
+
+class Detected(Protocol):
+    """An object in an image: its class, the detector's confidence in [0, 1], its box (x0, y0, x1, y1) in
+    pixels with y downwards, and its colour, or None where that is unknown."""
+
+    label: str
+    score: float
+    box: tuple[float, float, float, float]
+    color: str | None
+
+
+class Detector(Protocol):
+    def detect(self, images: Tensor) -> Sequence[Sequence[Detected]]:
+        """Objects of each image of `[B, H, W, 3]` uint8, RGB."""
+        ...
+
+
+class Outcome(NamedTuple):
+    """strict and lenient: 1 or 0. soft: the mean of the components, in [0, 1] unless variant is `nft`."""
+
+    strict: float
+    lenient: float
+    soft: float
+
+
+def check_metadata(metadata: Mapping[str, Any]) -> None:
+    """Raise PromptError for metadata that is not GenEval's."""
+    include = metadata.get("include")
+    if not isinstance(include, (list, tuple)) or not include:
+        raise PromptError('needs metadata include: [{"class": ..., "count": ...}, ...]')
+    for i, clause in enumerate([*include, *metadata.get("exclude", ())]):
+        if not isinstance(clause, Mapping) or not isinstance(clause.get("class"), str):
+            raise PromptError(f"clause {i} of include and exclude needs a class, got {clause!r}")
+        if type(clause.get("count")) is not int or clause["count"] < 1:
+            raise PromptError(f"clause {i} needs a count of 1 or more, got {clause!r}")
+        if "position" in clause:
+            relation, target = clause["position"]
+            if relation not in RELATIONS or not 0 <= target < i:
+                raise PromptError(
+                    f"clause {i}: position is [relation, index of an earlier clause] with a relation of "
+                    f"{', '.join(RELATIONS)}, got {clause['position']!r}"
+                )
+
+
+def relations(a: Detected, b: Detected) -> set[str]:
+    """What a is to b: none, one or two of `left of`, `right of`, `above`, `below`."""
+    (ax, ay, aw, ah), (bx, by, bw, bh) = centre_and_size(a), centre_and_size(b)
+    dx, dy = ax - bx, ay - by
+    norm = (dx * dx + dy * dy) ** 0.5
+    if norm == 0:
+        return set()
+    rx, ry = (
+        max(abs(d) - 0.1 * (size_a + size_b), 0) * (1 if d > 0 else -1) / norm
+        for d, size_a, size_b in ((dx, aw, bw), (dy, ah, bh))
+    )
+    holds = {"left of": rx < -0.5, "right of": rx > 0.5, "above": ry < -0.5, "below": ry > 0.5}
+    return {relation for relation, true in holds.items() if true}
+
+
+def centre_and_size(d: Detected) -> tuple[float, float, float, float]:
+    x0, y0, x1, y1 = d.box
+    return (x0 + x1) / 2, (y0 + y1) / 2, x1 - x0, y1 - y0
+
+
+def by_class(detections: Sequence[Detected], threshold: float) -> dict[str, list[Detected]]:
+    """Confident detections of each class, the best first, 16 at most."""
+    classes: dict[str, list[Detected]] = {}
+    for d in sorted(detections, key=lambda d: -d.score):
+        if d.score > threshold and len(classes.setdefault(d.label, [])) < MAX_OBJECTS:
+            classes[d.label].append(d)
+    return classes
+
+
+def evaluate(
+    detections: Sequence[Detected], metadata: Mapping[str, Any], variant: Literal["corrected", "nft"] = "corrected"
+) -> Outcome:
+    """One image's outcome.
+
+    variant of the soft score: `nft` is the published one, whose count term has no floor and in which a
+    wrong relation adds a 0 and then a 1; `corrected` floors the term at 0 and counts the relation once.
+    """
+    threshold = COUNTING_THRESHOLD if metadata.get("tag") == "counting" else THRESHOLD
+    classes = by_class(detections, threshold)
+    soft, strict = _soft_and_strict(classes, metadata["include"], variant)
+    return Outcome(strict, float(_lenient(classes, metadata)), soft)
+
+
+def _soft_and_strict(
+    classes: Mapping[str, Sequence[Detected]], include: Sequence[Mapping[str, Any]], variant: str
+) -> tuple[float, float]:
+    """Exactly `count` objects of each class are asked for; `exclude` plays no part."""
+    components: list[float] = []
+    correct = True
+    found_before: list[Sequence[Detected]] = []
+    for clause in include:
+        count, found = clause["count"], classes.get(clause["class"], [])
+        term = 1 - abs(count - len(found)) / count
+        components.append(term if variant == "nft" else max(term, 0.0))
+        if len(found) != count:
+            correct = False
+            if "color" in clause or "position" in clause:
+                components.append(0.0)
+        else:
+            if "color" in clause:
+                share = sum(d.color == clause["color"] for d in found) / count
+                components.append(share)
+                correct &= share == 1
+            if "position" in clause:
+                relation, target = clause["position"]
+                others = found_before[target]
+                holds = bool(others) and all(relation in relations(d, o) for d in found for o in others)
+                components += [0.0, 1.0] if variant == "nft" and others and not holds else [float(holds)]
+                correct &= holds
+        found_before.append(found)
+    return sum(components) / len(components), float(correct)
+
+
+def _lenient(classes: Mapping[str, Sequence[Detected]], metadata: Mapping[str, Any]) -> bool:
+    """The benchmark's own rule: at least `count` objects, of which the best `count` are looked at."""
+    correct = True
+    matched: list[Sequence[Detected]] = []
+    for clause in metadata["include"]:
+        found = classes.get(clause["class"], [])[: clause["count"]]
+        right = len(found) == clause["count"]
+        if right and "color" in clause:
+            right = all(d.color == clause["color"] for d in found)
+        if right and "position" in clause:
+            relation, target = clause["position"]
+            others = matched[target]
+            right = bool(others) and all(relation in relations(d, o) for d in found for o in others)
+        correct &= right
+        matched.append(found if right else ())
+    for clause in metadata.get("exclude", ()):
+        correct &= len(classes.get(clause["class"], ())) < clause["count"]
+    return correct
+
+
+class GenEval:
+    """Values: `score="soft"`, in [0, 1], or `"strict"`, 0 or 1. Details: `strict`, `lenient`, `soft`.
+
+    detector: `module:attribute` of a class with `detect` (see `Detector`), which is given `device` if it
+        takes it. There is no default in this version: `--tiny` sets the embedded world's.
+    variant: of the soft score; see `evaluate`.
+    Raises ValueError without a detector, and PromptError for metadata that is not GenEval's.
+    """
+
+    def __init__(
+        self,
+        detector: str | None = None,
+        *,
+        score: Literal["soft", "strict"] = "soft",
+        variant: Literal["corrected", "nft"] = "corrected",
+        device: str = "cpu",
+    ) -> None:
+        if not detector or ":" not in detector:
+            raise ValueError(
+                "geneval needs detector=module:attribute, a class with detect(images) -> detections; "
+                f"--tiny brings one for its own world, got {detector!r}"
+            )
+        module, _, attribute = detector.partition(":")
+        try:
+            factory = getattr(importlib.import_module(module), attribute)
+        except (ImportError, AttributeError) as error:
+            raise ValueError(f"cannot import detector={detector!r}: {error}") from error
+        takes_device = "device" in inspect.signature(factory).parameters
+        self.detector: Detector = factory(device=device) if takes_device else factory()
+        self.score, self.variant = score, variant
+
+    def check_prompt(self, prompt: str, metadata: Mapping[str, Any]) -> None:
+        try:
+            check_metadata(metadata)
+        except (TypeError, ValueError) as error:
+            raise PromptError(f"{error} (prompt {prompt!r})") from error
+
+    def __call__(self, batch: Batch) -> Scores:
+        for prompt, metadata in zip(batch.prompts, batch.metadata, strict=True):
+            self.check_prompt(prompt, metadata)
+        images = self.detector.detect(batch.uint8.permute(0, 2, 3, 1))
+        outcomes = [
+            evaluate(detections, metadata, self.variant)
+            for detections, metadata in zip(images, batch.metadata, strict=True)
+        ]
+        strict, lenient, soft = torch.tensor(outcomes, dtype=torch.float32).view(-1, 3).T
+        values = soft if self.score == "soft" else strict
+        return Scores.of(values, strict=strict, lenient=lenient, soft=soft)

@@ -1,0 +1,159 @@
+"""OCR: how much of the words that the prompt asks for can be read in the image.
+
+`1 - min(d, n) / n`, with d the Levenshtein distance between what was read and the target of n
+characters, both without spaces and in lower case; d = 0 where the target is contained in what was read.
+Source: Flow-GRPO, arXiv 2505.05470, section 5, and its published code.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import re
+import unicodedata
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
+from queue import SimpleQueue
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+import torch
+from PIL import Image
+
+from nft_plugins import Batch, PromptError, Scores
+
+#: Straight, typographic and low-high double quotes, and guillemets.
+QUOTED = re.compile('["“”„‟«](.*?)["“”‟»]')
+APOSTROPHES = str.maketrans("‘’‚‛`´", "''''''")
+
+
+def target_text(prompt: str, metadata: Mapping[str, Any]) -> str:
+    """The words to be read: metadata `text`, or else all quoted words of the prompt, in order.
+
+    Raises PromptError where there are none.
+    """
+    if "text" in metadata:
+        text = metadata["text"]
+        if not isinstance(text, str) or not text.strip():
+            raise PromptError(f"metadata text must be a string that is not empty, got {text!r}")
+        return text
+    text = " ".join(part.strip() for part in QUOTED.findall(prompt))
+    if not text.strip():
+        raise PromptError(
+            f"no words to read: expected metadata text or words in double quotes, got {prompt!r}"
+        )
+    return text
+
+
+def folded(text: str, normalise: bool) -> str:
+    """Without white space and in lower case; compatibility forms and apostrophes made alike if `normalise`."""
+    if normalise:
+        text = unicodedata.normalize("NFKC", text).translate(APOSTROPHES)
+    return "".join(text.split()).lower()
+
+
+class Match(NamedTuple):
+    value: float
+    distance: float
+    exact: float
+
+
+def match(read: str, target: str, *, contains: bool = True, spam_penalty: float = 0.0) -> Match:
+    """The score of folded texts; target must not be empty.
+
+    contains: a target that stands in what was read counts as read (the published rule).
+    spam_penalty: taken off for each character beyond the target, as a share of the target's length.
+    """
+    from rapidfuzz.distance import Levenshtein
+
+    n = len(target)
+    distance = 0 if contains and target in read else min(Levenshtein.distance(read, target), n)
+    value = 1 - distance / n - spam_penalty * max(len(read) - n, 0) / n
+    return Match(max(value, 0.0), float(distance), float(read == target))
+
+
+class OCR:
+    """Values from 0 to 1. Details: `exact` (1 where exactly the target was read) and `distance`.
+
+    variant: `nft`, the published rule; `strict` gives no full marks to a target among other letters.
+    normalise: fold Unicode forms (NFKC) and apostrophes before comparing.
+    upscale: enlarge images before reading; small letters need it.
+    spam_penalty: 0 as published; above, letters beyond the target cost that share of its length each.
+    workers: engines that read side by side; 0: one for each of this process's cores.
+    An image on which the engine fails is invalid; one without any text was read as "".
+    """
+
+    def __init__(
+        self,
+        *,
+        engine: Literal["rapidocr"] = "rapidocr",
+        variant: Literal["nft", "strict"] = "nft",
+        normalise: bool = True,
+        upscale: int = 1,
+        spam_penalty: float = 0.0,
+        workers: int = 0,
+    ) -> None:
+        if upscale < 1 or workers < 0 or spam_penalty < 0:
+            raise ValueError("upscale must be at least 1, workers and spam_penalty at least 0")
+        self.variant, self.normalise = variant, normalise
+        self.upscale, self.spam_penalty = upscale, spam_penalty
+        share = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+        self.workers = workers or max(1, len(os.sched_getaffinity(0)) // share)
+        # An engine is not safe to share between threads; onnxruntime frees the interpreter while it reads.
+        self.engines: SimpleQueue[Any] = SimpleQueue()
+        for _ in range(self.workers):
+            self.engines.put(rapidocr())
+        self.pool = ThreadPoolExecutor(self.workers, "ocr")
+
+    def check_prompt(self, prompt: str, metadata: Mapping[str, Any]) -> None:
+        if not folded(target_text(prompt, metadata), self.normalise):
+            raise PromptError(f"no words to read in {prompt!r}")
+
+    def __call__(self, batch: Batch) -> Scores:
+        pairs = zip(batch.prompts, batch.metadata, strict=True)
+        targets = [folded(target_text(prompt, metadata), self.normalise) for prompt, metadata in pairs]
+        texts = list(self.pool.map(self.read, batch.uint8.permute(0, 2, 3, 1).cpu().numpy()))
+        rows = [
+            Match(np.nan, np.nan, np.nan)
+            if text is None
+            else match(
+                folded(text, self.normalise),
+                target,
+                contains=self.variant == "nft",
+                spam_penalty=self.spam_penalty,
+            )
+            for text, target in zip(texts, targets, strict=True)
+        ]
+        values, distance, exact = torch.tensor(rows, dtype=torch.float32).view(-1, 3).T
+        return Scores(values, values.isfinite(), {"exact": exact, "distance": distance})
+
+    def read(self, image: np.ndarray) -> str | None:
+        """The text of an RGB image `[H, W, 3]` uint8; None where the engine failed."""
+        if self.upscale > 1:
+            height, width = image.shape[:2]
+            size = (width * self.upscale, height * self.upscale)
+            image = np.asarray(Image.fromarray(image).resize(size, Image.Resampling.BICUBIC))
+        engine = self.engines.get()
+        try:
+            # The engine takes OpenCV's order of channels.
+            result = engine(np.ascontiguousarray(image[..., ::-1]))
+        except Exception as error:
+            logging.getLogger(__name__).warning("OCR failed on an image, which is marked invalid: %s", error)
+            return None
+        finally:
+            self.engines.put(engine)
+        return " ".join(result.txts or ())
+
+
+def rapidocr() -> Any:
+    """RapidOCR with the PP-OCR models of its wheel, one thread, without the classifier of upside-down lines."""
+    # Its logger writes a line for every blank image.
+    logging.getLogger("RapidOCR").setLevel(logging.ERROR)
+    from rapidocr import RapidOCR
+
+    # The detector enlarges images whose short side is below this; beyond it they are read as they come.
+    limits = {"Det.limit_side_len": 128, "Det.limit_type": "min", "Global.use_cls": False}
+    threads = {"EngineConfig.onnxruntime.intra_op_num_threads": 1}
+    engine = RapidOCR(params={**limits, **threads, "Global.log_level": "error"})
+    logging.getLogger("RapidOCR").setLevel(logging.ERROR)
+    return engine

@@ -1,0 +1,37 @@
+"""PickScore: `exp(logit_scale) * cos(image, prompt)` of a CLIP ViT-H/14 tuned on human choices.
+
+Source: arXiv 2305.01569, section 4; yuvalkirstain/PickScore_v1 (MIT).
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from nft_plugins import Batch, Scores
+
+from .clip import load_clip
+
+CHECKPOINT = "yuvalkirstain/PickScore_v1"
+PROCESSOR = "laion/CLIP-ViT-H-14-laion2B-s32B-b79K"
+
+
+class PickScore:
+    """Values of about 18 to 24; `variant="nft"` divides by 26, as the DiffusionNFT runs did.
+
+    checkpoint: hub id or folder of a CLIPModel in safetensors; a folder brings its own processor.
+    Prompts beyond the checkpoint's text length (77 tokens) are cut. Raises OSError without the files.
+    """
+
+    def __init__(
+        self,
+        checkpoint: str = CHECKPOINT,
+        *,
+        variant: Literal["original", "nft"] = "original",
+        device: str = "cpu",
+    ) -> None:
+        processor = PROCESSOR if checkpoint == CHECKPOINT else checkpoint
+        self.clip = load_clip(checkpoint, processor, device)
+        self.scale = self.clip.logit_scale / (26 if variant == "nft" else 1)
+
+    def __call__(self, batch: Batch) -> Scores:
+        return Scores.of(self.scale * self.clip.cosine(batch, batch.prompts))
