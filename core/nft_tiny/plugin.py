@@ -1,0 +1,50 @@
+"""The preset `tiny`: the embedded world, registered as any plug-in could register its own."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+from nft_plugins import Preset, hookimpl
+
+DATA = Path(__file__).parent / "data"
+CLIP = {"checkpoint": str(DATA / "clip")}
+
+
+@hookimpl
+def nft_register_presets(register: Callable[[Preset], None]) -> None:
+    register(
+        Preset(
+            name="tiny",
+            summary="a small real text-to-image model of coloured shapes and short words, for a laptop's CPU",
+            settings={
+                "model": str(DATA / "pipeline"),
+                "prompts": str(DATA / "train.jsonl"),
+                "eval_prompts": str(DATA / "eval.jsonl"),
+                # Shapes and words are different prompts: each run takes those that its rewards can score.
+                "unscorable": "drop",
+                "max_sequence_length": 0,
+                "lora_rank": 0,
+                "lr": 3e-4,
+                "warmup": 10,
+                "steps": 8,
+                "group_size": 12,
+                "prompts_per_epoch": 16,
+                "updates_per_epoch": 2,
+                "train_times_count": 2,
+                "microbatch": 96,
+                "rollout_batch": 96,
+                "eval_images": 11,
+                "eval_every": 20,
+                "checkpoint_every": 0,
+                "epochs": 100,
+            },
+            rewards={
+                "pickscore": CLIP,
+                "clipscore": CLIP,
+                "geneval": {"detector": "nft_tiny.detector:ShapeDetector"},
+                # Letters 12 px high are too small for the engine.
+                "ocr": {"upscale": 4},
+            },
+        )
+    )

@@ -1,0 +1,119 @@
+"""The embedded world: 32 x 32 px scenes of flat coloured shapes, and signs with three-letter words."""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from typing import Any, NamedTuple
+
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont
+
+SIDE = 32
+BACKGROUND = (40, 40, 46)
+SHAPES = ("circle", "square", "triangle", "cross")
+COLORS = {
+    "red": (225, 45, 45),
+    "yellow": (240, 205, 40),
+    "green": (45, 175, 70),
+    "blue": (45, 105, 235),
+    "purple": (160, 60, 200),
+    "white": (240, 240, 240),
+}
+RELATIONS = ("left of", "right of", "above", "below")
+NUMBERS = {2: "two", 3: "three", 4: "four"}
+#: Pixels between the outlines of two shapes, at least.
+GAP = 2.0
+#: Drawn larger and then averaged, for smooth edges.
+OVERSAMPLE = 4
+
+
+class Shape(NamedTuple):
+    """One shape of a scene: its centre and half-size in pixels."""
+
+    kind: str
+    color: str
+    x: float
+    y: float
+    radius: float
+
+
+def outline(kind: str, x: float, y: float, r: float, arm: float = 1 / 3) -> list[tuple[float, float]]:
+    """The polygon of a shape; a circle has none. arm: half the width of a cross's arms, as a share of r."""
+    if kind == "square":
+        return [(x - r, y - r), (x + r, y - r), (x + r, y + r), (x - r, y + r)]
+    if kind == "triangle":
+        return [(x, y - r), (x + r, y + r), (x - r, y + r)]
+    w = r * arm
+    return [
+        *((x - w, y - r), (x + w, y - r), (x + w, y - w), (x + r, y - w), (x + r, y + w), (x + w, y + w)),
+        *((x + w, y + r), (x - w, y + r), (x - w, y + w), (x - r, y + w), (x - r, y - w), (x - w, y - w)),
+    ]
+
+
+def draw(shapes: list[Shape]) -> np.ndarray:
+    """`[32, 32, 3]` uint8."""
+    image = Image.new("RGB", (SIDE * OVERSAMPLE,) * 2, BACKGROUND)
+    pen = ImageDraw.Draw(image)
+    for shape in shapes:
+        x, y, r = (v * OVERSAMPLE for v in shape[2:])
+        if shape.kind == "circle":
+            pen.ellipse((x - r, y - r, x + r, y + r), fill=COLORS[shape.color])
+        else:
+            pen.polygon(outline(shape.kind, x, y, r), fill=COLORS[shape.color])
+    return np.asarray(image.resize((SIDE, SIDE), Image.Resampling.BOX))
+
+
+@lru_cache(maxsize=1)
+def _font() -> Any:
+    return ImageFont.load_default(size=14)
+
+
+def draw_word(word: str) -> np.ndarray:
+    """`[32, 32, 3]` uint8: white letters in three fixed cells across the middle."""
+    image = Image.new("RGB", (SIDE, SIDE), BACKGROUND)
+    pen = ImageDraw.Draw(image)
+    for i, letter in enumerate(word):
+        pen.text((6.5 + 9.5 * i, 16), letter, font=_font(), fill=COLORS["white"], anchor="mm")
+    return np.asarray(image)
+
+
+def _place(rng: np.random.Generator, radii: list[float]) -> list[tuple[float, float]]:
+    """Centres of shapes that do not touch one another or the edge."""
+    while True:
+        centres: list[tuple[float, float]] = []
+        for r in radii:
+            x, y = rng.uniform(r + 1, SIDE - r - 1, 2)
+            near = any(
+                max(abs(x - a), abs(y - b)) < r + s + GAP
+                for (a, b), s in zip(centres, radii, strict=False)
+            )
+            if near:
+                break
+            centres.append((float(x), float(y)))
+        else:
+            return centres
+
+
+def _related(rng: np.random.Generator, radii: list[float], relation: str) -> list[tuple[float, float]]:
+    """Two centres of which the second is clearly `relation` the first."""
+    while True:
+        (x0, y0), (x1, y1) = centres = _place(rng, radii)
+        along, across = (x1 - x0, y1 - y0) if relation in ("left of", "right of") else (y1 - y0, x1 - x0)
+        sign = -1 if relation in ("left of", "above") else 1
+        if along * sign >= 11 and abs(across) <= 8:
+            return centres
+
+
+def render(metadata: dict[str, Any], rng: np.random.Generator) -> np.ndarray:
+    """A scene that meets GenEval-style metadata; what the metadata leaves open is drawn at random."""
+    if "text" in metadata:
+        return draw_word(metadata["text"])
+    wanted: list[tuple[str, str]] = []
+    for clause in metadata["include"]:
+        color = clause.get("color") or str(rng.choice(list(COLORS)))
+        wanted += [(clause["class"], color)] * clause["count"]
+    low, high = {1: (6, 9.5), 2: (4.5, 6.5)}.get(len(wanted), (4, 5.2))
+    radii = [float(r) for r in rng.uniform(low, high, len(wanted))]
+    relation = next((c["position"][0] for c in metadata["include"] if "position" in c), None)
+    centres = _related(rng, radii, relation) if relation else _place(rng, radii)
+    return draw([Shape(k, c, x, y, r) for (k, c), (x, y), r in zip(wanted, centres, radii, strict=True)])
