@@ -51,6 +51,7 @@ def run(settings: Settings, folder: Path, host: Host, say: Callable[[str], None]
     from .composer import compose
     from .distributed import process_group, rank
 
+    quiet_libraries()
     device = pick_device(settings.device)
     with process_group(device):
         reward = compose(specs, host=host, device=str(device))
@@ -65,7 +66,7 @@ def run(settings: Settings, folder: Path, host: Host, say: Callable[[str], None]
         else:
             observe = silent
         training = assemble(settings, model, reward, solver, prompts, held_out, device, observe, folder)
-        observe("nft_run_started", run=described)
+        observe("nft_run_started")
         error: BaseException | None = None
         try:
             from .train import train
@@ -76,6 +77,16 @@ def run(settings: Settings, folder: Path, host: Host, say: Callable[[str], None]
             raise
         finally:
             observe("nft_run_finished", error=error)
+
+
+def quiet_libraries() -> None:
+    """diffusers and transformers show a bar for every file and warn of parts that are not used here."""
+    import diffusers.utils.logging
+    import transformers.utils.logging
+
+    for library in (diffusers, transformers):
+        library.utils.logging.set_verbosity_error()
+        library.utils.logging.disable_progress_bar()
 
 
 def reward_specs(settings: Settings, host: Host) -> list[RewardSpec]:

@@ -30,7 +30,6 @@ COLOR_SHARE = 0.75
 #: Intersection over union with the shape's own outline, at least.
 MIN_IOU = 0.75
 MIN_AREA = 16
-MAX_CORNERS = 0.15
 MAX_ASPECT = 1.67
 
 
@@ -99,14 +98,15 @@ def recognise(
     label = max(overlaps, key=lambda kind: overlaps[kind])
     if label in ("circle", "cross"):
         # Arms one pixel too wide, by rounding, overlap a circle's outline well; the corners tell.
-        label = "cross" if corners(mask) < MAX_CORNERS else "circle"
+        full = corners(templates("circle", width, height)[0])
+        label = "cross" if corners(mask) < full / 2 else "circle"
     if overlaps[label] < MIN_IOU:
         return None
     return label, NAMES[nearest], (float(top), float(bottom), float(left), float(right))
 
 
 def corners(mask: np.ndarray) -> float:
-    """Share of the four corners, each a third of the sides, that is covered: 0 of a cross, 0.45 of a circle."""
+    """Share of the four corners, each a third of the sides, that is covered: none of a cross."""
     h, w = max(mask.shape[0] // 3, 1), max(mask.shape[1] // 3, 1)
     parts = (mask[:h, :w], mask[:h, -w:], mask[-h:, :w], mask[-h:, -w:])
     return float(np.mean([part.mean() for part in parts]))

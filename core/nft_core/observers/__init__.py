@@ -1,0 +1,13 @@
+"""The built-in observers of a run: they see the same hooks as a stranger's."""
+
+from __future__ import annotations
+
+
+def builtin() -> list[object]:
+    """The console, `metrics.jsonl`, the pictures and the report, in the order in which they are told."""
+    from .console import Console
+    from .metrics import Metrics
+    from .report import Report
+    from .samples import Samples
+
+    return [Metrics(), Samples(), Report(), Console()]

@@ -1,0 +1,105 @@
+"""What a person sees of a run: live bars in a terminal, plain lines elsewhere, a table at the end."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console as Terminal
+from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+from nft_plugins import Run, hookimpl
+
+
+class Console:
+    """Follows a run on standard output."""
+
+    def __init__(self) -> None:
+        self.terminal = Terminal(highlight=False, soft_wrap=True)
+        self.base: Mapping[str, Any] | None = None
+        self.latest: Mapping[str, Any] | None = None
+        self.checkpoint: Path | None = None
+        self.bars: Progress | None = None
+
+    @hookimpl
+    def nft_run_started(self, run: Run) -> None:
+        self.say(f"Writing to {run.folder}")
+        if self.terminal.is_terminal:
+            columns = (TextColumn("{task.description:<10}"), BarColumn(24), TextColumn("{task.fields[note]}"))
+            self.bars = Progress(*columns, TimeRemainingColumn(compact=True), console=self.terminal)
+            self.epochs: TaskID = self.bars.add_task("epoch", total=run.epochs, note="")
+            self.phase: TaskID = self.bars.add_task("eval", total=None, note="")
+            self.bars.start()
+
+    @hookimpl
+    def nft_progress(self, run: Run, phase: str, done: int, total: int) -> None:
+        if self.bars:
+            note = f"{done}/{total} images"
+            self.bars.update(self.phase, description=phase, completed=done, total=total, note=note)
+
+    @hookimpl
+    def nft_epoch_finished(self, run: Run, record: Mapping[str, Any]) -> None:
+        line = f"epoch {record['epoch']:>4}/{run.epochs}  {means(record)}"
+        line += f"  loss {record['loss']:.3f}  grad {record['grad_norm']:.2f}  {record['images_per_second']:.1f} img/s"
+        left = (run.epochs - record["epoch"]) * record["epoch_seconds"]
+        if self.bars:
+            self.bars.update(self.epochs, completed=record["epoch"], note=f"{means(record)}")
+        else:
+            self.say(f"{line}  {clock(left)} left")
+
+    @hookimpl
+    def nft_eval_finished(self, run: Run, record: Mapping[str, Any]) -> None:
+        self.base = self.base or record
+        self.latest = record
+        change = f"  (base {means(self.base)})" if record is not self.base else ""
+        self.say(f"eval at epoch {record['epoch']}: {means(record)}{change}")
+
+    @hookimpl
+    def nft_checkpoint_saved(self, run: Run, folder: Path) -> None:
+        self.checkpoint = folder
+
+    @hookimpl
+    def nft_run_finished(self, run: Run, error: BaseException | None) -> None:
+        if self.bars:
+            self.bars.stop()
+        if self.base is None or self.latest is None:
+            return
+        table = Table(title=f"{self.base['images']} held-out images, same prompts and noise")
+        for title in ("", "base", f"epoch {self.latest['epoch']}", "change"):
+            table.add_column(title, justify="left" if not title else "right")
+        base, now = (figures(record) for record in (self.base, self.latest))
+        for name in base:
+            before, after = base[name], now.get(name)
+            change = f"{after - before:+.4g}" if before is not None and after is not None else ""
+            table.add_row(name, show(before), show(after), change)
+        self.terminal.print(table)
+        self.say(f"Pictures: {run.folder / 'samples'}    figures: {run.folder / 'metrics.jsonl'}")
+        if self.checkpoint:
+            self.say(f"Weights:  {self.checkpoint}")
+
+    def say(self, text: str) -> None:
+        (self.bars.console if self.bars else self.terminal).print(text, markup=False)
+
+
+def figures(record: Mapping[str, Any]) -> dict[str, float | None]:
+    """Means of the rewards, then of their details, then the total where there are several rewards."""
+    rewards = {name: r["mean"] for name, r in record["rewards"].items()}
+    total = {"total": rewards.pop("total")}
+    return rewards | record.get("details", {}) | (total if len(rewards) > 1 else {})
+
+
+def means(record: Mapping[str, Any]) -> str:
+    rewards = {name: r["mean"] for name, r in record["rewards"].items() if name != "total"}
+    return "  ".join(f"{name} {show(mean)}" for name, mean in rewards.items())
+
+
+def show(value: float | None) -> str:
+    return "-" if value is None else f"{value:.4g}"
+
+
+def clock(seconds: float) -> str:
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"

@@ -1,0 +1,110 @@
+"""`samples/`: the same held-out prompts from the same noise at every evaluation, as labelled grids."""
+
+from __future__ import annotations
+
+import textwrap
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from PIL import Image, ImageDraw, ImageFont
+
+from nft_plugins import Batch, Run, Scores, hookimpl
+
+#: Pictures a grid, and in a row of it.
+COUNT, ROW = 12, 6
+CELL, MARGIN, CAPTION = 176, 14, 62
+PAPER, INK, FAINT = (255, 255, 255), (32, 33, 36), (110, 113, 120)
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One picture with its prompt and its score."""
+
+    image: Image.Image
+    prompt: str
+    score: str
+
+
+class Samples:
+    """Writes `epoch-NNNN.png` at each evaluation, and `before-after.png` from the second on."""
+
+    def __init__(self) -> None:
+        self.base: list[Sample] = []
+
+    @hookimpl
+    def nft_eval_finished(self, run: Run, record: Mapping[str, Any], batch: Batch, scores: Scores) -> None:
+        epoch = record["epoch"]
+        chosen = choose(batch, scores)
+        folder = run.folder / "samples"
+        folder.mkdir(exist_ok=True)
+        save(grid([chosen], [f"epoch {epoch}"]), folder / f"epoch-{epoch:04d}.png")
+        if not self.base:
+            self.base = chosen
+        else:
+            both = grid([self.base[:ROW], chosen[:ROW]], ["base model", f"epoch {epoch}"])
+            save(both, folder / "before-after.png")
+
+
+def choose(batch: Batch, scores: Scores) -> list[Sample]:
+    """The first image of up to 12 prompts, spread evenly over the file."""
+    groups = batch.groups.tolist()
+    first = [i for i, g in enumerate(groups) if i == 0 or groups[i - 1] != g]
+    count = min(COUNT, len(first))
+    indices = [first[i * len(first) // count] for i in range(count)]
+    parts = {name: part.scores for name, part in scores.parts.items()} or {"score": scores}
+    samples = []
+    for i in indices:
+        pixels = (batch.images[i] * 255).round().clamp(0, 255).byte().permute(1, 2, 0).cpu().numpy()
+        values = [f"{n} {float(s.values[i]):.3g}" if s.valid[i] else f"{n} invalid" for n, s in parts.items()]
+        samples.append(Sample(fitted(Image.fromarray(pixels)), batch.prompts[i], ", ".join(values)))
+    return samples
+
+
+def fitted(image: Image.Image) -> Image.Image:
+    """The image in a cell: small ones enlarged by whole pixels, large ones reduced."""
+    longest = max(image.size)
+    if longest * 2 <= CELL:
+        factor = CELL // longest
+        return image.resize((image.width * factor, image.height * factor), Image.Resampling.NEAREST)
+    return Image.Image.copy(image) if longest <= CELL else _thumbnail(image)
+
+
+def _thumbnail(image: Image.Image) -> Image.Image:
+    image = image.copy()
+    image.thumbnail((CELL, CELL), Image.Resampling.LANCZOS)
+    return image
+
+
+def grid(rows: list[list[Sample]], titles: list[str]) -> Image.Image:
+    """Titled blocks of pictures, six in a row, each over its prompt and score."""
+    lines = [(title, row[i : i + ROW] if row else []) for title, row in zip(titles, rows, strict=True) for i in range(0, len(row), ROW)]
+    columns = max(len(row) for _, row in lines)
+    width = MARGIN + columns * (CELL + MARGIN)
+    height = MARGIN + len(lines) * (26 + CELL + CAPTION)
+    sheet = Image.new("RGB", (width, height), PAPER)
+    pen = ImageDraw.Draw(sheet)
+    title_font, font, small = (ImageFont.load_default(size) for size in (17, 13, 11))
+    y, said = MARGIN // 2, ""
+    for title, row in lines:
+        if title != said:
+            pen.text((MARGIN, y), title, INK, title_font)
+            said = title
+        for column, sample in enumerate(row):
+            x = MARGIN + column * (CELL + MARGIN)
+            sheet.paste(sample.image, (x, y + 26))
+            text = textwrap.wrap(sample.prompt, 27)
+            text = text if len(text) <= 2 else [text[0], text[1][:24] + " ..."]
+            for i, line in enumerate(text):
+                pen.text((x, y + 30 + CELL + 15 * i), line, INK, font)
+            pen.text((x, y + 32 + CELL + 15 * len(text)), sample.score, FAINT, small)
+        y += 26 + CELL + CAPTION
+    return sheet
+
+
+def save(image: Image.Image, path: Path) -> None:
+    """Whole or not at all."""
+    aside = path.with_name(f".{path.name}")
+    image.save(aside, format="PNG")
+    aside.replace(path)
