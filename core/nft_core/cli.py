@@ -40,20 +40,53 @@ for command in (plugins, rewards, solvers, models):
 
 
 @main.command()
-@click.option("--reward", "rewards_", metavar="SPEC", multiple=True, help="A reward, NAME[=WEIGHT][,KEY=VALUE...]; repeatable.")
-@click.option("--model", metavar="PATH|HUB_ID", help="A diffusers pipeline  [default: stabilityai/stable-diffusion-3.5-medium]")
-@click.option("--tiny", is_flag=True, help="The embedded world, short for --preset tiny: a small real model that trains on a CPU.")
+@click.option(
+    "--reward",
+    "rewards_",
+    metavar="SPEC",
+    multiple=True,
+    help="A reward, NAME[=WEIGHT][,KEY=VALUE...]; repeatable.",
+)
+@click.option(
+    "--model",
+    metavar="PATH|HUB_ID",
+    help="A diffusers pipeline  [default: stabilityai/stable-diffusion-3.5-medium]",
+)
+@click.option(
+    "--tiny",
+    is_flag=True,
+    help="The embedded world, short for --preset tiny: a small real model that trains on a CPU.",
+)
 @click.option("--preset", metavar="NAME", help="A named set of settings.")
-@click.option("--combine", type=click.Choice(["sum", "normalized"]), help="How rewards are joined.  [default: sum]")
+@click.option(
+    "--combine",
+    type=click.Choice(["sum", "normalized"]),
+    help="How rewards are joined.  [default: sum]",
+)
 @click.option("--solver", metavar="NAME", help="Solver of the rollouts; see `nft solvers`.  [default: dpm2]")
 @click.option("--prompts", metavar="FILE", help="Training prompts, .txt or .jsonl.")
 @click.option("--eval-prompts", metavar="FILE", help="Held-out prompts, .txt or .jsonl.")
 @click.option("--epochs", type=int, help="Rollouts followed by updates.")
 @click.option("--seed", type=int, help="Of everything random in the run.  [default: 0]")
 @click.option("--device", metavar="NAME", help="cpu, cuda, cuda:N or auto.  [default: auto]")
-@click.option("--out", type=click.Path(path_type=Path), help="The run's folder, new or empty.  [default: runs/REWARDS-TIME]")
-@click.option("--config", type=click.Path(path_type=Path), metavar="FILE.toml", help="Settings from a file, such as another run's run.toml.")
-@click.option("--set", "assignments", metavar="KEY=VALUE", multiple=True, help="Any setting; repeatable. docs/settings.md lists them.")
+@click.option(
+    "--out",
+    type=click.Path(path_type=Path),
+    help="The run's folder, new or empty.  [default: runs/REWARDS-TIME]",
+)
+@click.option(
+    "--config",
+    type=click.Path(path_type=Path),
+    metavar="FILE.toml",
+    help="Settings from a file, such as another run's run.toml.",
+)
+@click.option(
+    "--set",
+    "assignments",
+    metavar="KEY=VALUE",
+    multiple=True,
+    help="Any setting; repeatable. docs/settings.md lists them.",
+)
 def run(
     rewards_: tuple[str, ...],
     tiny: bool,
@@ -90,5 +123,7 @@ def run(
 
 def default_folder(rewards: list[str]) -> Path:
     """`runs/pickscore+ocr-20260131-235959`, in the folder the command is called from."""
-    names = "+".join("".join(c for c in r.split("=")[0].split(",")[0] if c.isalnum() or c in "_-") for r in rewards)
+    names = "+".join(
+        "".join(c for c in r.split("=")[0].split(",")[0] if c.isalnum() or c in "_-") for r in rewards
+    )
     return Path("runs") / f"{names[:60] or 'run'}-{datetime.now():%Y%m%d-%H%M%S}"

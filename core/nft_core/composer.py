@@ -164,14 +164,18 @@ def checked(name: str, member: Reward, batch: Batch) -> Scores:
 Loaded = dict[tuple[Any, ...], Reward]
 
 
-def reward(spec: str | Mapping[str, Any], *, host: Host | None = None, device: str = "cpu", **options: Any) -> Composed:
+def reward(
+    spec: str | Mapping[str, Any], *, host: Host | None = None, device: str = "cpu", **options: Any
+) -> Composed:
     """A registered reward by name or spec, with options: `reward("ocr", upscale=4)`.
 
     Raises UsageError for an unknown name or option and NftError for a reward that cannot be loaded.
     """
     parsed = parse_reward(spec)
     return compose(
-        [RewardSpec(parsed.name, parsed.weight, {**parsed.options, **options})], host=host, device=device
+        [RewardSpec(parsed.name, parsed.weight, {**parsed.options, **options})],
+        host=host,
+        device=device,
     )
 
 

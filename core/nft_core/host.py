@@ -129,7 +129,7 @@ class Host:
         self.manager.register(observer, name)
 
     def notify(self, hook: str, **arguments: Any) -> None:
-        """Tell every observer. One that raises is reported and dropped, and the run goes on; NftError stops it."""
+        """Tell every observer. One that raises is reported and dropped; only an NftError stops the run."""
         for implementation in reversed(getattr(self.manager.hook, hook).get_hookimpls()):
             wanted = {name: arguments[name] for name in implementation.argnames}
             try:
@@ -200,11 +200,7 @@ def attach(manager: pluggy.PluginManager, module: object, row: Plugin) -> bool:
         row.broken(" ".join(str(error).split()), mend)
         return False
     specified = {name for name in vars(hookspecs) if name.startswith("nft_")}
-    hooks = {
-        name
-        for name in dir(module)
-        if hasattr(getattr(module, name, None), f"{PROJECT}_impl")
-    }
+    hooks = {name for name in dir(module) if hasattr(getattr(module, name, None), f"{PROJECT}_impl")}
     if wrong := sorted(hooks - specified):
         row.broken(f"no such hook: {', '.join(wrong)}; hooks are {', '.join(sorted(specified))}", mend)
         manager.unregister(module)

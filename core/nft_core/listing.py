@@ -50,7 +50,13 @@ def cards(registered: Mapping[str, Registered[Any]]) -> list[dict[str, Any]]:
 def plugins(as_json: bool) -> None:
     """List installed plug-ins, broken ones with their cause."""
     rows = [asdict(plugin) for plugin in load_host().plugins]
-    columns = {"name": "plug-in", "distribution": "from", "version": "version", "status": "status", "offers": "offers"}
+    columns = {
+        "name": "plug-in",
+        "distribution": "from",
+        "version": "version",
+        "status": "status",
+        "offers": "offers",
+    }
     show(rows, columns, as_json)
     for row in rows if not as_json else ():
         if row["status"] == "broken":
@@ -65,9 +71,15 @@ def rewards(as_json: bool) -> None:
     for row in rows:
         missing = [m for m in row["modules"] if not installed(m)]
         row["ready"] = not missing
-        row["install"] = f'pip install "{OWN}[{row["extra"]}]"' if missing and row["extra"] else " ".join(missing)
+        row["install"] = (
+            f'pip install "{OWN}[{row["extra"]}]"' if missing and row["extra"] else " ".join(missing)
+        )
         row["needs"] = [*row["metadata"], *([row["install"]] if missing else [])]
-    show(rows, {"name": "reward", "summary": "what it scores", "range": "range", "needs": "needs"}, as_json)
+    show(
+        rows,
+        {"name": "reward", "summary": "what it scores", "range": "range", "needs": "needs"},
+        as_json,
+    )
 
 
 @click.command()
@@ -86,8 +98,11 @@ def models(as_json: bool) -> None:
     """List families of models that can be trained."""
     show(
         cards(load_host().models),
-        {"name": "family", "summary": "models", "pipelines": "diffusers pipelines", "licence": "licence"},
+        {
+            "name": "family",
+            "summary": "models",
+            "pipelines": "diffusers pipelines",
+            "licence": "licence",
+        },
         as_json,
     )
-
-

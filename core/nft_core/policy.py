@@ -147,16 +147,12 @@ class Policy:
             self.model.save_lora(folder, state, lora_metadata(self.lora))
 
 
-def add_lora(
-    transformer: torch.nn.Module, rank: int, alpha: float, targets: Sequence[str] | str
-) -> LoraConfig:
+def add_lora(transformer: torch.nn.Module, rank: int, alpha: float, targets: Sequence[str] | str) -> LoraConfig:
     """Add a LoRA that starts as no change at all (B = 0), float32, and freeze everything else."""
     if targets == "all-linear" or list(targets) == ["all-linear"]:
         layers = transformer.named_modules()
         targets = [name for name, layer in layers if isinstance(layer, torch.nn.Linear)]
-    config = LoraConfig(
-        r=rank, lora_alpha=alpha, target_modules=list(targets), init_lora_weights="gaussian"
-    )
+    config = LoraConfig(r=rank, lora_alpha=alpha, target_modules=list(targets), init_lora_weights="gaussian")
     transformer.requires_grad_(False)
     try:
         inject_adapter_in_model(config, transformer, adapter_name="default")

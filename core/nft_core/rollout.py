@@ -41,9 +41,7 @@ class Draws:
 
     def generator(self, n: int, purpose: str = "") -> torch.Generator:
         position, image = divmod(n, self.images)
-        return generator(
-            self.seed, purpose or self.purpose, self.epoch, self.indices[position], image
-        )
+        return generator(self.seed, purpose or self.purpose, self.epoch, self.indices[position], image)
 
     def batch(self, rows: Tensor, images: Tensor) -> Batch:
         """Images n in `rows` with what they were made for."""
@@ -88,7 +86,8 @@ def _checked(velocity: Velocity) -> Velocity:
 class Rollout:
     """The clean latents of this process's images, and what all processes' images scored.
 
-    draws: what all N images were made from; index: `[n]`, which of the N images are here; x_0: `[n, C, h, w]`; batch: these images.
+    draws: what all N images were made from; index: `[n]`, which of them are here.
+    x_0: `[n, C, h, w]`; batch: these images.
     scores: `[N]` on the CPU; groups: `[N]`.
     """
 
@@ -121,9 +120,7 @@ def roll_out(
     with ThreadPoolExecutor(1, "reward") as scorer:
         with phase("rollout"):
             for rows in index.split(sampler.batch):
-                x_0 = sampler.latents(
-                    rows_of(condition, groups[rows]), [draws.generator(int(n)) for n in rows]
-                )
+                x_0 = sampler.latents(rows_of(condition, groups[rows]), [draws.generator(int(n)) for n in rows])
                 batch = draws.batch(rows, sampler.model.decode(x_0))
                 latents.append(x_0)
                 batches.append(batch)

@@ -60,7 +60,8 @@ class Settings(BaseModel):
     train_times_count: Count = Field(9, description="how many of them")
     time_shift: Positive = Field(3.0, description="shift of uniform and logit_normal times")
     shuffle_rewards: bool = Field(
-        False, description="a control: scores change places within their group, so nothing should be learned"
+        False,
+        description="a control: scores change places within their group, so nothing should be learned",
     )
 
     # Updates.

@@ -235,9 +235,7 @@ def evaluate(run: Training, epoch: int) -> None:
     # Epoch 0 in the key whatever the epoch: before and after differ by the weights alone.
     draws = Draws(run.eval_prompts, indices, s.eval_images, s.seed, "eval", 0)
     with run.policy.ema():
-        rollout = roll_out(
-            run.eval_sampler, draws, run.eval_condition, run.reward, run.progress, run.phase
-        )
+        rollout = roll_out(run.eval_sampler, draws, run.eval_condition, run.reward, run.progress, run.phase)
     run.phases.clear()
     images = distributed.gather_rows(rollout.batch.uint8, rollout.index, len(draws), run.policy.device)
     batch = draws.batch(torch.arange(len(draws)), images.float() / 255)

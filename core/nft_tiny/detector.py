@@ -92,9 +92,7 @@ def recognise(
     height, width = mask.shape
     if uniform < COLOR_SHARE or max(height, width) > MAX_ASPECT * min(height, width):
         return None
-    overlaps = {
-        kind: max(iou(mask, t) for t in templates(kind, width, height)) for kind in SHAPES
-    }
+    overlaps = {kind: max(iou(mask, t) for t in templates(kind, width, height)) for kind in SHAPES}
     label = max(overlaps, key=lambda kind: overlaps[kind])
     if label in ("circle", "cross"):
         # Arms one pixel too wide, by rounding, overlap a circle's outline well; the corners tell.

@@ -45,8 +45,22 @@ def outline(kind: str, x: float, y: float, r: float, arm: float = 1 / 3) -> list
         return [(x, y - r), (x + r, y + r), (x - r, y + r)]
     w = r * arm
     return [
-        *((x - w, y - r), (x + w, y - r), (x + w, y - w), (x + r, y - w), (x + r, y + w), (x + w, y + w)),
-        *((x + w, y + r), (x - w, y + r), (x - w, y + w), (x - r, y + w), (x - r, y - w), (x - w, y - w)),
+        *(
+            (x - w, y - r),
+            (x + w, y - r),
+            (x + w, y - w),
+            (x + r, y - w),
+            (x + r, y + w),
+            (x + w, y + w),
+        ),
+        *(
+            (x + w, y + r),
+            (x - w, y + r),
+            (x - w, y + w),
+            (x - r, y + w),
+            (x - r, y - w),
+            (x - w, y - w),
+        ),
     ]
 
 
@@ -84,8 +98,7 @@ def _place(rng: np.random.Generator, radii: list[float]) -> list[tuple[float, fl
         for r in radii:
             x, y = rng.uniform(r + 1, SIDE - r - 1, 2)
             near = any(
-                max(abs(x - a), abs(y - b)) < r + s + GAP
-                for (a, b), s in zip(centres, radii, strict=False)
+                max(abs(x - a), abs(y - b)) < r + s + GAP for (a, b), s in zip(centres, radii, strict=False)
             )
             if near:
                 break

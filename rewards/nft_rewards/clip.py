@@ -61,14 +61,16 @@ class CLIP:
         return float(self.model.logit_scale.float().exp())
 
     def pixels(self, uint8: Tensor) -> Tensor:
-        """`[B, 3, crop, crop]` float32: bicubic with antialiasing, rounded as PIL rounds, cropped, normalised."""
+        """`[B, 3, crop, crop]` float32: bicubic with antialiasing, rounded like PIL, cropped, normalised."""
         height, width = uint8.shape[-2:]
         short = min(height, width)
         size = (int(self.size * height / short), int(self.size * width / short))
         x = uint8.to(self.device).float()
-        if size != (height, width):
-            x = interpolate(x, size, mode="bicubic", antialias=True, align_corners=False)
-            x = x.round().clamp(0, 255)
+        # PIL resizes columns first and then rows, and rounds to bytes after each.
+        for step in ((height, size[1]), size):
+            if step != tuple(x.shape[-2:]):
+                x = interpolate(x, step, mode="bicubic", antialias=True, align_corners=False)
+                x = x.round().clamp(0, 255)
         top, left = ((have - want) // 2 for have, want in zip(size, self.crop, strict=True))
         x = x[..., top : top + self.crop[0], left : left + self.crop[1]]
         return (x / 255 - self.mean) / self.std

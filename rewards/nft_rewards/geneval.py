@@ -95,7 +95,9 @@ def by_class(detections: Sequence[Detected], threshold: float) -> dict[str, list
 
 
 def evaluate(
-    detections: Sequence[Detected], metadata: Mapping[str, Any], variant: Literal["corrected", "nft"] = "corrected"
+    detections: Sequence[Detected],
+    metadata: Mapping[str, Any],
+    variant: Literal["corrected", "nft"] = "corrected",
 ) -> Outcome:
     """One image's outcome.
 

@@ -39,9 +39,7 @@ def target_text(prompt: str, metadata: Mapping[str, Any]) -> str:
         return text
     text = " ".join(part.strip() for part in QUOTED.findall(prompt))
     if not text.strip():
-        raise PromptError(
-            f"no words to read: expected metadata text or words in double quotes, got {prompt!r}"
-        )
+        raise PromptError(f"no words to read: expected metadata text or words in double quotes, got {prompt!r}")
     return text
 
 

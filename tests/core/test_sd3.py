@@ -50,7 +50,9 @@ def test_times_are_the_schedulers(sd3_folder):
 
 
 def test_impossible_size_names_the_nearest(sd3_folder):
-    with pytest.raises(ValueError, match="multiples of 2 px, got 17 x 16; the nearest possible size is 16 x 16"):
+    with pytest.raises(
+        ValueError, match="multiples of 2 px, got 17 x 16; the nearest possible size is 16 x 16"
+    ):
         SD3(str(sd3_folder)).latent_shape(17, 16)
 
 

@@ -1,6 +1,6 @@
 """A short run on random weights, written as JSON: what the tests of invariance compare.
 
-    python tiny_run.py PIPELINE OUT.json [SETTING=VALUE ...]
+python tiny_run.py PIPELINE OUT.json [SETTING=VALUE ...]
 """
 
 import json

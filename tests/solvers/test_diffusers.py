@@ -7,6 +7,7 @@ from math import sqrt
 
 import pytest
 import torch
+
 from nft_solvers.diffusers import TOLERANCE, diffusers_solver, flow_schedulers
 
 
@@ -25,9 +26,7 @@ def test_finds_the_flow_schedulers(flowing):
         "SASolverScheduler",
         "DEISMultistepScheduler",
     } <= set(flowing)
-    assert not {"DDPMScheduler", "EulerDiscreteScheduler", "DPMSolverMultistepInverseScheduler"} & set(
-        flowing
-    )
+    assert not {"DDPMScheduler", "EulerDiscreteScheduler", "DPMSolverMultistepInverseScheduler"} & set(flowing)
 
 
 def test_sigmas_are_our_times(flowing, grid):
@@ -83,9 +82,7 @@ def test_unknown_class(name):
     "name", ["DDPMScheduler", "EulerDiscreteScheduler", "DPMSolverMultistepInverseScheduler"]
 )
 def test_class_without_flow_prediction(name):
-    with pytest.raises(
-        ValueError, match=rf"{name} has no flow prediction.*DPMSolverMultistepScheduler"
-    ):
+    with pytest.raises(ValueError, match=rf"{name} has no flow prediction.*DPMSolverMultistepScheduler"):
         diffusers_solver(name)
 
 

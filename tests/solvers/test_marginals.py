@@ -12,6 +12,7 @@ from math import sqrt
 
 import pytest
 import torch
+
 from nft_solvers import cps, dance, ddim, sde
 from nft_solvers.cps import CPS
 from nft_solvers.dance import Dance
@@ -23,9 +24,7 @@ from nft_solvers.sde import SDE
 def moments(monkeypatch):
     """The mean and variance of x_s, for x_t of given moments, along the times."""
     for module in (cps, dance, ddim, sde):
-        monkeypatch.setattr(
-            module, "randn_like", lambda x, generator: torch.tensor([0.0, 0.0, 1.0]).to(x)
-        )
+        monkeypatch.setattr(module, "randn_like", lambda x, generator: torch.tensor([0.0, 0.0, 1.0]).to(x))
 
     def propagate(solver, velocity, times, mean=0.0, variance=1.0):
         for t, s in pairwise(times):
@@ -107,6 +106,4 @@ def test_samples_have_the_moments(solver, gaussian, grid):
     # Five standard errors of the mean and of the variance of n normal numbers, and the variance's bias
     # at 400 steps: 2% of it at most, from the exact moments above.
     assert x_0.mean().item() == pytest.approx(gaussian.mean, abs=5 * gaussian.std / sqrt(n))
-    assert x_0.var().item() == pytest.approx(
-        gaussian.std**2, abs=gaussian.std**2 * (5 * sqrt(2 / n) + 0.02)
-    )
+    assert x_0.var().item() == pytest.approx(gaussian.std**2, abs=gaussian.std**2 * (5 * sqrt(2 / n) + 0.02))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+
 from nft_solvers.ddim import DDIM
 from nft_solvers.diffusers import diffusers_solver
 from nft_solvers.dpm1 import DPM1
@@ -39,10 +40,7 @@ def test_order(name, gaussian, grid):
     noise = torch.linspace(-2, 2, 16, dtype=torch.float64).reshape(1, 1, 4, 4)
     steps = [64, 128, 256]
     errors = [
-        (make().solve(gaussian.velocity, noise, grid(n), None) - gaussian.flow(noise))
-        .abs()
-        .max()
-        .item()
+        (make().solve(gaussian.velocity, noise, grid(n), None) - gaussian.flow(noise)).abs().max().item()
         for n in steps
     ]
     slope = -np.polyfit(np.log(steps), np.log(errors), 1)[0]
@@ -83,9 +81,7 @@ def test_euler_by_other_names(same, gaussian, grid):
     noise = torch.linspace(-2, 2, 16, dtype=torch.float64).reshape(1, 1, 4, 4)
     euler = Euler().solve(gaussian.velocity, noise, grid(10), None)
     # Equal but for some hundred float64 roundings of numbers near 2.
-    torch.testing.assert_close(
-        same.solve(gaussian.velocity, noise, grid(10), None), euler, rtol=0, atol=1e-13
-    )
+    torch.testing.assert_close(same.solve(gaussian.velocity, noise, grid(10), None), euler, rtol=0, atol=1e-13)
 
 
 def test_heun_never_asks_for_the_velocity_at_zero(gaussian, grid):

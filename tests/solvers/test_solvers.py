@@ -9,6 +9,8 @@ from importlib import import_module
 
 import pytest
 import torch
+
+from nft_plugins import Solver
 from nft_solvers.cps import CPS
 from nft_solvers.dance import Dance
 from nft_solvers.ddim import DDIM
@@ -19,8 +21,6 @@ from nft_solvers.euler import Euler
 from nft_solvers.heun import Heun
 from nft_solvers.plugin import nft_register_solvers
 from nft_solvers.sde import SDE
-
-from nft_plugins import Solver
 
 STOCHASTIC = {
     "sde": SDE,
@@ -42,9 +42,7 @@ DETERMINISTIC = {
     "sde at 0": lambda: SDE(noise_level=0.0),
     "dance at 0": lambda: Dance(eta=0.0),
     "cps at 0": lambda: CPS(eta=0.0),
-    "diffusers:FlowMatchEulerDiscreteScheduler": lambda: diffusers_solver(
-        "FlowMatchEulerDiscreteScheduler"
-    ),
+    "diffusers:FlowMatchEulerDiscreteScheduler": lambda: diffusers_solver("FlowMatchEulerDiscreteScheduler"),
     "diffusers:UniPCMultistepScheduler": lambda: diffusers_solver("UniPCMultistepScheduler"),
 }
 ALL = STOCHASTIC | DETERMINISTIC
@@ -149,7 +147,5 @@ def test_cards_name_what_exists():
 
 
 def test_listing_imports_no_torch():
-    code = (
-        "import nft_solvers.plugin, sys; sys.exit('torch' in sys.modules or 'diffusers' in sys.modules)"
-    )
+    code = "import nft_solvers.plugin, sys; sys.exit('torch' in sys.modules or 'diffusers' in sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True)

@@ -9,6 +9,7 @@ from math import sqrt
 
 import pytest
 import torch
+
 from nft_solvers import cps, dance, ddim, sde
 from nft_solvers.cps import CPS
 from nft_solvers.dance import Dance

@@ -116,6 +116,4 @@ class SD3:
 
     def save_lora(self, folder: Path, state: Mapping[str, Tensor], config: Mapping[str, Any]) -> None:
         # Without the metadata a LoRA loads with another alpha, silently.
-        self.pipeline.save_lora_weights(
-            folder, dict(state), transformer_lora_adapter_metadata=dict(config)
-        )
+        self.pipeline.save_lora_weights(folder, dict(state), transformer_lora_adapter_metadata=dict(config))

@@ -27,7 +27,11 @@ class Console:
     def nft_run_started(self, run: Run) -> None:
         self.say(f"Writing to {run.folder}")
         if self.terminal.is_terminal:
-            columns = (TextColumn("{task.description:<10}"), BarColumn(24), TextColumn("{task.fields[note]}"))
+            columns = (
+                TextColumn("{task.description:<10}"),
+                BarColumn(24),
+                TextColumn("{task.fields[note]}"),
+            )
             self.bars = Progress(*columns, TimeRemainingColumn(compact=True), console=self.terminal)
             self.epochs: TaskID = self.bars.add_task("epoch", total=run.epochs, note="")
             self.phase: TaskID = self.bars.add_task("eval", total=None, note="")
@@ -42,7 +46,8 @@ class Console:
     @hookimpl
     def nft_epoch_finished(self, run: Run, record: Mapping[str, Any]) -> None:
         line = f"epoch {record['epoch']:>4}/{run.epochs}  {means(record)}"
-        line += f"  loss {record['loss']:.3f}  grad {record['grad_norm']:.2f}  {record['images_per_second']:.1f} img/s"
+        line += f"  loss {record['loss']:.3f}  grad {record['grad_norm']:.2f}"
+        line += f"  {record['images_per_second']:.1f} img/s"
         left = (run.epochs - record["epoch"]) * record["epoch_seconds"]
         if self.bars:
             self.bars.update(self.epochs, completed=record["epoch"], note=f"{means(record)}")

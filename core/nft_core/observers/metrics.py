@@ -32,7 +32,9 @@ def append(folder: Path, record: Mapping[str, Any]) -> None:
         with (folder / FILE).open("a", encoding="utf-8") as file:
             file.write(json.dumps(record) + "\n")
     except OSError as error:
-        raise NftError(f"Cannot write {folder / FILE}: {error}. Free some space, or choose another --out.") from error
+        raise NftError(
+            f"Cannot write {folder / FILE}: {error}. Free some space, or choose another --out."
+        ) from error
 
 
 def read(folder: Path) -> list[dict[str, Any]]:

@@ -75,7 +75,8 @@ def curve(title: str, records: Iterable[Mapping[str, Any]], path: tuple[str, ...
     line = " ".join(f"{(x - x0) * sx:.1f},{HEIGHT - 15 - (y - y0) * sy:.1f}" for x, y in points)
     return (
         f'<figure><figcaption>{escape(title)}</figcaption><svg width="{WIDTH}" height="{HEIGHT}">'
-        f'<polyline points="{line}"/><text x="3" y="11">{y1:.4g}</text><text x="3" y="{HEIGHT - 3}">{y0:.4g}</text>'
+        f'<polyline points="{line}"/><text x="3" y="11">{y1:.4g}</text>'
+        f'<text x="3" y="{HEIGHT - 3}">{y0:.4g}</text>'
         f'<text x="{WIDTH - 3}" y="{HEIGHT - 3}" text-anchor="end">epoch {x1}</text></svg></figure>'
     )
 

@@ -79,7 +79,11 @@ def _thumbnail(image: Image.Image) -> Image.Image:
 
 def grid(rows: list[list[Sample]], titles: list[str]) -> Image.Image:
     """Titled blocks of pictures, six in a row, each over its prompt and score."""
-    lines = [(title, row[i : i + ROW] if row else []) for title, row in zip(titles, rows, strict=True) for i in range(0, len(row), ROW)]
+    lines = [
+        (title, row[i : i + ROW] if row else [])
+        for title, row in zip(titles, rows, strict=True)
+        for i in range(0, len(row), ROW)
+    ]
     columns = max(len(row) for _, row in lines)
     width = MARGIN + columns * (CELL + MARGIN)
     height = MARGIN + len(lines) * (26 + CELL + CAPTION)

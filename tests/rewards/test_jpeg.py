@@ -1,0 +1,29 @@
+from io import BytesIO
+
+import pytest
+import torch
+
+from nft_plugins import Batch
+from nft_rewards.jpeg import JPEGCompressibility, JPEGIncompressibility
+
+
+@pytest.fixture
+def batch():
+    noise = torch.rand(1, 3, 64, 64, generator=torch.Generator().manual_seed(0))
+    flat = torch.full((1, 3, 64, 64), 0.5)
+    return Batch(torch.cat([noise, flat]), ["a", "b"], [{}, {}], torch.arange(2))
+
+
+def kilobytes(image):
+    buffer = BytesIO()
+    image.save(buffer, "JPEG", quality=95)
+    return len(buffer.getvalue()) / 1000
+
+
+def test_exact_file_size(batch):
+    size = torch.tensor([kilobytes(image) for image in batch.pil])
+    assert size[0] > 4 > 1 > size[1]
+    torch.testing.assert_close(JPEGCompressibility()(batch).values, -size / 500)
+    torch.testing.assert_close(JPEGCompressibility("ddpo")(batch).values, -size)
+    torch.testing.assert_close(JPEGIncompressibility()(batch).values, size / 500)
+    torch.testing.assert_close(JPEGIncompressibility("ddpo")(batch).values, size)

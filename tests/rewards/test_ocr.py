@@ -1,0 +1,117 @@
+"""OCR by the real engine, and the published formula by hand."""
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image, ImageDraw, ImageFont
+
+from nft_plugins import Batch, PromptError
+from nft_rewards.ocr import OCR, folded, match, target_text
+
+
+def picture(text, size=40, ink="white", paper="black"):
+    image = Image.new("RGB", (224, 96), paper)
+    ImageDraw.Draw(image).text((12, 24), text, font=ImageFont.load_default(size), fill=ink)
+    return np.asarray(image)
+
+
+def batch_of(pictures, prompts, metadata=None):
+    images = torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2).float() / 255
+    return Batch(images, prompts, metadata or [{}] * len(prompts), torch.arange(len(prompts)))
+
+
+@pytest.fixture(scope="module")
+def ocr():
+    return OCR(workers=2)
+
+
+def test_reads_rendered_words(ocr):
+    words = ["HELLO", "OPEN", "Stop 42", "coffee"]
+    scores = ocr(batch_of([picture(w) for w in words], [f'a sign that says "{w}"' for w in words]))
+    assert scores.values.tolist() == [1.0] * 4
+    assert scores.details["exact"].tolist() == [1.0] * 4
+    assert scores.valid.all()
+
+
+def test_ink_and_paper(ocr):
+    colours = [("red", "blue"), ("black", "yellow"), ("navy", "white")]
+    pictures = [picture("HELLO", ink=a, paper=b) for a, b in colours]
+    assert ocr(batch_of(pictures, ['"HELLO"'] * 3)).values.tolist() == [1.0] * 3
+
+
+def test_blank_and_wrong_words_score_what_they_show(ocr):
+    scores = ocr(batch_of([picture(""), picture("STOP")], ['"HELLO"', '"SHOP"']))
+    assert scores.valid.all()
+    assert scores.values.tolist() == [0.0, 0.75]  # S[T -> H]OP: one letter of four
+    assert scores.details["distance"].tolist() == [5.0, 1.0]
+
+
+def test_small_images_are_enlarged():
+    from nft_tiny.scenes import draw_word
+
+    batch = batch_of([draw_word("CAT")], ['"CAT"'])
+    assert OCR(workers=1, upscale=4)(batch).values.tolist() == [1.0]
+
+
+def test_an_engine_that_fails_makes_the_sample_invalid(monkeypatch):
+    reward = OCR(workers=1)
+    engine = reward.engines.get()
+
+    def breaks_on_blue(image):
+        if image[0, 0, 0] > 200:  # BGR: the first channel is blue
+            raise RuntimeError("out of memory")
+        return engine(image)
+
+    reward.engines.put(breaks_on_blue)
+    pictures = [picture("HELLO", paper="blue"), picture("HELLO", paper="red")]
+    scores = reward(batch_of(pictures, ['"HELLO"'] * 2))
+    assert scores.valid.tolist() == [False, True]
+    assert scores.values[1] == 1.0
+
+
+@pytest.mark.parametrize(
+    ("prompt", "metadata", "expected"),
+    [
+        ('a sign "OPEN"', {}, "OPEN"),
+        ("a sign “OPEN”", {}, "OPEN"),
+        ("a sign „OPEN“", {}, "OPEN"),
+        ("a sign «OPEN»", {}, "OPEN"),
+        ('"OPEN" above "LATE"', {}, "OPEN LATE"),
+        ('a sign "OPEN"', {"text": "SHUT"}, "SHUT"),
+        ("no quotes", {"text": "SHUT"}, "SHUT"),
+    ],
+)
+def test_targets(prompt, metadata, expected):
+    assert target_text(prompt, metadata) == expected
+
+
+@pytest.mark.parametrize(
+    ("prompt", "metadata"),
+    [("a cat", {}), ('a sign ""', {}), ('a sign " "', {}), ("'x'", {}), ('"A"', {"text": ""}), ("", {"text": 3})],
+)
+def test_a_prompt_without_words_is_an_error(ocr, prompt, metadata):
+    with pytest.raises(PromptError):
+        ocr.check_prompt(prompt, metadata)
+    with pytest.raises(PromptError):
+        ocr(batch_of([picture("A")], [prompt], [metadata]))
+
+
+def test_formula_by_hand():
+    assert match("abcd", "abcd") == (1.0, 0.0, 1.0)
+    assert match("abxd", "abcd") == (0.75, 1.0, 0.0)
+    assert match("xxabcdxx", "abcd") == (1.0, 0.0, 0.0)  # contained: full marks, as published
+    assert match("xxabcdxx", "abcd", contains=False) == (0.0, 4.0, 0.0)
+    assert match("xxabcdxx", "abcd", spam_penalty=0.5) == (0.5, 0.0, 0.0)  # 4 too many of 4, by half
+    assert match("zzzzzzzzzz", "ab") == (0.0, 2.0, 0.0)  # the distance stops at the length
+    assert match("", "ab") == (0.0, 2.0, 0.0)
+
+
+def test_folding():
+    assert folded(" He  LLo\n", True) == "hello"
+    assert folded("O₂ it’s", True) == "o2it's"
+    assert folded("O₂", False) == "o₂"
+
+
+def test_bad_options():
+    with pytest.raises(ValueError, match="upscale"):
+        OCR(upscale=0)
