@@ -1,0 +1,178 @@
+"""Arithmetic of rewards, by hand."""
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from nft_core.composer import Composed, Term, compose, merged, reward
+from nft_core.errors import NftError, UsageError
+from nft_core.specs import RewardSpec, parse_reward
+from nft_plugins import Batch, PromptError, Scores
+
+
+def batch(n=3):
+    return Batch(torch.zeros(n, 3, 4, 4), ["p"] * n, [{}] * n, torch.arange(n))
+
+
+def plain(name, values, valid=None, **details):
+    values = torch.tensor(values)
+    valid = torch.ones(len(values), dtype=torch.bool) if valid is None else torch.tensor(valid)
+    details = {k: torch.tensor(v) for k, v in details.items()}
+    return Composed((Term(name, 1.0, lambda b: Scores(values, valid, details)),))
+
+
+def values(composed):
+    return composed(batch()).values.tolist()
+
+
+A = plain("a", [1.0, 2.0, 3.0], size=[7.0, 8.0, 9.0])
+B = plain("b", [10.0, 0.0, -10.0])
+
+
+def test_arithmetic():
+    assert values(A + B) == [11.0, 2.0, -7.0]
+    assert values(0.5 * A + B * 2) == [20.5, 1.0, -18.5]
+    assert values(A - B) == [-9.0, 2.0, 13.0]
+    assert values(-A + 1) == [0.0, -1.0, -2.0]
+    assert values(1 - A / 2) == [0.5, 0.0, -0.5]
+    assert values(2 * (A + 1)) == [4.0, 6.0, 8.0]
+    assert values(B.clip(0, 5)) == [5.0, 0.0, 0.0]
+    assert values(A + 0.1 * B.clip(0)) == [2.0, 2.0, 3.0]
+    assert values(B.map(torch.abs)) == [10.0, 0.0, 10.0]
+    assert values(sum([A, B])) == [11.0, 2.0, -7.0]
+
+
+def test_what_makes_no_sense_is_a_type_error():
+    for wrong in (lambda: A * B, lambda: A + "b", lambda: A * "2"):
+        with pytest.raises(TypeError):
+            wrong()
+
+
+def test_parts_and_details():
+    scores = (0.5 * A + 2 * B)(batch())
+    assert {name: part.weight for name, part in scores.parts.items()} == {"a": 0.5, "b": 2.0}
+    assert scores.parts["b"].scores.values.tolist() == [10.0, 0.0, -10.0]
+    assert scores.details["a/size"].tolist() == [7.0, 8.0, 9.0]
+
+
+def test_a_sample_is_valid_where_every_member_is():
+    scores = (A + plain("c", [0.0, float("nan"), 0.0], [True, False, True]))(batch())
+    assert scores.valid.tolist() == [True, False, True]
+    assert scores.values[[0, 2]].tolist() == [1.0, 3.0]
+
+
+def test_equal_entries_share_and_others_keep_names_apart():
+    calls = []
+
+    def once(b):
+        calls.append(1)
+        return Scores.of(torch.ones(len(b)))
+
+    same = Composed((Term("x", 1.0, once),))
+    both = same + 2 * same
+    assert values(both) == [3.0] * 3
+    assert len(calls) == 1
+    assert [t.name for t in (A + plain("a", [0.0] * 3)).terms] == ["a", "a:2"]
+    assert [t.weight for t in merged([*same.terms, *same.terms])] == [2.0]
+
+
+@pytest.mark.parametrize(
+    ("made", "message"),
+    [
+        (lambda b: [1.0] * len(b), "must return Scores, got list"),
+        (lambda b: Scores.of(torch.ones(2)), "must score 3 images, got 2"),
+        (lambda b: Scores(torch.full((3,), float("nan")), torch.ones(3, dtype=torch.bool)), "not finite"),
+        (lambda b: 1 / 0, "'x' failed: ZeroDivisionError"),
+    ],
+)
+def test_a_broken_member_is_named(made, message):
+    with pytest.raises(NftError, match=message):
+        Composed((Term("x", 1.0, made),))(batch())
+
+
+def test_check_prompt_names_the_member():
+    class Picky:
+        def __call__(self, batch): ...
+
+        def check_prompt(self, prompt, metadata):
+            raise PromptError("no words")
+
+    with pytest.raises(PromptError, match="picky: no words"):
+        (A + Composed((Term("picky", 1.0, Picky()),))).check_prompt("p", {})
+
+
+def test_registered_rewards():
+    both = compose({"jpeg_compressibility": 1.0, "jpeg_incompressibility": 0.5})
+    size = both(batch()).details["jpeg_compressibility/kilobytes"]
+    torch.testing.assert_close(both(batch()).values, -0.5 * size / 500)
+    twice = compose(["jpeg_compressibility", "jpeg_compressibility=2"])
+    assert [(t.name, t.weight) for t in twice.terms] == [("jpeg_compressibility", 3.0)]
+    raw = reward("jpeg_compressibility", variant="ddpo")
+    torch.testing.assert_close(raw(batch()).values, -size)
+
+
+@pytest.mark.parametrize(
+    ("spec", "message"),
+    [
+        ("pikscore", "Unknown reward 'pikscore'. Did you mean 'pickscore'"),
+        ("jpeg_compressibility,varient=ddpo", "Did you mean 'variant'"),
+        ("jpeg_compressibility,variant=x", "must be one of nft, ddpo, got 'x'"),
+        ("ocr,upscale=big", "must be a whole number, got 'big'"),
+        ("ocr,normalise=maybe", "must be true or false, got 'maybe'"),
+        ("geneval", "needs detector=module:attribute"),
+    ],
+)
+def test_bad_rewards(spec, message):
+    with pytest.raises(UsageError, match=message):
+        reward(spec)
+
+
+def test_a_missing_checkpoint_is_one_paragraph(tmp_path):
+    with pytest.raises(NftError, match="'clipscore' cannot be loaded: Looked for a CLIP") as caught:
+        reward("clipscore", checkpoint=str(tmp_path / "none"))
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("ocr", RewardSpec("ocr")),
+        ("ocr=0.5", RewardSpec("ocr", 0.5)),
+        ("ocr=-2,a=1,b=x=y", RewardSpec("ocr", -2.0, {"a": "1", "b": "x=y"})),
+        (" ocr = 1e-3 , a = 1 ", RewardSpec("ocr", 1e-3, {"a": "1"})),
+        ("ocr,a=", RewardSpec("ocr", 1.0, {"a": ""})),
+        ({"name": "ocr", "weight": 2, "a": 1}, RewardSpec("ocr", 2.0, {"a": 1})),
+    ],
+)
+def test_specs(text, expected):
+    assert parse_reward(text) == expected
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("ocr=heavy", "finite number, got 'heavy'"),
+        ("ocr=nan", "finite number"),
+        ("ocr=inf", "finite number"),
+        ("ocr=", "is written NAME"),
+        ("", "is written NAME"),
+        ("=1", "is written NAME"),
+        ("ocr,engine", "'engine' is no option"),
+        ("ocr,a=1,a=2", "given twice"),
+        ({"weight": 1}, "needs a name"),
+        ({"name": "ocr", "weight": None}, "finite number"),
+    ],
+)
+def test_bad_specs(text, message):
+    with pytest.raises(UsageError, match=message):
+        parse_reward(text)
+
+
+@given(st.text())
+def test_any_text_is_a_spec_or_our_error(text):
+    try:
+        spec = parse_reward(text)
+    except UsageError:
+        return
+    assert parse_reward(str(spec)) == spec
