@@ -60,12 +60,10 @@ def run(settings: Settings, folder: Path, host: Host, say: Callable[[str], None]
         check_sizes(settings, len(prompts))
         model = load_model(settings, host, device)
         described = Run(folder, settings.model_dump(), settings.epochs)
+        observe = observers(host, described) if rank() == 0 else silent
+        training = assemble(settings, model, reward, solver, prompts, held_out, device, observe, folder)
         if rank() == 0:
             write_settings(folder, settings)
-            observe = observers(host, described)
-        else:
-            observe = silent
-        training = assemble(settings, model, reward, solver, prompts, held_out, device, observe, folder)
         observe("nft_run_started")
         error: BaseException | None = None
         try:
@@ -81,8 +79,12 @@ def run(settings: Settings, folder: Path, host: Host, say: Callable[[str], None]
 
 def quiet_libraries() -> None:
     """diffusers and transformers show a bar for every file and warn of parts that are not used here."""
+    import warnings
+
     import diffusers.utils.logging
     import transformers.utils.logging
+
+    warnings.filterwarnings("ignore", module="huggingface_hub")
 
     for library in (diffusers, transformers):
         library.utils.logging.set_verbosity_error()

@@ -76,9 +76,7 @@ def test_scores_equal_transformers(checkpoint, name):
 
     batch = batch_of(pictures()[name], PROMPTS)
     processor, model = CLIPProcessor.from_pretrained(checkpoint), CLIPModel.from_pretrained(checkpoint).eval()
-    inputs = processor(
-        text=PROMPTS, images=batch.pil, padding="max_length", max_length=12, return_tensors="pt"
-    )
+    inputs = processor(text=PROMPTS, images=batch.pil, padding="max_length", max_length=12, return_tensors="pt")
     with torch.no_grad():
         expected = model(**inputs).logits_per_image.diagonal()
     scale = float(model.logit_scale.exp())

@@ -46,7 +46,13 @@ def test_published_count_term_has_no_floor():
 
 @pytest.mark.parametrize(
     ("score", "tag", "seen"),
-    [(0.31, "colors", 1), (0.3, "colors", 0), (0.91, "counting", 1), (0.9, "counting", 0), (0.5, "counting", 0)],
+    [
+        (0.31, "colors", 1),
+        (0.3, "colors", 0),
+        (0.91, "counting", 1),
+        (0.9, "counting", 0),
+        (0.5, "counting", 0),
+    ],
 )
 def test_thresholds(score, tag, seen):
     assert evaluate([at("cat", 0, 0, score=score)], wants(clause("cat"), tag=tag)).strict == seen

@@ -87,7 +87,14 @@ def test_targets(prompt, metadata, expected):
 
 @pytest.mark.parametrize(
     ("prompt", "metadata"),
-    [("a cat", {}), ('a sign ""', {}), ('a sign " "', {}), ("'x'", {}), ('"A"', {"text": ""}), ("", {"text": 3})],
+    [
+        ("a cat", {}),
+        ('a sign ""', {}),
+        ('a sign " "', {}),
+        ("'x'", {}),
+        ('"A"', {"text": ""}),
+        ("", {"text": 3}),
+    ],
 )
 def test_a_prompt_without_words_is_an_error(ocr, prompt, metadata):
     with pytest.raises(PromptError):

@@ -1,0 +1,241 @@
+"""`nft run` as people call it: real processes, the embedded world, real OCR."""
+
+import json
+import os
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import pytest
+
+SMALL = [
+    "prompts_per_epoch=4",
+    "group_size=4",
+    "eval_images=1",
+    "steps=4",
+    "rollout_batch=8",
+    "train_times_count=1",
+]
+
+
+def nft(*arguments, cwd=None, env=None):
+    return subprocess.run(
+        [sys.executable, "-m", "nft_core", *map(str, arguments)],
+        cwd=cwd,
+        env=os.environ | {"HF_HUB_OFFLINE": "1", "COLUMNS": "100"} | (env or {}),
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+
+
+def sets(*assignments):
+    return [word for a in assignments for word in ("--set", a)]
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """The main job, two epochs of it."""
+    folder = tmp_path_factory.mktemp("run") / "main"
+    result = nft(
+        *("run", "--tiny", "--reward", "pickscore", "--reward", "ocr=0.5", "--epochs", 2, "--out", folder),
+        *sets(*SMALL, "eval_every=1", "checkpoint_every=1"),
+    )
+    assert result.returncode == 0, result.stderr
+    return folder, result
+
+
+def records(folder):
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_metrics(finished):
+    lines = records(finished[0])
+    assert [(r["event"], r["epoch"]) for r in lines] == [
+        *(("eval", 0), ("epoch", 1), ("eval", 1), ("epoch", 2), ("eval", 2))
+    ]
+    for record in lines:
+        assert {"step", "seconds"} <= set(record)
+        assert set(record["rewards"]) == {"pickscore", "ocr", "total"}
+        for figures in record["rewards"].values():
+            assert set(figures) == {"mean", "std", "valid"}
+        means = {name: r["mean"] for name, r in record["rewards"].items()}
+        assert means["total"] == pytest.approx(means["pickscore"] + 0.5 * means["ocr"], rel=1e-4)
+    epoch = lines[1]
+    assert epoch["images"] == 16
+    assert set(epoch["phases"]) == {"rollout", "reward", "train", "other"}
+    assert sum(epoch["phases"].values()) == pytest.approx(epoch["epoch_seconds"])
+
+
+def test_folder(finished):
+    folder, _ = finished
+    assert sorted(p.name for p in (folder / "samples").glob("*.png")) == [
+        *("before-after.png", "epoch-0000.png", "epoch-0001.png", "epoch-0002.png")
+    ]
+    assert sorted(p.name for p in (folder / "checkpoints").iterdir()) == ["000002", "000004"]
+    assert "<svg" in (folder / "report.html").read_text()
+    assert not [p for p in folder.rglob(".*") if p.is_file()]
+
+
+def test_summary(finished):
+    folder, result = finished
+    assert "base" in result.stdout
+    assert "epoch 2" in result.stdout
+    assert str(folder / "samples") in result.stdout.replace("\n", "")
+    assert result.stderr == ""
+
+
+def test_run_toml_repeats_the_run(finished, tmp_path):
+    folder, _ = finished
+    settings = tomllib.loads((folder / "run.toml").read_text())
+    assert settings["rewards"] == ["pickscore", "ocr=0.5"]
+    result = nft("run", "--config", folder / "run.toml", "--out", tmp_path / "again")
+    assert result.returncode == 0, result.stderr
+
+    def figures(path):
+        return [(r["rewards"], r.get("loss"), r.get("grad_norm")) for r in records(path)]
+
+    assert figures(tmp_path / "again") == figures(folder)
+
+
+def test_lora_of_the_embedded_world_loads_into_a_plain_pipeline(tmp_path):
+    folder = tmp_path / "lora"
+    result = nft(
+        *("run", "--tiny", "--reward", "geneval", "--epochs", 1, "--out", folder),
+        *sets(*SMALL, "lora_rank=4", "lr=0.01"),
+    )
+    assert result.returncode == 0, result.stderr
+    import torch
+    from diffusers import StableDiffusion3Pipeline
+    from safetensors.torch import load_file
+
+    settings = tomllib.loads((folder / "run.toml").read_text())
+    pipeline = StableDiffusion3Pipeline.from_pretrained(
+        settings["model"], text_encoder_3=None, tokenizer_3=None
+    )
+    options = {"num_inference_steps": 4, "guidance_scale": 0, "max_sequence_length": 0, "output_type": "pt"}
+    options |= {"height": 32, "width": 32}
+
+    def image():
+        return pipeline("a red circle", generator=torch.Generator().manual_seed(0), **options).images
+
+    before = image()
+    pipeline.load_lora_weights(str(next((folder / "checkpoints").iterdir())))
+    trained = load_file(next((folder / "checkpoints").iterdir()) / "policy.safetensors")
+    assert any(name.startswith("live.") and "lora_B" in name for name in trained)
+    assert (image() - before).abs().max() > 1e-4
+
+
+def test_two_processes(tmp_path):
+    folder = tmp_path / "two"
+    result = subprocess.run(
+        [
+            *(sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"),
+            *("-m", "nft_core", "run", "--tiny", "--reward", "geneval", "--epochs", "1", "--out", str(folder)),
+            *sets(*SMALL),
+        ],
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert result.returncode == 0, result.stderr[-3000:]
+    one = tmp_path / "one"
+    assert (
+        nft("run", "--tiny", "--reward", "geneval", "--epochs", 1, "--out", one, *sets(*SMALL)).returncode == 0
+    )
+    for ours, theirs in zip(records(folder), records(one), strict=True):
+        for key in ("loss", "grad_norm"):
+            assert ours.get(key, 0) == pytest.approx(theirs.get(key, 0), rel=1e-3)
+        assert ours["rewards"]["geneval"]["mean"] == pytest.approx(
+            theirs["rewards"]["geneval"]["mean"], abs=0.05
+        )
+
+
+BAD = {
+    "no reward": (["--tiny"], 2, "A run needs a reward"),
+    "unknown reward": (["--tiny", "--reward", "pikscore"], 2, "Did you mean 'pickscore'"),
+    "unknown option": (["--tiny", "--reward", "ocr,upscle=2"], 2, "Did you mean 'upscale'"),
+    "bad weight": (["--tiny", "--reward", "ocr=much"], 2, "finite number, got 'much'"),
+    "unknown solver": (["--tiny", "--reward", "ocr", "--solver", "dpm3"], 2, "Unknown solver 'dpm3'"),
+    "unknown scheduler": (["--tiny", "--reward", "ocr", "--solver", "diffusers:Nope"], 2, "Nope"),
+    "unknown preset": (["--preset", "small", "--reward", "ocr"], 2, "Unknown preset 'small'"),
+    "unknown setting": (["--tiny", "--reward", "ocr", "--set", "grup_size=3"], 2, "Did you mean 'group_size'"),
+    "no key": (["--tiny", "--reward", "ocr", "--set", "lr"], 2, "KEY=VALUE"),
+    "no prompts": (["--tiny", "--reward", "ocr", "--prompts", "empty.txt"], 2, "holds no prompt"),
+    "missing prompts": (
+        ["--tiny", "--reward", "ocr", "--prompts", "none.txt"],
+        2,
+        "Cannot read the prompt file",
+    ),
+    "bad jsonl": (
+        ["--tiny", "--reward", "ocr", "--prompts", "bad.jsonl"],
+        2,
+        "bad.jsonl:2: not a line of JSON",
+    ),
+    "no words": (
+        ["--tiny", "--reward", "ocr", "--prompts", "cats.txt", "--set", "unscorable=error"],
+        *(2, "cats.txt:2: ocr: no words to read"),
+    ),
+    "no include": (["--tiny", "--reward", "geneval", "--prompts", "cats.txt"], 2, "needs metadata include"),
+    "too many prompts": (
+        ["--tiny", "--reward", "ocr", "--set", "prompts_per_epoch=9999"],
+        2,
+        "prompts_per_epoch=",
+    ),
+    "odd updates": (["--tiny", "--reward", "ocr", "--set", "updates_per_epoch=7"], 2, "the nearest possible"),
+    "bad size": (
+        ["--tiny", "--reward", "ocr", "--set", "resolution=33"],
+        2,
+        "nearest possible size is 32 x 32",
+    ),
+    "no gpu": (["--tiny", "--reward", "ocr", "--device", "cuda"], 2, "sees no GPU"),
+    "bad device": (["--tiny", "--reward", "ocr", "--device", "abacus"], 2, "Unknown device"),
+    "no such model": (["--reward", "jpeg_compressibility", "--model", "nobody/nothing"], 1, "--tiny"),
+    "not a pipeline": (["--reward", "jpeg_compressibility", "--model", "."], 1, "model_index.json"),
+    "out is taken": (["--tiny", "--reward", "ocr", "--out", "taken"], 2, "not empty"),
+    "out is a file": (["--tiny", "--reward", "ocr", "--out", "empty.txt"], 2, "not empty"),
+    "bad config": (["--config", "cats.txt"], 2, "not valid TOML"),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_input(case, tmp_path):
+    import torch
+
+    if case == "no gpu" and torch.cuda.is_available():
+        pytest.skip("there is a GPU")
+    (tmp_path / "empty.txt").write_text("\n")
+    (tmp_path / "cats.txt").write_text('a sign "CAT"\na cat\na dog\n')
+    (tmp_path / "bad.jsonl").write_text('{"prompt": "a"}\n{"prompt": \n')
+    (tmp_path / "taken").mkdir()
+    (tmp_path / "taken" / "run.toml").write_text("mine")
+    arguments, code, message = BAD[case]
+    before = sorted(tmp_path.rglob("*"))
+    result = nft("run", *arguments, cwd=tmp_path)
+    assert result.returncode == code, result.stderr
+    assert message in " ".join(result.stderr.split())
+    assert "Traceback" not in result.stderr
+    assert result.stderr.startswith("Error: ")
+    assert sorted(tmp_path.rglob("*")) == before
+    assert (tmp_path / "taken" / "run.toml").read_text() == "mine"
+
+
+def test_hub_that_cannot_be_reached(tmp_path):
+    result = nft("run", "--reward", "jpeg_compressibility", cwd=tmp_path)
+    assert result.returncode == 1
+    text = " ".join(result.stderr.split())
+    assert "stabilityai/stable-diffusion-3.5-medium" in text
+    assert "--tiny" in text
+    assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
+def test_full_disk(tmp_path):
+    from nft_core.errors import NftError
+    from nft_core.observers.metrics import append
+
+    (tmp_path / "metrics.jsonl").symlink_to("/dev/full")
+    with pytest.raises(NftError, match=r"Cannot write .*metrics.jsonl.*No space left"):
+        append(tmp_path, {"epoch": 1})

@@ -1,0 +1,118 @@
+"""The embedded world: its scenes, its detector and its committed files."""
+
+import json
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from nft_tiny import captions, plugin
+from nft_tiny.detector import ShapeDetector, detect_shapes
+from nft_tiny.scenes import BACKGROUND, COLORS, SHAPES, Shape, draw, draw_word, render
+
+DATA = plugin.DATA
+
+
+def test_renders_are_reproducible():
+    for caption in list(captions.scene_captions())[::37]:
+        one, two, other = (render(caption, np.random.default_rng(seed)) for seed in (1, 1, 2))
+        assert one.shape == (32, 32, 3)
+        assert (one == two).all()
+        assert (one != other).any()
+
+
+@pytest.mark.parametrize("kind", SHAPES)
+@pytest.mark.parametrize("color", COLORS)
+def test_detector_knows_every_shape(kind, color):
+    for radius in (4.2, 5.0, 6.3, 8.8):
+        (found,) = detect_shapes(draw([Shape(kind, color, 15.3, 16.8, radius)]))
+        assert (found.label, found.color) == (kind, color)
+        assert found.box == pytest.approx((15.3 - radius, 16.8 - radius, 15.3 + radius, 16.8 + radius), abs=1.1)
+
+
+def test_detector_is_not_fooled():
+    rng = np.random.default_rng(0)
+    blank = np.full((32, 32, 3), BACKGROUND, np.uint8)
+    noise = rng.integers(0, 256, (32, 32, 3), dtype=np.uint8)
+    circle = draw([Shape("circle", "red", 16, 16, 8)])
+    half = circle.copy()
+    half[:, 16:] = BACKGROUND
+    two_tone = circle.copy()
+    two_tone[16:][circle[16:, :, 0] > 150] = COLORS["blue"]
+    grey = circle.copy()
+    grey[circle[..., 0] > 150] = (128, 128, 128)
+    images = torch.from_numpy(np.stack([blank, noise, half, two_tone, grey]))
+    assert ShapeDetector().detect(images) == [[], [], [], [], []]
+
+
+def test_prompt_files_are_what_the_script_writes(tmp_path):
+    captions.write(tmp_path)
+    for name in captions.SIZES:
+        assert (tmp_path / f"{name}.jsonl").read_bytes() == (DATA / f"{name}.jsonl").read_bytes()
+
+
+def test_sets_share_no_prompt_and_have_every_tag():
+    sets = {
+        name: [json.loads(line) for line in (DATA / f"{name}.jsonl").read_text().splitlines()]
+        for name in captions.SIZES
+    }
+    prompts = {name: {c["prompt"] for c in chosen} for name, chosen in sets.items()}
+    assert not prompts["train"] & prompts["eval"]
+    assert not prompts["train"] & prompts["select"]
+    assert not prompts["eval"] & prompts["select"]
+    for chosen in sets.values():
+        assert set(Counter(c["tag"] for c in chosen)) == {*captions.TAGS, "text"}
+    held_out = set(captions.held_out_words())
+    assert {c["text"].lower() for c in sets["eval"] if "text" in c} <= held_out
+
+
+def test_committed_files_are_small_and_no_pickles():
+    files = [path for path in Path(plugin.__file__).parent.rglob("*") if path.is_file()]
+    assert sum(path.stat().st_size for path in files) < 12e6
+    assert not [path for path in files if path.suffix in {".bin", ".pt", ".pth", ".ckpt", ".pkl"}]
+
+
+def test_pipeline_is_a_plain_sd3_pipeline():
+    from diffusers import StableDiffusion3Pipeline
+
+    pipeline = StableDiffusion3Pipeline.from_pretrained(
+        DATA / "pipeline", text_encoder_3=None, tokenizer_3=None, dtype=torch.float32
+    )
+    images = pipeline(
+        ["a red circle", 'the word "CAT"'],
+        num_inference_steps=8,
+        guidance_scale=0,
+        height=32,
+        width=32,
+        max_sequence_length=0,
+        generator=torch.Generator().manual_seed(0),
+        output_type="np",
+    ).images
+    assert images.shape == (2, 32, 32, 3)
+    assert images.min() >= 0
+    assert images.max() <= 1
+    assert images.std() > 0.05
+
+
+def test_clip_ranks_words_and_colours():
+    from nft_plugins import Batch
+    from nft_rewards.clipscore import CLIPScore
+
+    score = CLIPScore(str(DATA / "clip"))
+    rng = np.random.default_rng(0)
+    tags = [c for c in captions.sets()["eval"] if c["tag"] in ("text", "color_attr", "colors")]
+    pictures = np.stack([render(c, rng) for c in tags])
+    images = torch.from_numpy(pictures).permute(0, 3, 1, 2).float() / 255
+    prompts = [c["prompt"] for c in tags]
+
+    def scores(prompts):
+        return score(Batch(images, prompts, tags, torch.arange(len(tags)))).values
+
+    right, wrong = scores(prompts), scores(prompts[1:] + prompts[:1])
+    assert (right > wrong).float().mean() >= 0.95
+
+
+def test_words_are_drawn_in_their_cells():
+    assert (draw_word("CAT") != draw_word("CAR")).any(-1).any(0)[:20].sum() == 0
