@@ -78,9 +78,7 @@ class Scores:
     def __post_init__(self) -> None:
         shape = self.values.shape
         if self.values.ndim != 1 or self.valid.shape != shape:
-            raise ValueError(
-                f"values and valid must be [B], got {list(shape)} and {list(self.valid.shape)}"
-            )
+            raise ValueError(f"values and valid must be [B], got {list(shape)} and {list(self.valid.shape)}")
         for name, figure in self.details.items():
             if figure.shape != shape:
                 raise ValueError(f"detail {name!r} must be {list(shape)}, got {list(figure.shape)}")

@@ -41,9 +41,7 @@ class Reward(Protocol):
 class Solver(Protocol):
     """Integrates the flow from noise to an image's latents. Any black box will do."""
 
-    def solve(
-        self, velocity: Velocity, noise: Tensor, times: Sequence[float], generator: Generator
-    ) -> Tensor:
+    def solve(self, velocity: Velocity, noise: Tensor, times: Sequence[float], generator: Generator) -> Tensor:
         """Latents `x_0` from `noise [B, ...]`.
 
         times: descending, from 1.0 to 0.0; one more than the number of steps.
@@ -65,9 +63,7 @@ class SteppedSolver:
         """From `x` at time t to time s < t; returns the new `x` and the new state."""
         raise TypeError(f"{type(self).__name__} must define step(velocity, x, t, s, state, generator)")
 
-    def solve(
-        self, velocity: Velocity, noise: Tensor, times: Sequence[float], generator: Generator
-    ) -> Tensor:
+    def solve(self, velocity: Velocity, noise: Tensor, times: Sequence[float], generator: Generator) -> Tensor:
         x, state = noise, self.init(noise, times)
         for t, s in zip(times[:-1], times[1:], strict=True):
             x, state = self.step(velocity, x, t, s, state, generator)

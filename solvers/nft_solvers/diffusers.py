@@ -50,9 +50,7 @@ ENDS = ((1.0, 0.0), (1 - 1e-6, 0.0), (1 - 1e-6, 1e-6))
 
 def predicts_flow(scheduler: type) -> bool:
     """By its config's options, or by the forward process that only flow matching's schedulers have."""
-    if not issubclass(
-        scheduler, diffusers.SchedulerMixin
-    ):  # A stand-in for one whose packages are missing.
+    if not issubclass(scheduler, diffusers.SchedulerMixin):  # A stand-in for one whose packages are missing.
         return False
     if "Inverse" in scheduler.__name__:  # From image to noise.
         return False
@@ -65,16 +63,12 @@ class DiffusersSolver:
     options: Mapping[str, Any]
     ends: tuple[float, float] = ENDS[0]
 
-    def solve(
-        self, velocity: Velocity, noise: Tensor, times: Sequence[float], generator: Generator
-    ) -> Tensor:
+    def solve(self, velocity: Velocity, noise: Tensor, times: Sequence[float], generator: Generator) -> Tensor:
         scheduler, calls = self.prepare(times)
         drawn = {"generator": generator} if "generator" in signature(scheduler.step).parameters else {}
         x = noise
         for t, timestep in zip(calls, scheduler.timesteps, strict=True):
-            x = scheduler.step(velocity(x, t), timestep, x, return_dict=False, **drawn)[0].to(
-                noise.dtype
-            )
+            x = scheduler.step(velocity(x, t), timestep, x, return_dict=False, **drawn)[0].to(noise.dtype)
         return x
 
     def prepare(self, times: Sequence[float]) -> tuple[Any, list[float]]:
@@ -96,20 +90,14 @@ class DiffusersSolver:
             scheduler.timesteps = (
                 scheduler.sigmas[: len(scheduler.timesteps)] * scheduler.config.num_train_timesteps
             )
-        off = (
-            (scheduler.sigmas.double().cpu() - torch.tensor(times, dtype=torch.float64)[index])
-            .abs()
-            .max()
-        )
+        off = (scheduler.sigmas.double().cpu() - torch.tensor(times, dtype=torch.float64)[index]).abs().max()
         if off > TOLERANCE:
             raise ValueError(
                 f"diffusers:{self.scheduler.__name__} changes the times that it is given by {off:.2g}; "
                 "drop the option that respaces them"
             )
         if hasattr(scheduler, "set_begin_index"):
-            scheduler.set_begin_index(
-                0
-            )  # Else it looks a timestep up, by equality, among rounded ones.
+            scheduler.set_begin_index(0)  # Else it looks a timestep up, by equality, among rounded ones.
         return scheduler, [times[i] for i in index[: len(scheduler.timesteps)]]
 
     @staticmethod
@@ -140,9 +128,7 @@ class DiffusersSolver:
             noise = torch.tensor([[[[1.7]]]])
             with torch.random.fork_rng(devices=[]):
                 before = torch.get_rng_state()
-                x = self.solve(
-                    lambda x, t: (x - 0.5) / t, noise, times, torch.Generator().manual_seed(0)
-                )
+                x = self.solve(lambda x, t: (x - 0.5) / t, noise, times, torch.Generator().manual_seed(0))
                 if not torch.equal(before, torch.get_rng_state()):
                     raise ValueError(
                         f"diffusers:{self.scheduler.__name__} with {dict(self.options)} draws noise "
@@ -173,9 +159,7 @@ def fitted(scheduler: type, options: Mapping[str, Any]) -> DiffusersSolver:
         logging.set_verbosity(verbosity)
     if isinstance(failures[0], ValueError):
         raise failures[0]
-    raise ValueError(
-        f"diffusers:{scheduler.__name__} fails on our flow: {failures[0]!r}"
-    ) from failures[0]
+    raise ValueError(f"diffusers:{scheduler.__name__} fails on our flow: {failures[0]!r}") from failures[0]
 
 
 def flow_schedulers() -> list[str]:
@@ -204,14 +188,11 @@ def diffusers_solver(name: str, **options: Any) -> DiffusersSolver:
         )
     if not predicts_flow(scheduler):
         raise ValueError(
-            f"diffusers:{name} has no flow prediction; "
-            f"those that have are {', '.join(flow_schedulers())}"
+            f"diffusers:{name} has no flow prediction; those that have are {', '.join(flow_schedulers())}"
         )
     known = set(signature(scheduler).parameters)
     if ours := sorted(set(options) & known & set(FLOW | GRID)):
-        raise ValueError(
-            f"diffusers:{name}: {', '.join(ours)} cannot be set, the run's times decide it"
-        )
+        raise ValueError(f"diffusers:{name}: {', '.join(ours)} cannot be set, the run's times decide it")
     if unknown := sorted(set(options) - known):
         raise ValueError(
             f"diffusers:{name} has no option {', '.join(unknown)}; "

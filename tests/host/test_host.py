@@ -26,7 +26,8 @@ PLUGINS = {
     "noimport": "import no_such_package",
     "raises": "from nft_plugins import hookimpl\n@hookimpl\ndef nft_register_rewards(register):\n    1 / 0\n",
     "misspelt": "from nft_plugins import hookimpl\n@hookimpl\ndef nft_register_reward(register):\n    pass\n",
-    "arguments": "from nft_plugins import hookimpl\n@hookimpl\ndef nft_register_rewards(registrar):\n    pass\n",
+    "arguments": "from nft_plugins import hookimpl\n@hookimpl\ndef nft_register_rewards(registrar):\n"
+    "    pass\n",
     "empty": "x = 1\n",
     "wrongcard": "from nft_plugins import hookimpl\n@hookimpl\ndef nft_register_rewards(register):\n"
     "    register('cat')\n",

@@ -1,0 +1,175 @@
+"""The embedded world's weights, step by step: `prompts`, `vae`, `flow`, `clip`.
+
+Each writes to --out and appends its figures to `training.jsonl` there. `flow` may be run by torchrun.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from time import perf_counter
+from typing import Any
+
+import click
+import torch
+import torch.distributed as dist
+
+from ..captions import write
+
+PICTURES = 120_000
+
+
+def logger(out: Path, what: str, **constant: Any) -> Callable[..., None]:
+    """Prints figures and appends them to `training.jsonl`, with the seconds so far."""
+    start = perf_counter()
+
+    def log(**figures: Any) -> None:
+        record = {"what": what, **constant, "seconds": round(perf_counter() - start, 1), **figures}
+        line = json.dumps({k: round(v, 5) if isinstance(v, float) else v for k, v in record.items()})
+        click.echo(line)
+        with (out / "training.jsonl").open("a", encoding="utf-8") as file:
+            file.write(line + "\n")
+
+    return log
+
+
+def options(command: Callable[..., None]) -> Callable[..., None]:
+    out = click.option("--out", type=click.Path(path_type=Path), required=True, help="Folder to write to.")
+    seed = click.option("--seed", default=0, show_default=True)
+    threads = click.option("--threads", default=os.cpu_count(), show_default=True)
+    return out(seed(threads(command)))
+
+
+@click.group()
+def main() -> None:
+    """Make the embedded world's weights."""
+
+
+@main.command()
+@click.option("--out", type=click.Path(path_type=Path), required=True)
+def prompts(out: Path) -> None:
+    """Write the prompt files."""
+    write(out)
+
+
+@main.command()
+@click.option("--steps", default=1500, show_default=True)
+@options
+def vae(steps: int, out: Path, seed: int, threads: int) -> None:
+    """Train the autoencoder."""
+    from .data import dataset
+    from .vae import train_vae
+
+    torch.set_num_threads(threads)
+    out.mkdir(parents=True, exist_ok=True)
+    pictures, _ = dataset(PICTURES, seed)
+    log = logger(out, "vae", seed=seed)
+    train_vae(pictures, steps=steps, seed=seed, batch=64, lr=4e-3, log=log).save_pretrained(out / "vae")
+
+
+@main.command()
+@click.option("--minutes", default=40.0, show_default=True)
+@click.option("--batch", default=96, show_default=True, help="Pictures a step, of all processes.")
+@click.option("--lr", default=1.5e-3, show_default=True)
+@click.option("--text-share", default=0.006, show_default=True, help="Share of pictures that show a word.")
+@click.option("--snapshot-minutes", default=3.0, show_default=True)
+@click.option("--init", type=click.Path(path_type=Path), help="Pipeline to go on from.")
+@options
+def flow(
+    minutes: float,
+    batch: int,
+    lr: float,
+    text_share: float,
+    snapshot_minutes: float,
+    init: Path | None,
+    out: Path,
+    seed: int,
+    threads: int,
+) -> None:
+    """Train the base model on --out/vae, and write --out/pipeline and snapshots beside it."""
+    from diffusers import AutoencoderTiny, StableDiffusion3Pipeline
+
+    from .data import dataset
+    from .evaluate import evaluate
+    from .flow import make_pipeline, train_flow
+    from .vae import latents
+
+    torch.set_num_threads(threads)
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        dist.init_process_group("gloo")
+    torch.manual_seed(seed)
+    autoencoder = AutoencoderTiny.from_pretrained(out / "vae").eval()
+    if init:
+        absent = {"text_encoder_3": None, "tokenizer_3": None}
+        pipeline = StableDiffusion3Pipeline.from_pretrained(init, dtype=torch.float32, **absent)
+    else:
+        pipeline = make_pipeline(autoencoder)
+    pictures, captions = dataset(PICTURES, seed)
+    log = logger(out, "flow", seed=seed, processes=dist.get_world_size() if dist.is_initialized() else 1)
+
+    def snapshot(step: int, **figures: Any) -> None:
+        log(step=step, **figures, **evaluate(pipeline, images=8, seed=seed))
+        pipeline.save_pretrained(out / "snapshots" / f"{step:06d}")
+
+    train_flow(
+        pipeline,
+        latents(autoencoder, pictures),
+        [c["prompt"] for c in captions],
+        minutes=minutes,
+        seed=seed,
+        batch=batch // (dist.get_world_size() if dist.is_initialized() else 1),
+        lr=lr,
+        text_share=text_share,
+        snapshot_minutes=snapshot_minutes,
+        snapshot=snapshot,
+        log=log,
+    )
+    if not dist.is_initialized() or dist.get_rank() == 0:
+        log(**evaluate(pipeline, images=24, seed=seed))
+        pipeline.save_pretrained(out / "snapshots" / "last")
+
+
+@main.command()
+@click.option("--minutes", default=14.0, show_default=True)
+@options
+def clip(minutes: float, out: Path, seed: int, threads: int) -> None:
+    """Train the world's CLIP."""
+    from .clip import train_clip
+    from .data import dataset
+
+    torch.set_num_threads(threads)
+    out.mkdir(parents=True, exist_ok=True)
+    pictures, captions = dataset(PICTURES, seed)
+    log = logger(out, "clip", seed=seed)
+    model, processor = train_clip(pictures, captions, minutes=minutes, seed=seed, lr=1.5e-3, log=log)
+    model.save_pretrained(out / "clip")
+    processor.save_pretrained(out / "clip")
+
+
+@main.command()
+@click.argument("snapshot", type=click.Path(path_type=Path, exists=True))
+@click.option("--images", default=24, show_default=True, help="Pictures of each prompt.")
+@click.option("--set", "name", default="select", show_default=True, help="select, train or eval.")
+@click.option("--seed", default=0, show_default=True)
+@click.option("--out", type=click.Path(path_type=Path), help="Write it here in half precision.")
+def export(snapshot: Path, images: int, name: str, seed: int, out: Path | None) -> None:
+    """Evaluate a snapshot, and make it the base model."""
+    from diffusers import StableDiffusion3Pipeline
+
+    from .evaluate import evaluate
+
+    absent = {"text_encoder_3": None, "tokenizer_3": None}
+    pipeline = StableDiffusion3Pipeline.from_pretrained(snapshot, dtype=torch.float32, **absent)
+    if out:
+        pipeline.to(dtype=torch.float16)
+        shutil.rmtree(out, ignore_errors=True)
+        pipeline.save_pretrained(out)
+        pipeline.to(dtype=torch.float32)
+    click.echo(json.dumps(evaluate(pipeline, images, seed, name)))
+
+
+if __name__ == "__main__":
+    main()

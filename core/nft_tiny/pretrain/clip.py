@@ -1,0 +1,120 @@
+"""The world's CLIP: transformers' CLIPModel, trained to tell each picture's caption from others of its tag."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from time import perf_counter
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+from transformers import CLIPConfig, CLIPModel, CLIPProcessor
+from transformers.models.clip import CLIPImageProcessor
+
+from ..captions import Caption
+from .flow import text_config, widen
+from .tokenizer import MAX_LENGTH, make_tokenizer
+
+#: Pictures of each tag in a batch; no two of them with captions that mean the same.
+BLOCKS = {
+    "text": 40,
+    "color_attr": 32,
+    "position": 24,
+    "colors": 16,
+    "counting": 9,
+    "two_object": 6,
+    "single_object": 4,
+}
+
+
+def make_clip() -> tuple[CLIPModel, CLIPProcessor]:
+    tokenizer = make_tokenizer()
+    vision = {
+        "hidden_size": 96,
+        "intermediate_size": 288,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 3,
+        "image_size": 32,
+        "patch_size": 4,
+        "hidden_act": "gelu",
+        "projection_dim": 64,
+    }
+    model = CLIPModel(
+        CLIPConfig(text_config=text_config(len(tokenizer), layers=2), vision_config=vision, projection_dim=64)
+    )
+    widen(model.text_model)
+    nn.init.normal_(model.vision_model.embeddings.position_embedding.weight, std=0.15)
+    nn.init.normal_(model.vision_model.embeddings.class_embedding, std=0.1)
+    nn.init.constant_(model.logit_scale, math.log(14))
+    images = CLIPImageProcessor(size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32})
+    return model, CLIPProcessor(images, tokenizer)
+
+
+def meaning(prompt: str) -> str:
+    """Equal for captions that ask for the same picture."""
+    return prompt.removeprefix("a photo of ").replace("one ", "a ").replace("a single ", "a ")
+
+
+def train_clip(
+    pictures: np.ndarray,
+    captions: Sequence[Caption],
+    *,
+    minutes: float,
+    seed: int,
+    lr: float,
+    log: Callable[..., None],
+) -> tuple[CLIPModel, CLIPProcessor]:
+    torch.manual_seed(seed)
+    rng = np.random.default_rng(seed)
+    model, processor = make_clip()
+    tokenized = processor.tokenizer(
+        [c["prompt"] for c in captions], padding="max_length", max_length=MAX_LENGTH, return_tensors="pt"
+    ).input_ids
+    mean, std = (
+        torch.tensor(v).view(3, 1, 1)
+        for v in (processor.image_processor.image_mean, processor.image_processor.image_std)
+    )
+    rows = {tag: [i for i, c in enumerate(captions) if c["tag"] == tag] for tag in BLOCKS}
+
+    def block(tag: str) -> list[int]:
+        chosen: dict[str, int] = {}
+        while len(chosen) < BLOCKS[tag]:
+            i = rows[tag][rng.integers(len(rows[tag]))]
+            chosen.setdefault(meaning(captions[i]["prompt"]), i)
+        return list(chosen.values())
+
+    optimizer = torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=0.02, betas=(0.9, 0.98))
+    start, step = perf_counter(), 0
+    while (share := (perf_counter() - start) / (60 * minutes)) < 1:
+        for group in optimizer.param_groups:
+            decay = 0.03 + 0.97 * 0.5 * (1 + math.cos(math.pi * share))
+            group["lr"] = lr * min((step + 1) / 100, 1) * decay
+        blocks = [block(tag) for tag in BLOCKS]
+        flat = [i for b in blocks for i in b]
+        pixels = (torch.from_numpy(pictures[flat]).permute(0, 3, 1, 2).float() / 255 - mean) / std
+        logits = model(input_ids=tokenized[flat], pixel_values=pixels).logits_per_image
+        loss, accuracy = contrast(logits, [len(b) for b in blocks])
+        optimizer.zero_grad()
+        loss.backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        with torch.no_grad():
+            model.logit_scale.clamp_(max=math.log(100))
+        if step % 100 == 0:
+            log(step=step, loss=loss.item(), accuracy=dict(zip(BLOCKS, accuracy, strict=True)))
+        step += 1
+    return model.eval(), processor
+
+
+def contrast(logits: Tensor, sizes: Sequence[int]) -> tuple[Tensor, list[float]]:
+    """CLIP's loss within each block of the diagonal, and the share of pictures that find their caption."""
+    total, accuracy, begin = logits.new_zeros(()), [], 0
+    for size in sizes:
+        part = logits[begin : begin + size, begin : begin + size]
+        target = torch.arange(size)
+        total = total + size * (cross_entropy(part, target) + cross_entropy(part.T, target)) / 2
+        accuracy.append((part.argmax(1) == target).float().mean().item())
+        begin += size
+    return total / begin, accuracy

@@ -1,0 +1,64 @@
+"""How good a snapshot is on the `select` captions: strict GenEval accuracy by tag, and OCR."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from diffusers import StableDiffusion3Pipeline
+
+from ..captions import TAGS, Caption
+from ..detector import ShapeDetector
+from .flow import SHIFT, encode, tokens
+
+DATA = Path(__file__).parents[1] / "data"
+
+
+@torch.no_grad()
+def paint(pipeline: StableDiffusion3Pipeline, prompts: list[str], steps: int, seed: int) -> np.ndarray:
+    """`[B, 32, 32, 3]` uint8 by Euler's method on SD3's grid, without guidance."""
+    from .data import to_pictures
+
+    vae, transformer = pipeline.vae, pipeline.transformer
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(len(prompts), transformer.config.in_channels, 8, 8, generator=generator)
+    embeds, pooled = encode(pipeline, tokens(pipeline, prompts))
+    even = torch.linspace(1, 0, steps + 1)
+    times = SHIFT * even / (1 + (SHIFT - 1) * even)
+    for t, s in zip(times[:-1], times[1:], strict=True):
+        x = x + (s - t) * transformer(x, embeds, pooled, t.expand(len(x)) * 1000, return_dict=False)[0]
+    latents = x / vae.config.scaling_factor + vae.config.shift_factor
+    return to_pictures(vae.decode(latents).sample)
+
+
+def evaluate(
+    pipeline: StableDiffusion3Pipeline, images: int, seed: int, name: str = "select"
+) -> dict[str, Any]:
+    """Shares of right pictures by tag, their mean `geneval`, and the mean OCR reward `ocr`.
+
+    The rules are those of the rewards that training uses, read through the plug-in host as in a run.
+    """
+    from nft_core import reward
+    from nft_plugins import Batch
+
+    rewards = {
+        "geneval": reward("geneval", detector=f"{ShapeDetector.__module__}:ShapeDetector"),
+        "ocr": reward("ocr", upscale=4),
+    }
+    lines = (DATA / f"{name}.jsonl").read_text(encoding="utf-8").splitlines()
+    captions: list[Caption] = [json.loads(line) for line in lines]
+    figures: dict[str, Any] = {}
+    for tag in (*TAGS, "text"):
+        chosen = [c for c in captions if c["tag"] == tag for _ in range(images)]
+        prompts = [c["prompt"] for c in chosen]
+        pictures = torch.from_numpy(paint(pipeline, prompts, steps=16, seed=seed))
+        batch = Batch(pictures.permute(0, 3, 1, 2).float() / 255, prompts, chosen, torch.arange(len(chosen)))
+        if tag == "text":
+            figures["ocr"] = rewards["ocr"](batch).values.mean().item()
+        else:
+            figures[tag] = rewards["geneval"](batch).details["geneval/strict"].mean().item()
+    figures["geneval"] = sum(figures[tag] for tag in TAGS) / len(TAGS)
+    return {name: round(value, 4) for name, value in figures.items()}

@@ -1,0 +1,30 @@
+"""CLIP's tokenizer class with the embedded world's vocabulary: a token a word, or a letter for the rest."""
+
+from __future__ import annotations
+
+import string
+
+from transformers import CLIPTokenizer
+
+from ..captions import scene_captions
+
+MAX_LENGTH = 12
+
+
+def make_tokenizer() -> CLIPTokenizer:
+    """Words of captions merge from their end, so that only endings meet; other words stay letters."""
+    words = {word for c in scene_captions() for word in c["prompt"].split()} | {"the", "word"}
+    vocabulary = ["<|startoftext|>", "<|endoftext|>", '"', '"</w>', '""', '""</w>']
+    vocabulary += [letter + end for end in ("", "</w>") for letter in string.ascii_lowercase]
+    merges: list[tuple[str, str]] = []
+    for word in sorted(words):
+        pieces = [*word[:-1], word[-1] + "</w>"]
+        while len(pieces) > 1:
+            pair = (pieces[-2], pieces[-1])
+            pieces[-2:] = ["".join(pair)]
+            if pair not in merges:
+                merges.append(pair)
+                vocabulary.append(pieces[-1])
+    return CLIPTokenizer(
+        vocab={token: i for i, token in enumerate(vocabulary)}, merges=merges, model_max_length=MAX_LENGTH
+    )
