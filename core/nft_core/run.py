@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
     from nft_plugins import FlowModel
 
+    from .composer import Composed
     from .train import Training
 
 #: Prompts with words to paint, for a run that is given none.
@@ -45,16 +46,17 @@ def run(settings: Settings, folder: Path, host: Host, say: Callable[[str], None]
     """
     specs = reward_specs(settings, host)
     solver = host.make_solver(settings.solver, settings.solver_options)
-    prompts, held_out = both_prompts(settings, say)
-    claim(folder)
+    first = os.environ.get("RANK", "0") == "0"
+    prompts, held_out = both_prompts(settings, say if first else lambda text: None)
+    if first:
+        claim(folder)
 
-    from .composer import compose
     from .distributed import process_group, rank
 
     quiet_libraries()
     device = pick_device(settings.device)
     with process_group(device):
-        reward = compose(specs, host=host, device=str(device))
+        reward = load_rewards(specs, host, device)
         prompts = scorable(prompts, reward.check_prompt, settings.unscorable)
         held_out = scorable(held_out, reward.check_prompt, settings.unscorable)
         check_sizes(settings, len(prompts))
@@ -107,14 +109,29 @@ def reward_specs(settings: Settings, host: Host) -> list[RewardSpec]:
     return specs
 
 
+def load_rewards(specs: list[RewardSpec], host: Host, device: torch.device) -> Composed:
+    from .composer import compose
+
+    try:
+        return compose(specs, host=host, device=str(device))
+    except NftError as error:
+        if isinstance(error.__cause__, OSError):
+            raise NftError(f"{error} --tiny brings small stand-ins, which work offline too.") from error
+        raise
+
+
 def both_prompts(settings: Settings, say: Callable[[str], None]) -> tuple[list[Prompt], list[Prompt]]:
     """Training and held-out prompts; these are split off the training file where there is no other."""
     if not settings.prompts:
-        held_out = settings.eval_prompts or DATA / "prompts-eval.txt"
-        return read_prompts(DATA / "prompts-train.txt"), read_prompts(Path(held_out))
+        path = Path(settings.eval_prompts or DATA / "prompts-eval.txt")
+        return read_prompts(DATA / "prompts-train.txt"), read_prompts(path)
     prompts = read_prompts(Path(settings.prompts))
     if settings.eval_prompts:
-        return prompts, read_prompts(Path(settings.eval_prompts))
+        held_out = read_prompts(Path(settings.eval_prompts))
+        shared = {p.text for p in prompts} & {p.text for p in held_out}
+        if shared:
+            say(f"Warning: {len(shared)} of {len(held_out)} held-out prompts are trained on too.")
+        return prompts, held_out
     count = min(64, len(prompts) // 10) or 1
     if len(prompts) == 1:
         say(f"{settings.prompts} holds one prompt: it is trained on and evaluated on.")

@@ -112,7 +112,7 @@ def test_lora_of_the_embedded_world_loads_into_a_plain_pipeline(tmp_path):
 
     settings = tomllib.loads((folder / "run.toml").read_text())
     pipeline = StableDiffusion3Pipeline.from_pretrained(
-        settings["model"], text_encoder_3=None, tokenizer_3=None
+        settings["model"], text_encoder_3=None, tokenizer_3=None, dtype=torch.float32
     )
     options = {"num_inference_steps": 4, "guidance_scale": 0, "max_sequence_length": 0, "output_type": "pt"}
     options |= {"height": 32, "width": 32}

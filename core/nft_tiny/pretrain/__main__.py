@@ -74,7 +74,7 @@ def vae(steps: int, out: Path, seed: int, threads: int) -> None:
 @click.option("--minutes", default=40.0, show_default=True)
 @click.option("--batch", default=96, show_default=True, help="Pictures a step, of all processes.")
 @click.option("--lr", default=1.5e-3, show_default=True)
-@click.option("--text-share", default=0.006, show_default=True, help="Share of pictures that show a word.")
+@click.option("--text-share", default=0.003, show_default=True, help="Share of pictures that show a word.")
 @click.option("--snapshot-minutes", default=3.0, show_default=True)
 @click.option("--init", type=click.Path(path_type=Path), help="Pipeline to go on from.")
 @options

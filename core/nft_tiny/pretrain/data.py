@@ -15,13 +15,13 @@ CHUNK = 1000
 
 #: How often each tag comes: what composes objects is hard and comes more.
 SHARES = {
-    "single_object": 0.06,
-    "two_object": 0.12,
-    "counting": 0.18,
-    "colors": 0.08,
-    "position": 0.18,
-    "color_attr": 0.20,
-    "text": 0.18,
+    "single_object": 0.05,
+    "two_object": 0.17,
+    "counting": 0.22,
+    "colors": 0.07,
+    "position": 0.24,
+    "color_attr": 0.23,
+    "text": 0.02,
 }
 
 

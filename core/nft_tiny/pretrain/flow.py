@@ -127,6 +127,7 @@ def train_flow(
     optimizer = torch.optim.AdamW(parameters, lr=lr, betas=(0.9, 0.98), weight_decay=0.01)
     average = copy.deepcopy([p.data for p in parameters])
     torch.manual_seed(seed * world + rank)
+    transformer = torch.compile(pipeline.transformer)
     start, seen, running, step = perf_counter(), 0.0, 0.0, 0
     while (share := _agreed((perf_counter() - start) / (60 * minutes))) < 1:
         for group in optimizer.param_groups:
@@ -138,7 +139,7 @@ def train_flow(
         noise = torch.randn_like(x_0)
         at = t.view(-1, 1, 1, 1)
         embeds, pooled = encode(pipeline, ids[rows])
-        (v,) = pipeline.transformer((1 - at) * x_0 + at * noise, embeds, pooled, t * 1000, return_dict=False)
+        (v,) = transformer((1 - at) * x_0 + at * noise, embeds, pooled, t * 1000, return_dict=False)
         loss = mse_loss(v, noise - x_0)
         optimizer.zero_grad()
         loss.backward()
