@@ -68,10 +68,6 @@ def fitted(image: Image.Image) -> Image.Image:
     if longest * 2 <= CELL:
         factor = CELL // longest
         return image.resize((image.width * factor, image.height * factor), Image.Resampling.NEAREST)
-    return Image.Image.copy(image) if longest <= CELL else _thumbnail(image)
-
-
-def _thumbnail(image: Image.Image) -> Image.Image:
     image = image.copy()
     image.thumbnail((CELL, CELL), Image.Resampling.LANCZOS)
     return image
