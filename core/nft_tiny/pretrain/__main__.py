@@ -167,8 +167,16 @@ def export(snapshot: Path, images: int, name: str, seed: int, out: Path | None) 
         pipeline.to(dtype=torch.float16)
         shutil.rmtree(out, ignore_errors=True)
         pipeline.save_pretrained(out)
+        for path in out.rglob("*.json"):
+            without_path(path)
         pipeline.to(dtype=torch.float32)
     click.echo(json.dumps(evaluate(pipeline, images, seed, name)))
+
+
+def without_path(path: Path) -> None:
+    """diffusers writes where weights were read from into their config."""
+    lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
+    path.write_text("".join(line for line in lines if '"_name_or_path"' not in line), encoding="utf-8")
 
 
 if __name__ == "__main__":
