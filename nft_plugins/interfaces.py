@@ -87,7 +87,7 @@ class FlowModel(Protocol):
     resolution: tuple[int, int]
 
     def encode(self, prompts: Sequence[str]) -> Condition:
-        """Condition tensors for B prompts, without gradients."""
+        """Condition tensors for B prompts, without gradients, on any device; B may be tens of thousands."""
         ...
 
     def velocity(self, x_t: Tensor, t: Tensor, condition: Condition) -> Tensor:

@@ -84,7 +84,7 @@ def optimality(advantages: Tensor, clip: float, mode: AdvantageMode = "all") -> 
             a = a.sign()
         case _:
             raise UsageError(f"advantage_mode must be one of {AdvantageMode.__args__}, got {mode!r}")
-    return a / (2 * clip) + 0.5
+    return (a / (2 * clip) + 0.5).clamp(0, 1)
 
 
 def flat_groups(values: Tensor, valid: Tensor, groups: Tensor) -> float:

@@ -8,6 +8,7 @@ import shutil
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -39,7 +40,7 @@ def save_checkpoint(
                     os.fsync(file.fileno())
         shutil.rmtree(folder, ignore_errors=True)
         aside.rename(folder)
-    except (OSError, RuntimeError) as error:
+    except (OSError, RuntimeError, SafetensorError) as error:
         shutil.rmtree(aside, ignore_errors=True)
         raise NftError(
             f"Cannot write the checkpoint {folder}: {error}. Free some space or choose another --out; "

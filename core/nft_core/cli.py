@@ -100,9 +100,10 @@ def run(
 
     What is said later wins: preset, --config, --set, then the other options.
     """
+    from . import launch
     from . import run as runs
     from .host import load_host
-    from .settings import parse_assignment, read_toml
+    from .settings import parse_assignment, read_toml, to_toml
 
     if tiny and preset not in (None, "tiny"):
         raise click.UsageError(f"--tiny is short for --preset tiny, so --preset {preset} contradicts it.")
@@ -117,8 +118,15 @@ def run(
         dict(parse_assignment(a) for a in assignments),
         given,
     )
+    launch.end_with_the_parent()
     folder = out or default_folder([str(r) for r in settings.rewards])
-    runs.run(settings, folder, host, say=click.echo)
+    processes = 1 if launch.started() else launch.count(settings.processes, settings.device)
+    if processes == 1:
+        runs.run(settings, folder, host, say=click.echo)
+        return
+    runs.prepare(settings, host)
+    runs.claim(folder)
+    sys.exit(launch.launch(to_toml(settings.model_dump()), folder, processes))
 
 
 def default_folder(rewards: list[str]) -> Path:

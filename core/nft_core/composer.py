@@ -29,8 +29,8 @@ class Composed:
     """A weighted sum of rewards and a constant; itself a reward.
 
     Its scores carry each member's own scores in `parts`, and their details as `NAME/DETAIL`. A sample
-    is valid where it is for every member. Built by `reward`, `compose` and arithmetic:
-    `0.8 * reward("pickscore") + 0.2 * reward("ocr").clip(0, 1)`.
+    is valid where it is for every member that has a weight: one of weight 0 is only watched.
+    Built by `reward`, `compose` and arithmetic, `0.8 * reward("pickscore") + 0.2 * reward("ocr").clip(0, 1)`.
     """
 
     terms: tuple[Term, ...]
@@ -48,7 +48,8 @@ class Composed:
         valid = torch.ones(len(batch), dtype=torch.bool)
         for weight, scores in parts.values():
             values += weight * scores.values
-            valid &= scores.valid
+            if weight:
+                valid &= scores.valid
         details = {
             f"{name}/{detail}": figure
             for name, part in parts.items()
@@ -107,7 +108,9 @@ class Mapped:
 
     def __call__(self, batch: Batch) -> Scores:
         scores = self.inner(batch)
-        details = {name.rpartition("/")[2]: d for name, d in scores.details.items()}
+        details = scores.details
+        if len(self.inner.terms) == 1:  # Its name would come twice: a member's details are NAME/DETAIL.
+            details = {name.removeprefix(f"{self.inner.terms[0].name}/"): d for name, d in details.items()}
         return Scores(self.f(scores.values), scores.valid, details)
 
     def check_prompt(self, prompt: str, metadata: Mapping[str, Any]) -> None:
@@ -141,7 +144,9 @@ def check_prompt(member: Any, name: str, prompt: str, metadata: Mapping[str, Any
 def checked(name: str, member: Reward, batch: Batch) -> Scores:
     """A member's scores on the CPU, held to the contract."""
     try:
-        scores = member(batch)
+        # Whether gradients are recorded is each thread's own affair, so it is said here.
+        with torch.no_grad():
+            scores = member(batch)
     except (NftError, PromptError):
         raise
     except Exception as error:
@@ -158,10 +163,6 @@ def checked(name: str, member: Reward, batch: Batch) -> Scores:
         )
     details = {key: d.detach().float().cpu() for key, d in scores.details.items()}
     return Scores(values.where(valid, 0), valid, details, scores.parts)
-
-
-#: Loaded rewards by name, options and device, for as long as somebody holds them.
-Loaded = dict[tuple[Any, ...], Reward]
 
 
 def reward(
@@ -193,7 +194,7 @@ def compose(
     if isinstance(rewards, Mapping):
         rewards = [_weighted(parse_reward(name), weight) for name, weight in rewards.items()]
     specs = [r if isinstance(r, RewardSpec) else parse_reward(r) for r in rewards]
-    loaded: Loaded = {}
+    loaded: dict[tuple[str, str], Reward] = {}
     terms = []
     for spec in specs:
         key = (spec.name, repr(sorted(spec.options.items())))

@@ -1,4 +1,4 @@
-"""Processes. Every helper is a no-op in a run of one process; `torchrun` starts more."""
+"""Processes. Every helper is a no-op in a run of one process; `launch` or torchrun starts more."""
 
 from __future__ import annotations
 
@@ -10,16 +10,29 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from .errors import NftError, PeerError
+from .launch import RENDEZVOUS
+
 
 @contextmanager
 def process_group(device: torch.device) -> Iterator[None]:
-    """Join the process group that torchrun announces in the environment, and leave it at the end."""
-    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+    """Join the group that torchrun or `launch` announces in the environment, and leave it at the end."""
+    size = int(os.environ.get("WORLD_SIZE", "1"))
+    if size == 1:
         yield
         return
-    dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    backend = "nccl" if device.type == "cuda" else "gloo"
+    if RENDEZVOUS in os.environ:
+        file = f"file://{os.environ[RENDEZVOUS]}"
+        dist.init_process_group(backend, init_method=file, rank=int(os.environ["RANK"]), world_size=size)
+    else:
+        dist.init_process_group(backend)
     try:
         yield
+    except RuntimeError as error:
+        if isinstance(error, dist.DistError) or "gloo" in str(error):
+            raise PeerError("Another process of this run has stopped; its own message says why.") from error
+        raise
     finally:
         dist.destroy_process_group()
 
@@ -64,6 +77,18 @@ def sum_gradients(parameters: Iterable[torch.nn.Parameter]) -> None:
     dist.all_reduce(flat)
     for g, part in zip(grads, flat.split([g.numel() for g in grads]), strict=True):
         g.copy_(part.view_as(g))
+
+
+@contextmanager
+def together(device: torch.device) -> Iterator[None]:
+    """What fails inside in one process fails in all, so that none waits for another for ever."""
+    failure: NftError | None = None
+    try:
+        yield
+    except NftError as error:
+        failure = error
+    if sum_value(float(failure is not None), device):
+        raise failure or PeerError("Another process of this run failed; its own message says why.")
 
 
 def sum_value(value: float, device: torch.device) -> float:

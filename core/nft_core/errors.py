@@ -16,6 +16,12 @@ class UsageError(NftError, ValueError):
     exit_code = 2
 
 
+class PeerError(NftError):
+    """This process is well, and ends because another one of the run has failed."""
+
+    exit_code = 75
+
+
 def unknown(kind: str, name: str, known: Iterable[str]) -> UsageError:
     """A name that nobody has, with the nearest known one and the list of them all."""
     known = sorted(known)

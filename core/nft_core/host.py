@@ -9,12 +9,10 @@ import json
 import os
 import re
 import sys
-import types
 import typing
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from importlib.metadata import EntryPoint, entry_points
-from pathlib import Path
 from typing import Any, Generic, TypeVar
 
 import pluggy
@@ -65,6 +63,11 @@ class Registered(Generic[Info]):
     info: Info
     owners: tuple[str, ...]
 
+    @property
+    def distribution(self) -> str:
+        """What pip calls the package that brings it."""
+        return self.owners[0].partition(" ")[0]
+
 
 @dataclass
 class Host:
@@ -85,10 +88,8 @@ class Host:
         info = self.reward_info(name)
         missing = [m for m in info.modules if not installed(m)]
         if missing:
-            raise NftError(
-                f"The reward {name!r} needs {', '.join(missing)}, not installed: "
-                + (f'pip install "{OWN}[{info.extra}]"' if info.extra else f"pip install {' '.join(missing)}")
-            )
+            mend = remedy(self.rewards[name])
+            raise NftError(f"The reward {name!r} needs {', '.join(missing)}, not installed: {mend}.")
         made = build(f"reward {name!r}", info.factory, (), options, {"device": device})
         if not isinstance(made, Reward):
             raise NftError(f"The factory of the reward {name!r} made a {type(made).__name__}, not a reward.")
@@ -106,11 +107,15 @@ class Host:
         return made
 
     def make_model(self, family: str, checkpoint: str, **options: Any) -> FlowModel:
-        """A base model of a family; options its factory does not know are left out."""
+        """A base model of a family; options its factory does not know are left out, but device and dtype."""
         info = self._one("model family", family, self.models)
         factory = resolve(info.factory)
         known = inspect.signature(factory).parameters
-        made: FlowModel = factory(checkpoint, **{k: v for k, v in options.items() if k in known})
+        every = any(p.kind is p.VAR_KEYWORD for p in known.values())
+        taken = {k: v for k, v in options.items() if every or k in known or k in ("device", "dtype")}
+        made = factory(checkpoint, **taken)
+        if not isinstance(made, FlowModel):
+            raise NftError(f"The factory of the family {family!r} made a {type(made).__name__}, not a model.")
         return made
 
     def _one(self, kind: str, name: str, cards: Mapping[str, Registered[Info]]) -> Info:
@@ -184,9 +189,10 @@ def allowed(row: Plugin) -> bool:
 def load(entry: EntryPoint, row: Plugin) -> object | None:
     try:
         return typing.cast(object, entry.load())
-    except Exception as error:
-        missing = isinstance(error, ModuleNotFoundError) and error.name
-        mend = f"pip install {error.name}" if missing else f"pip install --upgrade {row.distribution}"
+    except (Exception, SystemExit) as error:
+        mend = f"pip install --upgrade --force-reinstall {row.distribution}"
+        if isinstance(error, ModuleNotFoundError):
+            mend = f"install the package that brings the module {error.name}, or {mend}"
         row.broken(f"importing {entry.value} raised {type(error).__name__}: {error}", mend)
         return None
 
@@ -227,7 +233,7 @@ def classify(host: Host, module: object, row: Plugin) -> None:
         mine: list[Any] = []
         try:
             implementation(mine.append)
-        except Exception as error:
+        except (Exception, SystemExit) as error:
             row.broken(
                 f"{hook} raised {type(error).__name__}: {error}",
                 f"tell the author of {row.distribution}, or pip uninstall {row.distribution}",
@@ -262,6 +268,13 @@ def installed(module: str) -> bool:
         return False
 
 
+def remedy(card: Registered[RewardInfo]) -> str:
+    """The command that brings a reward's modules."""
+    if card.info.extra:
+        return f'pip install "{card.distribution}[{card.info.extra}]"'
+    return f"see the documentation of {card.distribution}"
+
+
 def resolve(factory: str | Callable[..., Any]) -> Callable[..., Any]:
     """The factory behind `module:attribute`. Raises NftError where it cannot be imported."""
     if callable(factory):
@@ -269,8 +282,8 @@ def resolve(factory: str | Callable[..., Any]) -> Callable[..., Any]:
     module, _, attribute = factory.partition(":")
     try:
         return typing.cast(Callable[..., Any], getattr(importlib.import_module(module), attribute))
-    except (ImportError, AttributeError, ValueError) as error:
-        raise NftError(f"Cannot import {factory!r}: {error}.") from error
+    except Exception as error:  # A broken package raises anything when it is imported.
+        raise NftError(f"Cannot import {factory!r}: {type(error).__name__}: {error}.") from error
 
 
 def build(
@@ -295,11 +308,15 @@ def build(
         given[name] = convert(what, name, value, annotation(call, name)) if name in named else literal(value)
     given = {name: value for name, value in offered.items() if name in named} | given
     try:
+        inspect.signature(call).bind(*arguments, **given)
+    except TypeError as error:
+        raise UsageError(f"The {what} cannot be made with these options: {error}") from error
+    try:
         return call(*arguments, **given)
     except NftError:
         raise
-    except (ValueError, TypeError) as error:
-        raise UsageError(f"The {what} does not take these options: {error}") from error
+    except ValueError as error:
+        raise UsageError(f"The {what} cannot be made with these options: {error}") from error
     except Exception as error:
         raise NftError(f"The {what} cannot be loaded: {error}") from error
 
@@ -313,37 +330,32 @@ def annotation(call: Callable[..., Any], name: str) -> Any:
 
 
 def convert(what: str, name: str, value: Any, kind: Any) -> Any:
-    """A value from the command line, a string, as the annotation wants it."""
-    choices = typing.get_args(kind)
-    if typing.get_origin(kind) is typing.Literal:
-        if value in choices:
-            return value
-        expected = f"one of {', '.join(map(str, choices))}"
-    elif typing.get_origin(kind) in (typing.Union, types.UnionType):
-        if value is None or (isinstance(value, str) and value.lower() == "none"):
-            return None
-        for choice in choices:
-            if choice is not types.NoneType:
-                return convert(what, name, value, choice)
-        return value
-    elif not isinstance(value, str):
-        return value
-    elif kind is bool:
-        if value.lower() in ("true", "false"):
-            return value.lower() == "true"
-        expected = "true or false"
-    elif kind in (int, float, Path):
-        try:
-            return kind(value)
-        except ValueError:
-            expected = "a whole number" if kind is int else "a number"
-    else:
-        return value if kind is str else literal(value)
-    raise UsageError(f"The option {name!r} of the {what} must be {expected}, got {value!r}.")
+    """A value of the annotated type from the command line, where it is a string, or from TOML."""
+    from pydantic import PydanticSchemaGenerationError, TypeAdapter, ValidationError
+
+    plain = literal(value)
+    try:
+        adapter = TypeAdapter(kind)
+    except PydanticSchemaGenerationError:
+        return plain
+    try:
+        # The value as JSON reads it, if that is of the type as it stands; else its text, converted.
+        return adapter.validate_python(plain, strict=True)
+    except ValidationError:
+        pass
+    try:
+        return adapter.validate_python(value)
+    except ValidationError as error:
+        message = error.errors()[0]["msg"]
+        raise UsageError(
+            f"The option {name!r} of the {what}: {message[0].lower()}{message[1:]}, got {value!r}."
+        ) from error
 
 
 def literal(value: Any) -> Any:
-    """Numbers, true, false and null as JSON writes them; other strings as they are."""
+    """Numbers, true, false, null and lists as JSON writes them, and none; other strings as they are."""
+    if isinstance(value, str) and value.lower() == "none":
+        return None
     try:
         return json.loads(value) if isinstance(value, str) else value
     except ValueError:

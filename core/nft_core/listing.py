@@ -9,7 +9,7 @@ from typing import Any
 
 import click
 
-from .host import OWN, Registered, installed, load_host
+from .host import Registered, installed, load_host, remedy
 
 as_json = click.option("--json", "as_json", is_flag=True, help="Print a JSON list.")
 
@@ -67,13 +67,12 @@ def plugins(as_json: bool) -> None:
 @as_json
 def rewards(as_json: bool) -> None:
     """List rewards, what they need and what they score."""
-    rows = cards(load_host().rewards)
+    registered = load_host().rewards
+    rows = cards(registered)
     for row in rows:
         missing = [m for m in row["modules"] if not installed(m)]
         row["ready"] = not missing
-        row["install"] = (
-            f'pip install "{OWN}[{row["extra"]}]"' if missing and row["extra"] else " ".join(missing)
-        )
+        row["install"] = remedy(registered[row["name"]]) if missing else ""
         row["needs"] = [*row["metadata"], *([row["install"]] if missing else [])]
     show(
         rows,

@@ -27,21 +27,17 @@ def read_prompts(path: Path) -> list[Prompt]:
     """The prompts of a file; blank lines are skipped.
 
     Raises UsageError with file and line for a file that cannot be read, a line that is no JSON
-    object with a non-empty string `prompt`, a prompt that comes twice, or a file without prompts.
+    object with a non-empty string `prompt`, or a file without prompts.
     """
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        # Not splitlines(), which also cuts at characters that JSON and prompts may hold.
+        lines = path.read_text(encoding="utf-8-sig").split("\n")
     except (OSError, UnicodeDecodeError) as error:
         raise UsageError(f"Cannot read the prompt file {path}: {error}.") from error
     parse = _parse_json if path.suffix in {".jsonl", ".json"} else _parse_text
     prompts = [parse(line.strip(), f"{path}:{i}") for i, line in enumerate(lines, 1) if line.strip()]
     if not prompts:
         raise UsageError(f"The prompt file {path} holds no prompt: expected one a line.")
-    seen: dict[str, str] = {}
-    for prompt in prompts:
-        first = seen.setdefault(prompt.text, prompt.where)
-        if first != prompt.where:
-            raise UsageError(f"{prompt.where}: this prompt stands at {first} already.")
     return prompts
 
 

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,7 +13,7 @@ from torch import Tensor
 
 from nft_plugins import Batch, Condition, FlowModel, Part, Reward, Scores, Solver, Velocity, randn_like
 
-from .distributed import gather_rows, owned
+from .distributed import gather_rows, owned, together
 from .prompts import Prompt
 from .seeds import generator
 
@@ -87,16 +87,20 @@ class Rollout:
     """The clean latents of this process's images, and what all processes' images scored.
 
     draws: what all N images were made from; index: `[n]`, which of them are here.
-    x_0: `[n, C, h, w]`; batch: these images.
+    x_0: `[n, C, h, w]`. images: `[n, 3, H, W]` uint8 on the CPU, where they were to be kept.
     scores: `[N]` on the CPU; groups: `[N]`.
     """
 
     draws: Draws
     index: Tensor
     x_0: Tensor
-    batch: Batch
+    images: Tensor | None
     scores: Scores
     groups: Tensor
+
+
+#: Batches that may wait for the reward: enough to keep it busy, few enough to fit beside the model.
+AHEAD = 2
 
 
 @torch.no_grad()
@@ -107,26 +111,31 @@ def roll_out(
     reward: Reward,
     progress: Callable[[str, int, int], None],
     phase: Callable[[str], AbstractContextManager[None]],
+    keep_images: bool = False,
 ) -> Rollout:
     """Sample this process's share of the images, scoring each batch while the next is being made.
 
     condition: a row for each of `draws.prompts`. progress: told (phase, images done, images in all).
-    phase: times what runs inside it: `rollout`, then `reward`, the wait for the last scores.
+    phase: times what runs inside it: `rollout`, and `reward`, the waits for scores.
+    Raises what a reward raises, in all processes if in one.
     """
     index = owned(len(draws))
     groups = draws.groups()
-    latents, batches, pending = [], [], []
-    scores: list[Scores] = []
-    with ThreadPoolExecutor(1, "reward") as scorer:
-        with phase("rollout"):
-            for rows in index.split(sampler.batch):
-                x_0 = sampler.latents(rows_of(condition, groups[rows]), [draws.generator(int(n)) for n in rows])
+    latents, images, pending, scores = [], [], [], []
+    with together(sampler.device), scoring(sampler.device) as scorer:
+        for rows in index.split(sampler.batch):
+            with phase("rollout"):
+                prompts = rows_of(condition, groups[rows], sampler.device)
+                x_0 = sampler.latents(prompts, [draws.generator(int(n)) for n in rows])
                 batch = draws.batch(rows, sampler.model.decode(x_0))
-                latents.append(x_0)
-                batches.append(batch)
-                pending.append(scorer.submit(reward, batch))
-                _raise_failure(pending)
-                progress(draws.purpose, sum(map(len, batches)), len(index))
+            latents.append(x_0)
+            if keep_images:
+                images.append(batch.uint8.cpu())
+            pending.append(scorer.submit(reward, batch))
+            progress(draws.purpose, sum(map(len, latents)), len(index))
+            if len(pending) > AHEAD:
+                with phase("reward"):
+                    pending[-1 - AHEAD].result()
         with phase("reward"):
             for future in pending:
                 scores.append(future.result())
@@ -135,31 +144,27 @@ def roll_out(
         draws,
         index,
         torch.cat(latents),
-        _join(batches),
+        torch.cat(images) if images else None,
         gather_scores(concatenate(scores), index, len(draws), sampler.device),
         groups,
     )
 
 
-def rows_of(condition: Condition, prompts: Tensor) -> Condition:
-    """The condition of each image from its prompt's index."""
-    return {name: c[prompts.to(c.device)] for name, c in condition.items()}
+@contextmanager
+def scoring(device: torch.device) -> Iterator[ThreadPoolExecutor]:
+    """A thread for rewards. On an error or Ctrl-C what is still queued is dropped, not waited for."""
+    # Which GPU is the current one is each thread's own affair.
+    set_device = [torch.cuda.set_device, (device,)] if device.type == "cuda" else []
+    executor = ThreadPoolExecutor(1, "reward", *set_device)
+    try:
+        yield executor
+    finally:
+        executor.shutdown(cancel_futures=True)
 
 
-def _raise_failure(pending: Sequence[Future[Scores]]) -> None:
-    """A reward that failed stops the rollout now and not after the last image."""
-    for future in pending:
-        if future.done():
-            future.result()
-
-
-def _join(batches: Sequence[Batch]) -> Batch:
-    return Batch(
-        torch.cat([b.images.cpu() for b in batches]),
-        [p for b in batches for p in b.prompts],
-        [m for b in batches for m in b.metadata],
-        torch.cat([b.groups.cpu() for b in batches]),
-    )
+def rows_of(condition: Condition, prompts: Tensor, device: torch.device) -> Condition:
+    """The condition of each image from its prompt's index, on `device`."""
+    return {name: c[prompts.to(c.device)].to(device) for name, c in condition.items()}
 
 
 def map_scores(scores: Scores, f: Callable[[Tensor], Tensor]) -> Scores:
@@ -207,16 +212,21 @@ def shuffled_within_groups(scores: Scores, groups: Tensor, source: torch.Generat
 
 
 def statistics(scores: Scores, metadata: Sequence[Mapping[str, Any]] = ()) -> dict[str, Any]:
-    """Means over valid samples for a line of `metrics.jsonl`: rewards, details, and rewards by tag."""
+    """Means over valid samples for a line of `metrics.jsonl`: rewards, details, and rewards by tag.
+
+    A detail counts where the reward that gave it is valid and the figure is finite.
+    """
     everything = {name: part.scores for name, part in scores.parts.items()} | {"total": scores}
     rewards = {name: _summary(s.values, s.valid) for name, s in everything.items()}
-    details = {name: _mean(d, scores.valid) for name, d in scores.details.items()}
+    valid = {f"{n}/{d}": part.scores.valid for n, part in scores.parts.items() for d in part.scores.details}
+    finite = {n: (d, valid.get(n, scores.valid) & d.isfinite()) for n, d in scores.details.items()}
+    details = {name: _mean(*figure) for name, figure in finite.items()}
     tags = sorted({str(m["tag"]) for m in metadata if "tag" in m})
     by_tag = {}
     for tag in tags:
         members = torch.tensor([str(m.get("tag")) == tag for m in metadata])
         figures = {n: _mean(s.values, s.valid & members) for n, s in everything.items()}
-        figures |= {n: _mean(d, scores.valid & members) for n, d in scores.details.items()}
+        figures |= {n: _mean(d, valid & members) for n, (d, valid) in finite.items()}
         by_tag[tag] = figures
     return {"rewards": rewards, "details": details, **({"tags": by_tag} if by_tag else {})}
 

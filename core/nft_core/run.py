@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from nft_plugins import Run
 
@@ -18,7 +18,7 @@ from .specs import RewardSpec, parse_reward
 if TYPE_CHECKING:
     import torch
 
-    from nft_plugins import FlowModel
+    from nft_plugins import FlowModel, Solver
 
     from .composer import Composed
     from .train import Training
@@ -39,27 +39,28 @@ def resolve(host: Host, preset: str | None, *layers: Mapping[str, Any]) -> Setti
 
 
 def run(settings: Settings, folder: Path, host: Host, say: Callable[[str], None] = print) -> None:
-    """Train, in this process or in each that torchrun started, and write everything to `folder`.
+    """Train, in this process or in each that a launcher started, and write everything to `folder`.
 
     Raises UsageError for what can be told from the settings and files alone, before anything heavy is
     loaded or written, and NftError for what fails later.
     """
-    specs = reward_specs(settings, host)
-    solver = host.make_solver(settings.solver, settings.solver_options)
     first = os.environ.get("RANK", "0") == "0"
-    prompts, held_out = both_prompts(settings, say if first else lambda text: None)
+    tell = say if first else lambda text: None
+    specs, solver, prompts, held_out = prepare(settings, host)
     if first:
         claim(folder)
 
+    import torch
+
     from .distributed import process_group, rank
+    from .train import train
 
     quiet_libraries()
     device = pick_device(settings.device)
     with process_group(device):
         reward = load_rewards(specs, host, device)
-        prompts = scorable(prompts, reward.check_prompt, settings.unscorable)
-        held_out = scorable(held_out, reward.check_prompt, settings.unscorable)
-        check_sizes(settings, len(prompts))
+        prompts, held_out = usable(prompts, held_out, reward.check_prompt, settings.unscorable, tell)
+        check_sizes(settings, len(prompts), len(held_out))
         model = load_model(settings, host, device)
         described = Run(folder, settings.model_dump(), settings.epochs)
         observe = observers(host, described) if rank() == 0 else silent
@@ -69,14 +70,32 @@ def run(settings: Settings, folder: Path, host: Host, say: Callable[[str], None]
         observe("nft_run_started")
         error: BaseException | None = None
         try:
-            from .train import train
-
             train(training)
         except BaseException as caught:
             error = caught
+            rescue(training, tell)
+            if isinstance(error, torch.OutOfMemoryError):
+                raise NftError(f"{first_line(error)} Lower rollout_batch or microbatch.") from error
             raise
         finally:
             observe("nft_run_finished", error=error)
+
+
+def prepare(
+    settings: Settings, host: Host
+) -> tuple[list[RewardSpec], Solver, list[Prompt], list[Prompt]]:
+    """What can be made, and checked, without loading anything heavy."""
+    solver = host.make_solver(settings.solver, settings.solver_options)
+    return reward_specs(settings, host), solver, *both_files(settings)
+
+
+def rescue(training: Training, tell: Callable[[str], None]) -> None:
+    """Keep what was trained before an error or Ctrl-C, in the middle of an epoch as it may be."""
+    if training.step:
+        try:
+            training.save(f"{training.step:06d}-interrupted")
+        except NftError as error:
+            tell(str(error))
 
 
 def quiet_libraries() -> None:
@@ -120,25 +139,42 @@ def load_rewards(specs: list[RewardSpec], host: Host, device: torch.device) -> C
         raise
 
 
-def both_prompts(settings: Settings, say: Callable[[str], None]) -> tuple[list[Prompt], list[Prompt]]:
-    """Training and held-out prompts; these are split off the training file where there is no other."""
-    if not settings.prompts:
-        path = Path(settings.eval_prompts or DATA / "prompts-eval.txt")
-        return read_prompts(DATA / "prompts-train.txt"), read_prompts(path)
-    prompts = read_prompts(Path(settings.prompts))
-    if settings.eval_prompts:
-        held_out = read_prompts(Path(settings.eval_prompts))
+def both_files(settings: Settings) -> tuple[list[Prompt], list[Prompt]]:
+    """The training and the held-out prompts; none of these where there is no file of them."""
+    held_out = read_prompts(Path(settings.eval_prompts)) if settings.eval_prompts else []
+    if settings.prompts:
+        return read_prompts(Path(settings.prompts)), held_out
+    return read_prompts(DATA / "prompts-train.txt"), held_out or read_prompts(DATA / "prompts-eval.txt")
+
+
+def usable(
+    prompts: list[Prompt],
+    held_out: list[Prompt],
+    check: Callable[[str, Mapping[str, Any]], None],
+    policy: Literal["error", "drop"],
+    tell: Callable[[str], None],
+) -> tuple[list[Prompt], list[Prompt]]:
+    """Those that the rewards can score; held-out prompts are split off where there are none."""
+    given = len(prompts) + len(held_out)
+    prompts = scorable(prompts, check, policy)
+    held_out = scorable(held_out, check, policy) if held_out else []
+    lost = given - len(prompts) - len(held_out)
+    if lost:
+        tell(f"{lost} of {given} prompts are left out: not every reward can score them.")
+    if held_out:
         shared = {p.text for p in prompts} & {p.text for p in held_out}
         if shared:
-            say(f"Warning: {len(shared)} of {len(held_out)} held-out prompts are trained on too.")
+            tell(f"Warning: {len(shared)} of {len(held_out)} held-out prompts are trained on too.")
         return prompts, held_out
-    count = min(64, len(prompts) // 10) or 1
-    if len(prompts) == 1:
-        say(f"{settings.prompts} holds one prompt: it is trained on and evaluated on.")
-        return prompts, prompts
-    held_out = prompts[:: len(prompts) // count][:count]
-    say(f"No --eval-prompts: {count} of {len(prompts)} prompts are held out for evaluation.")
-    return [p for p in prompts if p not in held_out], held_out
+    texts = list(dict.fromkeys(p.text for p in prompts))
+    if len(texts) == 1:
+        tell("There is one prompt: it is trained on and evaluated on.")
+        return prompts, prompts[:1]
+    count = min(64, len(texts) // 10) or 1
+    chosen = set(texts[:: len(texts) // count][:count])
+    tell(f"No --eval-prompts: {count} of {len(texts)} prompts are held out for evaluation.")
+    first = {p.text: p for p in reversed(prompts)}
+    return [p for p in prompts if p.text not in chosen], [first[t] for t in texts if t in chosen]
 
 
 def claim(folder: Path) -> None:
@@ -150,7 +186,7 @@ def claim(folder: Path) -> None:
         )
 
 
-def check_sizes(settings: Settings, prompts: int) -> None:
+def check_sizes(settings: Settings, prompts: int, held_out: int) -> None:
     """Raise UsageError, with the nearest possible sizes, for sizes that the prompts or processes rule out."""
     from .distributed import world_size
 
@@ -159,9 +195,12 @@ def check_sizes(settings: Settings, prompts: int) -> None:
             f"prompts_per_epoch = {settings.prompts_per_epoch}, but there are {prompts} training prompts "
             f"to choose from: use --set prompts_per_epoch={prompts} or less, or give more prompts."
         )
-    images = settings.prompts_per_epoch * settings.group_size
+    images = min(settings.prompts_per_epoch * settings.group_size, held_out * settings.eval_images)
     if images < world_size():
-        raise UsageError(f"{images} images an epoch cannot be shared by {world_size()} processes.")
+        raise UsageError(
+            f"{images} images cannot be shared by {world_size()} processes: give more prompts, a larger "
+            "group_size or eval_images, or use fewer processes."
+        )
 
 
 def pick_device(name: str) -> torch.device:
@@ -171,15 +210,21 @@ def pick_device(name: str) -> torch.device:
     local = int(os.environ.get("LOCAL_RANK", "0"))
     if name == "auto":
         name = f"cuda:{local}" if torch.cuda.is_available() else "cpu"
-    try:
-        device = torch.device(name)
-    except RuntimeError as error:
-        raise UsageError(f"Unknown device {name!r}: expected cpu, cuda, cuda:N or auto.") from error
-    if device.type == "cuda":
-        if not torch.cuda.is_available():
-            raise UsageError(f"--device {name}: this torch ({torch.__version__}) sees no GPU; use cpu.")
-        device = torch.device("cuda", device.index if device.index is not None else local)
-        torch.cuda.set_device(device)
+    kind, _, index = name.partition(":")
+    if name == "cpu":
+        return torch.device(name)
+    if kind != "cuda" or not (name == kind or index.isdigit()):
+        raise UsageError(f"Unknown device {name!r}: expected cpu, cuda, cuda:N or auto.")
+    count = torch.cuda.device_count()
+    if not count:
+        raise UsageError(f"--device {name}: this torch ({torch.__version__}) sees no GPU; use cpu.")
+    if index and "LOCAL_RANK" in os.environ and name != f"cuda:{local}":
+        raise UsageError(f"--device {name}: each of several processes takes a GPU of its own; use cuda.")
+    number = int(index or local)
+    if number >= count:
+        raise UsageError(f"--device {name}: process {local} needs GPU {number}, and this machine has {count}.")
+    device = torch.device("cuda", number)
+    torch.cuda.set_device(device)
     return device
 
 
@@ -209,8 +254,12 @@ def load_model(settings: Settings, host: Host, device: torch.device) -> FlowMode
     options = {"max_sequence_length": settings.max_sequence_length}
     try:
         return host.make_model(families[pipeline].name, name, device=device, dtype=dtype, **options)
-    except (OSError, ValueError) as error:
-        raise NftError(f"Cannot load the model {name!r}: {first_line(error)}") from error
+    except NftError:
+        raise
+    except Exception as error:  # A file cut short, too little memory, a plug-in's own mistake.
+        raise NftError(
+            f"Cannot load the model {name!r}: {type(error).__name__}: {first_line(error)}"
+        ) from error
 
 
 def first_line(error: BaseException) -> str:
@@ -285,10 +334,10 @@ def assemble(
         times = model.times(steps, height, width)
         return Sampler(model, policy.velocity, solver, times, shape, s.rollout_batch, device)
 
-    def save(epoch: int, step: int) -> None:
+    def save(name: str) -> None:
         if rank() == 0:
-            path = folder / "checkpoints" / f"{step:06d}"
-            save_checkpoint(path, policy, optimizer, epoch, step)
+            path = folder / "checkpoints" / name
+            save_checkpoint(path, policy, optimizer, training.epoch, training.step)
             observe("nft_checkpoint_saved", folder=path)
 
     optimizer = torch.optim.AdamW(
@@ -298,7 +347,7 @@ def assemble(
         weight_decay=s.weight_decay,
         fused=device.type == "cuda",
     )
-    return Training(
+    training = Training(
         settings=s,
         policy=policy,
         reward=reward,
@@ -312,3 +361,4 @@ def assemble(
         observe=observe,
         save=save,
     )
+    return training

@@ -78,9 +78,14 @@ class Settings(BaseModel):
     )
     lora_rank: Annotated[int, Field(ge=0)] = Field(32, description="0 trains the whole transformer")
     lora_alpha: Positive = Field(64, description="LoRA's scale is alpha / rank")
-    lora_targets: list[str] = Field([], description="layers that LoRA adapts; empty: the family's; all-linear")
+    lora_targets: list[str] | Literal["all-linear"] = Field(
+        [], description="layers that LoRA adapts; empty: the family's; all-linear"
+    )
     precision: Literal["auto", "fp32", "bf16"] = Field("auto", description="auto: bf16 on CUDA, else fp32")
     device: str = Field("auto", description="auto: CUDA where there is one")
+    processes: Count | Literal["auto"] = Field(
+        1, description="on this machine, one a GPU; auto: one a core on a CPU, 8 at most, and one on a GPU"
+    )
 
     # Evaluation and saving.
     eval_every: Annotated[int, Field(ge=0)] = Field(10, description="epochs; 0: before and after only")

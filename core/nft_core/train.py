@@ -31,7 +31,8 @@ class Training:
     """Everything the loop needs, and where it stands.
 
     condition, eval_condition: one row a prompt.
-    observe: `(hook, **arguments)`, tells the run's observers; save: `(epoch, step)` writes a checkpoint.
+    observe: `(hook, **arguments)`, tells the run's observers; save: writes a checkpoint of that name.
+    epoch, step: epochs finished and gradient steps taken.
     """
 
     settings: Settings
@@ -45,7 +46,8 @@ class Training:
     eval_condition: Condition
     optimizer: torch.optim.Optimizer
     observe: Callable[..., None]
-    save: Callable[[int, int], None]
+    save: Callable[[str], None]
+    epoch: int = 0
     step: int = 0
     started: float = field(default_factory=perf_counter)
     phases: dict[str, float] = field(default_factory=dict)
@@ -131,6 +133,8 @@ def training_samples(
     """
     s, grid = run.settings, run.sampler.times
     mine = torch.isin(rollout.index, images).nonzero().flatten()
+    if not len(mine):  # A small update may have no image here, and split() would still give a batch of none.
+        return
     for done, rows in enumerate(mine.split(s.microbatch)):
         x_0, index = rollout.x_0[rows], rollout.index[rows]
         times, noise = [], []
@@ -140,7 +144,7 @@ def training_samples(
             noise.append(torch.randn(s.train_times_count, *x_0.shape[1:], generator=source))
         # [times, images, ...]
         t, eps = torch.stack(times, 1).to(x_0.device), torch.stack(noise, 1).to(x_0.device)
-        c = rows_of(run.condition, rollout.groups[index])
+        c = rows_of(run.condition, rollout.groups[index], x_0.device)
         for k in range(s.train_times_count):
             yield x_0, eps[k], t[k], c, r[index].to(x_0.device)
         run.progress("train", min((done + 1) * s.microbatch, len(mine)), len(mine))
@@ -185,7 +189,7 @@ def take_step(run: Training, figures: Figures) -> None:
     if not norm.isfinite():
         raise NftError(
             f"The gradient's norm at step {run.step + 1} is {float(norm)}, so training would be lost. "
-            "Lower lr, raise kl_weight, or use --set precision=fp32; the weights before this step are saved."
+            "Lower lr, raise kl_weight, or use --set precision=fp32."
         )
     for group in run.optimizer.param_groups:
         group["lr"] = s.lr * warmup(s.warmup, run.step)
@@ -221,11 +225,11 @@ def finish_epoch(run: Training, epoch: int, rollout: Rollout, figures: Figures) 
     )
     run.phases.clear()
     run.observe("nft_epoch_finished", record=record)
-    last = epoch == s.epochs
+    run.epoch, last = epoch, epoch == s.epochs
     if last or (s.eval_every and epoch % s.eval_every == 0):
         evaluate(run, epoch)
     if last or (s.checkpoint_every and epoch % s.checkpoint_every == 0):
-        run.save(epoch, run.step)
+        run.save(f"{run.step:06d}")
 
 
 def evaluate(run: Training, epoch: int) -> None:
@@ -235,9 +239,11 @@ def evaluate(run: Training, epoch: int) -> None:
     # Epoch 0 in the key whatever the epoch: before and after differ by the weights alone.
     draws = Draws(run.eval_prompts, indices, s.eval_images, s.seed, "eval", 0)
     with run.policy.ema():
-        rollout = roll_out(run.eval_sampler, draws, run.eval_condition, run.reward, run.progress, run.phase)
+        rollout = roll_out(
+            run.eval_sampler, draws, run.eval_condition, run.reward, run.progress, run.phase, keep_images=True
+        )
     run.phases.clear()
-    images = distributed.gather_rows(rollout.batch.uint8, rollout.index, len(draws), run.policy.device)
+    images = distributed.gather_rows(rollout.images, rollout.index, len(draws), run.policy.device)
     batch = draws.batch(torch.arange(len(draws)), images.float() / 255)
     figures = statistics(rollout.scores, batch.metadata)
     record = run.record("eval", epoch, images=len(draws), **figures)

@@ -69,6 +69,9 @@ def test_optimality_golden():
     # As published: 1 and 0 (one_only), -1, 0 and 1 (binary), in units of the clip.
     torch.testing.assert_close(optimality(a, 5.0, "one_only"), T([0.5, 0.5, 0.5, 0.6, 0.6]))
     torch.testing.assert_close(optimality(a, 5.0, "binary"), T([0.4, 0.4, 0.5, 0.6, 0.6]))
+    # A clip below 1 leaves these no room: still probabilities.
+    assert optimality(a, 0.25, "binary").tolist() == [0.0, 0.0, 0.5, 1.0, 1.0]
+    assert optimality(a, 0.25, "one_only").tolist() == [0.5, 0.5, 0.5, 1.0, 1.0]
     with pytest.raises(UsageError, match="advantage_mode"):
         optimality(a, 5.0, "most")
 

@@ -64,7 +64,7 @@ def main(folder, out, *assignments):
         training = assemble(
             settings, model, brightness, SDE(), prompts, held_out, device, observe, Path(out).parent
         )
-        training.save = lambda epoch, step: None
+        training.save = lambda name: None
         train(training)
         if rank() == 0:
             weights = [float(p.double().sum()) for p in training.policy.parameters]

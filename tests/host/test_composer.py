@@ -118,7 +118,7 @@ def test_registered_rewards():
         ("pikscore", "Unknown reward 'pikscore'. Did you mean 'pickscore'"),
         ("jpeg_compressibility,varient=ddpo", "Did you mean 'variant'"),
         ("jpeg_compressibility,variant=x", "must be one of nft, ddpo, got 'x'"),
-        ("ocr,upscale=big", "must be a whole number, got 'big'"),
+        ("ocr,upscale=big", "should be a valid integer.*got 'big'"),
         ("ocr,normalise=maybe", "must be true or false, got 'maybe'"),
         ("geneval", "needs detector=module:attribute"),
     ],

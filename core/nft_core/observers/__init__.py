@@ -4,7 +4,7 @@ from __future__ import annotations
 
 
 def builtin() -> list[object]:
-    """The console, `metrics.jsonl`, the pictures and the report, in the order in which they are told."""
+    """The console, `metrics.jsonl`, the pictures and the report."""
     from .console import Console
     from .metrics import Metrics
     from .report import Report

@@ -17,11 +17,12 @@ FILE = "metrics.jsonl"
 class Metrics:
     """Appends a line as soon as a figure is known."""
 
-    @hookimpl
+    # Before anything that could fail: these lines must not be lost.
+    @hookimpl(tryfirst=True)
     def nft_epoch_finished(self, run: Run, record: Mapping[str, Any]) -> None:
         append(run.folder, record)
 
-    @hookimpl
+    @hookimpl(tryfirst=True)
     def nft_eval_finished(self, run: Run, record: Mapping[str, Any]) -> None:
         append(run.folder, record)
 

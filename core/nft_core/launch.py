@@ -1,0 +1,147 @@
+"""Several processes of a run on this machine, started and watched by a parent that imports nothing heavy.
+
+torchrun does the same across machines. This is for one: `--set processes=4` needs no other command, a
+failure is told once and by its cause, and no process outlives the parent.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import tempfile
+import threading
+from collections.abc import Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from time import monotonic, sleep
+from typing import IO, Literal
+
+from .errors import PeerError
+
+#: Set for the children: the file through which they find one another, in place of an open port.
+RENDEZVOUS = "NFT_RENDEZVOUS"
+#: Seconds that a process is given to end by itself.
+PATIENCE = 20.0
+
+
+def started() -> bool:
+    """Whether this process is one of several already, of ours or of torchrun's."""
+    return "RANK" in os.environ
+
+
+def count(processes: int | Literal["auto"], device: str) -> int:
+    """How many processes to start. `auto`: on a CPU one a core, 8 at most; on a GPU one."""
+    if processes != "auto":
+        return processes
+    if device == "auto":
+        import torch
+
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    return min(cores(), 8) if device == "cpu" else 1
+
+
+def cores() -> int:
+    """The cores that this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def launch(settings: str, out: Path, processes: int) -> int:
+    """Run `nft run` with these settings, TOML, in each process; returns the exit code of what failed, or 0.
+
+    The first process has the terminal. What the others write to standard error is shown only where
+    the first one's own does not tell the cause.
+    """
+    with ExitStack() as stack:
+        folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="nft-")))
+        (folder / "run.toml").write_text(settings, encoding="utf-8")
+        arguments = ["run", "--config", str(folder / "run.toml"), "--out", str(out)]
+        said = [stack.enter_context(tempfile.TemporaryFile("w+")) for _ in range(processes)]
+        children = [start(arguments, r, processes, folder / "rendezvous", said[r]) for r in range(processes)]
+        try:
+            failed = wait(children)
+        except KeyboardInterrupt:
+            # The terminal has told the children too; they save what they have.
+            failed = children[0]
+            patience = monotonic() + PATIENCE
+            while children[0].poll() is None and monotonic() < patience:
+                sleep(0.1)
+        finally:
+            stop(children)
+        if failed is None:
+            return 0
+        if failed is not children[0]:
+            rank = children.index(failed)
+            said[rank].seek(0)
+            sys.stderr.write(said[rank].read() or f"Error: process {rank} of the run {how(failed)}.\n")
+        elif failed.returncode < 0:
+            sys.stderr.write(f"Error: the run {how(failed)}.\n")
+        return failed.returncode if failed.returncode > 0 else 1
+
+
+def start(
+    arguments: Sequence[str], rank: int, processes: int, rendezvous: Path, said: IO[str]
+) -> subprocess.Popen[bytes]:
+    """One process. Its standard input is a pipe that closes with this process, which ends it too."""
+    environment = os.environ | {
+        "RANK": str(rank),
+        "LOCAL_RANK": str(rank),
+        "WORLD_SIZE": str(processes),
+        RENDEZVOUS: str(rendezvous),
+    }
+    # Threads of several processes would fight for the cores.
+    environment.setdefault("OMP_NUM_THREADS", str(max(cores() // processes, 1)))
+    if sys.platform == "linux":
+        environment.setdefault("GLOO_SOCKET_IFNAME", "lo")
+    return subprocess.Popen(
+        [sys.executable, "-m", "nft_core", *arguments],
+        env=environment,
+        stdin=subprocess.PIPE,
+        stdout=None if rank == 0 else subprocess.DEVNULL,
+        stderr=None if rank == 0 else said,
+    )
+
+
+def wait(children: Sequence[subprocess.Popen[bytes]]) -> subprocess.Popen[bytes] | None:
+    """Until all are done, or one fails: the one whose failure is the cause, or None."""
+    while any(c.poll() is None for c in children):
+        if any(c.returncode for c in children):
+            break
+        sleep(0.05)
+    if not any(c.returncode for c in children):
+        return None
+    # A failure spreads within moments: let it, and then look for one that is nobody else's.
+    patience = monotonic() + PATIENCE
+    while any(c.poll() is None for c in children) and monotonic() < patience:
+        sleep(0.05)
+    causes = [c for c in children if c.returncode not in (0, None, PeerError.exit_code)]
+    return next(iter(causes), next(c for c in children if c.returncode))
+
+
+def stop(children: Sequence[subprocess.Popen[bytes]]) -> None:
+    for child in children:
+        if child.poll() is None:
+            child.kill()
+    for child in children:
+        child.wait()
+        if child.stdin:
+            child.stdin.close()
+
+
+def how(child: subprocess.Popen[bytes]) -> str:
+    code = child.returncode
+    return f"was killed by signal {-code} (9: out of memory?)" if code < 0 else f"ended with code {code}"
+
+
+def end_with_the_parent() -> None:
+    """In a child of `launch`: end when the parent has, even by SIGKILL, which closes the pipe it holds."""
+    if RENDEZVOUS not in os.environ:
+        return
+
+    def watch() -> None:
+        os.read(0, 1)
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()

@@ -1,0 +1,125 @@
+"""Several processes of one run: what a person sees, and that none is left behind."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="looks at /proc")
+
+SMALL = [
+    *("--tiny", "--reward", "geneval", "--set", "processes=2", "--set", "prompts_per_epoch=4"),
+    *("--set", "group_size=4", "--set", "eval_images=1", "--set", "steps=2", "--set", "train_times_count=1"),
+]
+
+
+def start(*arguments, **environment):
+    return subprocess.Popen(
+        [sys.executable, "-m", "nft_core", "run", *SMALL, *map(str, arguments)],
+        env=os.environ | {"HF_HUB_OFFLINE": "1"} | environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,  # a group of its own, which Ctrl-C can be sent to
+    )
+
+
+def children(process):
+    with open(f"/proc/{process.pid}/task/{process.pid}/children") as file:
+        return [int(pid) for pid in file.read().split()]
+
+
+def alive(pid):
+    try:
+        with open(f"/proc/{pid}/stat") as file:
+            return file.read().rpartition(")")[2].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
+
+
+def wait_for(condition, what, seconds=120):
+    end = time.monotonic() + seconds
+    while not (found := condition()):
+        assert time.monotonic() < end, f"no {what} within {seconds} s"
+        time.sleep(0.1)
+    return found
+
+
+@pytest.fixture
+def training(tmp_path):
+    """A run of two processes that has trained for an epoch and would go on for long."""
+    folder = tmp_path / "run"
+    process = start("--epochs", 10_000, "--out", folder)
+    metrics = folder / "metrics.jsonl"
+    try:
+        wait_for(lambda: metrics.exists() and '"epoch", "epoch": 1' in metrics.read_text(), "epoch")
+        yield process, folder
+    finally:
+        process.kill()
+        process.communicate()
+
+
+def test_one_process_is_killed(training):
+    process, folder = training
+    os.kill(children(process)[1], signal.SIGKILL)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 1
+    assert "process 1 of the run was killed by signal 9" in err
+    assert "Traceback" not in err
+    assert next((folder / "checkpoints").glob("*-interrupted")).is_dir()
+
+
+def test_the_parent_is_killed(training):
+    process, _ = training
+    pids = children(process)
+    assert len(pids) == 2
+    process.kill()
+    wait_for(lambda: not any(map(alive, pids)), "end of the children", 20)
+
+
+def test_interrupt_keeps_the_weights(training):
+    process, folder = training
+    os.killpg(process.pid, signal.SIGINT)
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 1
+    assert "Traceback" not in err
+    (saved,) = (folder / "checkpoints").iterdir()
+    assert saved.name.endswith("-interrupted")
+    assert (saved / "transformer" / "diffusion_pytorch_model.safetensors").exists()
+    assert str(saved) in out.replace("\n", "")
+
+
+def test_a_reward_fails_in_one_process(tmp_path):
+    site = tmp_path / "site"
+    (site / "moody-1.0.dist-info").mkdir(parents=True)
+    (site / "moody-1.0.dist-info" / "METADATA").write_text("Metadata-Version: 2.1\nName: moody\nVersion: 1.0\n")
+    (site / "moody-1.0.dist-info" / "entry_points.txt").write_text("[nft_plugins]\nmoody = moody\n")
+    (site / "moody.py").write_text(
+        "import os\n"
+        "from nft_plugins import RewardInfo, Scores, hookimpl\n"
+        "@hookimpl\n"
+        "def nft_register_rewards(register):\n"
+        "    register(RewardInfo('moody', 'fails in the second process', make))\n"
+        "def make():\n"
+        "    def score(batch):\n"
+        "        if os.environ['RANK'] == '1':\n"
+        "            raise RuntimeError('out of sorts')\n"
+        "        return Scores.of(batch.images.mean((1, 2, 3)))\n"
+        "    return score\n"
+    )
+    process = start("--reward", "moody", "--epochs", 1, "--out", tmp_path / "run", PYTHONPATH=str(site))
+    _, err = process.communicate(timeout=120)
+    assert process.returncode == 1
+    assert "The reward 'moody' failed: RuntimeError: out of sorts" in err
+    assert "Traceback" not in err
+
+
+def test_a_mistake_is_told_once(tmp_path):
+    process = start("--reward", "nosuch", "--epochs", 1, "--out", tmp_path / "run")
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 2
+    assert err.count("Unknown reward") == 1
+    assert not (tmp_path / "run").exists()
