@@ -36,7 +36,7 @@ def save_checkpoint(
         # The name appears once everything behind it is on the disk.
         for path in aside.rglob("*"):
             if path.is_file():
-                with path.open("rb") as file:
+                with path.open("r+b") as file:  # Windows refuses to flush what is open for reading only.
                     os.fsync(file.fileno())
         shutil.rmtree(folder, ignore_errors=True)
         aside.rename(folder)

@@ -126,7 +126,7 @@ def run(
         return
     runs.prepare(settings, host)
     runs.claim(folder)
-    sys.exit(launch.launch(to_toml(settings.model_dump()), folder, processes))
+    sys.exit(launch.launch(to_toml(settings), folder, processes))
 
 
 def default_folder(rewards: list[str]) -> Path:

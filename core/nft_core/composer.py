@@ -147,7 +147,7 @@ def checked(name: str, member: Reward, batch: Batch) -> Scores:
         # Whether gradients are recorded is each thread's own affair, so it is said here.
         with torch.no_grad():
             scores = member(batch)
-    except (NftError, PromptError):
+    except NftError:
         raise
     except Exception as error:
         raise NftError(f"The reward {name!r} failed: {type(error).__name__}: {error}") from error

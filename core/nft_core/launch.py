@@ -1,4 +1,4 @@
-"""Several processes of a run on this machine, started and watched by a parent that imports nothing heavy.
+"""Several processes of a run on this machine, started and watched by a parent that loads no model.
 
 torchrun does the same across machines. This is for one: `--set processes=4` needs no other command, a
 failure is told once and by its cause, and no process outlives the parent.
@@ -12,7 +12,7 @@ import sys
 import tempfile
 import threading
 from collections.abc import Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from time import monotonic, sleep
 from typing import IO, Literal
@@ -63,11 +63,11 @@ def launch(settings: str, out: Path, processes: int) -> int:
         try:
             failed = wait(children)
         except KeyboardInterrupt:
-            # The terminal has told the children too; they save what they have.
-            failed = children[0]
-            patience = monotonic() + PATIENCE
-            while children[0].poll() is None and monotonic() < patience:
-                sleep(0.1)
+            # The terminal has told the children too. The first saves what it has, which may take a
+            # while; who cannot wait presses Ctrl-C again.
+            with suppress(KeyboardInterrupt):
+                children[0].wait()
+            return 1
         finally:
             stop(children)
         if failed is None:
@@ -89,6 +89,7 @@ def start(
         "RANK": str(rank),
         "LOCAL_RANK": str(rank),
         "WORLD_SIZE": str(processes),
+        "LOCAL_WORLD_SIZE": str(processes),
         RENDEZVOUS: str(rendezvous),
     }
     # Threads of several processes would fight for the cores.

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -57,6 +56,7 @@ class Policy:
         self.parameters: list[Parameter] = [p for _, p in named]
         self.device = self.parameters[0].device
         self.ema_decay = ema_decay
+        self._live: Weights = [p.data for p in self.parameters]
         self._old = self._copy()
         self._reference = self._copy() if keep_reference else None
         self._ema = self._copy() if ema_decay else None
@@ -85,12 +85,16 @@ class Policy:
         if weights is None:
             yield
             return
-        live = [p.data for p in self.parameters]
-        self._put(weights)
+        before = [p.data for p in self.parameters]
         try:
+            self._put(weights)
             yield
         finally:
-            self._put(live)
+            self._put(before)
+
+    def restore(self) -> None:
+        """Put the live weights in place, wherever an interrupt may have struck."""
+        self._put(self._live)
 
     def _put(self, weights: Weights) -> None:
         for p, w in zip(self.parameters, weights, strict=True):
@@ -171,9 +175,8 @@ def add_lora(transformer: torch.nn.Module, rank: int, alpha: float, targets: Seq
 
 def lora_metadata(config: LoraConfig) -> dict[str, Any]:
     """The config as JSON can hold it; diffusers writes it beside the weights."""
-    fields = config.to_dict() if hasattr(config, "to_dict") else asdict(config)
     return {
         name: sorted(value) if isinstance(value, set) else value
-        for name, value in fields.items()
+        for name, value in config.to_dict().items()
         if value is None or isinstance(value, (str, int, float, bool, list, set, dict))
     }

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -85,6 +85,13 @@ def scorable(
     if not kept:
         raise UsageError(f"Of {len(prompts)} prompts none can be scored by every reward: {refused}")
     return kept
+
+
+def prompts_of_run(count: int, per_epoch: int, seed: int, epochs: int) -> Sequence[int]:
+    """Indices of all prompts that the run will draw."""
+    if epochs * per_epoch >= count:
+        return range(count)
+    return [i for epoch in range(1, epochs + 1) for i in prompts_of_epoch(count, per_epoch, seed, epoch)]
 
 
 def prompts_of_epoch(count: int, per_epoch: int, seed: int, epoch: int) -> list[int]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
@@ -49,9 +49,34 @@ class Draws:
         groups = self.groups()[rows].to(images.device)
         return Batch(images, [p.text for p in prompts], [p.metadata for p in prompts], groups)
 
+    def metadata(self) -> list[Mapping[str, Any]]:
+        return [self.prompt(n).metadata for n in range(len(self))]
+
     def groups(self) -> Tensor:
         """`[N]` int64: the index of each image's prompt in its file."""
         return torch.tensor(self.indices).repeat_interleave(self.images)
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """Conditions of the prompts of a file. Equal texts share a row, and what is never drawn has none.
+
+    condition: tensors with a row a text. row: `[prompts]`, each prompt's row, or -1.
+    """
+
+    condition: Condition
+    row: Tensor
+
+    def of(self, prompts: Tensor, device: torch.device) -> Condition:
+        """A row for each of the prompts' indices, on `device`."""
+        return {name: c[self.row[prompts].to(c.device)].to(device) for name, c in self.condition.items()}
+
+
+def encode(model: FlowModel, prompts: Sequence[Prompt], drawn: Iterable[int]) -> Encoded:
+    """Encode the prompts at these indices."""
+    texts = list(dict.fromkeys(prompts[i].text for i in drawn))
+    row = {text: i for i, text in enumerate(texts)}
+    return Encoded(model.encode(texts), torch.tensor([row.get(p.text, -1) for p in prompts]))
 
 
 @dataclass(frozen=True)
@@ -107,7 +132,7 @@ AHEAD = 2
 def roll_out(
     sampler: Sampler,
     draws: Draws,
-    condition: Condition,
+    condition: Encoded,
     reward: Reward,
     progress: Callable[[str, int, int], None],
     phase: Callable[[str], AbstractContextManager[None]],
@@ -115,7 +140,7 @@ def roll_out(
 ) -> Rollout:
     """Sample this process's share of the images, scoring each batch while the next is being made.
 
-    condition: a row for each of `draws.prompts`. progress: told (phase, images done, images in all).
+    condition: of `draws.prompts`. progress: told (phase, images done, images in all).
     phase: times what runs inside it: `rollout`, and `reward`, the waits for scores.
     Raises what a reward raises, in all processes if in one.
     """
@@ -125,8 +150,8 @@ def roll_out(
     with together(sampler.device), scoring(sampler.device) as scorer:
         for rows in index.split(sampler.batch):
             with phase("rollout"):
-                prompts = rows_of(condition, groups[rows], sampler.device)
-                x_0 = sampler.latents(prompts, [draws.generator(int(n)) for n in rows])
+                c = condition.of(groups[rows], sampler.device)
+                x_0 = sampler.latents(c, [draws.generator(int(n)) for n in rows])
                 batch = draws.batch(rows, sampler.model.decode(x_0))
             latents.append(x_0)
             if keep_images:
@@ -160,11 +185,6 @@ def scoring(device: torch.device) -> Iterator[ThreadPoolExecutor]:
         yield executor
     finally:
         executor.shutdown(cancel_futures=True)
-
-
-def rows_of(condition: Condition, prompts: Tensor, device: torch.device) -> Condition:
-    """The condition of each image from its prompt's index, on `device`."""
-    return {name: c[prompts.to(c.device)].to(device) for name, c in condition.items()}
 
 
 def map_scores(scores: Scores, f: Callable[[Tensor], Tensor]) -> Scores:

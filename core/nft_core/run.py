@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -11,7 +12,7 @@ from nft_plugins import Run
 
 from .errors import NftError, UsageError, unknown
 from .host import Host
-from .prompts import Prompt, read_prompts, scorable
+from .prompts import Prompt, prompts_of_run, read_prompts, scorable
 from .settings import Settings, make_settings, to_toml
 from .specs import RewardSpec, parse_reward
 
@@ -50,14 +51,12 @@ def run(settings: Settings, folder: Path, host: Host, say: Callable[[str], None]
     if first:
         claim(folder)
 
-    import torch
-
     from .distributed import process_group, rank
     from .train import train
 
     quiet_libraries()
     device = pick_device(settings.device)
-    with process_group(device):
+    with process_group(device), memory_errors():
         reward = load_rewards(specs, host, device)
         prompts, held_out = usable(prompts, held_out, reward.check_prompt, settings.unscorable, tell)
         check_sizes(settings, len(prompts), len(held_out))
@@ -74,23 +73,31 @@ def run(settings: Settings, folder: Path, host: Host, say: Callable[[str], None]
         except BaseException as caught:
             error = caught
             rescue(training, tell)
-            if isinstance(error, torch.OutOfMemoryError):
-                raise NftError(f"{first_line(error)} Lower rollout_batch or microbatch.") from error
             raise
         finally:
             observe("nft_run_finished", error=error)
 
 
-def prepare(
-    settings: Settings, host: Host
-) -> tuple[list[RewardSpec], Solver, list[Prompt], list[Prompt]]:
+def prepare(settings: Settings, host: Host) -> tuple[list[RewardSpec], Solver, list[Prompt], list[Prompt]]:
     """What can be made, and checked, without loading anything heavy."""
     solver = host.make_solver(settings.solver, settings.solver_options)
     return reward_specs(settings, host), solver, *both_files(settings)
 
 
+@contextmanager
+def memory_errors() -> Iterator[None]:
+    """A GPU's full memory in one sentence with what helps."""
+    import torch
+
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        raise NftError(f"{first_line(error)} Lower rollout_batch, microbatch or resolution.") from error
+
+
 def rescue(training: Training, tell: Callable[[str], None]) -> None:
     """Keep what was trained before an error or Ctrl-C, in the middle of an epoch as it may be."""
+    training.policy.restore()
     if training.step:
         try:
             training.save(f"{training.step:06d}-interrupted")
@@ -277,7 +284,7 @@ def autocast_dtype(settings: Settings, device: torch.device) -> torch.dtype | No
 def write_settings(folder: Path, settings: Settings) -> None:
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / "run.toml").write_text(to_toml(settings.model_dump()), encoding="utf-8")
+        (folder / "run.toml").write_text(to_toml(settings), encoding="utf-8")
     except OSError as error:
         raise NftError(f"Cannot write to {folder}: {error}. Choose another --out.") from error
 
@@ -311,7 +318,7 @@ def assemble(
     from .checkpoint import save_checkpoint
     from .distributed import rank
     from .policy import Policy
-    from .rollout import Sampler
+    from .rollout import Sampler, encode
     from .train import Training
 
     torch.manual_seed(s.seed)
@@ -355,8 +362,8 @@ def assemble(
         eval_sampler=sampler(s.eval_steps or s.steps),
         prompts=prompts,
         eval_prompts=held_out,
-        condition=model.encode([p.text for p in prompts]),
-        eval_condition=model.encode([p.text for p in held_out]),
+        condition=encode(model, prompts, prompts_of_run(len(prompts), s.prompts_per_epoch, s.seed, s.epochs)),
+        eval_condition=encode(model, held_out, range(len(held_out))),
         optimizer=optimizer,
         observe=observe,
         save=save,

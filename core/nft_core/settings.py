@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
+import tomli_w
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from .advantages import AdvantageMode, Combine, Std
@@ -161,36 +162,12 @@ def parse_assignment(text: str) -> tuple[str, Any]:
         return name.strip(), value.strip()
 
 
-def to_toml(settings: Mapping[str, Any]) -> str:
-    """A run file that reads back as these settings."""
-    plain = [f"{k} = {_toml(v)}" for k, v in settings.items() if not isinstance(v, dict)]
-    tables = [
-        f"\n[{name}]\n" + "\n".join(f"{_key(k)} = {_toml(v)}" for k, v in value.items())
-        for name, value in settings.items()
-        if isinstance(value, dict) and value
-    ]
-    return "\n".join(plain + tables) + "\n"
-
-
-def _toml(value: Any) -> str:
-    match value:
-        case bool():
-            return str(value).lower()
-        case int() | float():
-            return repr(value)
-        case list() | tuple():
-            return f"[{', '.join(_toml(v) for v in value)}]"
-        case Mapping():
-            return "{" + ", ".join(f"{_key(k)} = {_toml(v)}" for k, v in value.items()) + "}"
-        case _:
-            return _quote(str(value))
-
-
-def _key(name: str) -> str:
-    bare = name.replace("-", "").replace("_", "").isalnum() and name.isascii()
-    return name if bare else _quote(name)
-
-
-def _quote(text: str) -> str:
-    escape = {'"': '\\"', "\\": "\\\\", "\n": "\\n", "\t": "\\t", "\r": "\\r"}
-    return '"' + "".join(escape.get(c, c if c.isprintable() else f"\\U{ord(c):08x}") for c in text) + '"'
+def to_toml(settings: Settings) -> str:
+    """A run file that reads back as these settings. Raises UsageError for an option that is None."""
+    try:
+        return tomli_w.dumps(settings.model_dump(mode="json"))
+    except TypeError as error:
+        raise UsageError(
+            "A run file holds text, numbers, true, false, lists and tables; one of the options of this run "
+            f"is something else (for None write none): {error}."
+        ) from error

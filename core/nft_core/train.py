@@ -19,7 +19,7 @@ from .errors import NftError
 from .loss import kl_loss, nft_loss, noised
 from .policy import Policy
 from .prompts import Prompt, prompts_of_epoch
-from .rollout import Draws, Rollout, Sampler, roll_out, rows_of, shuffled_within_groups, statistics
+from .rollout import Draws, Encoded, Rollout, Sampler, roll_out, shuffled_within_groups, statistics
 from .schedules import old_decay, warmup
 from .seeds import generator
 from .settings import Settings
@@ -30,7 +30,6 @@ from .times import draw_times
 class Training:
     """Everything the loop needs, and where it stands.
 
-    condition, eval_condition: one row a prompt.
     observe: `(hook, **arguments)`, tells the run's observers; save: writes a checkpoint of that name.
     epoch, step: epochs finished and gradient steps taken.
     """
@@ -42,8 +41,8 @@ class Training:
     eval_sampler: Sampler
     prompts: Sequence[Prompt]
     eval_prompts: Sequence[Prompt]
-    condition: Condition
-    eval_condition: Condition
+    condition: Encoded
+    eval_condition: Encoded
     optimizer: torch.optim.Optimizer
     observe: Callable[..., None]
     save: Callable[[str], None]
@@ -144,7 +143,7 @@ def training_samples(
             noise.append(torch.randn(s.train_times_count, *x_0.shape[1:], generator=source))
         # [times, images, ...]
         t, eps = torch.stack(times, 1).to(x_0.device), torch.stack(noise, 1).to(x_0.device)
-        c = rows_of(run.condition, rollout.groups[index], x_0.device)
+        c = run.condition.of(rollout.groups[index], x_0.device)
         for k in range(s.train_times_count):
             yield x_0, eps[k], t[k], c, r[index].to(x_0.device)
         run.progress("train", min((done + 1) * s.microbatch, len(mine)), len(mine))
@@ -214,7 +213,7 @@ def finish_epoch(run: Training, epoch: int, rollout: Rollout, figures: Figures) 
         epoch_seconds=seconds,
         images=len(scores),
         images_per_second=len(scores) / seconds,
-        **statistics(scores),
+        **statistics(scores, rollout.draws.metadata()),
         loss=means["policy_loss"] + s.kl_weight * means["kl"],
         **means,
         lr=run.optimizer.param_groups[0]["lr"],
@@ -244,7 +243,8 @@ def evaluate(run: Training, epoch: int) -> None:
         )
     run.phases.clear()
     images = distributed.gather_rows(rollout.images, rollout.index, len(draws), run.policy.device)
+    if distributed.rank() != 0:  # Observers are there alone.
+        return
     batch = draws.batch(torch.arange(len(draws)), images.float() / 255)
-    figures = statistics(rollout.scores, batch.metadata)
-    record = run.record("eval", epoch, images=len(draws), **figures)
+    record = run.record("eval", epoch, images=len(draws), **statistics(rollout.scores, batch.metadata))
     run.observe("nft_eval_finished", record=record, batch=batch, scores=rollout.scores)

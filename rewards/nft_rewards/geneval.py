@@ -113,31 +113,30 @@ def evaluate(
 def _soft_and_strict(
     classes: Mapping[str, Sequence[Detected]], include: Sequence[Mapping[str, Any]], variant: str
 ) -> tuple[float, float]:
-    """Exactly `count` objects of each class are asked for; `exclude` plays no part."""
+    """Exactly `count` objects of each class are asked for; `exclude` plays no part.
+
+    A clause that failed is no target: a position relative to it fails too.
+    """
     components: list[float] = []
-    correct = True
-    found_before: list[Sequence[Detected]] = []
+    matched: list[Sequence[Detected]] = []
     for clause in include:
         count, found = clause["count"], classes.get(clause["class"], [])
         term = 1 - abs(count - len(found)) / count
         components.append(term if variant == "nft" else max(term, 0.0))
-        if len(found) != count:
-            correct = False
-            if "color" in clause or "position" in clause:
-                components.append(0.0)
-        else:
-            if "color" in clause:
-                share = sum(d.color == clause["color"] for d in found) / count
-                components.append(share)
-                correct &= share == 1
-            if "position" in clause:
-                relation, target = clause["position"]
-                others = found_before[target]
-                holds = bool(others) and all(relation in relations(d, o) for d in found for o in others)
-                components += [0.0, 1.0] if variant == "nft" and others and not holds else [float(holds)]
-                correct &= holds
-        found_before.append(found)
-    return sum(components) / len(components), float(correct)
+        right = len(found) == count
+        if not right and ("color" in clause or "position" in clause):
+            components.append(0.0)
+        if right and "color" in clause:
+            share = sum(d.color == clause["color"] for d in found) / count
+            components.append(share)
+            right = share == 1
+        if right and "position" in clause:
+            relation, target = clause["position"]
+            others = matched[target]
+            right = bool(others) and all(relation in relations(d, o) for d in found for o in others)
+            components += [0.0, 1.0] if variant == "nft" and others and not right else [float(right)]
+        matched.append(found if right else ())
+    return sum(components) / len(components), float(all(matched))
 
 
 def _lenient(classes: Mapping[str, Sequence[Detected]], metadata: Mapping[str, Any]) -> bool:

@@ -30,13 +30,17 @@ APOSTROPHES = str.maketrans("‘’‚‛`´", "''''''")
 def target_text(prompt: str, metadata: Mapping[str, Any]) -> str:
     """The words to be read: metadata `text`, or else all quoted words of the prompt, in order.
 
-    Raises PromptError where there are none.
+    Raises PromptError where there are none, or where a straight quote has no partner, as in `a 12" pipe`.
     """
     if "text" in metadata:
         text = metadata["text"]
         if not isinstance(text, str) or not text.strip():
             raise PromptError(f"metadata text must be a string that is not empty, got {text!r}")
         return text
+    if '"' in QUOTED.sub("", prompt):
+        raise PromptError(
+            f"a double quote without a partner leaves the words to read open: give metadata text, got {prompt!r}"
+        )
     text = " ".join(part.strip() for part in QUOTED.findall(prompt))
     if not text.strip():
         raise PromptError(f"no words to read: expected metadata text or words in double quotes, got {prompt!r}")
@@ -95,8 +99,7 @@ class OCR:
             raise ValueError("upscale must be at least 1, workers and spam_penalty at least 0")
         self.variant, self.normalise = variant, normalise
         self.upscale, self.spam_penalty = upscale, spam_penalty
-        share = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-        self.workers = workers or max(1, len(os.sched_getaffinity(0)) // share)
+        self.workers = workers or cores_of_this_process()
         # An engine is not safe to share between threads; onnxruntime frees the interpreter while it reads.
         self.engines: SimpleQueue[Any] = SimpleQueue()
         for _ in range(self.workers):
@@ -141,6 +144,12 @@ class OCR:
         finally:
             self.engines.put(engine)
         return " ".join(result.txts or ())
+
+
+def cores_of_this_process() -> int:
+    """This process's share of the cores, at least 1: a launcher says how many processes there are here."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
 
 
 def rapidocr() -> Any:

@@ -5,9 +5,11 @@ import os
 import subprocess
 import sys
 import tomllib
-from pathlib import Path
 
 import pytest
+from click.testing import CliRunner
+
+from nft_core.cli import main
 
 SMALL = [
     "prompts_per_epoch=4",
@@ -143,7 +145,11 @@ def test_two_processes(tmp_path):
     assert result.returncode == 0, result.stderr[-3000:]
     one = tmp_path / "one"
     assert (
-        nft("run", "--tiny", "--reward", "geneval", "--epochs", 1, "--out", one, *sets(*SMALL)).returncode == 0
+        nft(
+            *("run", "--tiny", "--reward", "geneval", "--epochs", 1, "--out", one),
+            *sets(*SMALL, "processes=1"),
+        ).returncode
+        == 0
     )
     for ours, theirs in zip(records(folder), records(one), strict=True):
         for key in ("loss", "grad_norm"):
@@ -201,7 +207,7 @@ BAD = {
 
 
 @pytest.mark.parametrize("case", BAD)
-def test_bad_input(case, tmp_path):
+def test_bad_input(case, tmp_path, monkeypatch):
     import torch
 
     if case == "no gpu" and torch.cuda.is_available():
@@ -213,13 +219,29 @@ def test_bad_input(case, tmp_path):
     (tmp_path / "taken" / "run.toml").write_text("mine")
     arguments, code, message = BAD[case]
     before = sorted(tmp_path.rglob("*"))
-    result = nft("run", *arguments, cwd=tmp_path)
-    assert result.returncode == code, result.stderr
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    result = CliRunner().invoke(main, ["run", *arguments, "--set", "processes=1"])
+    assert result.exit_code == code, result.output
     assert message in " ".join(result.stderr.split())
-    assert "Traceback" not in result.stderr
     assert result.stderr.startswith("Error: ")
     assert sorted(tmp_path.rglob("*")) == before
     assert (tmp_path / "taken" / "run.toml").read_text() == "mine"
+
+
+@pytest.mark.parametrize(
+    ("case", "processes"), [("unknown reward", 1), ("no words", 2), ("no such model", 1), ("bad size", 2)]
+)
+def test_bad_input_of_a_real_process(case, processes, tmp_path):
+    """One paragraph and no traceback, found early or late, by one process or by several."""
+    (tmp_path / "cats.txt").write_text('a sign "CAT"\na cat\na dog\n')
+    arguments, code, message = BAD[case]
+    result = nft("run", *arguments, *sets(f"processes={processes}"), cwd=tmp_path)
+    assert result.returncode == code, result.stderr
+    assert message in " ".join(result.stderr.split())
+    assert result.stderr.startswith("Error: ")
+    assert "Traceback" not in result.stderr
+    assert [p.name for p in tmp_path.iterdir()] == ["cats.txt"]
 
 
 def test_hub_that_cannot_be_reached(tmp_path):
@@ -231,11 +253,27 @@ def test_hub_that_cannot_be_reached(tmp_path):
     assert not (tmp_path / "runs").exists()
 
 
-@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
-def test_full_disk(tmp_path):
-    from nft_core.errors import NftError
-    from nft_core.observers.metrics import append
-
-    (tmp_path / "metrics.jsonl").symlink_to("/dev/full")
-    with pytest.raises(NftError, match=r"Cannot write .*metrics.jsonl.*No space left"):
-        append(tmp_path, {"epoch": 1})
+@pytest.mark.skipif(sys.platform == "win32", reason="limits file sizes as POSIX does")
+@pytest.mark.parametrize(
+    ("room", "message"), [(100, "Cannot write to "), (1_000_000, "Cannot write the checkpoint ")]
+)
+def test_full_disk(room, message, tmp_path):
+    """No file may grow beyond `room` bytes: what the disk refuses is said, and nothing half-written stays."""
+    code = (
+        f"import resource; resource.setrlimit(resource.RLIMIT_FSIZE, ({room}, {room}))\n"
+        "from nft_core.cli import main; main()"
+    )
+    arguments = ["run", "--tiny", "--reward", "geneval", "--epochs", "1", "--out", str(tmp_path / "run")]
+    result = subprocess.run(
+        [sys.executable, "-c", code, *arguments, *sets(*SMALL, "processes=1")],
+        env=os.environ | {"HF_HUB_OFFLINE": "1"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert result.returncode == 1, result.stderr
+    assert message in result.stderr
+    assert "Traceback" not in result.stderr
+    assert not list(tmp_path.rglob("checkpoints/*"))
+    if room > 100:  # What was measured before stays.
+        assert [r["event"] for r in records(tmp_path / "run")] == ["eval", "epoch", "eval"]

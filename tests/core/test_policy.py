@@ -49,6 +49,14 @@ def test_contexts_put_back_what_they_found(policy):
     torch.testing.assert_close(velocity(policy), live, atol=0, rtol=0)
 
 
+def test_live_weights_come_back_after_an_interrupted_swap(policy):
+    disturb(policy)
+    live = velocity(policy)
+    policy._put(policy._old)  # what an interrupt in the middle of a swap can leave
+    policy.restore()
+    torch.testing.assert_close(velocity(policy), live, atol=0, rtol=0)
+
+
 def test_old_policy_moves_by_its_formula(policy):
     start = [p.detach().clone() for p in policy.parameters]
     disturb(policy)

@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from nft_core.errors import UsageError
-from nft_core.prompts import Prompt, prompts_of_epoch, read_prompts, scorable
+from nft_core.prompts import Prompt, prompts_of_epoch, prompts_of_run, read_prompts, scorable
 from nft_core.run import DATA
 from nft_plugins import PromptError
 
@@ -23,11 +23,15 @@ def test_text_and_jsonl(tmp_path):
     assert read_prompts(path) == [Prompt("a cat", {"tag": "x"}, f"{path}:1")]
 
 
+def test_a_prompt_that_stands_twice_comes_twice_as_often(tmp_path):
+    path = write(tmp_path, "p.txt", "a\nb\na\n")
+    assert [p.text for p in read_prompts(path)] == ["a", "b", "a"]
+
+
 @pytest.mark.parametrize(
     ("name", "text", "message"),
     [
         ("p.txt", "\n \n", "holds no prompt"),
-        ("p.txt", "a\nb\na\n", r"p.txt:3: this prompt stands at .*p.txt:1 already"),
         ("p.jsonl", '{"prompt": "a"}\n{"prompt"\n', r"p.jsonl:2: not a line of JSON"),
         ("p.jsonl", "[1]\n", r"p.jsonl:1: expected an object"),
         ("p.jsonl", '{"text": "a"}\n', r"p.jsonl:1: expected an object"),
@@ -71,6 +75,14 @@ def test_an_epoch_has_distinct_prompts_and_a_pass_repeats_none(count, per_epoch,
     assert all(len(epoch) == per_epoch for epoch in one_pass)
     assert len(set(flat)) == len(flat)
     assert set(flat) <= set(range(count))
+
+
+@pytest.mark.parametrize(("count", "epochs"), [(10, 2), (10, 3), (7, 2), (3, 9)])
+def test_the_prompts_of_a_run_are_those_of_its_epochs(count, epochs):
+    drawn = {i for e in range(1, epochs + 1) for i in prompts_of_epoch(count, 3, 0, e)}
+    assert drawn <= set(prompts_of_run(count, 3, 0, epochs))
+    if epochs * 3 < count:
+        assert set(prompts_of_run(count, 3, 0, epochs)) == drawn
 
 
 def test_built_in_prompts_share_none():

@@ -6,6 +6,8 @@ from diffusers import StableDiffusion3Pipeline
 
 from nft_core.models.sd3 import SD3
 from nft_core.policy import Policy
+from nft_core.prompts import Prompt
+from nft_core.rollout import encode
 from nft_plugins import FlowModel
 
 PROMPTS = ["a b", "c d e"]
@@ -54,6 +56,26 @@ def test_impossible_size_names_the_nearest(sd3_folder):
         ValueError, match="multiples of 2 px, got 17 x 16; the nearest possible size is 16 x 16"
     ):
         SD3(str(sd3_folder)).latent_shape(17, 16)
+
+
+def test_a_size_beyond_the_position_embedding_is_an_error(sd3_folder):
+    with pytest.raises(ValueError, match="at most 16 px a side, got 16 x 32"):
+        SD3(str(sd3_folder)).latent_shape(16, 32)
+
+
+def test_a_t5_wants_tokens(sd3_folder):
+    with pytest.raises(ValueError, match="has a T5, so max_sequence_length must be at least 1"):
+        SD3(str(sd3_folder), max_sequence_length=0)
+
+
+def test_each_text_that_is_drawn_is_encoded_once(sd3_folder):
+    model = SD3(str(sd3_folder), max_sequence_length=8)
+    prompts = [Prompt(text, {}) for text in ("a", "b", "a", "c")]
+    encoded = encode(model, prompts, [2, 0, 1])
+    assert encoded.row.tolist() == [0, 1, 0, -1]
+    ours = encoded.of(torch.tensor([1, 2, 0]), torch.device("cpu"))
+    for name, rows in model.encode(["b", "a", "a"]).items():
+        torch.testing.assert_close(ours[name], rows)
 
 
 def test_saved_lora_loads_into_a_plain_pipeline(sd3_folder, tmp_path):

@@ -77,6 +77,10 @@ def test_equal_entries_share_and_others_keep_names_apart():
     assert [t.weight for t in merged([*same.terms, *same.terms])] == [2.0]
 
 
+def raise_(error):
+    raise error
+
+
 @pytest.mark.parametrize(
     ("made", "message"),
     [
@@ -84,6 +88,7 @@ def test_equal_entries_share_and_others_keep_names_apart():
         (lambda b: Scores.of(torch.ones(2)), "must score 3 images, got 2"),
         (lambda b: Scores(torch.full((3,), float("nan")), torch.ones(3, dtype=torch.bool)), "not finite"),
         (lambda b: 1 / 0, "'x' failed: ZeroDivisionError"),
+        (lambda b: raise_(PromptError("no words")), "'x' failed: PromptError: no words"),
     ],
 )
 def test_a_broken_member_is_named(made, message):
@@ -117,9 +122,9 @@ def test_registered_rewards():
     [
         ("pikscore", "Unknown reward 'pikscore'. Did you mean 'pickscore'"),
         ("jpeg_compressibility,varient=ddpo", "Did you mean 'variant'"),
-        ("jpeg_compressibility,variant=x", "must be one of nft, ddpo, got 'x'"),
+        ("jpeg_compressibility,variant=x", "input should be 'nft' or 'ddpo', got 'x'"),
         ("ocr,upscale=big", "should be a valid integer.*got 'big'"),
-        ("ocr,normalise=maybe", "must be true or false, got 'maybe'"),
+        ("ocr,normalise=maybe", "should be a valid boolean.*got 'maybe'"),
         ("geneval", "needs detector=module:attribute"),
     ],
 )

@@ -124,7 +124,7 @@ def test_console_ends_with_a_table_of_before_and_after(run, capsys):
     console.nft_checkpoint_saved(run, run.folder / "checkpoints" / "000004")
     console.nft_run_finished(run, None)
     shown = capsys.readouterr().out
-    assert "epoch    1/2  cat 0.5  dog 0.5  loss 1.250" in shown
+    assert "epoch 1/2  cat 0.5  dog 0.5  loss 1.250" in shown
     assert "1:30 left" in shown  # one more epoch of 90 s
     row = next(line for line in shown.splitlines() if "cat" in line and "+" in line)
     assert re.findall(r"[+\d.]+", row) == ["0.25", "0.75", "+0.5"]
@@ -142,6 +142,7 @@ def test_console_in_a_terminal_shows_bars(run, capsys):
     console.nft_run_finished(run, None)
     shown = capsys.readouterr().out
     assert "rollout" in shown and "3/8 images" in shown
+    assert "1/2  cat 0.5  dog 0.5  10.0 img/s  1:30 left" in shown
 
 
 def test_nothing_is_said_of_a_run_that_never_began(run, capsys):

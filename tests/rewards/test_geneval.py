@@ -85,6 +85,23 @@ def test_colour_attribution():
     assert evaluate(swapped, wanted) == (0, 0, 0.5)
 
 
+def test_a_clause_that_failed_is_no_target():
+    wanted = wants(clause("cat"), clause("dog", position=["right of", 0]))
+    two_cats = [at("cat", 0, 0), at("cat", 0, 30), at("dog", 90, 0)]
+    # Count terms 0 and 1, position 0: as published, and with nothing to correct.
+    for variant in ("nft", "corrected"):
+        assert evaluate(two_cats, wanted, variant) == (0, 1, pytest.approx(1 / 3))
+    wanted = wants(clause("cat", color="red"), clause("dog", position=["right of", 0]))
+    blue = [at("cat", 0, 0, color="blue"), at("dog", 30, 0)]
+    assert evaluate(blue, wanted) == (0, 0, 0.5)  # 1 + 0 for the cat, 1 + 0 for the dog
+
+
+def test_a_wrong_colour_leaves_its_position_out():
+    wanted = wants(clause("cat"), clause("dog", color="red", position=["right of", 0]))
+    shown = [at("cat", 0, 0), at("dog", 30, 0, color="blue")]
+    assert evaluate(shown, wanted) == (0, 0, pytest.approx(2 / 3))  # 1, then 1 + 0
+
+
 # Boxes of 10 x 10: a relation holds where (|d| - 2) / norm(d) > 0.5 in its direction.
 PLACES = [
     ((-20, 0), {"left of"}),

@@ -78,6 +78,7 @@ def test_an_engine_that_fails_makes_the_sample_invalid(monkeypatch):
         ("a sign «OPEN»", {}, "OPEN"),
         ('"OPEN" above "LATE"', {}, "OPEN LATE"),
         ('a sign "OPEN"', {"text": "SHUT"}, "SHUT"),
+        ('a 12" pipe that says "CAT"', {"text": "CAT"}, "CAT"),
         ("no quotes", {"text": "SHUT"}, "SHUT"),
     ],
 )
@@ -92,6 +93,7 @@ def test_targets(prompt, metadata, expected):
         ('a sign ""', {}),
         ('a sign " "', {}),
         ("'x'", {}),
+        ('a 12" pipe that says "CAT"', {}),
         ('"A"', {"text": ""}),
         ("", {"text": 3}),
     ],

@@ -31,9 +31,9 @@ class SD3:
 
     checkpoint: hub id or local folder, safetensors only.
     dtype: of the transformer; the text encoders share it, the VAE stays in float32.
-    max_sequence_length: T5 tokens of a prompt. A pipeline without a T5 has that many zeros in their
-        place, as diffusers' own has.
-    Raises OSError where the checkpoint cannot be read.
+    max_sequence_length: T5 tokens of a prompt, at least 1 where there is a T5. A pipeline without one
+        has that many zeros in their place, as diffusers' own has.
+    Raises OSError where the checkpoint cannot be read, ValueError for a length of 0 with a T5.
     """
 
     lora_targets = ATTENTION
@@ -50,6 +50,11 @@ class SD3:
         self.device = torch.device(device)
         self.max_sequence_length = max_sequence_length
         index = StableDiffusion3Pipeline.load_config(checkpoint)
+        if not max_sequence_length and index.get("text_encoder_3", [None])[0]:
+            raise ValueError(
+                f"{checkpoint} has a T5, so max_sequence_length must be at least 1 token, got 0; "
+                "128 is the published runs'"
+            )
         # diffusers wants to be told of each component that a pipeline was saved without.
         absent = {name: None for name, kind in index.items() if kind == [None, None]}
         self.pipeline = StableDiffusion3Pipeline.from_pretrained(
@@ -74,7 +79,7 @@ class SD3:
         encoders = [e for n, e in self.pipeline.components.items() if n.startswith("text_encoder") and e]
         for encoder in encoders:
             encoder.to(self.device)
-        rows = []
+        condition: dict[str, Tensor] = {}
         for start in range(0, len(prompts), ENCODED_AT_ONCE):
             embeds, _, pooled, _ = self.pipeline.encode_prompt(
                 list(prompts[start : start + ENCODED_AT_ONCE]),
@@ -84,11 +89,13 @@ class SD3:
                 do_classifier_free_guidance=False,
                 max_sequence_length=self.max_sequence_length,
             )
-            rows.append((embeds.cpu(), pooled.cpu()))
+            for name, rows in (("embeds", embeds), ("pooled", pooled)):
+                # In place, since gathering rows in a list first would need the memory twice.
+                whole = condition.setdefault(name, rows.new_empty(len(prompts), *rows.shape[1:], device="cpu"))
+                whole[start : start + len(rows)] = rows.cpu()
         for encoder in encoders:
             encoder.to("cpu")
-        embeds, pooled = (torch.cat(r) for r in zip(*rows, strict=True))
-        return {"embeds": embeds, "pooled": pooled}
+        return condition
 
     def velocity(self, x_t: Tensor, t: Tensor, condition: Condition) -> Tensor:
         (v,) = self.transformer(
@@ -116,6 +123,9 @@ class SD3:
                 f"{height} x {width}; the nearest possible size is {near[0]} x {near[1]}"
             )
         factor = self.pipeline.vae_scale_factor
+        largest = self.transformer_config.pos_embed_max_size * multiple
+        if max(height, width) > largest:
+            raise ValueError(f"{self.name} makes images of at most {largest} px a side, got {height} x {width}")
         return (self.transformer_config.in_channels, height // factor, width // factor)
 
     def times(self, steps: int, height: int, width: int) -> tuple[float, ...]:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console as Terminal
-from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, Progress, TaskID, TextColumn
 from rich.table import Table
 
 from nft_plugins import Run, hookimpl
@@ -29,10 +29,10 @@ class Console:
         if self.terminal.is_terminal:
             columns = (
                 TextColumn("{task.description:<10}"),
-                BarColumn(24),
+                BarColumn(16),
                 TextColumn("{task.fields[note]}"),
             )
-            self.bars = Progress(*columns, TimeRemainingColumn(compact=True), console=self.terminal)
+            self.bars = Progress(*columns, console=self.terminal)
             self.epochs: TaskID = self.bars.add_task("epoch", total=run.epochs, note="")
             self.phase: TaskID = self.bars.add_task("eval", total=None, note="")
             self.bars.start()
@@ -45,14 +45,15 @@ class Console:
 
     @hookimpl
     def nft_epoch_finished(self, run: Run, record: Mapping[str, Any]) -> None:
-        line = f"epoch {record['epoch']:>4}/{run.epochs}  {means(record)}"
-        line += f"  loss {record['loss']:.3f}  grad {record['grad_norm']:.2f}"
-        line += f"  {record['images_per_second']:.1f} img/s"
-        left = (run.epochs - record["epoch"]) * record["epoch_seconds"]
+        count = f"{record['epoch']:>{len(str(run.epochs))}}/{run.epochs}"
+        left = clock((run.epochs - record["epoch"]) * record["epoch_seconds"])
+        speed = f"{record['images_per_second']:.1f} img/s  {left} left"
         if self.bars:
-            self.bars.update(self.epochs, completed=record["epoch"], note=f"{means(record)}")
+            note = f"{count}  {means(record)}  {speed}"
+            self.bars.update(self.epochs, completed=record["epoch"], note=note)
         else:
-            self.say(f"{line}  {clock(left)} left")
+            losses = f"loss {record['loss']:.3f}  grad {record['grad_norm']:.2f}"
+            self.say(f"epoch {count}  {means(record)}  {losses}  {speed}")
 
     @hookimpl
     def nft_eval_finished(self, run: Run, record: Mapping[str, Any]) -> None:

@@ -43,7 +43,8 @@ class Samples:
         if not self.base:
             self.base = chosen
         else:
-            both = grid([self.base[:ROW], chosen[:ROW]], ["base model", f"epoch {epoch}"])
+            every = -(-len(chosen) // ROW)
+            both = grid([self.base[::every], chosen[::every]], ["base model", f"epoch {epoch}"])
             save(both, folder / "before-after.png")
 
 
@@ -76,7 +77,7 @@ def fitted(image: Image.Image) -> Image.Image:
 def grid(rows: list[list[Sample]], titles: list[str]) -> Image.Image:
     """Titled blocks of pictures, six in a row, each over its prompt and score."""
     lines = [
-        (title, row[i : i + ROW] if row else [])
+        (title, row[i : i + ROW])
         for title, row in zip(titles, rows, strict=True)
         for i in range(0, len(row), ROW)
     ]

@@ -1,0 +1,204 @@
+"""The whole loop against Algorithm 1 written out once more, on a model that can be followed by hand."""
+
+import copy
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import nn
+
+from nft_core.prompts import Prompt
+from nft_core.run import assemble
+from nft_core.seeds import generator
+from nft_core.settings import make_settings
+from nft_core.train import train, training_samples, updates
+from nft_plugins import FlowModel, Scores
+from nft_solvers.euler import Euler
+
+SETTINGS = {
+    "model": "toy",
+    "rewards": ["redness"],
+    "epochs": 3,
+    "steps": 4,
+    "group_size": 4,
+    "prompts_per_epoch": 2,
+    "updates_per_epoch": 2,
+    "train_times_count": 2,
+    "microbatch": 3,
+    "rollout_batch": 5,
+    "lora_rank": 0,
+    "lr": 0.01,
+    "warmup": 3,
+    "kl_weight": 0.5,
+    "beta": 0.7,
+    "advantage_clip": 2.0,
+    "old_decay": 0.25,
+    "ema_decay": 0.8,
+    "eval_every": 0,
+    "max_grad_norm": 0.05,
+}
+
+
+class Toy:
+    """A flow model of 1 x 1 images: v = W [x, t, c] + b."""
+
+    name = "toy"
+    lora_targets = ()
+    resolution = (1, 1)
+
+    def __init__(self):
+        torch.manual_seed(3)
+        self.transformer = nn.Linear(5, 3)
+
+    def encode(self, prompts):
+        return {"c": torch.tensor([[len(p) / 10] for p in prompts])}
+
+    def velocity(self, x_t, t, condition):
+        return self.transformer(torch.cat([x_t.flatten(1), t[:, None], condition["c"]], 1)).view_as(x_t)
+
+    def decode(self, x_0):
+        return x_0.sigmoid()
+
+    def latent_shape(self, height, width):
+        return (3, height, width)
+
+    def times(self, steps, height, width):
+        return tuple(1 - i / steps for i in range(steps + 1))
+
+    def save_lora(self, folder, state, config):
+        raise AssertionError
+
+
+def redness(batch):
+    """Red minus green; the second image of each group cannot be scored."""
+    values = batch.images[:, 0, 0, 0] - batch.images[:, 1, 0, 0]
+    return Scores(values, torch.arange(len(batch)) % 4 != 1)
+
+
+PROMPTS = [Prompt("a" * n, {}) for n in (3, 5, 9)]
+
+
+def make(tmp_path, **changes):
+    settings = make_settings(SETTINGS, {"rollout_batch": 8, **changes})
+    model = Toy()
+    assert isinstance(model, FlowModel)
+    run = assemble(
+        *(settings, model, redness, Euler(), PROMPTS, PROMPTS),
+        *(torch.device("cpu"), lambda hook, **arguments: None, tmp_path),
+    )
+    run.save = lambda name: None
+    return run
+
+
+def algorithm_1(s):
+    """The paper's Algorithm 1 for the toy, one image at a time and without any of the loop's helpers."""
+    from nft_core.prompts import prompts_of_epoch
+
+    model = Toy()
+    theta = model.transformer
+    old, ref, ema = (copy.deepcopy(theta) for _ in range(3))
+    optimizer = torch.optim.AdamW(theta.parameters(), lr=s.lr, weight_decay=s.weight_decay)
+    grid = model.times(s.steps, 1, 1)
+
+    def v(net, x, t, c):
+        return net(torch.cat([x, torch.tensor([t, c])]))
+
+    step = 0
+    for epoch in range(1, s.epochs + 1):
+        images = []
+        for p in prompts_of_epoch(len(PROMPTS), s.prompts_per_epoch, s.seed, epoch):
+            c, group = len(PROMPTS[p].text) / 10, []
+            for k in range(s.group_size):
+                x = torch.randn(3, 1, 1, generator=generator(s.seed, "rollout", epoch, p, k)).flatten()
+                with torch.no_grad():
+                    for t, u in zip(grid[:-1], grid[1:], strict=True):
+                        x = x + (u - t) * v(old, x, t, c)
+                red, green, _ = x.sigmoid()
+                group.append({"x": x, "c": c, "key": (epoch, p, k), "R": float(red - green), "ok": k != 1})
+            mean = sum(i["R"] for i in group if i["ok"]) / 3
+            for i in group:
+                i["A"] = i["R"] - mean
+            images += group
+        rewards = torch.tensor([i["R"] for i in images if i["ok"]], dtype=torch.float64)
+        for i in images:
+            a = i["A"] / (float(rewards.std(correction=0)) + 1e-4)
+            i["r"] = 0.5 + min(max(a, -s.advantage_clip), s.advantage_clip) / (2 * s.advantage_clip)
+        order = torch.randperm(len(images), generator=generator(s.seed, "updates", epoch)).tolist()
+        half = len(order) // 2
+        for part in (order[:half], order[half:]):
+            chosen = [images[n] for n in part if images[n]["ok"]]
+            total = torch.zeros(())
+            for i in chosen:
+                source = generator(s.seed, "train", *i["key"])
+                times = torch.tensor(grid[:-2])[torch.randperm(len(grid) - 2, generator=source)[:2]].tolist()
+                noises = torch.randn(2, 3, 1, 1, generator=source).flatten(1)
+                for t, noise in zip(times, noises, strict=True):
+                    x_t = (1 - t) * i["x"] + t * noise
+                    now = v(theta, x_t, t, i["c"])
+                    with torch.no_grad():
+                        before, first = v(old, x_t, t, i["c"]), v(ref, x_t, t, i["c"])
+                    for sign, weight in ((1, i["r"]), (-1, 1 - i["r"])):
+                        branch = before + sign * s.beta * (now - before)
+                        error = x_t - t * branch - i["x"]
+                        scale = s.advantage_clip / s.beta / error.detach().abs().mean()
+                        total = total + weight * scale * error.square().mean()
+                    total = total + s.kl_weight * (now - first).square().mean()
+            optimizer.zero_grad()
+            (total / (2 * len(chosen))).backward()
+            nn.utils.clip_grad_norm_(theta.parameters(), s.max_grad_norm)
+            optimizer.param_groups[0]["lr"] = s.lr * min((step + 1) / s.warmup, 1)
+            optimizer.step()
+            step += 1
+            for average, p in zip(ema.parameters(), theta.parameters(), strict=True):
+                average.data = s.ema_decay * average + (1 - s.ema_decay) * p.data
+        for behind, p in zip(old.parameters(), theta.parameters(), strict=True):
+            behind.data = s.old_decay * behind + (1 - s.old_decay) * p.data
+    return {"live": theta, "old": old, "ema": ema, "reference": ref}
+
+
+def test_three_epochs_are_algorithm_1(tmp_path):
+    run = make(tmp_path)
+    train(run)
+    state = run.policy.state()
+    for name, net in algorithm_1(run.settings).items():
+        for parameter, expected in net.named_parameters():
+            torch.testing.assert_close(state[f"{name}.{parameter}"], expected.data, atol=2e-6, rtol=1e-4)
+    assert (state["live.weight"] - state["reference.weight"]).abs().max() > 0.01
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"old_decay": 0.0}, {"ema_decay": 0.7}, {"beta": 1.0}, {"kl_weight": 0.0}, {"warmup": 1}, {"seed": 1}],
+    ids=str,
+)
+def test_the_comparison_notices(change, tmp_path):
+    run = make(tmp_path)
+    train(run)
+    other = algorithm_1(make_settings(SETTINGS, change))
+    state = run.policy.state()
+    distances = [
+        float((state[f"{name}.{parameter}"] - expected.data).abs().max())
+        for name, net in other.items()
+        for parameter, expected in net.named_parameters()
+    ]
+    assert max(distances) > 1e-4
+
+
+def test_updates_hold_the_valid_images_alone(tmp_path):
+    from nft_core.train import sample
+
+    run = make(tmp_path)
+    rollout = sample(run, epoch=1)
+    parts = list(updates(rollout, run.settings, epoch=1))
+    assert sorted(torch.cat(parts).tolist()) == [0, 2, 3, 4, 6, 7]
+    nothing = replace(rollout, scores=Scores(rollout.scores.values, torch.zeros(8, dtype=torch.bool)))
+    assert list(updates(nothing, run.settings, epoch=1)) == []
+
+
+def test_a_process_without_images_of_an_update_has_no_samples(tmp_path):
+    from nft_core.train import sample
+
+    run = make(tmp_path)
+    rollout = sample(run, epoch=1)
+    elsewhere = replace(rollout, index=rollout.index[:2], x_0=rollout.x_0[:2])
+    assert list(training_samples(run, elsewhere, torch.tensor([5, 6]), torch.zeros(8))) == []
