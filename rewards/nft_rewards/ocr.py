@@ -39,7 +39,7 @@ def target_text(prompt: str, metadata: Mapping[str, Any]) -> str:
         return text
     if '"' in QUOTED.sub("", prompt):
         raise PromptError(
-            f"a double quote without a partner leaves the words to read open: give metadata text, got {prompt!r}"
+            f"a double quote without a partner leaves the words to read open; give metadata text: {prompt!r}"
         )
     text = " ".join(part.strip() for part in QUOTED.findall(prompt))
     if not text.strip():
