@@ -64,7 +64,7 @@ def test_sets_share_no_prompt_and_have_every_tag():
     assert not prompts["eval"] & prompts["select"]
     for chosen in sets.values():
         assert set(Counter(c["tag"] for c in chosen)) == {*captions.TAGS, "text"}
-    held_out = set(captions.held_out_words())
+    held_out = set(captions.known_and_held_out_words()[1])
     assert {c["text"].lower() for c in sets["eval"] if "text" in c} <= held_out
 
 

@@ -1,6 +1,7 @@
-"""The embedded world's weights, step by step: `prompts`, `vae`, `flow`, `clip`.
+"""The embedded world's weights, step by step: `prompts`, `vae`, `flow`, `clip`, `export`, `curves`.
 
-Each writes to --out and appends its figures to `training.jsonl` there. `flow` may be run by torchrun.
+The three that train write to --out and append their figures to `training.jsonl` there. `flow` may be
+run by torchrun.
 """
 
 from __future__ import annotations
@@ -71,30 +72,30 @@ def vae(steps: int, out: Path, seed: int, threads: int) -> None:
 
 
 @main.command()
-@click.option("--minutes", default=40.0, show_default=True)
+@click.option("--steps", default=10_000, show_default=True)
 @click.option("--batch", default=96, show_default=True, help="Pictures a step, of all processes.")
 @click.option("--lr", default=1.5e-3, show_default=True)
-@click.option("--text-share", default=0.003, show_default=True, help="Share of pictures that show a word.")
-@click.option("--snapshot-minutes", default=3.0, show_default=True)
-@click.option("--init", type=click.Path(path_type=Path), help="Pipeline to go on from.")
+@click.option("--text-share", default=0.006, show_default=True, help="Share of pictures that show a word.")
+@click.option("--snapshot-every", default=1000, show_default=True, help="Steps.")
+@click.option("--init", type=click.Path(path_type=Path), help="A snapshot to go on from; take another seed.")
 @options
 def flow(
-    minutes: float,
+    steps: int,
     batch: int,
     lr: float,
     text_share: float,
-    snapshot_minutes: float,
+    snapshot_every: int,
     init: Path | None,
     out: Path,
     seed: int,
     threads: int,
 ) -> None:
-    """Train the base model on --out/vae, and write --out/pipeline and snapshots beside it."""
-    from diffusers import AutoencoderTiny, StableDiffusion3Pipeline
+    """Train the base model on --out/vae, and write its snapshots to --out/snapshots."""
+    from diffusers import AutoencoderTiny
 
     from .data import dataset
     from .evaluate import evaluate
-    from .flow import make_pipeline, train_flow
+    from .flow import load_pipeline, make_pipeline, train_flow
     from .vae import latents
 
     torch.set_num_threads(threads)
@@ -102,40 +103,33 @@ def flow(
         dist.init_process_group("gloo")
     torch.manual_seed(seed)
     autoencoder = AutoencoderTiny.from_pretrained(out / "vae").eval()
-    if init:
-        absent = {"text_encoder_3": None, "tokenizer_3": None}
-        pipeline = StableDiffusion3Pipeline.from_pretrained(init, dtype=torch.float32, **absent)
-    else:
-        pipeline = make_pipeline(autoencoder)
+    pipeline = load_pipeline(init) if init else make_pipeline(autoencoder)
     pictures, captions = dataset(PICTURES, seed)
     log = logger(out, "flow", seed=seed, processes=dist.get_world_size() if dist.is_initialized() else 1)
 
     def snapshot(step: int, **figures: Any) -> None:
         log(step=step, **figures, **evaluate(pipeline, images=8, seed=seed))
-        pipeline.save_pretrained(out / "snapshots" / f"{step:06d}")
+        pipeline.save_pretrained(out / "snapshots" / f"seed{seed}-{step:06d}")
 
     train_flow(
         pipeline,
         latents(autoencoder, pictures),
         [c["prompt"] for c in captions],
-        minutes=minutes,
+        steps=steps,
         seed=seed,
         batch=batch // (dist.get_world_size() if dist.is_initialized() else 1),
         lr=lr,
         text_share=text_share,
-        snapshot_minutes=snapshot_minutes,
+        snapshot_every=snapshot_every,
         snapshot=snapshot,
         log=log,
     )
-    if not dist.is_initialized() or dist.get_rank() == 0:
-        log(**evaluate(pipeline, images=24, seed=seed))
-        pipeline.save_pretrained(out / "snapshots" / "last")
 
 
 @main.command()
-@click.option("--minutes", default=14.0, show_default=True)
+@click.option("--steps", default=3000, show_default=True)
 @options
-def clip(minutes: float, out: Path, seed: int, threads: int) -> None:
+def clip(steps: int, out: Path, seed: int, threads: int) -> None:
     """Train the world's CLIP."""
     from .clip import train_clip
     from .data import dataset
@@ -144,7 +138,7 @@ def clip(minutes: float, out: Path, seed: int, threads: int) -> None:
     out.mkdir(parents=True, exist_ok=True)
     pictures, captions = dataset(PICTURES, seed)
     log = logger(out, "clip", seed=seed)
-    model, processor = train_clip(pictures, captions, minutes=minutes, seed=seed, lr=1.5e-3, log=log)
+    model, processor = train_clip(pictures, captions, steps=steps, seed=seed, lr=1.5e-3, log=log)
     model.save_pretrained(out / "clip")
     processor.save_pretrained(out / "clip")
 
@@ -157,12 +151,10 @@ def clip(minutes: float, out: Path, seed: int, threads: int) -> None:
 @click.option("--out", type=click.Path(path_type=Path), help="Write it here in half precision.")
 def export(snapshot: Path, images: int, name: str, seed: int, out: Path | None) -> None:
     """Evaluate a snapshot, and make it the base model."""
-    from diffusers import StableDiffusion3Pipeline
-
     from .evaluate import evaluate
+    from .flow import load_pipeline
 
-    absent = {"text_encoder_3": None, "tokenizer_3": None}
-    pipeline = StableDiffusion3Pipeline.from_pretrained(snapshot, dtype=torch.float32, **absent)
+    pipeline = load_pipeline(snapshot)
     if out:
         pipeline.to(dtype=torch.float16)
         shutil.rmtree(out, ignore_errors=True)
@@ -171,6 +163,17 @@ def export(snapshot: Path, images: int, name: str, seed: int, out: Path | None) 
             without_path(path)
         pipeline.to(dtype=torch.float32)
     click.echo(json.dumps(evaluate(pipeline, images, seed, name)))
+
+
+@main.command()
+@click.argument("figures", type=click.Path(path_type=Path, exists=True))
+@click.argument("picture", type=click.Path(path_type=Path))
+def curves(figures: Path, picture: Path) -> None:
+    """Draw the curves of a training.jsonl as an SVG picture."""
+    from .curves import picture as draw
+
+    lines = figures.read_text(encoding="utf-8").splitlines()
+    picture.write_text(draw([json.loads(line) for line in lines]), encoding="utf-8")
 
 
 def without_path(path: Path) -> None:

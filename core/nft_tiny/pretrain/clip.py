@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from time import perf_counter
 
 import numpy as np
 import torch
@@ -61,7 +60,7 @@ def train_clip(
     pictures: np.ndarray,
     captions: Sequence[Caption],
     *,
-    minutes: float,
+    steps: int,
     seed: int,
     lr: float,
     log: Callable[..., None],
@@ -86,10 +85,9 @@ def train_clip(
         return list(chosen.values())
 
     optimizer = torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=0.02, betas=(0.9, 0.98))
-    start, step = perf_counter(), 0
-    while (share := (perf_counter() - start) / (60 * minutes)) < 1:
+    for step in range(steps):
         for group in optimizer.param_groups:
-            decay = 0.03 + 0.97 * 0.5 * (1 + math.cos(math.pi * share))
+            decay = 0.03 + 0.97 * 0.5 * (1 + math.cos(math.pi * step / steps))
             group["lr"] = lr * min((step + 1) / 100, 1) * decay
         blocks = [block(tag) for tag in BLOCKS]
         flat = [i for b in blocks for i in b]
@@ -102,9 +100,8 @@ def train_clip(
         optimizer.step()
         with torch.no_grad():
             model.logit_scale.clamp_(max=math.log(100))
-        if step % 100 == 0:
+        if step % 100 == 0 or step == steps - 1:
             log(step=step, loss=loss.item(), accuracy=dict(zip(BLOCKS, accuracy, strict=True)))
-        step += 1
     return model.eval(), processor
 
 

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..captions import TAGS, WORDS, Caption, held_out_words, scene_captions, word_caption
+from ..captions import TAGS, Caption, known_and_held_out_words, scene_captions, word_caption
 from ..scenes import render
 
 CHUNK = 1000
@@ -38,8 +38,8 @@ def _chunk(key: tuple[int, int]) -> tuple[np.ndarray, list[Caption]]:
     rng = np.random.default_rng(key)
     scenes = list(scene_captions())
     by_tag = {tag: [c for c in scenes if c["tag"] == tag] for tag in TAGS}
-    held_out = set(held_out_words())
-    by_tag["text"] = [word_caption(w) for w in WORDS if w not in held_out]
+    known, _ = known_and_held_out_words()
+    by_tag["text"] = [word_caption(w) for w in known]
     tags = rng.choice(list(SHARES), size=CHUNK, p=list(SHARES.values()))
     captions = [by_tag[tag][rng.integers(len(by_tag[tag]))] for tag in tags]
     return np.stack([render(c, rng) for c in captions]), captions

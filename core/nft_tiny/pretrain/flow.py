@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable, Sequence
-from time import perf_counter
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -87,6 +87,12 @@ def make_pipeline(vae: AutoencoderTiny) -> StableDiffusion3Pipeline:
     )
 
 
+def load_pipeline(folder: Path) -> StableDiffusion3Pipeline:
+    """A saved pipeline, in float32."""
+    absent = {"text_encoder_3": None, "tokenizer_3": None}
+    return StableDiffusion3Pipeline.from_pretrained(folder, dtype=torch.float32, **absent)
+
+
 def encode(pipeline: StableDiffusion3Pipeline, ids: Tensor) -> tuple[Tensor, Tensor]:
     """Embeddings `[B, 12, 128]` and pooled `[B, 128]`, as `encode_prompt` makes them, with gradients."""
     outputs = [e(ids, output_hidden_states=True) for e in (pipeline.text_encoder, pipeline.text_encoder_2)]
@@ -104,16 +110,16 @@ def train_flow(
     latents: Tensor,
     prompts: Sequence[str],
     *,
-    minutes: float,
+    steps: int,
     seed: int,
     batch: int,
     lr: float,
     text_share: float,
-    snapshot_minutes: float,
+    snapshot_every: int,
     snapshot: Callable[..., None],
     log: Callable[..., None],
 ) -> None:
-    """Train for a time; `pipeline` ends with the averaged weights. `snapshot` sees them now and then.
+    """Train; `pipeline` ends with the averaged weights. `snapshot` sees them every so many steps and last.
 
     latents: `[N, C, 8, 8]` of pictures of `prompts`. batch: in each process. text_share: how often
     a sign with a word is drawn; words are learned from far fewer pictures than scenes.
@@ -128,10 +134,10 @@ def train_flow(
     average = copy.deepcopy([p.data for p in parameters])
     torch.manual_seed(seed * world + rank)
     transformer = torch.compile(pipeline.transformer)
-    start, seen, running, step = perf_counter(), 0.0, 0.0, 0
-    while (share := _agreed((perf_counter() - start) / (60 * minutes))) < 1:
+    running = 0.0
+    for step in range(1, steps + 1):
         for group in optimizer.param_groups:
-            group["lr"] = lr * min((step + 1) / 150, 1) * _decay(share)
+            group["lr"] = lr * min(step / 150, 1) * _decay(step / steps)
         of_text = int((torch.rand(batch) < text_share).sum())
         rows = torch.cat([_draw(signs, of_text), _draw(scenes, batch - of_text)])
         x_0 = latents[rows].float()
@@ -146,13 +152,11 @@ def train_flow(
         _average_gradients(parameters, world)
         nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
-        step += 1
         torch._foreach_lerp_(average, [p.data for p in parameters], 1 - min(0.999, step / (9 + step)))
         running = loss.item() if step == 1 else 0.99 * running + 0.01 * loss.item()
         if rank == 0 and step % 250 == 0:
             log(step=step, images=step * batch * world, loss=running)
-        if rank == 0 and share * minutes - seen > snapshot_minutes:
-            seen = share * minutes
+        if rank == 0 and (step % snapshot_every == 0 or step == steps):
             live = [p.data for p in parameters]
             _put(modules, parameters, average, training=False)
             snapshot(step=step, images=step * batch * world, loss=running)
@@ -161,21 +165,12 @@ def train_flow(
 
 
 def _decay(share: float) -> float:
-    """Constant for three tenths of the time, then down to a twentieth by a cosine."""
+    """Constant for three tenths of the steps, then down to a twentieth by a cosine."""
     return 1.0 if share < 0.3 else 0.05 + 0.95 * 0.5 * (1 + math.cos(math.pi * (share - 0.3) / 0.7))
 
 
 def _draw(rows: Tensor, count: int) -> Tensor:
     return rows[torch.randint(len(rows), (count,))]
-
-
-def _agreed(value: float) -> float:
-    """The first process's clock, on all of them."""
-    if not dist.is_initialized():
-        return value
-    shared = torch.tensor(value)
-    dist.broadcast(shared, 0)
-    return float(shared)
 
 
 def _average_gradients(parameters: Sequence[nn.Parameter], world: int) -> None:
