@@ -1,10 +1,14 @@
-"""How the old policy follows the live one: `old <- d old + (1 - d) theta`, with d by schedule."""
+"""How the old policy follows the live one, `old <- d old + (1 - d) theta`, and how the learning rate moves."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from math import cos, pi
+from typing import Literal
 
 from .errors import UsageError, unknown
+
+LrSchedule = Literal["constant", "cosine"]
 
 #: Named schedules: step -> d. The published code calls them `decay_type` 0, 1 and 2.
 OLD_DECAY: dict[str, Callable[[int], float]] = {
@@ -31,3 +35,11 @@ def old_decay(schedule: str | float, step: int) -> float:
 def warmup(steps: int, step: int) -> float:
     """The learning rate's factor at gradient step `step` (from 0): linear up to 1 over `steps`."""
     return min((step + 1) / steps, 1.0) if steps > 0 else 1.0
+
+
+def lr_decay(schedule: LrSchedule, share: float) -> float:
+    """The learning rate's factor when `share` in [0, 1) of the run's epochs is over.
+
+    `constant`: 1 (the published runs'). `cosine`: `(1 + cos(pi share)) / 2`, from 1 down to 0.
+    """
+    return (1 + cos(pi * share)) / 2 if schedule == "cosine" else 1.0

@@ -20,7 +20,7 @@ from .loss import kl_loss, nft_loss, noised
 from .policy import Policy
 from .prompts import Prompt, prompts_of_epoch
 from .rollout import Draws, Encoded, Rollout, Sampler, roll_out, shuffled_within_groups, statistics
-from .schedules import old_decay, warmup
+from .schedules import lr_decay, old_decay, warmup
 from .seeds import generator
 from .settings import Settings
 from .times import draw_times
@@ -190,8 +190,9 @@ def take_step(run: Training, figures: Figures) -> None:
             f"The gradient's norm at step {run.step + 1} is {float(norm)}, so training would be lost. "
             "Lower lr, raise kl_weight, or use --set precision=fp32."
         )
+    lr = s.lr * warmup(s.warmup, run.step) * lr_decay(s.lr_schedule, run.epoch / s.epochs)
     for group in run.optimizer.param_groups:
-        group["lr"] = s.lr * warmup(s.warmup, run.step)
+        group["lr"] = lr
     run.optimizer.step()
     policy.move_ema()
     run.step += 1

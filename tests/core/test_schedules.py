@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from nft_core.errors import UsageError
-from nft_core.schedules import old_decay, warmup
+from nft_core.schedules import lr_decay, old_decay, warmup
 from nft_core.seeds import generator
 from nft_core.times import draw_times
 
@@ -74,3 +74,17 @@ def test_generators_differ_by_every_part_of_the_key():
     keys = [(0, "a", 1, 2), (1, "a", 1, 2), (0, "b", 1, 2), (0, "a", 2, 1), (0, "a", 12)]
     assert len({first(*k) for k in keys}) == len(keys)
     assert first(0, "a", 1, 2) == first(0, "a", 1, 2)
+
+
+@pytest.mark.parametrize(
+    ("schedule", "share", "expected"),
+    [
+        ("constant", 0.9, 1.0),
+        ("cosine", 0.0, 1.0),
+        ("cosine", 0.5, 0.5),
+        ("cosine", 2 / 3, 0.25),
+        ("cosine", 1.0, 0.0),
+    ],
+)
+def test_lr_decay(schedule, share, expected):
+    assert lr_decay(schedule, share) == pytest.approx(expected, abs=1e-12)
