@@ -17,8 +17,12 @@ class RewardInfo:
     name: what `--reward` calls it: lower-case letters, digits, `_` and `-`.
     summary: one line.
     factory: makes the reward. Its keyword parameters are the reward's options. One that takes
-        `device` is given the run's.
+        `device` is given the run's, and one that takes `make_reward` a function that makes another
+        registered reward from its spec: `make_reward("ocr,upscale=4")`.
+    definition: what is computed, in a line; options that change it included.
     source: paper, section or hub id of the definition.
+    files: what it loads when its options are not changed: `hub id` or `hub id: file`.
+    memory: of its weights, in words, such as `2.0 GB in bf16`.
     licence: of the weights, or of the definition where there are none.
     range: typical or possible values, in words.
     metadata: prompt metadata that it needs.
@@ -29,7 +33,10 @@ class RewardInfo:
     name: str
     summary: str
     factory: Factory
+    definition: str = ""
     source: str = ""
+    files: tuple[str, ...] = ()
+    memory: str = ""
     licence: str = ""
     range: str = ""
     metadata: tuple[str, ...] = ()

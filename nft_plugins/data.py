@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar, cast
 
 if TYPE_CHECKING:
     from PIL.Image import Image
     from torch import Tensor
+
+T = TypeVar("T")
 
 
 class PromptError(ValueError):
@@ -58,6 +60,20 @@ class Batch:
         from PIL.Image import fromarray
 
         return [fromarray(array) for array in self.uint8.permute(0, 2, 3, 1).cpu().numpy()]
+
+    def shared(self, key: Hashable, compute: Callable[[], T]) -> T:
+        """What `compute()` returns, computed once for this batch and kept as long as the batch is.
+
+        Rewards that want the same pixels or the same features share them so. key: everything but the
+        batch that the result depends on; begin it with something of your own, such as a function.
+        """
+        if key not in self._shared:
+            self._shared[key] = compute()
+        return cast(T, self._shared[key])
+
+    @cached_property
+    def _shared(self) -> dict[Hashable, Any]:
+        return {}
 
 
 @dataclass(frozen=True)

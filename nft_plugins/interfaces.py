@@ -32,6 +32,11 @@ class Reward(Protocol):
 
     A reward may also define `check_prompt(prompt, metadata)`, which raises `PromptError` for a prompt
     that it can never score. A run calls it for every prompt before it starts.
+
+    A batch of a run holds parts of groups: the rest is in other batches and on other processes. A reward
+    that compares the images of a group with one another also defines `regroup(scores, groups) -> Scores`.
+    A run calls it, on every process, with what `__call__` returned for all N images of an epoch and with
+    their groups `[N]`; all that it needs must be in the values, `valid` and `details`.
     """
 
     def __call__(self, batch: Batch) -> Scores: ...

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -42,10 +43,23 @@ class Composed:
         for term in self.terms:
             # Equal entries hold the same object, which scores a batch once.
             if id(term.reward) not in scored:
-                scored[id(term.reward)] = checked(term.name, term.reward, batch)
-        parts = {t.name: Part(t.weight, scored[id(t.reward)]) for t in self.terms}
-        values = torch.full((len(batch),), self.constant)
-        valid = torch.ones(len(batch), dtype=torch.bool)
+                scored[id(term.reward)] = checked(term.name, partial(term.reward, batch), len(batch))
+        return self.total({t.name: Part(t.weight, scored[id(t.reward)]) for t in self.terms}, len(batch))
+
+    def regroup(self, scores: Scores, groups: Tensor) -> Scores:
+        """The scores anew, now that those of whole groups are known; see `nft_plugins.Reward`."""
+        parts = dict(scores.parts)
+        for term in self.terms:
+            if hasattr(term.reward, "regroup"):
+                part = parts[term.name].scores
+                again = checked(term.name, partial(term.reward.regroup, part, groups), len(groups))
+                parts[term.name] = Part(term.weight, again)
+        return self.total(parts, len(groups))
+
+    def total(self, parts: Mapping[str, Part], size: int) -> Scores:
+        """The members' scores as one."""
+        values = torch.full((size,), self.constant)
+        valid = torch.ones(size, dtype=torch.bool)
         for weight, scores in parts.values():
             values += weight * scores.values
             if weight:
@@ -107,11 +121,16 @@ class Mapped:
     f: Callable[[Tensor], Tensor]
 
     def __call__(self, batch: Batch) -> Scores:
-        scores = self.inner(batch)
+        return self.mapped(self.inner(batch))
+
+    def regroup(self, scores: Scores, groups: Tensor) -> Scores:
+        return self.mapped(self.inner.regroup(scores, groups))
+
+    def mapped(self, scores: Scores) -> Scores:
         details = scores.details
         if len(self.inner.terms) == 1:  # Its name would come twice: a member's details are NAME/DETAIL.
             details = {name.removeprefix(f"{self.inner.terms[0].name}/"): d for name, d in details.items()}
-        return Scores(self.f(scores.values), scores.valid, details)
+        return Scores(self.f(scores.values), scores.valid, details, scores.parts)
 
     def check_prompt(self, prompt: str, metadata: Mapping[str, Any]) -> None:
         self.inner.check_prompt(prompt, metadata)
@@ -141,20 +160,20 @@ def check_prompt(member: Any, name: str, prompt: str, metadata: Mapping[str, Any
         raise PromptError(message if message.startswith(name) else f"{name}: {message}") from error
 
 
-def checked(name: str, member: Reward, batch: Batch) -> Scores:
-    """A member's scores on the CPU, held to the contract."""
+def checked(name: str, score: Callable[[], Scores], size: int) -> Scores:
+    """What `score()` returns for a member, on the CPU, held to the contract."""
     try:
         # Whether gradients are recorded is each thread's own affair, so it is said here.
         with torch.no_grad():
-            scores = member(batch)
+            scores = score()
     except NftError:
         raise
     except Exception as error:
         raise NftError(f"The reward {name!r} failed: {type(error).__name__}: {error}") from error
     if not isinstance(scores, Scores):
         raise NftError(f"The reward {name!r} must return Scores, got {type(scores).__name__}.")
-    if len(scores) != len(batch):
-        raise NftError(f"The reward {name!r} must score {len(batch)} images, got {len(scores)} values.")
+    if len(scores) != size:
+        raise NftError(f"The reward {name!r} must score {size} images, got {len(scores)} values.")
     values, valid = scores.values.detach().float().cpu(), scores.valid.detach().bool().cpu()
     if not values[valid].isfinite().all():
         raise NftError(
@@ -185,10 +204,12 @@ def compose(
     *,
     host: Host | None = None,
     device: str = "cpu",
+    defaults: Mapping[str, Mapping[str, Any]] | None = None,
 ) -> Composed:
     """A weighted sum: `compose({"pickscore": 1.0, "ocr": 0.5})`, or a list of specs.
 
     Entries with equal names and options share one loaded reward.
+    defaults: options, by name, of rewards that others are made of.
     """
     host = host or load_host()
     if isinstance(rewards, Mapping):
@@ -199,7 +220,7 @@ def compose(
     for spec in specs:
         key = (spec.name, repr(sorted(spec.options.items())))
         if key not in loaded:
-            loaded[key] = host.make_reward(spec.name, spec.options, device)
+            loaded[key] = host.make_reward(spec.name, spec.options, device, defaults)
         terms.append(Term(spec.name, spec.weight, loaded[key]))
     return Composed(merged(terms))
 

@@ -31,6 +31,7 @@ from nft_plugins import (
 )
 
 from .errors import NftError, UsageError, unknown
+from .specs import parse_reward
 
 #: The distribution whose plug-ins are the built-ins.
 OWN = "nft-hub"
@@ -83,14 +84,38 @@ class Host:
     def reward_info(self, name: str) -> RewardInfo:
         return self._one("reward", name, self.rewards)
 
-    def make_reward(self, name: str, options: Mapping[str, Any], device: str = "cpu") -> Reward:
-        """Load a reward. Raises UsageError for the name or an option, NftError where it cannot be loaded."""
+    def make_reward(
+        self,
+        name: str,
+        options: Mapping[str, Any],
+        device: str = "cpu",
+        defaults: Mapping[str, Mapping[str, Any]] | None = None,
+        inside: tuple[str, ...] = (),
+    ) -> Reward:
+        """Load a reward. Raises UsageError for the name or an option, NftError where it cannot be loaded.
+
+        defaults: options, by name, of the rewards that this one is made of; inside: names of those that
+        this one is made for.
+        """
         info = self.reward_info(name)
         missing = [m for m in info.modules if not installed(m)]
         if missing:
             mend = remedy(self.rewards[name])
             raise NftError(f"The reward {name!r} needs {', '.join(missing)}, not installed: {mend}.")
-        made = build(f"reward {name!r}", info.factory, (), options, {"device": device})
+
+        def make_another(spec: str) -> Reward:
+            other = parse_reward(spec)
+            if other.weight != 1:
+                raise UsageError(f"{other.name!r} inside the reward {name!r} takes no weight, got {spec!r}.")
+            if other.name in (name, *inside):
+                raise UsageError(
+                    f"The reward {other.name!r} cannot be made of itself, got {spec!r}: name another."
+                )
+            mine = {**(defaults or {}).get(other.name, {}), **other.options}
+            return self.make_reward(other.name, mine, device, defaults, (name, *inside))
+
+        offered = {"device": device, "make_reward": make_another}
+        made = build(f"reward {name!r}", info.factory, (), options, offered)
         if not isinstance(made, Reward):
             raise NftError(f"The factory of the reward {name!r} made a {type(made).__name__}, not a reward.")
         return made
@@ -304,7 +329,7 @@ def build(
     given: dict[str, Any] = {}
     for name, value in options.items():
         if name not in named and not open_ended:
-            raise unknown(f"option of the {what}", name, set(named) - {"device"})
+            raise unknown(f"option of the {what}", name, set(named) - set(offered) - {"device"})
         given[name] = convert(what, name, value, annotation(call, name)) if name in named else literal(value)
     given = {name: value for name, value in offered.items() if name in named} | given
     try:

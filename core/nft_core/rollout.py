@@ -165,14 +165,10 @@ def roll_out(
             for future in pending:
                 scores.append(future.result())
                 progress("reward", sum(map(len, scores)), len(index))
-    return Rollout(
-        draws,
-        index,
-        torch.cat(latents),
-        torch.cat(images) if images else None,
-        gather_scores(concatenate(scores), index, len(draws), sampler.device),
-        groups,
-    )
+    everyones = gather_scores(concatenate(scores), index, len(draws), sampler.device)
+    if hasattr(reward, "regroup"):  # A group's images were spread over batches and processes until here.
+        everyones = reward.regroup(everyones, groups)
+    return Rollout(draws, index, torch.cat(latents), torch.cat(images) if images else None, everyones, groups)
 
 
 @contextmanager

@@ -57,7 +57,7 @@ def run(settings: Settings, folder: Path, host: Host, say: Callable[[str], None]
     quiet_libraries()
     device = pick_device(settings.device)
     with process_group(device), memory_errors():
-        reward = load_rewards(specs, host, device)
+        reward = load_rewards(specs, host, device, settings.reward_defaults)
         prompts, held_out = usable(prompts, held_out, reward.check_prompt, settings.unscorable, tell)
         check_sizes(settings, len(prompts), len(held_out))
         model = load_model(settings, host, device)
@@ -135,11 +135,13 @@ def reward_specs(settings: Settings, host: Host) -> list[RewardSpec]:
     return specs
 
 
-def load_rewards(specs: list[RewardSpec], host: Host, device: torch.device) -> Composed:
+def load_rewards(
+    specs: list[RewardSpec], host: Host, device: torch.device, defaults: Mapping[str, Mapping[str, Any]]
+) -> Composed:
     from .composer import compose
 
     try:
-        return compose(specs, host=host, device=str(device))
+        return compose(specs, host=host, device=str(device), defaults=defaults)
     except NftError as error:
         if isinstance(error.__cause__, OSError):
             raise NftError(f"{error} --tiny brings small stand-ins, which work offline too.") from error

@@ -45,6 +45,9 @@ class Detection(NamedTuple):
 class ShapeDetector:
     """Detects the shapes in images of the embedded world."""
 
+    classes = SHAPES
+    colors = NAMES
+
     def detect(self, images: Tensor) -> Sequence[Sequence[Detection]]:
         """Shapes of each image of `[B, H, W, 3]` uint8."""
         return [detect_shapes(image) for image in images.cpu().numpy()]

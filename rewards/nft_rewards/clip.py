@@ -1,128 +1,188 @@
-"""CLIP towers from transformers checkpoints, shared by the rewards that want the same ones.
+"""CLIP towers, shared by the rewards that want the same ones.
 
-Images are resized on their own device from one uint8 quantisation. Against the PIL path that the
-checkpoints were trained with, tests/rewards/test_clip.py states the difference.
+What a CLIP knows of an image or a prompt is one unit-length vector each. Pixels are resized on their own
+device exactly as PIL does it, once for all rewards that want that size; a batch's image features are
+computed once for all rewards on the same towers; a prompt's text features are kept across epochs.
 """
 
 from __future__ import annotations
 
-import threading
-from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
 from weakref import WeakValueDictionary
 
 import torch
 from torch import Tensor
-from torch.nn.functional import interpolate, normalize
-from transformers import AutoTokenizer, CLIPModel
-from transformers.models.clip import CLIPImageProcessor
+from torch.nn.functional import normalize
 
 from nft_plugins import Batch
 
-#: Text features that are kept, by prompt; 4 kB each for ViT-H/14.
-CACHE = 65536
+from .chunks import in_chunks
+from .pixels import CLIP_MEAN, CLIP_STD, centre_crop, normalised, shared_crop
+from .texts import Texts
+
+Precision = Literal["auto", "fp32", "bf16", "fp16"]
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def dtype_of(precision: Precision, device: torch.device) -> torch.dtype:
+    """`auto`: bfloat16 on CUDA, float32 elsewhere."""
+    if precision == "auto":
+        return torch.bfloat16 if device.type == "cuda" else torch.float32
+    return DTYPES[precision]
+
+
+@dataclass(frozen=True)
+class Towers:
+    """A CLIP's parts, whichever library they come from.
+
+    encode_images: `[B, 3, *crop]` normalised pixels in `dtype` to `[B, D]`.
+    encode_texts: what `tokenize` gave to `[B, D]`.
+    tokenize: texts to tokens `[B, length]` on the device, cut to that length.
+    count_tokens: how long each text is before it is cut.
+    width: of the embeddings, D.
+    shortest, crop: pixels of the shortest side, and of the crop from the middle.
+    """
+
+    encode_images: Callable[[Tensor], Tensor]
+    encode_texts: Callable[[Tensor], Tensor]
+    tokenize: Callable[[list[str]], Tensor]
+    count_tokens: Callable[[list[str]], list[int]]
+    length: int
+    width: int
+    logit_scale: float
+    device: torch.device
+    dtype: torch.dtype
+    shortest: int = 224
+    crop: tuple[int, int] = (224, 224)
+    mean: tuple[float, ...] = CLIP_MEAN
+    std: tuple[float, ...] = CLIP_STD
 
 
 class CLIP:
-    """Normalised image and text features of one CLIP checkpoint.
+    """Unit-length image and text features, float32, of one CLIP.
 
-    checkpoint: hub id or local folder, safetensors only. processor: where the tokenizer and the image
-        preprocessing come from, if not from the checkpoint.
-    dtype of the towers: bf16 on CUDA, float32 elsewhere; features and products are float32.
-    Raises OSError where the files cannot be had.
+    prompts: `[B, D]` of B prompts; each distinct one is encoded once and remembered.
     """
 
-    def __init__(self, checkpoint: str, processor: str, device: str, microbatch: int = 64) -> None:
-        self.device = torch.device(device)
-        self.microbatch = microbatch
-        dtype = torch.bfloat16 if self.device.type == "cuda" else torch.float32
-        try:
-            model = CLIPModel.from_pretrained(checkpoint, dtype=dtype, use_safetensors=True)
-            self.tokenizer = AutoTokenizer.from_pretrained(processor)
-            config = CLIPImageProcessor.from_pretrained(processor)
-        except (OSError, ValueError) as error:
-            raise OSError(
-                f"Looked for a CLIP checkpoint in safetensors in a folder {checkpoint!r} and on the Hugging "
-                f"Face hub, with its processor from {processor!r}: {' '.join(str(error).split())[:300]} "
-                "checkpoint=PATH takes a local folder, which works offline."
-            ) from error
-        self.model = model.to(self.device).eval().requires_grad_(False)
-        self.size = int(config.size["shortest_edge"])
-        self.crop = (int(config.crop_size["height"]), int(config.crop_size["width"]))
-        self.mean = torch.tensor(config.image_mean, device=self.device).view(3, 1, 1)
-        self.std = torch.tensor(config.image_std, device=self.device).view(3, 1, 1)
-        self.max_length = int(model.config.text_config.max_position_embeddings)
-        self.texts: OrderedDict[str, Tensor] = OrderedDict()
-        self.lock = threading.Lock()
-
-    @property
-    def logit_scale(self) -> float:
-        """exp of the learned temperature."""
-        return float(self.model.logit_scale.float().exp())
-
-    def pixels(self, uint8: Tensor) -> Tensor:
-        """`[B, 3, crop, crop]` float32: bicubic with antialiasing, rounded like PIL, cropped, normalised."""
-        height, width = uint8.shape[-2:]
-        short = min(height, width)
-        size = (int(self.size * height / short), int(self.size * width / short))
-        x = uint8.to(self.device).float()
-        # PIL resizes columns first and then rows, and rounds to bytes after each.
-        for step in ((height, size[1]), size):
-            if step != tuple(x.shape[-2:]):
-                x = interpolate(x, step, mode="bicubic", antialias=True, align_corners=False)
-                x = x.round().clamp(0, 255)
-        top, left = ((have - want) // 2 for have, want in zip(size, self.crop, strict=True))
-        x = x[..., top : top + self.crop[0], left : left + self.crop[1]]
-        return (x / 255 - self.mean) / self.std
+    def __init__(self, name: str, towers: Towers) -> None:
+        self.towers = towers
+        self.logit_scale = towers.logit_scale
+        self.prompts = Texts(name, self.encode_texts, towers.length, towers.count_tokens)
 
     @torch.no_grad()
+    def encode_texts(self, texts: list[str]) -> Tensor:
+        """`[B, D]`, not remembered."""
+        t = self.towers
+        return in_chunks(lambda x: features(t.encode_texts(x)), t.tokenize(texts))
+
+    @torch.no_grad()
+    def encode(self, crop: Tensor) -> Tensor:
+        """`[B, D]` from pixels `[B, 3, *crop]` in 0..255, bytes or floats."""
+        t = self.towers
+
+        def encoded(x: Tensor) -> Tensor:
+            return features(t.encode_images(normalised(x.float(), t.mean, t.std).to(t.dtype)))
+
+        return in_chunks(encoded, crop)
+
+    def image_features(self, images: Tensor) -> Tensor:
+        """`[B, D]` from `images [B, 3, H, W]` uint8 of any size, such as crops of objects."""
+        t = self.towers
+        return self.encode(centre_crop(images.to(t.device), t.shortest, t.crop).byte())
+
     def images(self, batch: Batch) -> Tensor:
-        """`[B, D]` float32, unit length."""
-        rows = []
-        for chunk in batch.uint8.split(self.microbatch):
-            x = self.pixels(chunk).to(self.model.dtype)
-            rows.append(features(self.model.get_image_features(pixel_values=x)))
-        return torch.cat(rows) if rows else torch.zeros(0, self.model.config.projection_dim)
+        """`[B, D]`, computed once for all rewards on these towers."""
+        t = self.towers
+        return batch.shared(
+            (CLIP.images, id(self)),
+            lambda: self.encode(shared_crop(batch, t.shortest, t.crop, t.device)),
+        )
 
-    @torch.no_grad()
-    def prompts(self, prompts: Sequence[str]) -> Tensor:
-        """`[B, D]` float32, unit length; each distinct prompt is encoded once and remembered."""
-        with self.lock:
-            new = [p for p in dict.fromkeys(prompts) if p not in self.texts]
-            for i in range(0, len(new), self.microbatch):
-                part = new[i : i + self.microbatch]
-                tokens = self.tokenizer(
-                    part,
-                    padding="max_length",
-                    truncation=True,
-                    max_length=self.max_length,
-                    return_tensors="pt",
-                ).to(self.device)
-                encoded = features(self.model.get_text_features(input_ids=tokens.input_ids))
-                self.texts.update(zip(part, encoded, strict=True))
-            rows = [self.texts[p] for p in prompts]
-            while len(self.texts) > CACHE:
-                self.texts.popitem(last=False)
-        return torch.stack(rows) if rows else torch.zeros(0, self.model.config.projection_dim)
+    def cosine(
+        self, batch: Batch, prompts: Sequence[str], images: Callable[[], Tensor] | None = None
+    ) -> Tensor:
+        """`[B]`: the cosine of each image with its own prompt. NaN pixels give NaN.
 
-    def cosine(self, batch: Batch, prompts: Sequence[str]) -> Tensor:
-        """`[B]` float32: the cosine of each image with its own prompt."""
-        return (self.images(batch) * self.prompts(prompts)).sum(-1)
+        images: gives the image features `[B, D]`, if not those of the middle of the resized image.
+        """
+        if not len(batch):
+            return torch.zeros(0)
+        cosine = ((images or (lambda: self.images(batch)))() * self.prompts(prompts)).sum(-1)
+        return cosine.where(finite(batch).to(cosine.device), torch.nan)
 
 
-def features(output: object) -> Tensor:
-    """The projected embedding, normalised in float32; transformers 5 wraps it in an output object."""
-    embedding = output if isinstance(output, Tensor) else output.pooler_output  # type: ignore[attr-defined]
+def finite(batch: Batch) -> Tensor:
+    """`[B]` bool: images without NaN or infinity, which bytes would hide."""
+    return batch.shared(finite, lambda: batch.images.isfinite().flatten(1).all(1))
+
+
+def features(embedding: Tensor) -> Tensor:
+    """The projected embedding, normalised in float32."""
     return normalize(embedding.float(), dim=-1)
 
 
-_loaded: WeakValueDictionary[tuple[str, str, str], CLIP] = WeakValueDictionary()
+_loaded: WeakValueDictionary[tuple[Any, ...], CLIP] = WeakValueDictionary()
 
 
-def load_clip(checkpoint: str, processor: str, device: str) -> CLIP:
-    """The towers of a checkpoint, loaded once for as long as any reward holds them."""
-    key = (checkpoint, processor, device)
+def load_clip(checkpoint: str, processor: str, device: str, precision: Precision = "auto") -> CLIP:
+    """The towers of a checkpoint, loaded once for as long as any reward holds them.
+
+    checkpoint: hub id or local folder of a `CLIPModel`, safetensors only; or `open_clip:ARCHITECTURE/WEIGHTS`,
+        with one of open_clip's own names for the weights or the path of a local file.
+    processor: where the tokenizer and the image preprocessing come from, if not from the checkpoint.
+    Raises OSError where the files cannot be had.
+    """
+    key = (checkpoint, processor, device, precision)
     clip = _loaded.get(key)
     if clip is None:
-        clip = _loaded[key] = CLIP(checkpoint, processor, device)
+        place = torch.device(device)
+        dtype = dtype_of(precision, place)
+        if checkpoint.startswith("open_clip:"):
+            from .open_clip_towers import towers
+
+            parts = towers(checkpoint.removeprefix("open_clip:"), place, dtype)
+        else:
+            parts = transformers_towers(checkpoint, processor, place, dtype)
+        clip = _loaded[key] = CLIP(checkpoint, parts)
     return clip
+
+
+def transformers_towers(checkpoint: str, processor: str, device: torch.device, dtype: torch.dtype) -> Towers:
+    from transformers import AutoTokenizer, CLIPModel
+    from transformers.models.clip import CLIPImageProcessor
+
+    try:
+        model = CLIPModel.from_pretrained(checkpoint, dtype=dtype, use_safetensors=True)
+        tokenizer = AutoTokenizer.from_pretrained(processor)
+        config = CLIPImageProcessor.from_pretrained(processor)
+    except (OSError, ValueError) as error:
+        raise OSError(
+            f"Looked for a CLIP checkpoint in safetensors in a folder {checkpoint!r} and on the Hugging "
+            f"Face hub, with its processor from {processor!r}: {' '.join(str(error).split())[:300]} "
+            "checkpoint=PATH takes a local folder, which works offline."
+        ) from error
+    model = model.to(device).eval().requires_grad_(False)
+    length = int(model.config.text_config.max_position_embeddings)
+
+    def tokenize(texts: list[str]) -> Tensor:
+        padded = tokenizer(texts, padding="max_length", truncation=True, max_length=length, return_tensors="pt")
+        return padded.input_ids.to(device)
+
+    return Towers(
+        # transformers 5 wraps the projected embedding in an output object.
+        encode_images=lambda x: model.get_image_features(pixel_values=x).pooler_output,
+        encode_texts=lambda x: model.get_text_features(input_ids=x).pooler_output,
+        tokenize=tokenize,
+        count_tokens=lambda texts: [len(ids) for ids in tokenizer(texts, verbose=False).input_ids],
+        length=length,
+        width=int(model.config.projection_dim),
+        logit_scale=float(model.logit_scale.float().exp()),
+        device=device,
+        dtype=dtype,
+        shortest=int(config.size["shortest_edge"]),
+        crop=(int(config.crop_size["height"]), int(config.crop_size["width"])),
+        mean=tuple(config.image_mean),
+        std=tuple(config.image_std),
+    )

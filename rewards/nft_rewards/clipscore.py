@@ -9,14 +9,16 @@ from typing import Literal
 
 from nft_plugins import Batch, Scores
 
-from .clip import load_clip
+from .clip import Precision, load_clip
 
 
 class CLIPScore:
     """`variant="cosine"`, as in DiffusionNFT: the cosine, about 0.2 to 0.35. `"hessel"`, the paper's:
     `2.5 max(cos, 0)` with "A photo depicts " before the prompt (its figures are for ViT-B/32).
 
-    checkpoint: hub id or folder of a CLIPModel in safetensors. Raises OSError without the files.
+    checkpoint: hub id or folder of a CLIPModel in safetensors, or `open_clip:ARCHITECTURE/WEIGHTS`.
+    precision: of the towers; products are float32. `auto`: bf16 on CUDA, fp32 elsewhere.
+    Raises OSError without the files.
     """
 
     def __init__(
@@ -24,9 +26,10 @@ class CLIPScore:
         checkpoint: str = "openai/clip-vit-large-patch14",
         *,
         variant: Literal["cosine", "hessel"] = "cosine",
+        precision: Precision = "auto",
         device: str = "cpu",
     ) -> None:
-        self.clip = load_clip(checkpoint, checkpoint, device)
+        self.clip = load_clip(checkpoint, checkpoint, device, precision)
         self.variant = variant
 
     def __call__(self, batch: Batch) -> Scores:

@@ -1,14 +1,16 @@
 """GenEval: does the image show the objects, counts, colours and positions that the prompt asks for?
 
-An evaluator over detections, which come from any detector. Source: Ghosh et al., arXiv 2310.11513, and
-its published evaluator; `soft` is the score that Flow-GRPO (arXiv 2505.05470) and DiffusionNFT optimise.
+An evaluator over detections, which come from any detector; the default one is in `photographs`. Source:
+Ghosh et al., arXiv 2310.11513, and its published evaluator; `soft` is the score that Flow-GRPO (arXiv
+2505.05470) and DiffusionNFT optimise.
 """
 
 from __future__ import annotations
 
 import importlib
 import inspect
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from difflib import get_close_matches
 from typing import Any, Literal, NamedTuple, Protocol
 
 import torch
@@ -16,6 +18,9 @@ from torch import Tensor
 
 from nft_plugins import Batch, PromptError, Scores
 
+from .clip import Precision, finite
+
+DETECTOR = "nft_rewards.photographs:PhotoDetector"
 THRESHOLD = 0.3
 COUNTING_THRESHOLD = 0.9
 MAX_OBJECTS = 16
@@ -33,8 +38,15 @@ class Detected(Protocol):
 
 
 class Detector(Protocol):
-    def detect(self, images: Tensor) -> Sequence[Sequence[Detected]]:
-        """Objects of each image of `[B, H, W, 3]` uint8, RGB."""
+    """Finds objects. It may also have
+
+    classes, colors: names of all that it can find; prompts that ask for others are refused.
+    name_colors(images, objects): the colour of each of the objects, `(index of its image, object)`; it is
+        asked for those only whose colour matters and is None, and `color` is set to what it returns.
+    """
+
+    def detect(self, images: Tensor) -> Sequence[Sequence[Detected] | None]:
+        """Objects of each image of `[B, H, W, 3]` uint8, RGB; None for an image that it failed on."""
         ...
 
 
@@ -44,6 +56,9 @@ class Outcome(NamedTuple):
     strict: float
     lenient: float
     soft: float
+
+
+UNSCORED = Outcome(*[float("nan")] * 3)
 
 
 def check_metadata(metadata: Mapping[str, Any]) -> None:
@@ -63,6 +78,24 @@ def check_metadata(metadata: Mapping[str, Any]) -> None:
                     f"clause {i}: position is [relation, index of an earlier clause] with a relation of "
                     f"{', '.join(RELATIONS)}, got {clause['position']!r}"
                 )
+
+
+def check_names(metadata: Mapping[str, Any], detector: Detector) -> None:
+    """Raise PromptError for a class or colour that the detector says it cannot find."""
+    for kind, attribute in (("class", "classes"), ("color", "colors")):
+        known = getattr(detector, attribute, None)
+        if known is None:
+            continue
+        for clause in [*metadata["include"], *metadata.get("exclude", ())]:
+            name = clause.get(kind)
+            if name is not None and name not in known:
+                raise PromptError(f"the detector knows no {kind} {name!r}; {nearest(str(name), known)}")
+
+
+def nearest(name: str, known: Sequence[str]) -> str:
+    parts = [k for k in known if set(name.lower().split()) & set(k.split())]
+    near = list(dict.fromkeys([*parts, *get_close_matches(name.lower(), known)]))
+    return f"did you mean {' or '.join(map(repr, near[:3]))}?" if near else f"it knows {', '.join(known)}"
 
 
 def relations(a: Detected, b: Detected) -> set[str]:
@@ -94,6 +127,19 @@ def by_class(detections: Sequence[Detected], threshold: float) -> dict[str, list
     return classes
 
 
+def threshold(metadata: Mapping[str, Any]) -> float:
+    return COUNTING_THRESHOLD if metadata.get("tag") == "counting" else THRESHOLD
+
+
+def color_matters(detections: Sequence[Detected], metadata: Mapping[str, Any]) -> Iterator[Detected]:
+    """Objects whose colour `evaluate` looks at: a clause's best `count`, where there are as many."""
+    classes = by_class(detections, threshold(metadata))
+    for clause in metadata["include"]:
+        found = classes.get(clause["class"], [])
+        if "color" in clause and len(found) >= clause["count"]:
+            yield from found[: clause["count"]]
+
+
 def evaluate(
     detections: Sequence[Detected],
     metadata: Mapping[str, Any],
@@ -104,8 +150,7 @@ def evaluate(
     variant of the soft score: `nft` is the published one, whose count term has no floor and in which a
     wrong relation adds a 0 and then a 1; `corrected` floors the term at 0 and counts the relation once.
     """
-    threshold = COUNTING_THRESHOLD if metadata.get("tag") == "counting" else THRESHOLD
-    classes = by_class(detections, threshold)
+    classes = by_class(detections, threshold(metadata))
     soft, strict = _soft_and_strict(classes, metadata["include"], variant)
     return Outcome(strict, float(_lenient(classes, metadata)), soft)
 
@@ -163,47 +208,85 @@ class GenEval:
     """Values: `score="soft"`, in [0, 1], or `"strict"`, 0 or 1. Details: `strict`, `lenient`, `soft`.
 
     detector: `module:attribute` of a class with `detect` (see `Detector`), which is given `device` if it
-        takes it. There is no default in this version: `--tiny` sets the embedded world's.
+        takes it. Without one: Mask2Former and CLIP, see `photographs`.
+    checkpoint, clip, precision: options of the detector; the default's are Mask2Former's and CLIP's hub id or
+        folder, and `auto`, which is bf16 on CUDA and fp32 elsewhere.
     variant: of the soft score; see `evaluate`.
-    Raises ValueError without a detector, and PromptError for metadata that is not GenEval's.
+    Raises ValueError for a detector that cannot be had, OSError without its files, and PromptError for metadata
+    that is not GenEval's or asks for what the detector does not know.
     """
 
     def __init__(
         self,
         detector: str | None = None,
         *,
+        checkpoint: str | None = None,
+        clip: str | None = None,
+        precision: Precision | None = None,
         score: Literal["soft", "strict"] = "soft",
         variant: Literal["corrected", "nft"] = "corrected",
         device: str = "cpu",
     ) -> None:
-        if not detector or ":" not in detector:
-            raise ValueError(
-                "geneval needs detector=module:attribute, a class with detect(images) -> detections; "
-                f"--tiny brings one for its own world, got {detector!r}"
-            )
-        module, _, attribute = detector.partition(":")
-        try:
-            factory = getattr(importlib.import_module(module), attribute)
-        except (ImportError, AttributeError) as error:
-            raise ValueError(f"cannot import detector={detector!r}: {error}") from error
-        takes_device = "device" in inspect.signature(factory).parameters
-        self.detector: Detector = factory(device=device) if takes_device else factory()
+        options = {"checkpoint": checkpoint, "clip": clip, "precision": precision}
+        given = {name: value for name, value in options.items() if value is not None}
+        self.detector = make_detector(detector or DETECTOR, device, given)
         self.score, self.variant = score, variant
 
     def check_prompt(self, prompt: str, metadata: Mapping[str, Any]) -> None:
         try:
             check_metadata(metadata)
+            check_names(metadata, self.detector)
         except (TypeError, ValueError) as error:
             raise PromptError(f"{error} (prompt {prompt!r})") from error
 
     def __call__(self, batch: Batch) -> Scores:
         for prompt, metadata in zip(batch.prompts, batch.metadata, strict=True):
             self.check_prompt(prompt, metadata)
-        images = self.detector.detect(batch.uint8.permute(0, 2, 3, 1))
+        # Bytes hide NaN pixels: such an image is not scored.
         outcomes = [
-            evaluate(detections, metadata, self.variant)
-            for detections, metadata in zip(images, batch.metadata, strict=True)
+            evaluate(found, metadata, self.variant) if whole and found is not None else UNSCORED
+            for found, metadata, whole in zip(
+                self.detect(batch), batch.metadata, finite(batch).tolist(), strict=True
+            )
         ]
         strict, lenient, soft = torch.tensor(outcomes, dtype=torch.float32).view(-1, 3).T
         values = soft if self.score == "soft" else strict
         return Scores.of(values, strict=strict, lenient=lenient, soft=soft)
+
+    def detect(self, batch: Batch) -> Sequence[Sequence[Detected] | None]:
+        """Each image's objects, with the colours that matter."""
+        images = batch.uint8.permute(0, 2, 3, 1)
+        found = self.detector.detect(images)
+        name_colors = getattr(self.detector, "name_colors", None)
+        if name_colors is None:
+            return found
+        # By identity: two clauses may look at one object.
+        objects = {
+            id(d): (i, d)
+            for i, (detections, metadata) in enumerate(zip(found, batch.metadata, strict=True))
+            for d in color_matters(detections or (), metadata)
+            if d.color is None
+        }
+        named = name_colors(images, list(objects.values())) if objects else []
+        for (_, d), color in zip(objects.values(), named, strict=True):
+            d.color = color
+        return found
+
+
+def make_detector(name: str, device: str, options: dict[str, Any]) -> Detector:
+    """Raises ValueError for a name that is not `module:attribute` or an option that it does not take."""
+    if ":" not in name:
+        raise ValueError(
+            "detector must be module:attribute, a class with detect(images) -> detections; without one "
+            f"geneval uses Mask2Former, got {name!r}"
+        )
+    module, _, attribute = name.partition(":")
+    try:
+        factory = getattr(importlib.import_module(module), attribute)
+    except (ImportError, AttributeError) as error:
+        raise ValueError(f"cannot import detector={name!r}: {error}") from error
+    parameters = inspect.signature(factory).parameters
+    unknown = [option for option in options if option not in parameters]
+    if unknown:
+        raise ValueError(f"detector={name!r} takes no {' or '.join(unknown)}; leave out what it does not take")
+    return factory(**options, **({"device": device} if "device" in parameters else {}))

@@ -9,7 +9,7 @@ from typing import Literal
 
 from nft_plugins import Batch, Scores
 
-from .clip import load_clip
+from .clip import Precision, load_clip
 
 CHECKPOINT = "yuvalkirstain/PickScore_v1"
 PROCESSOR = "laion/CLIP-ViT-H-14-laion2B-s32B-b79K"
@@ -19,6 +19,7 @@ class PickScore:
     """Values of about 18 to 24; `variant="nft"` divides by 26, as the DiffusionNFT runs did.
 
     checkpoint: hub id or folder of a CLIPModel in safetensors; a folder brings its own processor.
+    precision: of the towers; products are float32. `auto`: bf16 on CUDA, fp32 elsewhere.
     Prompts beyond the checkpoint's text length (77 tokens) are cut. Raises OSError without the files.
     """
 
@@ -27,10 +28,11 @@ class PickScore:
         checkpoint: str = CHECKPOINT,
         *,
         variant: Literal["original", "nft"] = "original",
+        precision: Precision = "auto",
         device: str = "cpu",
     ) -> None:
         processor = PROCESSOR if checkpoint == CHECKPOINT else checkpoint
-        self.clip = load_clip(checkpoint, processor, device)
+        self.clip = load_clip(checkpoint, processor, device, precision)
         self.scale = self.clip.logit_scale / (26 if variant == "nft" else 1)
 
     def __call__(self, batch: Batch) -> Scores:

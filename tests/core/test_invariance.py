@@ -58,6 +58,19 @@ def test_same_losses(settings, processes, reference, sd3_folder, tmp_path):
     assert ours == pytest.approx(reference, rel=1e-4, abs=1e-6)
 
 
+def test_ranks_are_of_whole_groups(sd3_folder, tmp_path):
+    """Groups of 4 in one batch, and spread over batches of 3 and 2 processes."""
+    runs = [
+        run(tmp_path, sd3_folder, f"ranked-{processes}", "rewards=['ranked']", *settings, processes=processes)
+        for settings, processes in (([], 1), (["rollout_batch=3"], 1), (["rollout_batch=3"], 2))
+    ]
+    for other in runs[1:]:
+        assert figures(other) == pytest.approx(figures(runs[0]), rel=1e-4, abs=1e-6)
+        for ours, theirs in zip(other["records"], runs[0]["records"], strict=True):
+            assert ours["rewards"]["rank"] == pytest.approx(theirs["rewards"]["rank"])
+            assert ours["details"] == pytest.approx(theirs["details"], rel=1e-4)
+
+
 def test_the_figures_notice_a_difference(reference, sd3_folder, tmp_path):
     other = figures(run(tmp_path, sd3_folder, "other", "microbatch=4", "seed=1"))
     assert other != pytest.approx(reference, rel=1e-2, abs=1e-6)

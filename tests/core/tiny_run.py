@@ -9,12 +9,14 @@ from pathlib import Path
 
 import torch
 
+from nft_core.composer import Composed, Term
 from nft_core.distributed import process_group, rank
 from nft_core.prompts import Prompt
 from nft_core.run import assemble
 from nft_core.settings import make_settings, parse_assignment
 from nft_core.train import train
 from nft_plugins import Scores
+from nft_rewards.rank import Rank
 from nft_solvers.sde import SDE
 
 LETTERS = "abcdefgh"
@@ -25,6 +27,12 @@ def brightness(batch):
     red, _, blue = batch.images.mean((2, 3)).unbind(1)
     values = (red - blue).float()
     return Scores(values, (values * 1e4).long() % 7 != 0)
+
+
+def ranked():
+    """An image's rank in its group, and a little of brightness itself."""
+    rank = Rank("brightness", make_reward=lambda spec: brightness)
+    return Composed((Term("rank", 1.0, rank), Term("brightness", 0.5, brightness)))
 
 
 def main(folder, out, *assignments):
@@ -61,8 +69,9 @@ def main(folder, out, *assignments):
         from nft_core.models.sd3 import SD3
 
         model = SD3(folder, max_sequence_length=8)
+        reward = ranked() if settings.rewards == ["ranked"] else brightness
         training = assemble(
-            settings, model, brightness, SDE(), prompts, held_out, device, observe, Path(out).parent
+            settings, model, reward, SDE(), prompts, held_out, device, observe, Path(out).parent
         )
         training.save = lambda name: None
         train(training)

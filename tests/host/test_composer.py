@@ -96,6 +96,19 @@ def test_a_broken_member_is_named(made, message):
         Composed((Term("x", 1.0, made),))(batch())
 
 
+def test_regrouping_is_held_to_the_contract():
+    class Short:
+        def __call__(self, batch):
+            return Scores.of(torch.ones(len(batch)))
+
+        def regroup(self, scores, groups):
+            return Scores.of(torch.ones(len(groups) - 1))
+
+    composed = A + Composed((Term("short", 1.0, Short()),))
+    with pytest.raises(NftError, match="'short' must score 3 images, got 2"):
+        composed.regroup(composed(batch()), torch.arange(3))
+
+
 def test_check_prompt_names_the_member():
     class Picky:
         def __call__(self, batch): ...
@@ -125,7 +138,7 @@ def test_registered_rewards():
         ("jpeg_compressibility,variant=x", "input should be 'nft' or 'ddpo', got 'x'"),
         ("ocr,upscale=big", "should be a valid integer.*got 'big'"),
         ("ocr,normalise=maybe", "should be a valid boolean.*got 'maybe'"),
-        ("geneval", "needs detector=module:attribute"),
+        ("geneval,detector=x", "must be module:attribute"),
     ],
 )
 def test_bad_rewards(spec, message):

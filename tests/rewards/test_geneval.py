@@ -1,6 +1,8 @@
 """GenEval's evaluator on detections that can be checked by hand, and its reward on rendered scenes."""
 
+from dataclasses import dataclass
 from itertools import product
+from math import cos, pi, sin
 from typing import NamedTuple
 
 import numpy as np
@@ -8,7 +10,7 @@ import pytest
 import torch
 
 from nft_plugins import Batch, PromptError
-from nft_rewards.geneval import GenEval, evaluate, relations
+from nft_rewards.geneval import GenEval, color_matters, evaluate, relations
 
 
 class D(NamedTuple):
@@ -204,8 +206,245 @@ def test_scenes_of_known_truth(reward):
     assert (wrong.values >= 0).all()
 
 
-def test_without_a_detector():
-    with pytest.raises(ValueError, match="needs detector=module:attribute"):
-        GenEval()
+def test_detectors_that_cannot_be_had(tmp_path):
+    with pytest.raises(ValueError, match="must be module:attribute"):
+        GenEval("Detector")
     with pytest.raises(ValueError, match="cannot import"):
         GenEval("no_such_module:Detector")
+    with pytest.raises(ValueError, match="takes no checkpoint or precision"):
+        GenEval("nft_tiny.detector:ShapeDetector", checkpoint="x", precision="fp32")
+    with pytest.raises(OSError, match="Looked for a Mask2Former checkpoint"):
+        GenEval(checkpoint=str(tmp_path / "none"))
+
+
+# A table of cases, with outcomes that follow from how each was made.
+
+COMPASS = [  # 16 directions, clockwise from the right, y downwards
+    *({"right of"}, {"right of"}, {"right of", "below"}, {"below"}),
+    *({"below"}, {"below"}, {"left of", "below"}, {"left of"}),
+    *({"left of"}, {"left of"}, {"left of", "above"}, {"above"}),
+    *({"above"}, {"above"}, {"right of", "above"}, {"right of"}),
+]
+FOUR = ("left of", "right of", "above", "below")
+
+
+def counts():
+    """Asked n, shown m of one confidence, which passes 0.3, or 0.9 where counting is the task."""
+    for asked, shown, tag, score in product(
+        range(1, 5), range(6), ["single_object", "counting"], [0.2, 0.6, 0.95]
+    ):
+        seen = shown if score > (0.9 if tag == "counting" else 0.3) else 0
+        term = max(1 - abs(seen - asked) / asked, 0)
+        scene = [at("cat", 30 * i, 0, score=score) for i in range(shown)]
+        yield scene, wants(clause("cat", asked), tag=tag), seen == asked, seen >= asked, term
+
+
+def excluded():
+    """GenEval's counting prompts: n, and not n + 1; overlapping boxes count as well."""
+    for asked, shown, apart in product(range(2, 5), range(7), [30, 1]):
+        scene = [at("cat", apart * i, 0) for i in range(shown)]
+        wanted = wants(clause("cat", asked), exclude=[clause("cat", asked + 1)], tag="counting")
+        right = shown == asked
+        yield scene, wanted, right, right, max(1 - abs(shown - asked) / asked, 0)
+
+
+def excluded_others():
+    """Another class must stay out, which only the benchmark's own rule looks at."""
+    for dogs, limit in product(range(4), range(1, 4)):
+        scene = [at("cat", 0, 0), *(at("dog", 30 * (i + 1), 0) for i in range(dogs))]
+        yield scene, wants(clause("cat"), exclude=[clause("dog", limit)]), True, dogs < limit, 1
+
+
+def colours():
+    """One object of one of ten colours; then 2 of which some are right, and of a third that is ranked last."""
+    names = ("red", "orange", "yellow", "green", "blue", "purple", "pink", "brown", "black", "white")
+    for asked, shown in product(names, names):
+        right = asked == shown
+        yield [at("cat", 0, 0, color=shown)], wants(clause("cat", color=asked)), right, right, (1 + right) / 2
+    for first, second in product(["red", "blue"], repeat=2):
+        two = [at("cat", 0, 0, color=first), at("cat", 30, 0, color=second)]
+        reds = [first, second].count("red")
+        wanted = wants(clause("cat", 2, color="red"))
+        yield two, wanted, reds == 2, reds == 2, (1 + reds / 2) / 2
+        for last in ("red", "blue"):  # The count is wrong: 1 - 1/2, and 0 for the colour.
+            three = [*two, at("cat", 60, 0, color=last, score=0.5)]
+            yield three, wanted, False, reds == 2, 0.25
+
+
+def attributes():
+    """Two objects, each with its own colour, present or not."""
+    for cat, dog in product([None, "red", "blue"], repeat=2):
+        scene = [at("cat", 0, 0, color=cat)] * bool(cat) + [at("dog", 30, 0, color=dog)] * bool(dog)
+        right = cat == "red" and dog == "blue"
+        soft = (bool(cat) + (cat == "red") + bool(dog) + (dog == "blue")) / 4
+        yield scene, wants(clause("cat", color="red"), clause("dog", color="blue")), right, right, soft
+
+
+def positions():
+    """A cat around a dog. Far away, 40 with sizes of 10, the margin of 2 takes at most 0.05 off a direction's
+    components, of which 0.38 is none and 0.71 is one. At 2 or the same place there is no relation, and
+    overlapping boxes have one: (5 - 2) / 5 = 0.6."""
+    for relation in FOUR:
+        for i, holding in enumerate(COMPASS):
+            x, y = 40 * cos(i * pi / 8), 40 * sin(i * pi / 8)
+            yield around(x, y), relation, relation in holding
+        for x, y, holding in ((0, 0, ()), (2, 0, ()), (0, -2, ()), (5, 0, ("right of",)), (0, -5, ("above",))):
+            yield around(x, y), relation, relation in holding
+
+
+def around(x, y):
+    return [at("dog", 50, 50), at("cat", 50 + x, 50 + y)]
+
+
+def related():
+    for scene, relation, holds in positions():
+        wanted = wants(clause("dog"), clause("cat", position=[relation, 0]), tag="position")
+        yield scene, wanted, holds, holds, (2 + holds) / 3
+
+
+def absent():
+    """Two asked for, of which some are there; a third class that was not asked for changes nothing."""
+    for cats, dogs, others in product(range(3), range(3), range(2)):
+        names = ["cat"] * cats + ["dog"] * dogs + ["tv"] * others
+        scene = [at(name, 30 * i, 0) for i, name in enumerate(names)]
+        soft = ((cats == 1) + (dogs == 1)) / 2
+        yield scene, wants(clause("cat"), clause("dog")), cats == dogs == 1, cats >= 1 and dogs >= 1, soft
+
+
+FAMILIES = (counts, excluded, excluded_others, colours, attributes, related, absent)
+
+
+@pytest.mark.parametrize("family", FAMILIES, ids=lambda f: f.__name__)
+def test_table(family):
+    for scene, wanted, strict, lenient, soft in family():
+        for order in (scene, scene[::-1]):
+            outcome = evaluate(order, wanted)
+            assert outcome == (strict, lenient, pytest.approx(soft)), (order, wanted)
+
+
+def test_the_table_has_many_cases():
+    cases = [case for family in FAMILIES for case in family()]
+    assert len(cases) >= 300
+    assert sum(strict for _, _, strict, _, _ in cases) >= 60
+    assert sum(lenient for _, _, _, lenient, _ in cases) >= 90
+
+
+@dataclass
+class Painted:
+    """As a detector that looks up colours has them."""
+
+    label: str
+    score: float
+    box: tuple
+    paint: str
+    color: str | None = None
+
+
+class Painter:
+    classes = ("cat", "computer mouse", "traffic light")
+    colors = ("red", "blue")
+
+    def __init__(self):
+        self.asked = []
+
+    def detect(self, images):
+        return self.found[: len(images)]
+
+    def name_colors(self, images, objects):
+        self.asked.append([(i, d.paint) for i, d in objects])
+        return [d.paint for _, d in objects]
+
+
+def painted(n, score=0.95, label="cat", paint="red"):
+    return [Painted(label, score - i / 1000, (20 * i, 0, 20 * i + 10, 10), paint) for i in range(n)]
+
+
+@pytest.fixture
+def painter(monkeypatch):
+    monkeypatch.setattr("nft_rewards.geneval.make_detector", lambda *a: Painter())
+    return GenEval()
+
+
+def pictures(count):
+    return torch.zeros(count, 3, 8, 8)
+
+
+def batch_of(*metadata, images=None):
+    images = pictures(len(metadata)) if images is None else images
+    return Batch(images, ["p"] * len(metadata), metadata, torch.arange(len(metadata)))
+
+
+def test_colours_are_looked_up_where_they_matter(painter):
+    red, two, plain = (
+        wants(clause("cat", color="red")),
+        wants(clause("cat", 2, color="red")),
+        wants(clause("cat")),
+    )
+    blue = painted(1, paint="blue")
+    painter.detector.found = [painted(1), painted(1), painted(3), painted(1), painted(1, score=0.2), blue]
+    scores = painter(batch_of(red, two, red, plain, red, red))
+    # Too few, not asked, or not confident: not looked up. Of three cats, one is asked for: the best.
+    assert painter.detector.asked == [[(0, "red"), (2, "red"), (5, "blue")]]
+    assert scores.details["strict"].tolist() == [1, 0, 0, 1, 0, 0]
+    assert scores.details["lenient"].tolist() == [1, 0, 1, 1, 0, 0]
+    painter.detector.found = [painted(1)]
+    painter(batch_of(plain))
+    assert len(painter.detector.asked) == 1
+
+
+def test_two_clauses_look_at_one_object_once(painter):
+    painter.detector.found = [painted(1)]
+    painter(batch_of(wants(clause("cat", color="red"), clause("cat", color="blue"))))
+    assert painter.detector.asked == [[(0, "red")]]
+
+
+def test_what_matters_is_what_evaluate_looks_at():
+    """Whatever the colour of the others, the outcome is the same; with that of these it can change."""
+    rng = np.random.default_rng(0)
+    for _ in range(300):
+        scene = [Painted("cat", s, (0, 0, 1, 1), "", "red") for s in rng.uniform(0.1, 1, rng.integers(0, 5))]
+        wanted = wants(
+            clause("cat", int(rng.integers(1, 4)), color="red"), tag=["counting", "colors"][rng.integers(2)]
+        )
+        before, matter = evaluate(scene, wanted), [id(d) for d in color_matters(scene, wanted)]
+        for d in scene:
+            d.color = "blue"
+            assert (evaluate(scene, wanted) != before) == (id(d) in matter)
+            d.color = "red"
+
+
+def test_images_that_cannot_be_scored(painter):
+    images = pictures(3)
+    images[1, 0, 0, 0] = torch.nan
+    painter.detector.found = [painted(1), painted(1), None]
+    scores = painter(batch_of(*[wants(clause("cat", color="red"))] * 3, images=images))
+    assert scores.valid.tolist() == [True, False, False]
+    assert scores.values[0] == 1
+    painter.detector.found = []
+    assert len(painter(batch_of())) == 0
+
+
+@pytest.mark.parametrize(
+    ("wanted", "message"),
+    [
+        (wants(clause("mouse")), "no class 'mouse'; did you mean 'computer mouse'"),
+        (wants(clause("Cat")), "did you mean 'cat'"),
+        (wants(clause("trafic light")), "did you mean 'traffic light'"),
+        (wants(clause("zebra")), "no class 'zebra'; it knows cat, computer mouse, traffic light"),
+        (wants(clause("cat"), exclude=[clause("dog")]), "no class 'dog'"),
+        (wants(clause("cat", color="teal")), "no color 'teal'; it knows red, blue"),
+        (wants(clause("cat", color=["red"])), "no color"),
+    ],
+)
+def test_what_the_detector_does_not_know(painter, wanted, message):
+    painter.check_prompt("a cat", wants(clause("cat", color="blue"), exclude=[clause("cat", 2)]))
+    with pytest.raises(PromptError, match=message):
+        painter.check_prompt("a prompt", wanted)
+
+
+def test_the_embedded_world_says_what_it_knows(reward):
+    reward.check_prompt("p", wants(clause("circle", color="red")))
+    with pytest.raises(PromptError, match="knows no class 'cat'"):
+        reward.check_prompt("p", wants(clause("cat")))
+    with pytest.raises(PromptError, match="knows no color 'pink'"):
+        reward.check_prompt("p", wants(clause("circle", color="pink")))

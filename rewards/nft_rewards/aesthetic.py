@@ -1,0 +1,73 @@
+"""LAION's improved aesthetic predictor: a linear head on CLIP ViT-L/14's image embedding, about 1 to 10.
+
+Source: github.com/christophschuhmann/improved-aesthetic-predictor, `sac+logos+ava1-l14-linearMSE.pth`
+(Apache-2.0), as DDPO (arXiv 2305.13301) and DiffusionNFT use it.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from nft_plugins import Batch, Scores
+
+from .clip import Precision, finite, load_clip
+from .files import find_file, load_exactly, read_tensors
+
+CHECKPOINT = "camenduru/improved-aesthetic-predictor"
+FILE = "sac+logos+ava1-l14-linearMSE.pth"
+
+
+#: Of CLIP ViT-L/14's image embeddings.
+WIDTH = 768
+
+
+def make_head() -> nn.Module:
+    """Five linear layers with dropout between them, and no activations, as published."""
+    head = nn.Module()
+    head.layers = nn.Sequential(
+        nn.Linear(WIDTH, 1024),
+        nn.Dropout(0.2),
+        nn.Linear(1024, 128),
+        nn.Dropout(0.2),
+        nn.Linear(128, 64),
+        nn.Dropout(0.1),
+        nn.Linear(64, 16),
+        nn.Linear(16, 1),
+    )
+    return head
+
+
+class Aesthetic:
+    """Values of about 1 to 10. The prompt plays no part.
+
+    checkpoint: hub id, folder or file of the head. clip: the CLIP ViT-L/14 that it was trained on.
+    precision: of the CLIP; the head is float32. `auto`: bf16 on CUDA, fp32 elsewhere.
+    Raises OSError without the files, and ValueError for a CLIP whose embeddings have another width.
+    """
+
+    def __init__(
+        self,
+        checkpoint: str = CHECKPOINT,
+        *,
+        clip: str = "openai/clip-vit-large-patch14",
+        precision: Precision = "auto",
+        device: str = "cpu",
+    ) -> None:
+        path = find_file(checkpoint, FILE)
+        head = make_head()
+        load_exactly(head, read_tensors(path), path)
+        self.head = head.layers.float().to(device).eval().requires_grad_(False)
+        self.clip = load_clip(clip, clip, device, precision)
+        if self.clip.towers.width != WIDTH:
+            raise ValueError(
+                f"the head is for embeddings of {WIDTH} numbers, those of clip={clip!r} have "
+                f"{self.clip.towers.width}"
+            )
+
+    @torch.no_grad()
+    def __call__(self, batch: Batch) -> Scores:
+        if not len(batch):
+            return Scores.of(torch.zeros(0))
+        values = self.head(self.clip.images(batch)).squeeze(-1)
+        return Scores.of(values.where(finite(batch).to(values.device), torch.nan))

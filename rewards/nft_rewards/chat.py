@@ -1,0 +1,197 @@
+"""A client of OpenAI-compatible chat servers such as vLLM and SGLang: many requests before a deadline."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import random
+from collections.abc import Awaitable, Callable, Coroutine, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from email.utils import parsedate_to_datetime
+from functools import cache
+from threading import Thread
+from typing import Any, TypeVar
+from urllib.parse import urlsplit
+
+try:  # huggingface_hub brings one of the two; httpx2 is the same client, continued.
+    import httpx2 as httpx
+except ImportError:
+    import httpx
+
+T = TypeVar("T")
+#: Bytes of a reply that are read.
+LARGEST_REPLY = 1 << 20
+#: Seconds before the first retry; each further one waits twice as long.
+BACKOFF = 0.5
+#: The server has been found and will answer no request: a wrong path, key or model, or a redirect.
+REFUSALS = (301, 302, 303, 307, 308, 401, 403, 404)
+
+
+class Failed(Exception):
+    """One request gave nothing. cause: a few words, alike for alike failures; example: what came."""
+
+    def __init__(self, cause: str, example: str = "") -> None:
+        super().__init__(cause)
+        self.cause, self.example = cause, example
+
+
+class Unreachable(Failed):
+    """No connection to the server."""
+
+
+class Refused(Failed):
+    """The server answers, but no request like this one."""
+
+
+@dataclass(frozen=True)
+class ChatServer:
+    """url: without `/chat/completions`. key_env: the environment variable with the key; empty: no key.
+
+    concurrency: requests at once. timeout: seconds for a try; deadline: for all the requests of a call.
+    retries: further tries after a lost connection, 429 or 5xx.
+    Raises ValueError for what cannot be right.
+    """
+
+    url: str
+    key_env: str
+    concurrency: int
+    timeout: float
+    deadline: float
+    retries: int
+
+    def __post_init__(self) -> None:
+        parts = urlsplit(self.url)
+        if parts.scheme not in ("http", "https") or not parts.hostname or parts.port == 0:
+            raise ValueError(f"url must be like http://127.0.0.1:8000/v1, got {self.url!r}")
+        if "@" in parts.netloc or parts.query or parts.fragment:
+            raise ValueError(
+                "url must hold no user, password, ? or #, for it is written to the run's settings; "
+                "api_key_env=NAME takes a key from an environment variable"
+            )
+        if self.concurrency < 1 or self.retries < 0 or not (self.timeout > 0 and self.deadline > 0):
+            raise ValueError("concurrency must be at least 1, retries 0, timeout and deadline above 0")
+        self.key()
+
+    def key(self) -> str:
+        if not self.key_env:
+            return ""
+        if not (key := os.environ.get(self.key_env, "").strip()):
+            raise ValueError(f"api_key_env={self.key_env!r}: no such environment variable, or it is empty")
+        if not (key.isascii() and key.isprintable()):
+            raise ValueError(f"api_key_env={self.key_env!r}: a key is one line of ASCII")
+        return key
+
+    def ask_all(self, questions: Sequence[Callable[[], Awaitable[dict[str, Any]]]]) -> list[Any]:
+        """The decoded reply to each question, in order, or the Failed that came of it.
+
+        questions: each makes a request's body, when its turn has come.
+        """
+        return run_apart(self._ask_all(questions))
+
+    async def _ask_all(self, questions: Sequence[Callable[[], Awaitable[dict[str, Any]]]]) -> list[Any]:
+        key = self.key()
+        headers = {"Accept-Encoding": "identity"} | ({"Authorization": f"Bearer {key}"} if key else {})
+        turn = asyncio.Semaphore(self.concurrency)
+        end = asyncio.get_running_loop().time() + self.deadline
+        async with httpx.AsyncClient(
+            headers=headers,
+            timeout=httpx.Timeout(None, connect=min(self.timeout / 2, 10)),
+            limits=httpx.Limits(max_connections=self.concurrency, max_keepalive_connections=self.concurrency),
+            follow_redirects=False,
+            # A proxy of the environment is not meant for servers on this machine.
+            trust_env=urlsplit(self.url).hostname not in ("127.0.0.1", "::1", "localhost"),
+        ) as client:
+
+            async def one(question: Callable[[], Awaitable[dict[str, Any]]]) -> Any:
+                last: list[Failed] = []
+                try:
+                    async with asyncio.timeout_at(end), turn:
+                        return await self._persist(client, await question(), end, last)
+                except TimeoutError:
+                    return last[-1] if last else Failed(f"no answer within the deadline of {self.deadline:g} s")
+                except Failed as failure:
+                    failure.example = failure.example.replace(key, "***") if key else failure.example
+                    return failure
+
+            return await asyncio.gather(*map(one, questions))
+
+    async def _persist(self, client: Any, body: dict[str, Any], end: float, last: list[Failed]) -> Any:
+        """Try until an answer comes or there is no sense in trying. last: what went wrong so far."""
+        for number in range(self.retries + 1):
+            wait = BACKOFF * 2**number * random.uniform(0.5, 1.5)
+            try:
+                async with asyncio.timeout(self.timeout):
+                    status, reply_headers, content = await self._post(client, body)
+            except (httpx.ConnectError, httpx.ConnectTimeout) as error:
+                last.append(Unreachable(f"{type(error).__name__}: {error}"))
+            except (httpx.NetworkError, httpx.RemoteProtocolError) as error:
+                last.append(Failed("connection lost", f"{type(error).__name__}: {error}"))
+            except TimeoutError:
+                raise Failed(f"no answer within the timeout of {self.timeout:g} s") from None
+            except httpx.HTTPError as error:
+                raise Failed(f"{type(error).__name__}", str(error)) from error
+            else:
+                if status == 200:
+                    return decoded(content)
+                example = content.decode(errors="replace") or reply_headers.get("location", "")
+                if status in REFUSALS:
+                    raise Refused(f"HTTP {status}", example)
+                last.append(Failed(f"HTTP {status}", example))
+                if status != 429 and status < 500:
+                    break
+                wait += retry_after(reply_headers.get("retry-after", ""))
+            if number == self.retries or asyncio.get_running_loop().time() + wait >= end:
+                break
+            await asyncio.sleep(wait)
+        raise last[-1]
+
+    async def _post(self, client: Any, body: dict[str, Any]) -> tuple[int, Any, bytes]:
+        url = self.url.rstrip("/") + "/chat/completions"
+        async with client.stream("POST", url, json=body) as response:
+            content = b""
+            async for chunk in response.aiter_raw():
+                content += chunk
+                if len(content) > LARGEST_REPLY:
+                    raise Failed(f"a reply of more than {LARGEST_REPLY} bytes")
+            return response.status_code, response.headers, content
+
+
+def decoded(content: bytes) -> Any:
+    try:
+        return json.loads(content)
+    except (ValueError, RecursionError):
+        raise Failed("a reply that is not JSON", content.decode(errors="replace")) from None
+
+
+def retry_after(header: str) -> float:
+    """Seconds that a Retry-After header asks for, in either of its forms; 0 where it says nothing."""
+    try:
+        return max(float(header), 0.0) if header.strip().isdigit() else _until(header)
+    except (TypeError, ValueError):
+        return 0.0
+
+
+def _until(date: str) -> float:
+    moment = parsedate_to_datetime(date)
+    return max(
+        ((moment if moment.tzinfo else moment.replace(tzinfo=UTC)) - datetime.now(UTC)).total_seconds(), 0.0
+    )
+
+
+def run_apart(work: Coroutine[Any, Any, T]) -> T:
+    """What a coroutine returns. It runs on another thread: the caller's may have a loop, as in a notebook."""
+    future = asyncio.run_coroutine_threadsafe(work, _loop(os.getpid()))
+    try:
+        return future.result()
+    finally:
+        future.cancel()  # On Ctrl-C; a future that is done does not mind.
+
+
+@cache
+def _loop(pid: int) -> asyncio.AbstractEventLoop:
+    """The thread's loop, one a process: a fork has none of its parent's threads."""
+    loop = asyncio.new_event_loop()
+    Thread(target=loop.run_forever, name="chat", daemon=True).start()
+    return loop

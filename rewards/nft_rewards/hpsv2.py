@@ -1,0 +1,68 @@
+"""HPSv2: human preference, the cosine of a CLIP ViT-H/14 tuned on choices between images, about 0.2 to 0.35.
+
+Source: arXiv 2306.09341, and its published code; xswu/HPSv2 (Apache-2.0). Its tables show the cosine × 100.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from torch import Tensor
+from torch.nn.functional import interpolate, pad
+
+from nft_plugins import Batch, Scores
+
+from .clip import Precision, load_clip
+from .files import find_file
+
+HUB = "xswu/HPSv2"
+#: open_clip's name of it.
+ARCHITECTURE = "ViT-H-14"
+FILES = {"2.1": "HPS_v2.1_compressed.pt", "2.0": "HPS_v2_compressed.pt"}
+
+
+def fitted(images: Tensor, side: int, antialias: bool) -> Tensor:
+    """`[B, 3, side, side]` float32 from `images [B, 3, H, W]` in 0..255: the longest side resized, and black
+    around it. In floating point, as published, without PIL's rounding, so that values may pass 0 and 255."""
+    height, width = images.shape[-2:]
+    scale = side / max(height, width)
+    h, w = max(round(height * scale), 1), max(round(width * scale), 1)
+    x = images.float()
+    if (h, w) != (height, width):
+        x = interpolate(x, (h, w), mode="bicubic", antialias=antialias, align_corners=False)
+    left, top = (side - w) // 2, (side - h) // 2
+    return pad(x, (left, side - w - left, top, side - h - top))
+
+
+class HPSv2:
+    """Values of about 0.2 to 0.35.
+
+    version: `2.1` or `2.0`, which are two checkpoints. checkpoint: hub id, folder or file.
+    antialias: of the resize; the published code's result depends on torchvision's default, which was off
+        before 0.17 and is on since.
+    precision: of the towers; products are float32. `auto`: bf16 on CUDA, fp32 elsewhere.
+    Prompts beyond 77 tokens are cut. Needs open_clip. Raises OSError without the files.
+    """
+
+    def __init__(
+        self,
+        checkpoint: str = HUB,
+        *,
+        version: Literal["2.1", "2.0"] = "2.1",
+        antialias: bool = True,
+        precision: Precision = "auto",
+        device: str = "cpu",
+    ) -> None:
+        path = find_file(checkpoint, FILES[version])
+        self.clip = load_clip(f"open_clip:{ARCHITECTURE}/{path}", "", device, precision)
+        self.antialias = antialias
+
+    def __call__(self, batch: Batch) -> Scores:
+        towers = self.clip.towers
+        return Scores.of(
+            self.clip.cosine(
+                batch,
+                batch.prompts,
+                lambda: self.clip.encode(fitted(batch.uint8.to(towers.device), towers.crop[0], self.antialias)),
+            )
+        )

@@ -1,0 +1,145 @@
+"""ImageReward: a BLIP that reads the prompt while it looks at the image, tuned on human rankings.
+
+`(MLP(first token) - 0.16717) / 1.03334`, about -2.3 to 2. A prompt is read up to 35 tokens.
+Source: Xu et al., arXiv 2304.05977; THUDM/ImageReward (Apache-2.0), published file and image-reward 1.5.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal, Protocol
+
+import torch
+from torch import Tensor
+
+from nft_plugins import Batch, Scores
+
+from .blip import MED_CONFIG, load_blip, locate
+from .chunks import in_chunks
+from .clip import Precision, dtype_of, finite
+from .pixels import normalised, shared_crop
+from .texts import Texts
+
+CHECKPOINT = "THUDM/ImageReward"
+TOKENIZER = "bert-base-uncased"
+#: Of the scores on the authors' validation set.
+MEAN, STD = 0.16717362830052426, 1.0333394966054072
+LENGTH = 35
+
+
+class Engine(Protocol):
+    def score(self, batch: Batch) -> Tensor:
+        """`[B]`, of at least one image."""
+        ...
+
+
+class ImageReward:
+    """Normalised scores, about -2.3 to 2, of each image with its own prompt.
+
+    checkpoint: hub id, local folder, or a local `.pt` or `.safetensors` file in the published format.
+    tokenizer: of bert-base-uncased; a folder with it works offline.
+    precision: of the encoders; the MLP and the normalisation are float32. `auto`: bf16 on CUDA, fp32 elsewhere.
+    engine: `transformers`; `package`: the authors' own model and tokenizer, from the package image-reward, one
+        image at a time in float32.
+    Prompts beyond 35 tokens are cut. Raises OSError without the files, ImportError without the package.
+    """
+
+    def __init__(
+        self,
+        checkpoint: str = CHECKPOINT,
+        *,
+        tokenizer: str = TOKENIZER,
+        precision: Precision = "auto",
+        engine: Literal["transformers", "package"] = "transformers",
+        device: str = "cpu",
+    ) -> None:
+        self.engine: Engine
+        if engine == "transformers":
+            self.engine = BLIPEngine(checkpoint, tokenizer, precision, torch.device(device))
+        elif engine != "package":
+            raise ValueError(f"engine must be 'transformers' or 'package', got {engine!r}")
+        elif tokenizer != TOKENIZER or precision not in ("auto", "fp32"):
+            raise ValueError("engine='package' has its own tokenizer and is float32; leave both options out")
+        else:
+            self.engine = PackageEngine(checkpoint, device)
+
+    def __call__(self, batch: Batch) -> Scores:
+        if not len(batch):
+            return Scores.of(torch.zeros(0))
+        values = self.engine.score(batch)
+        return Scores.of(values.where(finite(batch).to(values.device), torch.nan))
+
+
+class BLIPEngine:
+    """Scores from the published file in transformers' classes."""
+
+    def __init__(self, checkpoint: str, tokenizer: str, precision: Precision, device: torch.device) -> None:
+        self.device, self.dtype = device, dtype_of(precision, device)
+        file = locate(checkpoint)
+        self.model = load_blip(file, device, self.dtype)
+        self.tokenizer = load_tokenizer(tokenizer, self.model.vocab_size)
+        self.tokens = Texts("ImageReward", self.tokenize, LENGTH, self.count_tokens)
+
+    def tokenize(self, prompts: list[str]) -> Tensor:
+        """`[B, 2, 35]` int64: ids and mask."""
+        padded = self.tokenizer(
+            prompts, padding="max_length", truncation=True, max_length=LENGTH, return_tensors="pt"
+        )
+        return torch.stack([padded.input_ids, padded.attention_mask], 1)
+
+    def count_tokens(self, prompts: list[str]) -> list[int]:
+        return [len(ids) for ids in self.tokenizer(prompts, verbose=False).input_ids]
+
+    @torch.no_grad()
+    def score(self, batch: Batch) -> Tensor:
+        size = self.model.image_size
+        crop = shared_crop(batch, size, (size, size), self.device)
+        ids, mask = self.tokens(batch.prompts).to(self.device).unbind(1)
+
+        def pairs(i: Tensor) -> Tensor:
+            pixels = normalised(crop[i].float()).to(self.dtype)
+            return (self.model(pixels, ids[i], mask[i]) - MEAN) / STD
+
+        return in_chunks(pairs, torch.arange(len(batch), device=self.device))
+
+
+def load_tokenizer(name: str, vocab_size: int) -> Any:
+    """BERT's, from a folder or the hub. Raises OSError where it is another than the model's."""
+    from transformers import BertTokenizer
+
+    looked = f"Looked for the tokenizer of {TOKENIZER} in a folder {name!r} and on the Hugging Face hub"
+    remedy = "tokenizer=PATH takes a local folder with its vocab.txt or tokenizer.json, which works offline."
+    try:
+        tokenizer = BertTokenizer.from_pretrained(name)
+    except (OSError, ValueError) as error:
+        raise OSError(f"{looked}: {' '.join(str(error).split())[:300]} {remedy}") from error
+    # BLIP added [DEC] and [ENC], which the score does not use, to the vocabulary that it found. Where
+    # transformers finds no vocabulary it says nothing and makes a tokenizer of the 5 special tokens.
+    if vocab_size - len(tokenizer) not in (0, 2):
+        came = f"has {len(tokenizer)} tokens" if len(tokenizer) > 5 else "has no vocabulary, or is not there"
+        raise OSError(f"{looked}: what came {came}, and the model was made for {vocab_size - 2}. {remedy}")
+    return tokenizer
+
+
+class PackageEngine:
+    """Scores from the authors' own package, to compare with."""
+
+    def __init__(self, checkpoint: str, device: str) -> None:
+        try:
+            import ImageReward as package
+        except ImportError as error:
+            raise ImportError(
+                f"engine='package' needs image-reward, which cannot be imported here ({error}). It does not "
+                "work with transformers 5: make an environment of its own with pip install image-reward==1.5 "
+                'openai-clip "transformers<4.48" "diffusers<0.33" "setuptools<80" and torch and torchvision '
+                "that match, or leave engine out, which needs none of it."
+            ) from error
+        file = locate(checkpoint)
+        config = file.with_name(MED_CONFIG)
+        if not config.is_file():
+            raise OSError(f"engine='package' needs {MED_CONFIG} of {CHECKPOINT} beside {file}")
+        self.model = package.load(str(file), device=device, med_config=str(config))
+
+    @torch.no_grad()
+    def score(self, batch: Batch) -> Tensor:
+        pairs = zip(batch.prompts, batch.pil, strict=True)
+        return torch.tensor([self.model.score(prompt, image) for prompt, image in pairs])

@@ -1,0 +1,207 @@
+"""Mask2Former: the objects in photographs and their masks, for GenEval's evaluator.
+
+Instances come from the raw logits, as in Meta's and mmdet's inference: softmax over classes, the 100 best
+pairs of query and class, times the mean probability inside the mask; masks bilinear to the network's input
+size and then to the image's, where positive; tight boxes. transformers' own post-processing fixes masks at
+384 x 384 and drops scores under 0.5. Images are resized as transformers' processor does for the sizes that
+the detector was evaluated at (shortest side 800, longest 1333, multiples of 32).
+
+Source: arXiv 2112.01527; facebook/mask2former-swin-small-coco-instance. GenEval's own detector has the same
+architecture and other weights (mmdet's): how far the two agree is not known.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn.functional import interpolate
+
+from .chunks import pieces
+from .clip import Precision, dtype_of
+from .pixels import normalised, resize
+
+CHECKPOINT = "facebook/mask2former-swin-small-coco-instance"
+SHORTEST, LONGEST, MULTIPLE = 800, 1333, 32
+MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+TOP = 100
+#: GenEval looks at nothing that scores less. Masks are made for those only that can score more.
+MIN_SCORE = 0.3
+#: Images at once, to begin with.
+CHUNK = 8
+
+COCO = tuple(
+    """person,bicycle,car,motorcycle,airplane,bus,train,truck,boat,traffic light,fire hydrant,stop sign,
+parking meter,bench,bird,cat,dog,horse,sheep,cow,elephant,bear,zebra,giraffe,backpack,umbrella,handbag,tie,
+suitcase,frisbee,skis,snowboard,sports ball,kite,baseball bat,baseball glove,skateboard,surfboard,
+tennis racket,bottle,wine glass,cup,fork,knife,spoon,bowl,banana,apple,sandwich,orange,broccoli,carrot,
+hot dog,pizza,donut,cake,chair,couch,potted plant,bed,dining table,toilet,tv,laptop,mouse,remote,keyboard,
+cell phone,microwave,oven,toaster,sink,refrigerator,book,clock,vase,scissors,teddy bear,hair drier,
+toothbrush""".replace("\n", "").split(",")
+)
+#: VOC's names for the same classes, which some checkpoints have in their configuration.
+VOC_NAMES = {
+    "motorbike": "motorcycle",
+    "aeroplane": "airplane",
+    "sofa": "couch",
+    "pottedplant": "potted plant",
+    "diningtable": "dining table",
+    "tvmonitor": "tv",
+}
+GENEVAL_NAMES = {"mouse": "computer mouse", "remote": "tv remote", "keyboard": "computer keyboard"}
+#: COCO's classes in their order, under the names that GenEval's prompts have.
+CLASSES = tuple(GENEVAL_NAMES.get(name, name) for name in COCO)
+
+
+@dataclass
+class Instance:
+    """An object: GenEval's name of its class, its box (x0, y0, x1, y1) in pixels, y downwards and ends
+    exclusive, its mask `[H, W]` bool on the detector's device, and its colour once that was looked up."""
+
+    label: str
+    score: float
+    box: tuple[float, float, float, float]
+    mask: Tensor
+    color: str | None = None
+
+
+class Mask2Former:
+    """Detects objects of COCO's 80 classes.
+
+    checkpoint: hub id or folder of a Mask2FormerForUniversalSegmentation in safetensors.
+    precision: of the network; what follows is float32. `auto`: bf16 on CUDA, fp32 elsewhere.
+    size: pixels of the shortest and of the longest side that images are resized to.
+    Raises OSError without the files, and ValueError for a checkpoint with other classes.
+    """
+
+    def __init__(
+        self,
+        checkpoint: str = CHECKPOINT,
+        *,
+        precision: Precision = "auto",
+        size: tuple[int, int] = (SHORTEST, LONGEST),
+        device: str = "cpu",
+    ) -> None:
+        self.device = torch.device(device)
+        self.dtype = dtype_of(precision, self.device)
+        self.size = size
+        self.model = load(checkpoint).to(self.device)
+
+    @torch.no_grad()
+    def detect(self, images: Tensor) -> list[list[Instance] | None]:
+        """Objects that score more than 0.3 in each image of `[B, H, W, 3]` uint8 RGB, the best first.
+
+        None for an image of which the network made something that is no number.
+        """
+        if not len(images):
+            return []
+        return [found for piece in pieces(self.detect_piece, images, CHUNK) for found in piece]
+
+    def detect_piece(self, images: Tensor) -> list[list[Instance] | None]:
+        pixels = images.to(self.device).permute(0, 3, 1, 2)
+        height, width = pixels.shape[-2:]
+        input_size = network_size(height, width, *self.size)
+        x = normalised(resize(pixels, *input_size, "bilinear"), MEAN, STD)
+        # Autocast rather than half-precision weights: it keeps the coordinates that are sampled in float32.
+        with torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32):
+            out = self.model(pixel_values=x)
+        return [
+            objects(c, m, input_size, (height, width)) if c.isfinite().all() else None
+            for c, m in zip(out.class_queries_logits, out.masks_queries_logits, strict=True)
+        ]
+
+
+def load(checkpoint: str) -> torch.nn.Module:
+    from transformers import Mask2FormerForUniversalSegmentation
+
+    try:
+        model, info = Mask2FormerForUniversalSegmentation.from_pretrained(
+            checkpoint, dtype=torch.float32, use_safetensors=True, output_loading_info=True
+        )
+    except (OSError, ValueError) as error:
+        raise OSError(
+            f"Looked for a Mask2Former checkpoint in safetensors in a folder {checkpoint!r} and on the Hugging "
+            f"Face hub: {' '.join(str(error).split())[:300]} checkpoint=PATH takes a local folder, which "
+            "works offline."
+        ) from error
+    check_classes(checkpoint, model.config.id2label)
+    missing = sorted(set(info["missing_keys"]) & {name for name, _ in model.named_parameters()})
+    if missing:
+        raise OSError(
+            f"{checkpoint!r} is no whole Mask2FormerForUniversalSegmentation: it lacks {len(missing)} "
+            f"tensors, such as {missing[0]!r}. The default is {CHECKPOINT!r}."
+        )
+    return model.eval().requires_grad_(False)
+
+
+def check_classes(checkpoint: str, id2label: Mapping[int, str]) -> None:
+    """Raise ValueError where the classes are not COCO's 80 in their order."""
+    names = [VOC_NAMES.get(name, name) for _, name in sorted(id2label.items())]
+    if len(names) != len(COCO):
+        some = ", ".join(names[:5])
+        raise ValueError(
+            f"geneval's detector needs a checkpoint with COCO's 80 classes; {checkpoint!r} has {len(names)} "
+            f"({some}, ...). The default is {CHECKPOINT!r}."
+        )
+    for i, (name, expected) in enumerate(zip(names, COCO, strict=True)):
+        if name != expected:
+            raise ValueError(
+                f"geneval's detector needs a checkpoint with COCO's 80 classes in their order; class {i} of "
+                f"{checkpoint!r} is {name!r}, expected {expected!r}. The default is {CHECKPOINT!r}."
+            )
+
+
+def network_size(height: int, width: int, shortest: int, longest: int) -> tuple[int, int]:
+    """The height and width that transformers' processor resizes to."""
+    from transformers.image_transforms import get_size_with_aspect_ratio
+
+    size = get_size_with_aspect_ratio((height, width), shortest, longest)
+    tall, wide = (-(-side // MULTIPLE) * MULTIPLE for side in size)
+    return tall, wide
+
+
+def objects(
+    class_logits: Tensor, mask_logits: Tensor, input_size: tuple[int, int], size: tuple[int, int]
+) -> list[Instance]:
+    """One image's objects from `class_logits [Q, C + 1]` and `mask_logits [Q, h, w]`."""
+    scores, labels, masks = instances(class_logits, mask_logits, input_size, size)
+    return [
+        Instance(CLASSES[label], score, box, mask)
+        for label, score, box, mask in zip(labels.tolist(), scores.tolist(), boxes(masks), masks, strict=True)
+    ]
+
+
+def instances(
+    class_logits: Tensor, mask_logits: Tensor, input_size: tuple[int, int], size: tuple[int, int]
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`scores [N]` above MIN_SCORE, descending, `labels [N]` and `masks [N, *size]` bool of one image."""
+    probabilities = class_logits.float().softmax(-1)[:, :-1]
+    scores, index = probabilities.flatten().topk(min(TOP, probabilities.numel()))
+    # A mask's mean probability is at most 1, so the others cannot reach it.
+    likely = scores > MIN_SCORE
+    scores, index = scores[likely], index[likely]
+    query, labels = index // probabilities.shape[1], index % probabilities.shape[1]
+    if not len(scores):
+        return scores, labels, torch.zeros((0, *size), dtype=torch.bool, device=scores.device)
+    logits = mask_logits[query].float()[None]
+    for target in (input_size, size):
+        logits = interpolate(logits, target, mode="bilinear", align_corners=False)
+    masks = logits[0] > 0
+    inside = (logits[0].sigmoid() * masks).flatten(1).sum(1) / (masks.flatten(1).sum(1) + 1e-6)
+    scores = scores * inside
+    order = scores.argsort(descending=True)
+    order = order[scores[order] > MIN_SCORE]
+    return scores[order], labels[order], masks[order]
+
+
+def boxes(masks: Tensor) -> list[tuple[float, float, float, float]]:
+    """(x0, y0, x1, y1), tight, of each of `masks [N, H, W]`, none of which is empty."""
+
+    def extent(covered: Tensor) -> tuple[Tensor, Tensor]:
+        covered = covered.int()
+        return covered.argmax(1), covered.shape[1] - covered.flip(1).argmax(1)
+
+    (x0, x1), (y0, y1) = extent(masks.any(1)), extent(masks.any(2))
+    return [tuple(box) for box in torch.stack([x0, y0, x1, y1], 1).float().tolist()]

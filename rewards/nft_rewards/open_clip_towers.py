@@ -1,0 +1,87 @@
+"""Towers from open_clip: its architectures, its tokenizer, its names of pretrained weights."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .clip import Towers
+from .files import load_exactly, read_tensors
+
+
+def from_file(name: str, path: Path, device: torch.device, dtype: torch.dtype) -> Towers:
+    """Towers of an architecture that open_clip knows by name, with weights from a file.
+
+    Raises ValueError for another name, and OSError for a file that does not hold exactly its weights.
+    """
+    import open_clip
+
+    if open_clip.get_model_config(name) is None:
+        raise ValueError(f"open_clip knows no architecture {name!r}; open_clip.list_models() gives them all")
+    # On the meta device nothing is allocated or initialised before the file's own tensors are put in.
+    model = open_clip.create_model(name, device="meta")
+    load_exactly(model, read_tensors(path), path)
+    for module in model.modules():
+        mask = getattr(module, "attn_mask", None)
+        if isinstance(mask, Tensor):  # The causal mask of texts, which no file holds.
+            module.attn_mask = torch.full(mask.shape, -torch.inf).triu(1)
+    return towers_of(model, open_clip.get_tokenizer(name), device, dtype)
+
+
+def towers_of(model: Any, tokenizer: Any, device: torch.device, dtype: torch.dtype) -> Towers:
+    """A loaded open_clip model as towers. Its tokenizer cuts texts, and lower-cases them where it should."""
+    model = model.to(device=device, dtype=dtype).eval().requires_grad_(False)
+    crop = model.visual.image_size
+    crop = (crop, crop) if isinstance(crop, int) else tuple(crop)
+
+    def tokenize(texts: list[str]) -> Tensor:
+        return tokenizer(texts, context_length=model.context_length).to(device)
+
+    def count_tokens(texts: list[str]) -> list[int]:
+        # Beside the words, one token marks the start and one the end; unused places hold 0.
+        longer = tokenizer(texts, context_length=4 * model.context_length)
+        return (longer != 0).sum(1).tolist()
+
+    return Towers(
+        encode_images=model.encode_image,
+        encode_texts=model.encode_text,
+        tokenize=tokenize,
+        count_tokens=count_tokens,
+        length=model.context_length,
+        width=int(model.visual.output_dim),
+        logit_scale=float(model.logit_scale.float().exp()),
+        device=device,
+        dtype=dtype,
+        shortest=min(crop),
+        crop=crop,
+        mean=tuple(model.visual.image_mean),
+        std=tuple(model.visual.image_std),
+    )
+
+
+def towers(name: str, device: torch.device, dtype: torch.dtype) -> Towers:
+    """`ARCHITECTURE/WEIGHTS`, with a local file or one of open_clip's names: `ViT-B-32/laion2b_s34b_b79k`.
+
+    OpenAI's weights are for quick GELU, and open_clip only warns where it is not: `ViT-L-14-quickgelu/openai`.
+    Raises ValueError for unknown names and OSError for files that cannot be had.
+    """
+    import open_clip
+
+    name, _, weights = name.partition("/")
+    if not weights:
+        raise ValueError(
+            "expected open_clip:ARCHITECTURE/WEIGHTS, such as open_clip:ViT-B-32/laion2b_s34b_b79k, got "
+            f"open_clip:{name}"
+        )
+    if Path(weights).is_file():
+        return from_file(name, Path(weights), device, dtype)
+    if weights not in open_clip.list_pretrained_tags_by_model(name):
+        raise ValueError(
+            f"open_clip has no weights {weights!r} for {name!r}; it has "
+            f"{', '.join(open_clip.list_pretrained_tags_by_model(name)) or 'none'}; or give a local file"
+        )
+    model = open_clip.create_model(name, pretrained=weights)
+    return towers_of(model, open_clip.get_tokenizer(name), device, dtype)

@@ -1,0 +1,100 @@
+"""PIL's resize as matrix products, so that pixels stay on the device and still are PIL's.
+
+Reward models were trained on images that PIL had resized. Other filters of the same name give other pixels
+and so other scores. PIL's weights are whole multiples of 2^-22, with which sums of bytes are exact in
+float64; in float32, smooth images, whose sums fall on halves everywhere, would come out a level or two off.
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from typing import Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from nft_plugins import Batch
+
+CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
+CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
+
+Filter = Literal["bicubic", "bilinear"]
+
+
+@lru_cache(maxsize=256)
+def weights(size: int, new_size: int, start: int, stop: int, kind: Filter) -> Tensor:
+    """Rows start to stop of the weights `[new_size, size]` float64 of PIL's filter along one direction.
+
+    Bicubic has a = -1/2. When it shrinks, the filter widens by the same factor (antialiasing), and weights
+    are normalised over the pixels that exist.
+    """
+    scale = size / new_size
+    stretch = max(scale, 1.0)
+    reach = stretch * (2 if kind == "bicubic" else 1)
+    centre = (np.arange(start, stop)[:, None] + 0.5) * scale
+    pixel = np.arange(size)[None, :]
+    first = np.maximum(np.trunc(centre - reach + 0.5), 0)
+    last = np.minimum(np.trunc(centre + reach + 0.5), size)
+    x = np.abs((pixel - centre + 0.5) / stretch)
+    near = 1.5 * x**3 - 2.5 * x**2 + 1
+    far = -0.5 * x**3 + 2.5 * x**2 - 4 * x + 2
+    bicubic = np.where(x < 1, near, np.where(x < 2, far, 0.0))
+    values = bicubic if kind == "bicubic" else np.maximum(1 - x, 0)
+    values = values * ((pixel >= first) & (pixel < last))
+    fixed = values / values.sum(1, keepdims=True) * 2**22
+    return torch.from_numpy(np.trunc(fixed + np.copysign(0.5, fixed)) / 2**22)
+
+
+def resize(
+    images: Tensor,
+    height: int,
+    width: int,
+    kind: Filter = "bicubic",
+    window: tuple[int, int, int, int] | None = None,
+) -> Tensor:
+    """`[B, 3, height, width]` float32, whole numbers in 0..255, from `images [B, 3, H, W]` of such numbers.
+
+    As PIL does it: columns first, then rows, rounded to bytes after each; a direction that keeps its size
+    is left alone.
+    window: (top, left, bottom, right) of the part of the result that is wanted, which alone is computed.
+    """
+    top, left, bottom, right = window or (0, 0, height, width)
+    x = images.double()
+    if x.shape[-1] != width:
+        x = quantised(x @ weights(x.shape[-1], width, left, right, kind).to(x.device).T)
+    else:
+        x = x[..., left:right]
+    if x.shape[-2] != height:
+        return quantised(weights(x.shape[-2], height, top, bottom, kind).to(x.device) @ x).float()
+    return x[..., top:bottom, :].float()
+
+
+def quantised(x: Tensor) -> Tensor:
+    """Rounded half up, as PIL's integers do, and within 0..255."""
+    return (x + 0.5).floor().clamp(0, 255)
+
+
+def centre_crop(images: Tensor, shortest: int, crop: tuple[int, int]) -> Tensor:
+    """`[B, 3, *crop]`: the shortest side resized to `shortest`, then the middle, as CLIP's processors do."""
+    height, width = images.shape[-2:]
+    short = min(height, width)
+    size = (int(shortest * height / short), int(shortest * width / short))
+    top, left = ((have - want) // 2 for have, want in zip(size, crop, strict=True))
+    return resize(images, *size, window=(top, left, top + crop[0], left + crop[1]))
+
+
+def normalised(
+    images: Tensor, mean: tuple[float, ...] = CLIP_MEAN, std: tuple[float, ...] = CLIP_STD
+) -> Tensor:
+    """`(images / 255 - mean) / std`, channel by channel."""
+    m, s = (torch.tensor(v, device=images.device).view(3, 1, 1) for v in (mean, std))
+    return (images / 255 - m) / s
+
+
+def shared_crop(batch: Batch, shortest: int, crop: tuple[int, int], device: torch.device) -> Tensor:
+    """`centre_crop` of a batch on a device, as bytes, computed once for all rewards that want it."""
+    return batch.shared(
+        (shared_crop, shortest, crop, device),
+        lambda: centre_crop(batch.uint8.to(device), shortest, crop).byte(),
+    )

@@ -1,0 +1,64 @@
+"""Rank: where an image stands among the images of its own prompt, by another reward.
+
+`(images of the group that score less + half of the others that score the same) / (n - 1)` for a group of n
+valid images: 0 for the worst, 1 for the best, ties at their mean, 0.5 for an image that is alone. Ranks do
+not mind how far apart scores are, so an outlier counts no more than a winner by a hair.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from nft_plugins import Batch, Reward, Scores
+
+
+class Rank:
+    """Values in [0, 1]. Details: `value`, what the other reward said, beside that reward's own details.
+
+    of: the other reward, with its options behind semicolons: `ocr;upscale=4;variant=strict`.
+    A sample that the other reward marks as invalid stays so and takes no part in its group's ranks.
+    A call ranks within its batch; a run ranks once more when it has the scores of whole groups.
+    Raises ValueError without `of`, and for another reward that itself compares the images of a group.
+    """
+
+    def __init__(self, of: str = "", *, make_reward: Callable[[str], Reward]) -> None:
+        if not of.strip():
+            raise ValueError(
+                "rank needs of=NAME, another reward, as in rank,of=pickscore or rank,of=ocr;upscale=4"
+            )
+        self.inner = make_reward(of.replace(";", ","))
+        if hasattr(self.inner, "regroup"):
+            raise ValueError(f"of={of!r} compares the images of a group itself: rank needs one that does not")
+
+    def check_prompt(self, prompt: str, metadata: Mapping[str, Any]) -> None:
+        if check := getattr(self.inner, "check_prompt", None):
+            check(prompt, metadata)
+
+    def __call__(self, batch: Batch) -> Scores:
+        scores = self.inner(batch)
+        values = scores.values.float()
+        valid = scores.valid & values.isfinite()
+        return self.regroup(Scores(values, valid, {**scores.details, "value": values}), batch.groups)
+
+    def regroup(self, scores: Scores, groups: Tensor) -> Scores:
+        ranks = group_ranks(scores.details["value"], scores.valid, groups.to(scores.valid.device))
+        return Scores(ranks, scores.valid, scores.details)
+
+
+def group_ranks(values: Tensor, valid: Tensor, groups: Tensor) -> Tensor:
+    """Ranks `[N]` within the valid members of each group, scaled to [0, 1]; 0.5 where there is nothing to rank.
+
+    values: `[N]`; valid: `[N]` bool; groups: `[N]` int.
+    """
+    ranks = torch.full(values.shape, 0.5, device=values.device)
+    for group in groups[valid].unique():
+        members = (valid & (groups == group)).nonzero().flatten()
+        if len(members) > 1:
+            v = values[members]
+            less, same = (v[None] < v[:, None]).sum(1), (v[None] == v[:, None]).sum(1) - 1
+            ranks[members] = (less + same / 2) / (len(v) - 1)
+    return ranks

@@ -1,0 +1,68 @@
+"""What a model makes of prompts, made once for each distinct one and kept across epochs."""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+log = logging.getLogger(__name__)
+
+#: Prompts that are kept; the features of ViT-H/14 take 4 kB each.
+CACHE = 65536
+
+
+class Texts:
+    """Rows of tensors by prompt.
+
+    name: of the model, for warnings. encode: texts to `[B, ...]`. length: tokens that the model reads.
+    count_tokens: how long each text is before it is cut.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        encode: Callable[[list[str]], Tensor],
+        length: int,
+        count_tokens: Callable[[list[str]], list[int]],
+    ) -> None:
+        self.name, self.encode = name, encode
+        self.length, self.count_tokens = length, count_tokens
+        self.kept: OrderedDict[str, Tensor] = OrderedDict()
+        self.lock = threading.Lock()
+        self.said_what_is_cut = False
+
+    def __call__(self, prompts: Sequence[str]) -> Tensor:
+        """`[B, ...]` for B prompts, at least one."""
+        with self.lock:
+            new = [p for p in dict.fromkeys(prompts) if p not in self.kept]
+            if new:
+                self.say_what_is_cut(new)
+                self.kept.update(zip(new, self.encode(new), strict=True))
+            rows = [self.kept[p] for p in prompts]
+            while len(self.kept) > CACHE:
+                self.kept.popitem(last=False)
+        return torch.stack(rows)
+
+    def say_what_is_cut(self, prompts: list[str]) -> None:
+        """One warning, with an example, for prompts that are longer than the model reads."""
+        if self.said_what_is_cut:
+            return
+        counts = self.count_tokens(prompts)
+        longest = max(range(len(prompts)), key=counts.__getitem__)
+        if counts[longest] > self.length:
+            self.said_what_is_cut = True
+            log.warning(
+                "%s reads %d tokens of a prompt and leaves out the rest; %d of %d prompts are longer, one of "
+                "them %d tokens: %.60r...",
+                self.name,
+                self.length,
+                sum(c > self.length for c in counts),
+                len(prompts),
+                counts[longest],
+                prompts[longest],
+            )

@@ -1,0 +1,254 @@
+"""VLM judge: a vision-language model behind an OpenAI-compatible server says how well image and prompt agree.
+
+`preset="unified"`: UnifiedReward's pointwise question; the number x from 1 to 5 after `Final Score:`, as x / 5.
+`preset="yes_no"`: P(yes) / (P(yes) + P(no)) of the reply's first token, after VQAScore, which takes P(yes).
+Servers and their versions differ a little from one another, also at temperature 0.
+Sources: arXiv 2503.05236, CodeGoat24/UnifiedReward-7b-v1.5; VQAScore, arXiv 2404.01291.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import logging
+import math
+import re
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from io import BytesIO
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import torch
+from PIL import Image
+
+from nft_plugins import Batch, Scores
+
+from .chat import ChatServer, Failed, Refused, Unreachable
+from .clip import finite
+
+log = logging.getLogger(__name__)
+
+ImageFormat = Literal["png", "jpeg", "webp"]
+
+#: The published question, without the `<image>` before it: servers put the image's own token where it belongs.
+UNIFIED = """\
+You are given a text caption and a generated image based on that caption. Your task is to evaluate this image \
+based on two key criteria:
+1. Alignment with the Caption: Assess how well this image aligns with the provided caption. Consider the \
+accuracy of depicted objects, their relationships, and attributes as described in the caption.
+2. Overall Image Quality: Examine the visual quality of this image, including clarity, detail preservation, \
+color accuracy, and overall aesthetic appeal.
+Based on the above criteria, assign a score from 1 to 5 after 'Final Score:'.
+Your task is provided as follows:
+Text Caption: [{prompt}]"""
+
+YES_NO = 'Does this figure show "{prompt}"? Please answer yes or no.'
+
+#: As published, but for the digits: `[1-5](\.\d+)?` would read 45 as 4 and accept 5.9.
+FINAL_SCORE = r"Final Score:\s*(-?\d+(?:\.\d+)?)"
+
+#: The most alternatives that OpenAI's protocol gives for a token.
+TOP = 20
+
+
+class Answer(NamedTuple):
+    value: float
+    figure: float
+
+
+class VLMJudge:
+    """Values in [low / high, 1], 0.2 to 1 by default; in [0, 1] for `preset="yes_no"`.
+
+    Details: `score`, the number as the reply gives it; for `yes_no` `mass`, P(yes) + P(no).
+    url, model: of the server; model has a default for `unified` only.
+    template: the question, a text with `{prompt}` or a text file with such a one, instead of the preset's.
+    pattern: a regular expression whose first group is the number; low, high: where it must lie. The value is
+        the number / high. Not for `yes_no`.
+    api_key_env: the name of an environment variable with the key.
+    concurrency: requests at once. timeout: seconds for a request; deadline: for a whole batch.
+    retries: after a lost connection, 429 or 5xx, ever later, and not before the server's Retry-After.
+    max_tokens: of the reply; 0: 1024, or 1 for `yes_no`.
+    image_size: pixels of the longest side that images are resized to (bicubic); 0: as they come.
+    A reply without a number in range and a request that failed make the sample invalid, and a warning a batch
+    counts them by cause. Raises ValueError for options, and ConnectionError where not one image of a batch
+    was scored and the server cannot be reached or refuses (wrong path, key or model).
+    """
+
+    def __init__(
+        self,
+        *,
+        preset: Literal["unified", "yes_no"] = "unified",
+        url: str = "http://127.0.0.1:8000/v1",
+        model: str = "",
+        template: str = "",
+        pattern: str = FINAL_SCORE,
+        low: float = 1.0,
+        high: float = 5.0,
+        api_key_env: str = "",
+        concurrency: int = 32,
+        timeout: float = 120.0,
+        deadline: float = 600.0,
+        retries: int = 3,
+        max_tokens: int = 0,
+        image_format: ImageFormat = "png",
+        image_size: int = 512,
+    ) -> None:
+        yes_no = preset == "yes_no"
+        if not model and (yes_no or template):
+            raise ValueError(f"model=NAME is needed, one of those that {url}/models lists")
+        if yes_no and (pattern, low, high) != (FINAL_SCORE, 1.0, 5.0):
+            raise ValueError("pattern, low and high are for replies with a number, which yes_no has not")
+        if not (math.isfinite(low) and math.isfinite(high) and low < high and high > 0):
+            raise ValueError(f"low must be less than high, and high above 0, got {low} and {high}")
+        if max_tokens < 0 or image_size < 0:
+            raise ValueError("max_tokens and image_size must be at least 0")
+        self.server = ChatServer(url, api_key_env, concurrency, timeout, deadline, retries)
+        self.model = model or "CodeGoat24/UnifiedReward-7b-v1.5"
+        self.template = read_template(template) if template else YES_NO if yes_no else UNIFIED
+        self.figure = "mass" if yes_no else "score"
+        self.read: Callable[[Any], Answer] = (
+            yes_or_no if yes_no else partial(first_number, pattern=compiled(pattern), low=low, high=high)
+        )
+        self.options: dict[str, Any] = {"temperature": 0, "max_tokens": max_tokens or (1 if yes_no else 1024)}
+        if yes_no:
+            self.options |= {"logprobs": True, "top_logprobs": TOP}
+        self.image_format, self.image_size = image_format, image_size
+
+    def __call__(self, batch: Batch) -> Scores:
+        whole = finite(batch).tolist()
+        images = batch.pil if any(whole) else []
+        asked = [i for i, ok in enumerate(whole) if ok]
+        replies = self.server.ask_all([partial(self.body, batch.prompts[i], images[i]) for i in asked])
+        if replies and all(isinstance(r, (Unreachable, Refused)) for r in replies):
+            raise ConnectionError(self.remedy(replies[0]))
+        answers: list[Answer | Failed] = [Failed("pixels that are not finite")] * len(batch)
+        for i, reply in zip(asked, replies, strict=True):
+            answers[i] = self.answer(reply)
+        self.report(answers)
+        rows = [(math.nan, math.nan) if isinstance(a, Failed) else a for a in answers]
+        values, figure = torch.tensor(rows, dtype=torch.float32).view(-1, 2).T
+        return Scores.of(values, **{self.figure: figure})
+
+    async def body(self, prompt: str, image: Image.Image) -> dict[str, Any]:
+        """A request, as OpenAI's protocol has it."""
+        data = await asyncio.to_thread(encoded, image, self.image_format, self.image_size)
+        content = [
+            {"type": "image_url", "image_url": {"url": f"data:image/{self.image_format};base64,{data}"}},
+            {"type": "text", "text": self.template.replace("{prompt}", prompt)},
+        ]
+        return {"model": self.model, "messages": [{"role": "user", "content": content}], **self.options}
+
+    def answer(self, reply: Any) -> Answer | Failed:
+        if isinstance(reply, Failed):
+            return reply
+        try:
+            return self.read(reply["choices"][0])
+        except Failed as failure:
+            return failure
+        except (AttributeError, IndexError, KeyError, TypeError, ValueError):
+            return Failed("a reply of another form", str(reply))
+
+    def report(self, answers: Sequence[Answer | Failed]) -> None:
+        """One warning for all that failed, with their causes."""
+        failures = [a for a in answers if isinstance(a, Failed)]
+        if not failures:
+            return
+        counts = Counter(f.cause for f in failures)
+        examples = {f.cause: f.example for f in failures if f.example}
+        causes = (f"{n} {c}" + (f" ({examples[c]!r:.120})" if c in examples else "") for c, n in counts.items())
+        log.warning(
+            "vlm_judge: %d of %d images could not be scored and are marked invalid: %s",
+            len(failures),
+            len(answers),
+            "; ".join(causes),
+        )
+
+    def remedy(self, failure: Failed) -> str:
+        what = f"{failure.cause} {failure.example!r:.200}" if failure.example else failure.cause
+        if isinstance(failure, Unreachable):
+            return (
+                f"no server at {self.server.url} ({what}): start one, such as `vllm serve {self.model}`, or "
+                "say where it is with url=http://HOST:PORT/v1"
+            )
+        return (
+            f"the server at {self.server.url} refused every request for the model {self.model!r} ({what}): "
+            "check url (it ends in /v1 as a rule, and redirects are not followed), model and api_key_env"
+        )
+
+
+def read_template(given: str) -> str:
+    """The text itself, or that of the file. Raises ValueError where there is no `{prompt}` in it."""
+    text = given
+    if "{prompt}" not in given:
+        try:
+            text = Path(given).read_text(encoding="utf-8")
+        except (OSError, ValueError) as error:
+            raise ValueError(
+                f"template must be a text with {{prompt}}, or a text file with one: {error}"
+            ) from error
+    if "{prompt}" not in text:
+        raise ValueError(f"there is no {{prompt}} in the file template={given!r}")
+    return text.strip()
+
+
+def compiled(pattern: str) -> re.Pattern[str]:
+    try:
+        expression = re.compile(pattern)
+    except re.error as error:
+        raise ValueError(f"pattern={pattern!r} is no regular expression: {error}") from error
+    if not expression.groups:
+        raise ValueError(f"pattern={pattern!r} needs a group (...) around the number")
+    return expression
+
+
+def encoded(image: Image.Image, image_format: ImageFormat, longest: int) -> str:
+    """The picture's file in base64, resized so that its longest side is that long, if not 0."""
+    if longest and max(image.size) != longest:
+        scale = longest / max(image.size)
+        width, height = (max(round(side * scale), 1) for side in image.size)
+        image = image.resize((width, height), Image.Resampling.BICUBIC)
+    buffer = BytesIO()
+    # PNG's fast compression: most servers are near, and a batch of PNGs at full effort takes seconds.
+    image.save(
+        buffer, format=image_format, **({"compress_level": 1} if image_format == "png" else {"quality": 95})
+    )
+    return base64.b64encode(buffer.getvalue()).decode()
+
+
+def first_number(choice: Mapping[str, Any], pattern: re.Pattern[str], low: float, high: float) -> Answer:
+    """The first number that the pattern finds in the reply."""
+    message = choice["message"]
+    if message.get("refusal") or choice.get("finish_reason") == "content_filter":
+        raise Failed("a refusal", str(message.get("refusal") or message.get("content") or ""))
+    text = message["content"]
+    match = pattern.search(text)
+    if match is None or match[1] is None:
+        cut = ", cut at max_tokens" if choice.get("finish_reason") == "length" else ""
+        raise Failed(f"no number in the reply{cut}", text[-100:])
+    try:
+        x = float(match[1])
+    except ValueError:
+        raise Failed("no number in the reply", match[0]) from None
+    if not low <= x <= high:
+        raise Failed(f"a number that is not from {low:g} to {high:g}", match[0])
+    return Answer(x / high, x)
+
+
+def yes_or_no(choice: Mapping[str, Any]) -> Answer:
+    """P(yes) / (P(yes) + P(no)) among the first token's alternatives, whatever their case and leading space."""
+    if not choice.get("logprobs") or not choice["logprobs"].get("content"):
+        raise Failed("no log-probabilities in the reply")
+    chances = {"yes": 0.0, "no": 0.0}
+    for alternative in choice["logprobs"]["content"][0]["top_logprobs"]:
+        word = alternative["token"].strip(" \t\n▁Ġ").lower()
+        if word in chances:
+            # Rounded figures may add up to a little over 1; beyond that they are no probabilities.
+            chances[word] += math.exp(min(alternative["logprob"], 1.0))
+    mass = sum(chances.values())
+    if mass > 1.01:
+        raise Failed("log-probabilities that are none", str(chances))
+    if not mass > 0:
+        raise Failed("neither yes nor no among the likely answers", str(choice["message"].get("content")))
+    return Answer(chances["yes"] / mass, mass)
