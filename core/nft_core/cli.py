@@ -9,8 +9,11 @@ from typing import Any
 
 import click
 
+from .doctor import doctor
 from .errors import NftError
 from .listing import models, plugins, rewards, solvers
+from .reward_commands import check, info
+from .score_command import preset_name, score
 
 
 class Group(click.Group):
@@ -35,8 +38,10 @@ def main() -> None:
     """
 
 
-for command in (plugins, rewards, solvers, models):
+for command in (score, doctor, plugins, rewards, solvers, models):
     main.add_command(command)
+for command in (info, check):
+    rewards.add_command(command)
 
 
 @main.command()
@@ -105,15 +110,14 @@ def run(
     from .host import load_host
     from .settings import parse_assignment, read_toml, to_toml
 
-    if tiny and preset not in (None, "tiny"):
-        raise click.UsageError(f"--tiny is short for --preset tiny, so --preset {preset} contradicts it.")
+    chosen = preset_name(tiny, preset)
     host = load_host()
     given = {name: value for name, value in options.items() if value is not None}
     if rewards_:
         given["rewards"] = list(rewards_)
     settings = runs.resolve(
         host,
-        "tiny" if tiny else preset,
+        chosen,
         read_toml(config) if config else {},
         dict(parse_assignment(a) for a in assignments),
         given,

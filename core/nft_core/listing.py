@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Mapping
 from dataclasses import asdict, fields
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
+from nft_plugins import RewardInfo
+
 from .host import Registered, installed, load_host, remedy
+
+if TYPE_CHECKING:
+    from rich.table import Table
 
 as_json = click.option("--json", "as_json", is_flag=True, help="Print a JSON list.")
 
@@ -19,16 +25,29 @@ def show(rows: list[dict[str, Any]], columns: Mapping[str, str], as_json: bool) 
     if as_json:
         click.echo(json.dumps(rows, indent=2, default=str))
         return
-    from rich.box import SIMPLE_HEAD
-    from rich.console import Console
-    from rich.table import Table
-
-    table = Table(box=SIMPLE_HEAD, pad_edge=False)
+    table = new_table()
     for i, title in enumerate(columns.values()):
         table.add_column(title, no_wrap=i == 0, overflow="fold")
     for row in rows:
         table.add_row(*(_text(row[key]) for key in columns))
-    Console().print(table)
+    print_table(table)
+
+
+def new_table() -> Table:
+    from rich.box import SIMPLE_HEAD
+    from rich.table import Table
+
+    return Table(box=SIMPLE_HEAD, pad_edge=False)
+
+
+def print_table(table: Table) -> None:
+    """As wide as the terminal; into a pipe or a file, a line for each row."""
+    from rich.console import Console
+
+    console = Console()
+    if not console.is_terminal and "COLUMNS" not in os.environ:
+        console.width = 1000
+    console.print(table)
 
 
 def _text(value: Any) -> str:
@@ -63,17 +82,29 @@ def plugins(as_json: bool) -> None:
             click.echo(f"{row['name']} is broken: {row['cause']}\n  to mend it: {row['mend']}")
 
 
-@click.command()
+def readiness(card: Registered[RewardInfo]) -> dict[str, Any]:
+    """Whether a reward's modules are installed, and the command that brings them where they are not."""
+    missing = [m for m in card.info.modules if not installed(m)]
+    return {"ready": not missing, "install": remedy(card) if missing else ""}
+
+
+@click.group(invoke_without_command=True)
 @as_json
-def rewards(as_json: bool) -> None:
-    """List rewards, what they need and what they score."""
+@click.pass_context
+def rewards(context: click.Context, as_json: bool) -> None:
+    """List rewards, or look closely at one.
+
+    Without a command: all rewards, what they score and what they need.
+    """
+    if context.invoked_subcommand:
+        if as_json:
+            raise click.UsageError(f"--json goes last: nft rewards {context.invoked_subcommand} NAME --json.")
+        return
     registered = load_host().rewards
     rows = cards(registered)
     for row in rows:
-        missing = [m for m in row["modules"] if not installed(m)]
-        row["ready"] = not missing
-        row["install"] = remedy(registered[row["name"]]) if missing else ""
-        row["needs"] = [*row["metadata"], *([row["install"]] if missing else [])]
+        row |= readiness(registered[row["name"]])
+        row["needs"] = [*row["metadata"], *([row["install"]] if row["install"] else [])]
     show(
         rows,
         {"name": "reward", "summary": "what it scores", "range": "range", "needs": "needs"},

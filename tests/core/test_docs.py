@@ -42,7 +42,7 @@ def test_every_reward_and_solver():
 
 def test_readme_names_only_what_exists():
     readme = read("README.md")
-    options = {o for p in main.commands["run"].params for o in p.opts}
+    options = {o for command in main.commands.values() for p in command.params for o in p.opts}
     assert set(re.findall(r"(?<=[ `])--[a-z-]+", readme)) - {"--nproc_per_node"} <= options | {"--nproc"}
     for target in re.findall(r"\]\((?!http)([^)]+)\)", readme):
         assert (ROOT / target).exists(), target

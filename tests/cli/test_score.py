@@ -1,0 +1,426 @@
+"""`nft score`: image files in, figures out, and what people get wrong."""
+
+import json
+import os
+import struct
+import subprocess
+import sys
+import zlib
+from io import BytesIO
+
+import pytest
+import torch
+from click.testing import CliRunner
+from PIL import Image, ImageDraw
+
+from nft_core.cli import main
+from nft_core.errors import UsageError
+from nft_core.score import NoPrompt, decode, score_images, size_of
+from nft_plugins import Scores
+from nft_plugins.testing import words
+
+PLUGIN = """
+from nft_plugins import RewardInfo, Scores, hookimpl
+
+@hookimpl
+def nft_register_rewards(register):
+    register(RewardInfo("mean", "brightness; black cannot be scored", lambda: mean))
+    register(RewardInfo("fussy", "fails on what is not square", lambda: fussy))
+
+def mean(batch):
+    values = batch.images.mean((1, 2, 3))
+    values[values == 0] = float("nan")
+    return Scores.of(values)
+
+def fussy(batch):
+    if batch.images.shape[2] != batch.images.shape[3]:
+        raise RuntimeError("not square")
+    return mean(batch)
+"""
+
+
+@pytest.fixture
+def plugin(tmp_path, monkeypatch):
+    """A stranger's rewards, `mean` and `fussy`, as if pip had installed them."""
+    info = tmp_path / "site" / "stranger-1.0.dist-info"
+    info.mkdir(parents=True)
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: stranger\nVersion: 1.0\n")
+    (info / "entry_points.txt").write_text("[nft_plugins]\nstranger = stranger_rewards\n")
+    (info.parent / "stranger_rewards.py").write_text(PLUGIN)
+    monkeypatch.syspath_prepend(info.parent)
+    yield
+    sys.modules.pop("stranger_rewards", None)
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    place = tmp_path / "here"
+    place.mkdir()
+    monkeypatch.chdir(place)
+    return place
+
+
+def nft(*arguments):
+    return CliRunner().invoke(main, ["score", *map(str, arguments)])
+
+
+def flat(path, level, size=(8, 8)):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.new("RGB", size, (level,) * 3).save(path)
+    return path
+
+
+def text(path, said):
+    image = words(said, 64, 128)
+    Image.fromarray((image.permute(1, 2, 0) * 255).byte().numpy()).save(path)
+
+
+def rows(result):
+    """Cells of the table by its first column."""
+    return {line.split()[0]: line.split()[1:] for line in result.stdout.splitlines() if line.strip(" ─")}
+
+
+def test_order_sizes_and_groups(tmp_path):
+    """Figures come in the order of the files; a batch has one size; a prompt is one group."""
+    sizes = [(8, 8), (4, 6), (8, 8), (4, 6), (8, 8)]
+    files = [flat(tmp_path / f"{i}.png", 51 * i, size) for i, size in enumerate(sizes)]
+    seen = []
+
+    def mean(batch):
+        seen.append((tuple(batch.images.shape), list(batch.prompts), batch.groups.tolist()))
+        return Scores.of(batch.images.mean((1, 2, 3)))
+
+    results = score_images(files, ["a", "b", "c", "b", "a"], mean, batch=2)
+    assert [r.values["mean"] for r in results] == pytest.approx([0, 0.2, 0.4, 0.6, 0.8], abs=1e-6)
+    assert [r.item.path for r in results] == files
+    assert sorted(seen) == [
+        ((1, 3, 8, 8), ["c"], [2]),
+        ((2, 3, 6, 4), ["b", "b"], [1, 1]),
+        ((2, 3, 8, 8), ["a", "a"], [0, 0]),
+    ]
+    assert score_images([], None, mean) == []
+    with pytest.raises(UsageError, match="2 images need as many"):
+        score_images(files[:2], ["a"], mean)
+
+
+def test_a_spec_from_python(tmp_path):
+    result = score_images(
+        [flat(tmp_path / "a.png", 128)], None, ["jpeg_compressibility", "jpeg_incompressibility"]
+    )
+    buffer = BytesIO()
+    Image.new("RGB", (8, 8), (128,) * 3).save(buffer, "JPEG", quality=95)
+    kilobytes = len(buffer.getvalue()) / 1000
+    assert result[0].values == pytest.approx(
+        {"jpeg_compressibility": -kilobytes / 500, "jpeg_incompressibility": kilobytes / 500}
+    )
+
+
+def exif_png():
+    """4 wide and 2 high, the left half red, with orientation 6."""
+    image = Image.new("RGB", (4, 2), "blue")
+    image.paste("red", (0, 0, 2, 2))
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    buffer = BytesIO()
+    image.save(buffer, "PNG", exif=exif)
+    return buffer.getvalue()
+
+
+def test_exif_turns_the_image(tmp_path):
+    """Orientation 6: the stored left side is shown on top."""
+    (tmp_path / "a.png").write_bytes(exif_png())
+    assert size_of(tmp_path / "a.png") == (4, 2)
+    pixels = decode(tmp_path / "a.png")
+    assert pixels.shape == (3, 4, 2)
+    assert pixels[0, :2].eq(1).all()
+    assert pixels[2, 2:].eq(1).all()
+
+
+def test_exif_behind_the_pixels_of_a_png(tmp_path):
+    """It is found when the pixels are read, too late for the batch."""
+    head, kind, tail = exif_png().partition(b"eXIf")
+    start, length = len(head) - 4, int.from_bytes(head[-4:], "big")
+    chunk, rest = exif_png()[start : start + length + 12], exif_png()[start + length + 12 :]
+    (tmp_path / "late.png").write_bytes(head[:-4] + rest[:-12] + chunk + rest[-12:])
+    assert kind and tail
+    assert size_of(tmp_path / "late.png") == (2, 4)
+    flat(tmp_path / "plain.png", 51, (4, 2))
+    shapes = []
+
+    def top(batch):
+        shapes.append(tuple(batch.images.shape))
+        return Scores.of(batch.images[:, 0, 0].mean(-1))
+
+    results = score_images([tmp_path / "late.png", tmp_path / "plain.png"], "a", top)
+    assert [r.values["top"] for r in results] == pytest.approx([1, 0.2])
+    assert sorted(shapes) == [(1, 3, 2, 4), (1, 3, 4, 2)]
+
+
+def test_alpha_is_composited_on_white(tmp_path):
+    Image.new("RGBA", (1, 1), (255, 0, 0, 128)).save(tmp_path / "half.png")
+    assert (decode(tmp_path / "half.png") * 255).flatten().tolist() == pytest.approx([255, 127, 127])
+    Image.new("LA", (1, 1), (0, 0)).save(tmp_path / "grey.webp", lossless=True)
+    Image.new("P", (1, 1), 0).save(tmp_path / "palette.png", transparency=0)
+    Image.new("RGB", (1, 1), "black").save(tmp_path / "key.png", transparency=(0, 0, 0))
+    for name in ("grey.webp", "palette.png", "key.png"):
+        assert decode(tmp_path / name).eq(1).all(), name
+    Image.new("L", (1, 1), 51).save(tmp_path / "opaque.png")
+    torch.testing.assert_close(decode(tmp_path / "opaque.png"), torch.full((3, 1, 1), 0.2))
+
+
+def test_table(folder, plugin):
+    """Invalid is a word and no number, and has no part in the mean: (0.2 + 0.4) / 2."""
+    flat(folder / "b.png", 51)
+    flat(folder / "sub" / "c.WEBP", 0)
+    Image.new("RGB", (8, 8), (102,) * 3).save(folder / "a.jpg", quality=100)
+    flat(folder / ".hidden" / "d.png", 255)
+    flat(folder / "._b.png", 255)
+    (folder / "notes.md").write_text("no image")
+    result = nft(".", "b.png", "--reward", "mean")
+    assert result.exit_code == 0, result.stderr
+    assert rows(result) == {
+        "image": ["mean"],
+        **{"a.jpg": ["0.4"], "b.png": ["0.2"], "sub/c.WEBP": ["invalid"]},
+        **{"mean": ["0.3"], "of": ["2/3", "images"]},
+    }
+    assert result.stderr == ""
+    order = [
+        line.split()[0] for line in result.stdout.splitlines() if line.split()[:1] and "." in line.split()[0]
+    ]
+    assert order == ["a.jpg", "b.png", "sub/c.WEBP"]
+
+
+def test_weights_are_summed(folder, plugin):
+    flat(folder / "a.png", 51)
+    flat(folder / "b.png", 0)
+    result = nft(".", "--reward", "mean=3", "--reward", "jpeg_compressibility=0", "--json")
+    assert [r["total"] for r in json.loads(result.stdout)] == [pytest.approx(0.6), None]
+    assert rows(nft("a.png", "--reward", "mean=3"))["a.png"] == ["0.2", "0.6"]
+    assert "total" not in nft("a.png", "--reward", "mean").stdout
+
+
+def test_a_reward_that_fails_loses_nothing_else(folder, plugin):
+    flat(folder / "square.png", 51)
+    flat(folder / "wide.png", 102, (8, 4))
+    result = nft(".", "--reward", "mean", "--reward", "fussy")
+    assert result.exit_code == 1
+    assert rows(result)["square.png"] == ["0.2", "0.2"]
+    assert rows(result)["wide.png"] == ["0.4", "failed"]
+    assert "The reward 'fussy' failed: RuntimeError: not square (1 of 2 images" in result.stderr
+    result = nft(".", "--reward", "mean", "--reward", "fussy", "--json")
+    wide = json.loads(result.stdout)[1]
+    assert wide["values"] == {"mean": pytest.approx(0.4), "fussy": None}
+    assert wide["valid"] == {"mean": True, "fussy": False}
+    assert "not square" in wide["errors"]["fussy"]
+
+
+def test_a_file_cut_short_loses_nothing_else(folder, plugin):
+    flat(folder / "whole.png", 51)
+    Image.effect_noise((64, 64), 50).convert("RGB").save(folder / "cut.jpg")
+    data = (folder / "cut.jpg").read_bytes()
+    (folder / "cut.jpg").write_bytes(data[: len(data) // 2])
+    result = nft(".", "--reward", "mean")
+    assert result.exit_code == 1
+    assert rows(result)["whole.png"] == ["0.2"]
+    assert rows(result)["cut.jpg"] == ["failed"]
+    assert "Cannot read cut.jpg" in result.stderr
+
+
+def test_sources_of_prompts(folder):
+    for name in "abc":
+        text(folder / f"{name}.png", "STOP")
+    (folder / "a.txt").write_text('\ufeffa sign "STOP"\n', encoding="utf-8")
+    (folder / "b.json").write_text('{"prompt": "a sign", "text": "STOP"}')
+    (folder / "lines").mkdir()
+    (folder / "lines" / "p.jsonl").write_text('{"image": "../c.png", "prompt": "a sign \\"GO\\"", "seed": 3}\n')
+    arguments = ["--reward", "ocr", "--prompts", "lines/p.jsonl", "--json"]
+    found = json.loads(nft(".", *arguments).stdout)
+    assert [r["prompt"] for r in found] == ['a sign "STOP"', "a sign", 'a sign "GO"']
+    assert [r["metadata"] for r in found] == [{}, {"text": "STOP"}, {"seed": 3}]
+    assert [r["values"]["ocr"] for r in found] == [1, 1, 0]
+    assert [r["details"]["ocr"]["exact"] for r in found] == [1, 1, 0]
+    (found,) = json.loads(nft("c.png", "--reward", "ocr", "--prompt", '"STOP"', "--json").stdout)
+    assert found["values"] == {"ocr": 1}
+
+
+def test_the_preset_brings_options_and_the_sidecar_metadata(folder):
+    image = Image.new("RGB", (32, 32), (128, 128, 128))
+    ImageDraw.Draw(image).ellipse((8, 8, 23, 23), fill=(220, 30, 30))
+    image.save(folder / "shape.png")
+    (folder / "shape.txt").write_text("a red circle")
+    clause = {"class": "circle", "count": 1, "color": "red"}
+    (folder / "shape.json").write_text(json.dumps({"include": [clause]}))
+    result = nft(
+        "shape.png",
+        *("--tiny", "--reward", "geneval", "--reward", "pickscore", "--reward", "clipscore", "--json"),
+    )
+    assert result.exit_code == 0, result.stderr
+    (found,) = json.loads(result.stdout)
+    assert found["values"]["geneval"] == 1
+    assert found["valid"] == {"geneval": True, "pickscore": True, "clipscore": True}
+    assert "Loading" not in result.stderr
+    assert "no/such-model" in nft("shape.png", "--reward", "geneval,checkpoint=no/such-model").stderr
+
+
+def test_no_image_is_scored_against_an_empty_prompt(folder):
+    """Not even where only some have none, and not with rewards that accept every prompt."""
+    flat(folder / "a.png", 51)
+    flat(folder / "b.png", 51)
+    (folder / "a.txt").write_text("a wall")
+    result = nft(".", "--tiny", "--reward", "jpeg_compressibility", "--reward", "pickscore")
+    assert result.exit_code == 2
+    assert result.stdout == ""
+    for part in (
+        "b.png has no prompt",
+        "'pickscore' reads it",
+        "--prompt TEXT",
+        "--prompts FILE.jsonl",
+        "b.txt",
+    ):
+        assert part in result.stderr
+    result = nft(".", "--reward", "jpeg_compressibility", "--json")
+    assert result.exit_code == 0
+    assert [r["prompt"] for r in json.loads(result.stdout)] == ["a wall", None]
+    for read in (list, len, " ".join, lambda prompts: prompts[0], lambda prompts: "x" in prompts):
+
+        def reward(batch, read=read):
+            read(batch.prompts)
+            return Scores.of(batch.images.mean((1, 2, 3)))
+
+        if read is len:
+            assert score_images(["b.png"], None, reward)[0].errors == {}
+        else:
+            with pytest.raises(NoPrompt):
+                score_images(["b.png"], None, reward)
+
+
+def test_images_without_prompts_are_groups_of_their_own(tmp_path):
+    groups = []
+    files = [flat(tmp_path / f"{i}.png", 9) for i in range(2)]
+    score_images(files, None, lambda b: groups.extend(b.groups.tolist()) or Scores.of(b.images.mean((1, 2, 3))))
+    assert groups == [0, 1]
+
+
+def test_a_bar_for_more_than_a_few(folder, plugin, monkeypatch):
+    for i in range(9):
+        flat(folder / f"{i}.png", 51)
+    assert nft(".", "--reward", "mean").stderr == ""
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    assert "images" in nft(".", "--reward", "mean").stderr
+    assert nft("0.png", "--reward", "mean").stderr == ""
+
+
+def huge(width, height):
+    """The head of a PNG of that size and nothing else: 30000 x 30000 would be a bomb of 2.7 GB."""
+
+    def chunk(kind, data):
+        body = kind + data
+        return struct.pack(">I", len(data)) + body + struct.pack(">I", zlib.crc32(body))
+
+    header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
+    return (
+        b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(b"")) + chunk(b"IEND", b"")
+    )
+
+
+BAD = {
+    "unknown reward": (["a.png", "--reward", "jpg"], 2, "Unknown reward 'jpg'"),
+    "unknown option": (["a.png", "--reward", "ocr,upscle=2"], 2, "Did you mean 'upscale'"),
+    "unknown preset": (["a.png", "--preset", "big", "--reward", "mean"], 2, "Unknown preset 'big'"),
+    "no reward": (["a.png"], 2, "Missing option '--reward'"),
+    "no images": (["--reward", "mean"], 2, "Missing argument 'IMAGES...'"),
+    "no such file": (["none.png", "--reward", "mean"], 2, "There is no none.png"),
+    "empty folder": (["empty", "--reward", "mean"], 2, "folder empty holds no image: expected .png"),
+    "another kind": (["a.gif", "--reward", "mean"], 2, "a.gif is no image that can be read: expected .png"),
+    "unreadable": (["text.png", "--reward", "mean"], 2, "Cannot read text.png: it is no PNG, JPEG or WebP"),
+    "disguised": (["gif.png", "--reward", "mean"], 2, "Cannot read gif.png: it is no PNG, JPEG or WebP"),
+    "huge": (["huge.png", "--reward", "mean"], 2, "Cannot read huge.png: Image size (900000000 pixels)"),
+    "large": (["large.png", "--reward", "mean"], 2, "Cannot read large.png: Image size (90000000 pixels)"),
+    "deep": (["deep.png", "--reward", "mean"], 2, "Cannot read deep.png: more than 8 bits a channel"),
+    "two options": (
+        ["a.png", "--reward", "mean", "--prompt", "a", "--prompts", "p.jsonl"],
+        *(2, "give one of them"),
+    ),
+    "empty prompt": (["a.png", "--reward", "mean", "--prompt", " "], 2, "--prompt is empty"),
+    "two prompts": (
+        ["two.png", "--reward", "mean", "--prompt", "a"],
+        *(2, "two.png has more than one prompt: --prompt, two.txt"),
+    ),
+    "line and sidecar": (
+        ["two.png", "--reward", "mean", "--prompts", "p.jsonl"],
+        *(2, "more than one prompt: p.jsonl:1, two.txt"),
+    ),
+    "two lines": (["a.png", "--reward", "mean", "--prompts", "twice.jsonl"], 2, "a.png has a line already"),
+    "no image in a line": (
+        ["a.png", "--reward", "mean", "--prompts", "no.jsonl"],
+        *(2, 'no.jsonl:1: expected {"image"'),
+    ),
+    "no prompt in a line": (
+        ["a.png", "--reward", "mean", "--prompts", "bare.jsonl"],
+        *(2, 'bare.jsonl:1: expected an object with a "prompt"'),
+    ),
+    "empty sidecar": (["empty.png", "--reward", "mean"], 2, "empty.txt is empty"),
+    "odd sidecar": (["odd.png", "--reward", "mean"], 2, "odd.json: expected a JSON object"),
+    "broken sidecar": (["broken.png", "--reward", "mean"], 2, "broken.json is not JSON"),
+    "unscorable prompt": (["a.png", "--reward", "ocr", "--prompt", "a cat"], 2, "a.png: ocr: no words to read"),
+    "bad device": (["a.png", "--reward", "mean", "--device", "abacus"], 2, "Unknown device"),
+    "bad batch": (["a.png", "--reward", "mean", "--batch", "0"], 2, "--batch"),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_input(case, folder, plugin):
+    for name in ("a", "two", "empty", "odd", "broken"):
+        flat(folder / f"{name}.png", 51)
+    (folder / "empty").mkdir()
+    (folder / "text.png").write_text("not an image")
+    Image.new("RGB", (1, 1)).save(folder / "gif.png", "GIF")
+    Image.new("RGB", (1, 1)).save(folder / "a.gif")
+    Image.new("I;16", (1, 1)).save(folder / "deep.png")
+    (folder / "huge.png").write_bytes(huge(30000, 30000))
+    (folder / "large.png").write_bytes(huge(9000, 10000))
+    (folder / "two.txt").write_text("a")
+    (folder / "empty.txt").write_text("\n")
+    (folder / "odd.json").write_text("[]")
+    (folder / "broken.json").write_text("{")
+    (folder / "p.jsonl").write_text('{"image": "two.png", "prompt": "a"}')
+    (folder / "twice.jsonl").write_text(
+        '{"image": "a.png", "prompt": "a"}\n{"image": "./a.png", "prompt": "b"}'
+    )
+    (folder / "no.jsonl").write_text('{"prompt": "a"}')
+    (folder / "bare.jsonl").write_text('{"image": "a.png"}')
+    arguments, code, message = BAD[case]
+    result = nft(*arguments)
+    assert result.exit_code == code, result.output
+    assert message in " ".join(result.stderr.split())
+    assert result.stdout == ""
+
+
+def test_a_real_process(tmp_path):
+    """One image is read and one is cut short: a table, one paragraph, no traceback, nothing else."""
+    text(tmp_path / "sign.png", "STOP")
+    data = (tmp_path / "sign.png").read_bytes()
+    (tmp_path / "cut.png").write_bytes(data[: len(data) // 2])
+    result = subprocess.run(
+        [sys.executable, "-m", "nft_core", "score", ".", "--reward", "ocr", "--prompt", 'a sign "STOP"'],
+        cwd=tmp_path,
+        env=os.environ | {"HF_HUB_OFFLINE": "1"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert result.returncode == 1
+    assert rows(result)["sign.png"] == ["1"]
+    assert rows(result)["cut.png"] == ["failed"]
+    (line,) = result.stderr.splitlines()
+    assert line.startswith("Error: Cannot read cut.png: ")
+
+
+@pytest.mark.parametrize(
+    "arguments", [["score", "--help"], ["rewards", "check", "--help"], ["doctor", "--help"]]
+)
+def test_help_imports_no_torch(arguments):
+    code = f"import sys; from nft_core.cli import main; main({arguments!r}, standalone_mode=False);"
+    code += "assert not {'torch', 'PIL', 'transformers'} & set(sys.modules)"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
