@@ -216,13 +216,11 @@ def compose(
         rewards = [_weighted(parse_reward(name), weight) for name, weight in rewards.items()]
     specs = [r if isinstance(r, RewardSpec) else parse_reward(r) for r in rewards]
     loaded: dict[tuple[str, str], Reward] = {}
-    terms = []
-    for spec in specs:
-        key = (spec.name, repr(sorted(spec.options.items())))
-        if key not in loaded:
-            loaded[key] = host.make_reward(spec.name, spec.options, device, defaults)
-        terms.append(Term(spec.name, spec.weight, loaded[key]))
-    return Composed(merged(terms))
+    return Composed(
+        merged(
+            Term(s.name, s.weight, host.make_reward(s.name, s.options, device, defaults, loaded)) for s in specs
+        )
+    )
 
 
 def _weighted(spec: RewardSpec, weight: float) -> RewardSpec:

@@ -33,6 +33,8 @@ from nft_plugins import (
 from .errors import NftError, UsageError, unknown
 from .specs import parse_reward
 
+#: What factories are given if they take it, and so is no option.
+OFFERED = {"device", "make_reward"}
 #: The distribution whose plug-ins are the built-ins.
 OWN = "nft-hub"
 NAME = re.compile(r"[a-z0-9][a-z0-9_-]*:?")
@@ -90,13 +92,19 @@ class Host:
         options: Mapping[str, Any],
         device: str = "cpu",
         defaults: Mapping[str, Mapping[str, Any]] | None = None,
+        loaded: dict[tuple[str, str], Reward] | None = None,
         inside: tuple[str, ...] = (),
     ) -> Reward:
         """Load a reward. Raises UsageError for the name or an option, NftError where it cannot be loaded.
 
-        defaults: options, by name, of the rewards that this one is made of; inside: names of those that
-        this one is made for.
+        defaults: options, by name, of the rewards that this one is made of.
+        loaded: rewards by name and options; one that is there is not loaded again.
+        inside: names of the rewards that this one is made for.
         """
+        loaded = {} if loaded is None else loaded
+        key = (name, repr(sorted(options.items())))
+        if key in loaded:
+            return loaded[key]
         info = self.reward_info(name)
         missing = [m for m in info.modules if not installed(m)]
         if missing:
@@ -112,12 +120,13 @@ class Host:
                     f"The reward {other.name!r} cannot be made of itself, got {spec!r}: name another."
                 )
             mine = {**(defaults or {}).get(other.name, {}), **other.options}
-            return self.make_reward(other.name, mine, device, defaults, (name, *inside))
+            return self.make_reward(other.name, mine, device, defaults, loaded, (name, *inside))
 
         offered = {"device": device, "make_reward": make_another}
         made = build(f"reward {name!r}", info.factory, (), options, offered)
         if not isinstance(made, Reward):
             raise NftError(f"The factory of the reward {name!r} made a {type(made).__name__}, not a reward.")
+        loaded[key] = made
         return made
 
     def make_solver(self, name: str, options: Mapping[str, Any]) -> Solver:
@@ -328,8 +337,8 @@ def build(
     named = {n: p for n, p in parameters.items() if p.kind in (p.KEYWORD_ONLY, p.POSITIONAL_OR_KEYWORD)}
     given: dict[str, Any] = {}
     for name, value in options.items():
-        if name not in named and not open_ended:
-            raise unknown(f"option of the {what}", name, set(named) - set(offered) - {"device"})
+        if (name not in named and not open_ended) or name in OFFERED - {"device"}:
+            raise unknown(f"option of the {what}", name, set(named) - OFFERED)
         given[name] = convert(what, name, value, annotation(call, name)) if name in named else literal(value)
     given = {name: value for name, value in offered.items() if name in named} | given
     try:

@@ -22,11 +22,12 @@ import torch
 from PIL import Image, ImageOps
 from torch import Tensor
 
-from nft_plugins import Batch, PromptError, Reward
+from nft_plugins import Batch, PromptError, Reward, Scores
 
 from .composer import Composed, Term, checked, compose
 from .errors import NftError, UsageError
 from .prompts import Prompt, read_prompts
+from .rollout import concatenate
 from .specs import RewardSpec
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
@@ -211,8 +212,10 @@ def opened(path: Path) -> Iterator[Image.Image]:
             warnings.simplefilter("ignore")  # such as odd EXIF
             warnings.simplefilter("error", Image.DecompressionBombWarning)
             with Image.open(path, formats=FORMATS) as image:
-                if image.mode.startswith(("I", "F")):
-                    raise ValueError(f"more than 8 bits a channel (mode {image.mode}); convert it to 8")
+                # Pillow opens 48-bit PNGs as RGB and cuts them; what it decodes them by says so.
+                deep = [tile for tile in image.tile if ";16" in str(tile[3])]
+                if image.mode.startswith(("I", "F")) or deep:
+                    raise ValueError("more than 8 bits a channel; convert it to 8")
                 yield image
     except Image.UnidentifiedImageError as error:
         raise UsageError(f"Cannot read {path}: it is no PNG, JPEG or WebP.") from error
@@ -288,6 +291,8 @@ def score(
     """
     check_prompts(items, reward)
     results = [Scored(item) for item in items]
+    groupwise = {t.name: t.reward for t in reward.terms if hasattr(t.reward, "regroup")}
+    kept: dict[str, list[tuple[Sequence[Scored], Sequence[int], Scores]]] = {name: [] for name in groupwise}
     for indices, groups in batches(items, batch):
         # One size, but for what EXIF behind the pixels of a PNG has turned.
         by_shape: dict[torch.Size, list[tuple[Scored, Tensor, int]]] = {}
@@ -300,15 +305,27 @@ def score(
                     result.fail(term.name, str(error))
         for rows in by_shape.values():
             scored, images, group_indices = zip(*rows, strict=True)
-            _score_batch(scored, torch.stack(images).to(device), group_indices, reward)
+            given = _score_batch(scored, torch.stack(images).to(device), group_indices, reward)
+            for name in groupwise.keys() & given.keys():
+                kept[name].append((scored, group_indices, given[name]))
         progress(len(indices))
+    for name, member in groupwise.items():
+        if kept[name]:  # A group's images were spread over batches until here.
+            rows, groups, parts = zip(*kept[name], strict=True)
+            whole = torch.tensor([g for part in groups for g in part])
+            again = checked(name, partial(member.regroup, concatenate(parts), whole), len(whole))
+            _tell([r for part in rows for r in part], name, again)
     return results
 
 
-def _score_batch(results: Sequence[Scored], images: Tensor, groups: Sequence[int], reward: Composed) -> None:
+def _score_batch(
+    results: Sequence[Scored], images: Tensor, groups: Sequence[int], reward: Composed
+) -> dict[str, Scores]:
+    """Tell results their scores; returns those of the rewards that did not fail."""
+    given_scores: dict[str, Scores] = {}
     prompts = [r.item.prompt for r in results if r.item.prompt is not None]
     given = prompts if len(prompts) == len(results) else NoPrompts([r.item.path for r in results])
-    batch = Batch(images, given, [r.item.metadata for r in results], torch.tensor(groups))
+    batch = Batch(images, given, [r.item.metadata for r in results], torch.tensor(groups, device=images.device))
     for name, _, member in reward.terms:
         try:
             scores = checked(name, partial(member, batch), len(batch))
@@ -318,9 +335,15 @@ def _score_batch(results: Sequence[Scored], images: Tensor, groups: Sequence[int
             for result in results:
                 result.fail(name, str(error))
             continue
-        for i, result in enumerate(results):
-            details = {key: float(figure[i]) for key, figure in scores.details.items()}
-            result.set(name, float(scores.values[i]), bool(scores.valid[i]), details)
+        _tell(results, name, scores)
+        given_scores[name] = scores
+    return given_scores
+
+
+def _tell(results: Sequence[Scored], name: str, scores: Scores) -> None:
+    for i, result in enumerate(results):
+        details = {key: float(figure[i]) for key, figure in scores.details.items()}
+        result.set(name, float(scores.values[i]), bool(scores.valid[i]), details)
 
 
 def check_prompts(items: Iterable[Item], reward: Composed) -> None:

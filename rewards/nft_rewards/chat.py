@@ -83,6 +83,11 @@ class ChatServer:
             raise ValueError(f"api_key_env={self.key_env!r}: a key is one line of ASCII")
         return key
 
+    def redacted(self, text: str) -> str:
+        """Without the key, which a server may send back."""
+        key = self.key()
+        return text.replace(key, "***") if key else text
+
     def ask_all(self, questions: Sequence[Callable[[], Awaitable[dict[str, Any]]]]) -> list[Any]:
         """The decoded reply to each question, in order, or the Failed that came of it.
 
@@ -112,7 +117,6 @@ class ChatServer:
                 except TimeoutError:
                     return last[-1] if last else Failed(f"no answer within the deadline of {self.deadline:g} s")
                 except Failed as failure:
-                    failure.example = failure.example.replace(key, "***") if key else failure.example
                     return failure
 
             return await asyncio.gather(*map(one, questions))

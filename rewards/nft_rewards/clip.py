@@ -43,6 +43,8 @@ class Towers:
     count_tokens: how long each text is before it is cut.
     width: of the embeddings, D.
     shortest, crop: pixels of the shortest side, and of the crop from the middle.
+    rounded: whether the crop begins at half the margin rounded to even, as torchvision has it, or rounded
+        down, as transformers has it.
     """
 
     encode_images: Callable[[Tensor], Tensor]
@@ -56,6 +58,7 @@ class Towers:
     dtype: torch.dtype
     shortest: int = 224
     crop: tuple[int, int] = (224, 224)
+    rounded: bool = False
     mean: tuple[float, ...] = CLIP_MEAN
     std: tuple[float, ...] = CLIP_STD
 
@@ -90,14 +93,14 @@ class CLIP:
     def image_features(self, images: Tensor) -> Tensor:
         """`[B, D]` from `images [B, 3, H, W]` uint8 of any size, such as crops of objects."""
         t = self.towers
-        return self.encode(centre_crop(images.to(t.device), t.shortest, t.crop).byte())
+        return self.encode(centre_crop(images.to(t.device), t.shortest, t.crop, t.rounded).byte())
 
     def images(self, batch: Batch) -> Tensor:
         """`[B, D]`, computed once for all rewards on these towers."""
         t = self.towers
         return batch.shared(
-            (CLIP.images, id(self)),
-            lambda: self.encode(shared_crop(batch, t.shortest, t.crop, t.device)),
+            (CLIP.images, self),
+            lambda: self.encode(shared_crop(batch, t.shortest, t.crop, t.device, t.rounded)),
         )
 
     def cosine(
@@ -154,7 +157,7 @@ def transformers_towers(checkpoint: str, processor: str, device: torch.device, d
     from transformers.models.clip import CLIPImageProcessor
 
     try:
-        model = CLIPModel.from_pretrained(checkpoint, dtype=dtype, use_safetensors=True)
+        model = CLIPModel.from_pretrained(checkpoint, dtype=torch.float32, use_safetensors=True)
         tokenizer = AutoTokenizer.from_pretrained(processor)
         config = CLIPImageProcessor.from_pretrained(processor)
     except (OSError, ValueError) as error:
@@ -163,7 +166,9 @@ def transformers_towers(checkpoint: str, processor: str, device: torch.device, d
             f"Face hub, with its processor from {processor!r}: {' '.join(str(error).split())[:300]} "
             "checkpoint=PATH takes a local folder, which works offline."
         ) from error
-    model = model.to(device).eval().requires_grad_(False)
+    # Before it is cast: in bfloat16 a scale of 100 would be 98.9.
+    logit_scale = float(model.logit_scale.detach().exp())
+    model = model.to(device=device, dtype=dtype).eval().requires_grad_(False)
     length = int(model.config.text_config.max_position_embeddings)
 
     def tokenize(texts: list[str]) -> Tensor:
@@ -178,7 +183,7 @@ def transformers_towers(checkpoint: str, processor: str, device: torch.device, d
         count_tokens=lambda texts: [len(ids) for ids in tokenizer(texts, verbose=False).input_ids],
         length=length,
         width=int(model.config.projection_dim),
-        logit_scale=float(model.logit_scale.float().exp()),
+        logit_scale=logit_scale,
         device=device,
         dtype=dtype,
         shortest=int(config.size["shortest_edge"]),

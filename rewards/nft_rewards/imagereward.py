@@ -92,7 +92,7 @@ class BLIPEngine:
     @torch.no_grad()
     def score(self, batch: Batch) -> Tensor:
         size = self.model.image_size
-        crop = shared_crop(batch, size, (size, size), self.device)
+        crop = shared_crop(batch, size, (size, size), self.device, rounded=True)
         ids, mask = self.tokens(batch.prompts).to(self.device).unbind(1)
 
         def pairs(i: Tensor) -> Tensor:

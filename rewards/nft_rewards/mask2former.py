@@ -108,7 +108,7 @@ class Mask2Former:
         with torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32):
             out = self.model(pixel_values=x)
         return [
-            objects(c, m, input_size, (height, width)) if c.isfinite().all() else None
+            objects(c, m, input_size, (height, width)) if c.isfinite().all() and m.isfinite().all() else None
             for c, m in zip(out.class_queries_logits, out.masks_queries_logits, strict=True)
         ]
 

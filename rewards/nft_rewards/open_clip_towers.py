@@ -33,6 +33,15 @@ def from_file(name: str, path: Path, device: torch.device, dtype: torch.dtype) -
 
 def towers_of(model: Any, tokenizer: Any, device: torch.device, dtype: torch.dtype) -> Towers:
     """A loaded open_clip model as towers. Its tokenizer cuts texts, and lower-cases them where it should."""
+    resized = getattr(model.visual, "preprocess_cfg", {})
+    mode, interpolation = resized.get("resize_mode", "shortest"), resized.get("interpolation", "bicubic")
+    if (mode, interpolation) != ("shortest", "bicubic"):
+        raise ValueError(
+            f"this open_clip model resizes by {mode} and {interpolation}, and only by the shortest side and "
+            "bicubic can be done here"
+        )
+    # Before it is cast: in bfloat16 a scale of 100 would be 98.9.
+    logit_scale = float(model.logit_scale.detach().float().exp())
     model = model.to(device=device, dtype=dtype).eval().requires_grad_(False)
     crop = model.visual.image_size
     crop = (crop, crop) if isinstance(crop, int) else tuple(crop)
@@ -52,11 +61,12 @@ def towers_of(model: Any, tokenizer: Any, device: torch.device, dtype: torch.dty
         count_tokens=count_tokens,
         length=model.context_length,
         width=int(model.visual.output_dim),
-        logit_scale=float(model.logit_scale.float().exp()),
+        logit_scale=logit_scale,
         device=device,
         dtype=dtype,
         shortest=min(crop),
         crop=crop,
+        rounded=True,
         mean=tuple(model.visual.image_mean),
         std=tuple(model.visual.image_std),
     )

@@ -16,6 +16,8 @@ from torch import Tensor
 
 from nft_plugins import Batch
 
+from .chunks import in_chunks
+
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 
@@ -75,13 +77,19 @@ def quantised(x: Tensor) -> Tensor:
     return (x + 0.5).floor().clamp(0, 255)
 
 
-def centre_crop(images: Tensor, shortest: int, crop: tuple[int, int]) -> Tensor:
-    """`[B, 3, *crop]`: the shortest side resized to `shortest`, then the middle, as CLIP's processors do."""
+def centre_crop(images: Tensor, shortest: int, crop: tuple[int, int], rounded: bool = False) -> Tensor:
+    """`[B, 3, *crop]`: the shortest side resized to `shortest`, then the middle, as CLIP's processors do.
+
+    rounded: an odd margin is halved to the even number (torchvision), or else down (transformers).
+    """
     height, width = images.shape[-2:]
     short = min(height, width)
     size = (int(shortest * height / short), int(shortest * width / short))
-    top, left = ((have - want) // 2 for have, want in zip(size, crop, strict=True))
-    return resize(images, *size, window=(top, left, top + crop[0], left + crop[1]))
+    margins = [have - want for have, want in zip(size, crop, strict=True)]
+    top, left = (round(m / 2) if rounded else m // 2 for m in margins)
+    window = (top, left, top + crop[0], left + crop[1])
+    # A few at once: float64 takes eight times the bytes that came.
+    return in_chunks(lambda x: resize(x, *size, window=window), images, chunk=8)
 
 
 def normalised(
@@ -92,9 +100,11 @@ def normalised(
     return (images / 255 - m) / s
 
 
-def shared_crop(batch: Batch, shortest: int, crop: tuple[int, int], device: torch.device) -> Tensor:
+def shared_crop(
+    batch: Batch, shortest: int, crop: tuple[int, int], device: torch.device, rounded: bool = False
+) -> Tensor:
     """`centre_crop` of a batch on a device, as bytes, computed once for all rewards that want it."""
     return batch.shared(
-        (shared_crop, shortest, crop, device),
-        lambda: centre_crop(batch.uint8.to(device), shortest, crop).byte(),
+        (shared_crop, shortest, crop, device, rounded),
+        lambda: centre_crop(batch.uint8.to(device), shortest, crop, rounded).byte(),
     )

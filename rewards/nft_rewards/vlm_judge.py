@@ -122,7 +122,7 @@ class VLMJudge:
         asked = [i for i, ok in enumerate(whole) if ok]
         replies = self.server.ask_all([partial(self.body, batch.prompts[i], images[i]) for i in asked])
         if replies and all(isinstance(r, (Unreachable, Refused)) for r in replies):
-            raise ConnectionError(self.remedy(replies[0]))
+            raise ConnectionError(self.server.redacted(self.remedy(replies[0])))
         answers: list[Answer | Failed] = [Failed("pixels that are not finite")] * len(batch)
         for i, reply in zip(asked, replies, strict=True):
             answers[i] = self.answer(reply)
@@ -162,7 +162,7 @@ class VLMJudge:
             "vlm_judge: %d of %d images could not be scored and are marked invalid: %s",
             len(failures),
             len(answers),
-            "; ".join(causes),
+            self.server.redacted("; ".join(causes)),
         )
 
     def remedy(self, failure: Failed) -> str:

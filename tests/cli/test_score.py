@@ -337,6 +337,11 @@ BAD = {
     "huge": (["huge.png", "--reward", "mean"], 2, "Cannot read huge.png: Image size (900000000 pixels)"),
     "large": (["large.png", "--reward", "mean"], 2, "Cannot read large.png: Image size (90000000 pixels)"),
     "deep": (["deep.png", "--reward", "mean"], 2, "Cannot read deep.png: more than 8 bits a channel"),
+    "deep colours": (
+        ["deep-colours.png", "--reward", "mean"],
+        2,
+        "Cannot read deep-colours.png: more than 8 bits a channel",
+    ),
     "two options": (
         ["a.png", "--reward", "mean", "--prompt", "a", "--prompts", "p.jsonl"],
         *(2, "give one of them"),
@@ -377,6 +382,7 @@ def test_bad_input(case, folder, plugin):
     Image.new("RGB", (1, 1)).save(folder / "gif.png", "GIF")
     Image.new("RGB", (1, 1)).save(folder / "a.gif")
     Image.new("I;16", (1, 1)).save(folder / "deep.png")
+    (folder / "deep-colours.png").write_bytes(png_of_48_bits())
     (folder / "huge.png").write_bytes(huge(30000, 30000))
     (folder / "large.png").write_bytes(huge(9000, 10000))
     (folder / "two.txt").write_text("a")
@@ -424,3 +430,29 @@ def test_help_imports_no_torch(arguments):
     code += "assert not {'torch', 'PIL', 'transformers'} & set(sys.modules)"
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
+
+
+def png_of_48_bits():
+    """One pixel; Pillow writes none of these, and reads them as if they had 24."""
+
+    def chunk(kind, data):
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+    header = struct.pack(">IIBBBBB", 1, 1, 16, 2, 0, 0, 0)
+    pixel = zlib.compress(b"\0" + struct.pack(">HHH", 1, 2, 3))
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", pixel) + chunk(b"IEND", b"")
+
+
+@pytest.mark.parametrize("batch", [1, 2, 3, 16])
+def test_ranks_are_of_whole_groups_whatever_the_batch(plugin, folder, batch):
+    for i, level in enumerate((10, 40, 30, 20)):
+        flat(folder / f"{i}.png", level, (8, 8) if i % 2 else (8, 9))
+    flat(folder / "alone.png", 50)
+    (folder / "alone.txt").write_text("another prompt")
+    for i in range(4):
+        (folder / f"{i}.txt").write_text("one prompt")
+    result = nft(".", "--reward", "rank,of=mean", "--batch", batch, "--json")
+    assert result.exit_code == 0, result.stderr
+    found = json.loads(result.stdout)
+    ranks = {r["path"]: r["values"]["rank"] for r in found}
+    assert ranks == pytest.approx({"0.png": 0, "1.png": 1, "2.png": 2 / 3, "3.png": 1 / 3, "alone.png": 0.5})

@@ -1,5 +1,7 @@
 """Small checkpoints in the published formats, with random weights, and pictures of many kinds."""
 
+import math
+
 import numpy as np
 import pytest
 import torch
@@ -23,7 +25,7 @@ def make_clip(tmp_path_factory):
         model = CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=width))
         for p in model.parameters():
             torch.nn.init.normal_(p, std=0.2)
-        torch.nn.init.constant_(model.logit_scale, 2.5)
+        torch.nn.init.constant_(model.logit_scale, math.log(100))
         model.save_pretrained(folder)
         images = CLIPImageProcessor(size={"shortest_edge": 48}, crop_size={"height": 48, "width": 48})
         CLIPProcessor(images, tokenizer).save_pretrained(folder)

@@ -269,13 +269,14 @@ def test_half_precision_is_near(checkpoint):
         assert a[0].score != b[0].score  # it was half
 
 
-def test_an_image_that_the_network_fails_on(checkpoint, monkeypatch):
+@pytest.mark.parametrize("output", ["class_queries_logits", "masks_queries_logits"])
+def test_an_image_that_the_network_fails_on(checkpoint, monkeypatch, output):
     detector = Mask2Former(checkpoint, size=SIZE)
     forward = detector.model.forward
 
     def overflow(pixel_values):
         out = forward(pixel_values=pixel_values)
-        out.class_queries_logits[1] = torch.nan
+        out[output][1] = torch.nan
         return out
 
     monkeypatch.setattr(detector.model, "forward", overflow)

@@ -25,6 +25,7 @@ from nft_plugins import Batch
 from nft_rewards import hpsv2
 from nft_rewards.clipscore import CLIPScore
 from nft_rewards.hpsv2 import HPSv2
+from nft_rewards.open_clip_towers import towers_of
 
 CONFIG = {
     "embed_dim": 16,
@@ -139,6 +140,20 @@ def test_clipscore_on_open_clips_towers(small):
     name = f"open_clip:small/{folder / 'HPS_v2.1_compressed.pt'}"
     batch = batch_of(48, 48)
     torch.testing.assert_close(CLIPScore(name)(batch).values, expected(model, batch), rtol=1e-4, atol=1e-5)
+    # Where half of the margin is no whole number, the crop is torchvision's.
+    wide = batch_of(48, 51)
+    cropped = Batch(F.center_crop(wide.images, [48, 48]), wide.prompts, wide.metadata, wide.groups)
+    torch.testing.assert_close(CLIPScore(name)(wide).values, CLIPScore(name)(cropped).values)
+
+
+def test_a_model_that_resizes_otherwise_is_refused(small):
+    folder, _ = small
+    config = CONFIG | {"vision_cfg": CONFIG["vision_cfg"] | {"image_size": 32}}
+    (folder / "squashed.json").write_text(json.dumps(config))
+    open_clip.add_model_config(folder)
+    model = open_clip.create_model("squashed", force_preprocess_cfg={"resize_mode": "squash"})
+    with pytest.raises(ValueError, match="resizes by squash"):
+        towers_of(model, open_clip.get_tokenizer("squashed"), torch.device("cpu"), torch.float32)
 
 
 @pytest.mark.parametrize("name", ["open_clip:small", "open_clip:no-such/x", "open_clip:ViT-B-32/no-such"])

@@ -1,0 +1,40 @@
+"""The resize against PIL's own, and where a crop begins."""
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from nft_rewards.pixels import centre_crop, resize
+
+SIZES = [
+    ((512, 512), (224, 224)),
+    ((300, 777), (224, 580)),
+    ((20, 33), (224, 369)),
+    ((1, 5), (7, 40)),
+    ((224, 224), (224, 224)),
+    ((224, 90), (224, 30)),
+]
+
+
+@pytest.mark.parametrize("kind", ["bicubic", "bilinear"])
+@pytest.mark.parametrize(("size", "new"), SIZES)
+def test_is_pils_bit_for_bit(size, new, kind):
+    rng = np.random.default_rng(0)
+    y, x = np.mgrid[: size[0], : size[1]]
+    ramp = np.stack([(3 * x + y) % 256, 255 * x // size[1], 255 * y // size[0]], -1)
+    for image in (rng.integers(0, 256, (*size, 3)), ramp):
+        image = image.astype(np.uint8)
+        theirs = Image.fromarray(image).resize(new[::-1], getattr(Image.Resampling, kind.upper()))
+        ours = resize(torch.from_numpy(image).permute(2, 0, 1)[None], *new, kind)
+        assert (ours[0].permute(1, 2, 0).numpy() == np.asarray(theirs)).all()
+
+
+@pytest.mark.parametrize(
+    ("width", "rounded", "begins"),
+    # A margin of 3: half of it is 1.5. transformers cuts that to 1, torchvision rounds it to the even 2.
+    [(11, False, 1), (11, True, 2), (9, False, 0), (9, True, 0), (10, False, 1), (10, True, 1)],
+)
+def test_where_a_crop_begins(width, rounded, begins):
+    image = torch.arange(width).expand(1, 3, 8, width)
+    assert centre_crop(image, 8, (8, 8), rounded)[0, 0, 0].tolist() == list(range(begins, begins + 8))
