@@ -8,7 +8,7 @@ from typing import Literal
 
 from .errors import UsageError, unknown
 
-LrSchedule = Literal["constant", "cosine"]
+LrSchedule = Literal["constant", "cosine", "inverse_sqrt"]
 
 #: Named schedules: step -> d. The published code calls them `decay_type` 0, 1 and 2.
 OLD_DECAY: dict[str, Callable[[int], float]] = {
@@ -37,9 +37,17 @@ def warmup(steps: int, step: int) -> float:
     return min((step + 1) / steps, 1.0) if steps > 0 else 1.0
 
 
-def lr_decay(schedule: LrSchedule, share: float) -> float:
-    """The learning rate's factor when `share` in [0, 1) of the run's epochs is over.
+def lr_decay(schedule: LrSchedule, share: float, warmup: int, step: int) -> float:
+    """The learning rate's factor at gradient step `step` (from 0), when `share` in [0, 1) of the run's epochs
+    is over.
 
     `constant`: 1 (the published runs'). `cosine`: `(1 + cos(pi share)) / 2`, from 1 down to 0.
+    `inverse_sqrt`: `sqrt(warmup / (step + 1))` after the warm-up, whatever the run's length.
     """
-    return (1 + cos(pi * share)) / 2 if schedule == "cosine" else 1.0
+    match schedule:
+        case "cosine":
+            return (1 + cos(pi * share)) / 2
+        case "inverse_sqrt":
+            return min(1.0, max(warmup, 1) / (step + 1)) ** 0.5
+        case _:
+            return 1.0

@@ -69,7 +69,9 @@ class Settings(BaseModel):
     updates_per_epoch: Count = Field(2, description="gradient steps an epoch")
     microbatch: Count = Field(8, description="images a forward pass of training, a process")
     lr: Positive = Field(3e-4, description="AdamW's learning rate")
-    lr_schedule: LrSchedule = Field("constant", description="constant, or cosine: to 0 over the run")
+    lr_schedule: LrSchedule = Field(
+        "constant", description="constant; cosine: to 0 over the run; inverse_sqrt of the step, after warmup"
+    )
     warmup: Annotated[int, Field(ge=0)] = Field(0, description="gradient steps to reach lr, linearly")
     adam_beta1: Annotated[float, Field(ge=0, lt=1)] = Field(0.9, description="AdamW")
     adam_beta2: Annotated[float, Field(ge=0, lt=1)] = Field(0.999, description="AdamW")

@@ -190,7 +190,8 @@ def take_step(run: Training, figures: Figures) -> None:
             f"The gradient's norm at step {run.step + 1} is {float(norm)}, so training would be lost. "
             "Lower lr, raise kl_weight, or use --set precision=fp32."
         )
-    lr = s.lr * warmup(s.warmup, run.step) * lr_decay(s.lr_schedule, run.epoch / s.epochs)
+    decay = lr_decay(s.lr_schedule, run.epoch / s.epochs, s.warmup, run.step)
+    lr = s.lr * warmup(s.warmup, run.step) * decay
     for group in run.optimizer.param_groups:
         group["lr"] = lr
     run.optimizer.step()

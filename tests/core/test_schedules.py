@@ -87,4 +87,12 @@ def test_generators_differ_by_every_part_of_the_key():
     ],
 )
 def test_lr_decay(schedule, share, expected):
-    assert lr_decay(schedule, share) == pytest.approx(expected, abs=1e-12)
+    assert lr_decay(schedule, share, warmup=20, step=1000) == pytest.approx(expected, abs=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("warmup", "step", "expected"),
+    [(20, 0, 1), (20, 19, 1), (20, 79, 0.5), (20, 179, 1 / 3), (0, 0, 1), (0, 3, 0.5)],
+)
+def test_inverse_sqrt(warmup, step, expected):
+    assert lr_decay("inverse_sqrt", 0.9, warmup, step) == pytest.approx(expected, abs=1e-12)
