@@ -60,6 +60,14 @@ def scene_captions() -> Iterator[Caption]:
             yield caption("color_attr", f"a {c} {a} and a {d} {b}", first | {"color": c}, second | {"color": d})
 
 
+def more_captions() -> Iterator[Caption]:
+    """For reinforcement learning alone: pairs in other words, since few captions of two objects are left."""
+    for a, b in itertools.permutations(SHAPES, 2):
+        for start in ("one", "a photo of one"):
+            prompt, include = f"{start} {a} and one {b}", [{"class": a, "count": 1}, {"class": b, "count": 1}]
+            yield {"tag": "two_object", "prompt": prompt, "include": include}
+
+
 def word_caption(word: str) -> Caption:
     return {"tag": "text", "prompt": f'the word "{word.upper()}"', "text": word.upper()}
 
@@ -78,15 +86,15 @@ SIZES = {
         "single_object": 4,
         "two_object": 12,
         "counting": 12,
-        "colors": 16,
-        "position": 40,
-        "color_attr": 40,
+        "colors": 36,
+        "position": 84,
+        "color_attr": 200,
     },
 }
 
 
-#: How often these captions stand in `train`: there are few of them, and they are hard.
-REPEATED = {"two_object": 2, "counting": 2}
+#: How often these captions stand in `train`: there are few of them, or they are hard.
+REPEATED = {"single_object": 3, "two_object": 4, "counting": 10}
 
 
 def sets() -> dict[str, list[Caption]]:
@@ -98,6 +106,7 @@ def sets() -> dict[str, list[Caption]]:
         for name, sizes in SIZES.items():
             result[name] += captions[: sizes[tag]] * (REPEATED.get(tag, 1) if name == "train" else 1)
             captions = captions[sizes[tag] :]
+    result["train"] += list(more_captions()) * REPEATED["two_object"]
     known, held_out = known_and_held_out_words()
     result["eval"] += map(word_caption, held_out[:24])
     result["select"] += map(word_caption, held_out[24:])

@@ -25,6 +25,8 @@ def start(*arguments, **environment):
         stderr=subprocess.PIPE,
         text=True,
         start_new_session=True,  # a group of its own, which Ctrl-C can be sent to
+        # Where the tests run in a shell's background, Ctrl-C is ignored, and children inherit that.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
     )
 
 

@@ -5,12 +5,10 @@ from collections import Counter
 from pathlib import Path
 
 import numpy as np
-import pytest
 import torch
 
 from nft_tiny import captions, plugin
-from nft_tiny.detector import ShapeDetector, detect_shapes
-from nft_tiny.scenes import BACKGROUND, COLORS, SHAPES, Shape, draw, draw_word, render
+from nft_tiny.scenes import draw_word, render
 
 DATA = plugin.DATA
 
@@ -21,30 +19,6 @@ def test_renders_are_reproducible():
         assert one.shape == (32, 32, 3)
         assert (one == two).all()
         assert (one != other).any()
-
-
-@pytest.mark.parametrize("kind", SHAPES)
-@pytest.mark.parametrize("color", COLORS)
-def test_detector_knows_every_shape(kind, color):
-    for radius in (4.2, 5.0, 6.3, 8.8):
-        (found,) = detect_shapes(draw([Shape(kind, color, 15.3, 16.8, radius)]))
-        assert (found.label, found.color) == (kind, color)
-        assert found.box == pytest.approx((15.3 - radius, 16.8 - radius, 15.3 + radius, 16.8 + radius), abs=1.1)
-
-
-def test_detector_is_not_fooled():
-    rng = np.random.default_rng(0)
-    blank = np.full((32, 32, 3), BACKGROUND, np.uint8)
-    noise = rng.integers(0, 256, (32, 32, 3), dtype=np.uint8)
-    circle = draw([Shape("circle", "red", 16, 16, 8)])
-    half = circle.copy()
-    half[:, 16:] = BACKGROUND
-    two_tone = circle.copy()
-    two_tone[16:][circle[16:, :, 0] > 150] = COLORS["blue"]
-    grey = circle.copy()
-    grey[circle[..., 0] > 150] = (128, 128, 128)
-    images = torch.from_numpy(np.stack([blank, noise, half, two_tone, grey]))
-    assert ShapeDetector().detect(images) == [[], [], [], [], []]
 
 
 def test_prompt_files_are_what_the_script_writes(tmp_path):
