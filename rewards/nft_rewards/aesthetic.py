@@ -11,8 +11,9 @@ from torch import nn
 
 from nft_plugins import Batch, Scores
 
-from .clip import Precision, finite, load_clip
+from .clip import Precision, load_clip
 from .files import find_file, load_exactly, read_tensors
+from .pixels import finite
 
 CHECKPOINT = "camenduru/improved-aesthetic-predictor"
 FILE = "sac+logos+ava1-l14-linearMSE.pth"

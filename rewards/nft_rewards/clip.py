@@ -19,7 +19,7 @@ from torch.nn.functional import normalize
 from nft_plugins import Batch
 
 from .chunks import in_chunks
-from .pixels import CLIP_MEAN, CLIP_STD, centre_crop, normalised, shared_crop
+from .pixels import CLIP_MEAN, CLIP_STD, centre_crop, finite, normalised, shared_crop
 from .texts import Texts
 
 Precision = Literal["auto", "fp32", "bf16", "fp16"]
@@ -114,11 +114,6 @@ class CLIP:
             return torch.zeros(0)
         cosine = ((images or (lambda: self.images(batch)))() * self.prompts(prompts)).sum(-1)
         return cosine.where(finite(batch).to(cosine.device), torch.nan)
-
-
-def finite(batch: Batch) -> Tensor:
-    """`[B]` bool: images without NaN or infinity, which bytes would hide."""
-    return batch.shared(finite, lambda: batch.images.isfinite().flatten(1).all(1))
 
 
 def features(embedding: Tensor) -> Tensor:

@@ -18,7 +18,8 @@ from torch import Tensor
 
 from nft_plugins import Batch, PromptError, Scores
 
-from .clip import Precision, finite
+from .clip import Precision
+from .pixels import finite
 
 DETECTOR = "nft_rewards.photographs:PhotoDetector"
 THRESHOLD = 0.3

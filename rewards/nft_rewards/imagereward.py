@@ -15,8 +15,8 @@ from nft_plugins import Batch, Scores
 
 from .blip import MED_CONFIG, load_blip, locate
 from .chunks import in_chunks
-from .clip import Precision, dtype_of, finite
-from .pixels import normalised, shared_crop
+from .clip import Precision, dtype_of
+from .pixels import finite, normalised, shared_crop
 from .texts import Texts
 
 CHECKPOINT = "THUDM/ImageReward"

@@ -14,6 +14,8 @@ from PIL.Image import Image
 
 from nft_plugins import Batch, Scores
 
+from .pixels import finite
+
 Variant = Literal["nft", "ddpo"]
 SCALE = {"nft": 1 / 500, "ddpo": 1.0}
 
@@ -33,6 +35,7 @@ class JPEGCompressibility:
 
     def __call__(self, batch: Batch) -> Scores:
         size = torch.tensor([kilobytes(image) for image in batch.pil], dtype=torch.float32)
+        size = size.where(finite(batch).cpu(), torch.nan)
         return Scores.of(self.sign * SCALE[self.variant] * size, kilobytes=size)
 
 

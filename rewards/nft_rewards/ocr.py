@@ -22,6 +22,8 @@ from PIL import Image
 
 from nft_plugins import Batch, PromptError, Scores
 
+from .pixels import finite
+
 #: Straight, typographic and low-high double quotes, and guillemets.
 QUOTED = re.compile('["“”„‟«](.*?)["“”‟»]')
 APOSTROPHES = str.maketrans("‘’‚‛`´", "''''''")
@@ -116,14 +118,14 @@ class OCR:
         texts = list(self.pool.map(self.read, batch.uint8.permute(0, 2, 3, 1).cpu().numpy()))
         rows = [
             Match(np.nan, np.nan, np.nan)
-            if text is None
+            if text is None or not whole
             else match(
                 folded(text, self.normalise),
                 target,
                 contains=self.variant == "nft",
                 spam_penalty=self.spam_penalty,
             )
-            for text, target in zip(texts, targets, strict=True)
+            for text, target, whole in zip(texts, targets, finite(batch).tolist(), strict=True)
         ]
         values, distance, exact = torch.tensor(rows, dtype=torch.float32).view(-1, 3).T
         return Scores(values, values.isfinite(), {"exact": exact, "distance": distance})

@@ -108,3 +108,8 @@ def shared_crop(
         (shared_crop, shortest, crop, device, rounded),
         lambda: centre_crop(batch.uint8.to(device), shortest, crop, rounded).byte(),
     )
+
+
+def finite(batch: Batch) -> Tensor:
+    """`[B]` bool: images without NaN or infinity, which bytes would hide."""
+    return batch.shared(finite, lambda: batch.images.isfinite().flatten(1).all(1))

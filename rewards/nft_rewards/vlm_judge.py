@@ -26,7 +26,7 @@ from PIL import Image
 from nft_plugins import Batch, Scores
 
 from .chat import ChatServer, Failed, Refused, Unreachable
-from .clip import finite
+from .pixels import finite
 
 log = logging.getLogger(__name__)
 

@@ -27,3 +27,10 @@ def test_exact_file_size(batch):
     torch.testing.assert_close(JPEGCompressibility("ddpo")(batch).values, -size)
     torch.testing.assert_close(JPEGIncompressibility()(batch).values, size / 500)
     torch.testing.assert_close(JPEGIncompressibility("ddpo")(batch).values, size)
+
+
+def test_an_image_with_nan_is_invalid():
+    images = torch.rand(2, 3, 16, 16)
+    images[1, 0, 0, 0] = torch.nan
+    scores = JPEGCompressibility()(Batch(images, ["", ""], [{}, {}], torch.arange(2)))
+    assert scores.valid.tolist() == [True, False]

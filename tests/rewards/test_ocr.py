@@ -124,3 +124,9 @@ def test_folding():
 def test_bad_options():
     with pytest.raises(ValueError, match="upscale"):
         OCR(upscale=0)
+
+
+def test_an_image_with_nan_is_invalid(ocr):
+    batch = batch_of([picture("HELLO")] * 2, ['"HELLO"'] * 2)
+    batch.images[1, 0, 0, 0] = torch.nan
+    assert ocr(batch).valid.tolist() == [True, False]
