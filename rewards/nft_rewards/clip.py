@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal
 from weakref import WeakValueDictionary
 
@@ -19,6 +20,7 @@ from torch.nn.functional import normalize
 from nft_plugins import Batch
 
 from .chunks import in_chunks
+from .files import load_pretrained
 from .pixels import CLIP_MEAN, CLIP_STD, centre_crop, finite, normalised, shared_crop
 from .texts import Texts
 
@@ -72,13 +74,12 @@ class CLIP:
     def __init__(self, name: str, towers: Towers) -> None:
         self.towers = towers
         self.logit_scale = towers.logit_scale
-        self.prompts = Texts(name, self.encode_texts, towers.length, towers.count_tokens)
+        # Of the towers and not of itself: in a cycle it would outlive the last reward that holds it.
+        self.prompts = Texts(name, partial(text_features, towers), towers.length, towers.count_tokens)
 
-    @torch.no_grad()
     def encode_texts(self, texts: list[str]) -> Tensor:
         """`[B, D]`, not remembered."""
-        t = self.towers
-        return in_chunks(lambda x: features(t.encode_texts(x)), t.tokenize(texts))
+        return text_features(self.towers, texts)
 
     @torch.no_grad()
     def encode(self, crop: Tensor) -> Tensor:
@@ -116,6 +117,12 @@ class CLIP:
         return cosine.where(finite(batch).to(cosine.device), torch.nan)
 
 
+@torch.no_grad()
+def text_features(towers: Towers, texts: list[str]) -> Tensor:
+    """`[B, D]` of B texts."""
+    return in_chunks(lambda x: features(towers.encode_texts(x)), towers.tokenize(texts))
+
+
 def features(embedding: Tensor) -> Tensor:
     """The projected embedding, normalised in float32."""
     return normalize(embedding.float(), dim=-1)
@@ -151,15 +158,15 @@ def transformers_towers(checkpoint: str, processor: str, device: torch.device, d
     from transformers import AutoTokenizer, CLIPModel
     from transformers.models.clip import CLIPImageProcessor
 
+    model = load_pretrained(CLIPModel, checkpoint, lambda name: name.endswith("position_ids"))
     try:
-        model = CLIPModel.from_pretrained(checkpoint, dtype=torch.float32, use_safetensors=True)
         tokenizer = AutoTokenizer.from_pretrained(processor)
         config = CLIPImageProcessor.from_pretrained(processor)
     except (OSError, ValueError) as error:
         raise OSError(
-            f"Looked for a CLIP checkpoint in safetensors in a folder {checkpoint!r} and on the Hugging "
-            f"Face hub, with its processor from {processor!r}: {' '.join(str(error).split())[:300]} "
-            "checkpoint=PATH takes a local folder, which works offline."
+            f"Looked for a CLIP's tokenizer and image processor in a folder {processor!r} and on the Hugging "
+            f"Face hub: {' '.join(str(error).split())[:300]} checkpoint=PATH takes a local folder that holds "
+            "them too, which works offline."
         ) from error
     # Before it is cast: in bfloat16 a scale of 100 would be 98.9.
     logit_scale = float(model.logit_scale.detach().exp())

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor, nn
 
 
@@ -83,3 +84,36 @@ def load_exactly(
             f"{path} does not hold the {len(mine)} weights of {type(module).__name__}: {'; '.join(said)}."
         )
     module.load_state_dict({key: tensors[n] for n, (key, _) in mine.items()}, assign=True)
+
+
+def load_pretrained(cls: Any, checkpoint: str, known: Callable[[str], bool] = lambda name: True) -> Any:
+    """A transformers model in float32, in safetensors, from a local folder or the hub.
+
+    known: which tensors the file may hold that the model has no place for.
+    Raises OSError where there is none, and where it lacks a weight or holds one that is not known.
+    """
+    try:
+        model, info = cls.from_pretrained(
+            checkpoint,
+            dtype=torch.float32,
+            use_safetensors=True,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,
+        )
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        raise OSError(
+            f"Looked for a {cls.__name__} in safetensors in a folder {checkpoint!r} and on the Hugging Face "
+            f"hub: {' '.join(str(error).split())[:300]} checkpoint=PATH takes a local folder, which works "
+            "offline."
+        ) from error
+    # transformers would put random numbers in the place of what is wrong, and warn.
+    parameters = {name for name, _ in model.named_parameters()}
+    wrong = {
+        "missing": sorted(set(info["missing_keys"]) & parameters),
+        "unexpected": sorted(name for name in info["unexpected_keys"] if not known(name)),
+        "of another shape": sorted(str(name) for name, *_ in info["mismatched_keys"]),
+    }
+    said = [f"{len(names)} {what}, such as {names[0]!r}" for what, names in wrong.items() if names]
+    if said:
+        raise OSError(f"{checkpoint!r} is no whole {cls.__name__}; tensors {'; '.join(said)}.")
+    return model

@@ -21,6 +21,7 @@ from torch.nn.functional import interpolate
 
 from .chunks import pieces
 from .clip import Precision, dtype_of
+from .files import load_pretrained
 from .pixels import normalised, resize
 
 CHECKPOINT = "facebook/mask2former-swin-small-coco-instance"
@@ -116,23 +117,8 @@ class Mask2Former:
 def load(checkpoint: str) -> torch.nn.Module:
     from transformers import Mask2FormerForUniversalSegmentation
 
-    try:
-        model, info = Mask2FormerForUniversalSegmentation.from_pretrained(
-            checkpoint, dtype=torch.float32, use_safetensors=True, output_loading_info=True
-        )
-    except (OSError, ValueError) as error:
-        raise OSError(
-            f"Looked for a Mask2Former checkpoint in safetensors in a folder {checkpoint!r} and on the Hugging "
-            f"Face hub: {' '.join(str(error).split())[:300]} checkpoint=PATH takes a local folder, which "
-            "works offline."
-        ) from error
+    model: torch.nn.Module = load_pretrained(Mask2FormerForUniversalSegmentation, checkpoint)
     check_classes(checkpoint, model.config.id2label)
-    missing = sorted(set(info["missing_keys"]) & {name for name, _ in model.named_parameters()})
-    if missing:
-        raise OSError(
-            f"{checkpoint!r} is no whole Mask2FormerForUniversalSegmentation: it lacks {len(missing)} "
-            f"tensors, such as {missing[0]!r}. The default is {CHECKPOINT!r}."
-        )
     return model.eval().requires_grad_(False)
 
 

@@ -22,6 +22,7 @@ from PIL import Image
 
 from nft_plugins import Batch, PromptError, Scores
 
+from .ocr_engines import Engine, EngineName, make_engine
 from .pixels import finite
 
 #: Straight, typographic and low-high double quotes, and guillemets.
@@ -79,18 +80,25 @@ def match(read: str, target: str, *, contains: bool = True, spam_penalty: float 
 class OCR:
     """Values from 0 to 1. Details: `exact` (1 where exactly the target was read) and `distance`.
 
+    engine: `rapidocr`, whose models come in its wheel, or `paddle`, PaddleOCR 3. Neither has the models of the
+        published runs (PaddleOCR 2.9), so absolute scores differ.
+    detector, recogniser: local models in place of the engine's own: for rapidocr an `.onnx` file or a folder
+        with one, for paddle a folder with an `inference.yml`.
     variant: `nft`, the published rule; `strict` gives no full marks to a target among other letters.
     normalise: fold Unicode forms (NFKC) and apostrophes before comparing.
     upscale: enlarge images before reading; small letters need it.
     spam_penalty: 0 as published; above, letters beyond the target cost that share of its length each.
     workers: engines that read side by side; 0: one for each of this process's cores.
     An image on which the engine fails is invalid; one without any text was read as "".
+    Raises ImportError without the engine's package, OSError without its models.
     """
 
     def __init__(
         self,
         *,
-        engine: Literal["rapidocr"] = "rapidocr",
+        engine: EngineName = "rapidocr",
+        detector: str = "",
+        recogniser: str = "",
         variant: Literal["nft", "strict"] = "nft",
         normalise: bool = True,
         upscale: int = 1,
@@ -103,9 +111,9 @@ class OCR:
         self.upscale, self.spam_penalty = upscale, spam_penalty
         self.workers = workers or cores_of_this_process()
         # An engine is not safe to share between threads; onnxruntime frees the interpreter while it reads.
-        self.engines: SimpleQueue[Any] = SimpleQueue()
+        self.engines: SimpleQueue[Engine] = SimpleQueue()
         for _ in range(self.workers):
-            self.engines.put(rapidocr())
+            self.engines.put(make_engine(engine, detector, recogniser))
         self.pool = ThreadPoolExecutor(self.workers, "ocr")
 
     def check_prompt(self, prompt: str, metadata: Mapping[str, Any]) -> None:
@@ -138,31 +146,16 @@ class OCR:
             image = np.asarray(Image.fromarray(image).resize(size, Image.Resampling.BICUBIC))
         engine = self.engines.get()
         try:
-            # The engine takes OpenCV's order of channels.
-            result = engine(np.ascontiguousarray(image[..., ::-1]))
+            # Engines take OpenCV's order of channels.
+            return engine(np.ascontiguousarray(image[..., ::-1]))
         except Exception as error:
             logging.getLogger(__name__).warning("OCR failed on an image, which is marked invalid: %s", error)
             return None
         finally:
             self.engines.put(engine)
-        return " ".join(result.txts or ())
 
 
 def cores_of_this_process() -> int:
     """This process's share of the cores, at least 1: a launcher says how many processes there are here."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
-
-
-def rapidocr() -> Any:
-    """RapidOCR with the PP-OCR models of its wheel, one thread, without the classifier of upside-down lines."""
-    # Its logger writes a line for every blank image.
-    logging.getLogger("RapidOCR").setLevel(logging.ERROR)
-    from rapidocr import RapidOCR
-
-    # The detector enlarges images whose short side is below this; beyond it they are read as they come.
-    limits = {"Det.limit_side_len": 128, "Det.limit_type": "min", "Global.use_cls": False}
-    threads = {"EngineConfig.onnxruntime.intra_op_num_threads": 1}
-    engine = RapidOCR(params={**limits, **threads, "Global.log_level": "error"})
-    logging.getLogger("RapidOCR").setLevel(logging.ERROR)
-    return engine

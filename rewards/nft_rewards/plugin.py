@@ -34,6 +34,20 @@ REWARDS = (
         extra="open_clip",
     ),
     RewardInfo(
+        "hpsv3",
+        "HPSv3: human preference, Qwen2-VL 7B",
+        "nft_rewards.hpsv3:HPSv3",
+        definition="the mean, of a mean and a spread, that a head reads behind the image and a question",
+        source="arXiv 2508.03789; MizzenAI/HPSv3",
+        files=(
+            "MizzenAI/HPSv3: HPSv3.safetensors",
+            "Qwen/Qwen2-VL-7B-Instruct: config.json and the tokenizer, not its weights",
+        ),
+        memory="33 GB in fp32, 17 GB in bf16",
+        licence="MIT; Apache-2.0 (Qwen2-VL-7B)",
+        range="no bounds, mostly -5 to 15",
+    ),
+    RewardInfo(
         "clipscore",
         "CLIPScore: agreement of image and prompt, CLIP ViT-L/14",
         "nft_rewards.clipscore:CLIPScore",

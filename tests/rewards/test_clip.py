@@ -1,6 +1,7 @@
 """CLIP rewards against transformers' own model and processor, on checkpoints made here."""
 
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import pytest
@@ -8,7 +9,7 @@ import torch
 
 from nft_plugins import Batch
 from nft_rewards.chunks import in_chunks
-from nft_rewards.clip import load_clip
+from nft_rewards.clip import load_clip, text_features
 from nft_rewards.clipscore import CLIPScore
 from nft_rewards.pickscore import PickScore
 from nft_rewards.pixels import centre_crop
@@ -83,6 +84,7 @@ def counted(clip, monkeypatch):
         encode_texts=count("texts", towers.encode_texts),
     )
     monkeypatch.setattr(clip, "towers", counting)
+    monkeypatch.setattr(clip.prompts, "encode", partial(text_features, counting))
     return calls
 
 
@@ -158,7 +160,7 @@ def test_no_images(checkpoint):
 
 
 def test_missing_files_are_explained(tmp_path):
-    with pytest.raises(OSError, match="Looked for a CLIP checkpoint.*checkpoint=PATH"):
+    with pytest.raises(OSError, match="Looked for a CLIPModel.*checkpoint=PATH"):
         PickScore(str(tmp_path / "none"))
 
 
@@ -172,4 +174,39 @@ def test_pickles_are_refused(checkpoint, tmp_path):
     torch.save(load_file(folder / "model.safetensors"), folder / "pytorch_model.bin")
     (folder / "model.safetensors").unlink()
     with pytest.raises(OSError, match="safetensors"):
+        PickScore(str(folder))
+
+
+@pytest.mark.parametrize(
+    ("harm", "said"),
+    [
+        ("missing", "tensors 1 missing, such as 'visual_projection.weight'"),
+        ("unexpected", "tensors 1 unexpected, such as 'head.weight'"),
+        ("shape", "1 of another shape, such as 'visual_projection.weight'"),
+        ("cut", "Looked for a CLIPModel"),
+    ],
+)
+def test_harmed_checkpoints_are_refused(checkpoint, tmp_path, harm, said):
+    import shutil
+
+    from safetensors.torch import load_file, save_file
+
+    folder = tmp_path / "harmed"
+    shutil.copytree(checkpoint, folder)
+    file = folder / "model.safetensors"
+    state = load_file(file)
+    # Files of old transformers hold these, and are whole.
+    state["text_model.embeddings.position_ids"] = torch.arange(12)[None]
+    save_file(state, file, metadata={"format": "pt"})
+    PickScore(str(folder))
+    if harm == "missing":
+        del state["visual_projection.weight"]
+    if harm == "unexpected":
+        state["head.weight"] = torch.zeros(3)
+    if harm == "shape":
+        state["visual_projection.weight"] = torch.zeros(3, 3)
+    save_file(state, file, metadata={"format": "pt"})
+    if harm == "cut":
+        file.write_bytes(file.read_bytes()[:3000])
+    with pytest.raises(OSError, match=said):
         PickScore(str(folder))

@@ -213,7 +213,7 @@ def test_detectors_that_cannot_be_had(tmp_path):
         GenEval("no_such_module:Detector")
     with pytest.raises(ValueError, match="takes no checkpoint or precision"):
         GenEval("nft_tiny.detector:ShapeDetector", checkpoint="x", precision="fp32")
-    with pytest.raises(OSError, match="Looked for a Mask2Former checkpoint"):
+    with pytest.raises(OSError, match="Looked for a Mask2Former"):
         GenEval(checkpoint=str(tmp_path / "none"))
 
 
