@@ -11,21 +11,14 @@ code (hpsv2, which needs both): one image at a time, float32.
 
 import argparse
 import importlib.util
-import math
 import tempfile
 from pathlib import Path
 from time import perf_counter
 
+import checkpoints
 import numpy as np
 import torch
-
-if importlib.util.find_spec("torchvision") and torch.version.cuda is None:
-    # PyPI's torchvision beside a CPU build of torch lacks these two, and transformers trips over it.
-    library = torch.library.Library("torchvision", "FRAGMENT")
-    for name in ("nms", "qnms"):
-        library.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
-
-from transformers import CLIPConfig, CLIPModel, CLIPProcessor, CLIPTokenizer
+from transformers import CLIPModel, CLIPProcessor
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
 from nft_plugins import Batch
@@ -33,10 +26,6 @@ from nft_rewards.aesthetic import Aesthetic
 from nft_rewards.clipscore import CLIPScore
 from nft_rewards.pickscore import PickScore
 
-#: Width, layers and heads of the image and the text tower; width of embeddings; activation.
-H14 = ((1280, 32, 16), (1024, 24, 16), 1024, "gelu")
-L14 = ((1024, 24, 16), (768, 12, 12), 768, "quick_gelu")
-SMALL = ((128, 4, 4), (96, 3, 4), 768, "gelu")
 PROMPTS = ("a photo of a red fox", "two cats and a dog under a very large blue tree at night")
 HEAD = {0: (1024, 768), 2: (128, 1024), 4: (64, 128), 6: (16, 64), 7: (1, 16)}
 
@@ -60,47 +49,6 @@ def batches():
         yield name, Batch(images, list(PROMPTS), [{}] * len(PROMPTS), torch.arange(len(PROMPTS)))
 
 
-def randomise(model):
-    """Weights that let images and prompts make a difference: of the size of 1 / sqrt(inputs), norms about 1."""
-    source = torch.Generator().manual_seed(0)
-    for name, p in model.named_parameters():
-        inputs = math.prod(p.shape[1:]) if p.ndim > 1 and "embed" not in name else 25
-        p.data.normal_(0, inputs**-0.5, generator=source)
-        if p.ndim == 1 and "norm" in name + "ln_" and name.endswith("weight"):
-            p.data.add_(1)
-        if name.endswith("logit_scale"):
-            p.data.fill_(math.log(100))
-    return model
-
-
-def clip_folder(folder, vision, text, width, activation):
-    """A checkpoint as the hub has it: names of older files included, tokens by letters."""
-    from safetensors.torch import save_file
-
-    def sizes(tower):
-        hidden, layers, heads = tower
-        return {"hidden_size": hidden, "intermediate_size": 4 * hidden, "num_hidden_layers": layers,
-                "num_attention_heads": heads, "hidden_act": activation}  # fmt: skip
-
-    letters = "abcdefghijklmnopqrstuvwxyz"
-    vocab = ["<|startoftext|>", "<|endoftext|>", *letters, *(c + "</w>" for c in letters)]
-    tokenizer = CLIPTokenizer(vocab={t: i for i, t in enumerate(vocab)}, merges=[], model_max_length=77)
-    config = CLIPConfig(
-        text_config=sizes(text) | {"vocab_size": 49408, "max_position_embeddings": 77, "eos_token_id": 1},
-        vision_config=sizes(vision) | {"image_size": 224, "patch_size": 14},
-        projection_dim=width,
-    )
-    model = randomise(CLIPModel(config))
-    state = dict(model.state_dict())
-    patches = (224 // 14) ** 2 + 1
-    state["text_model.embeddings.position_ids"] = torch.arange(77)[None]
-    state["vision_model.embeddings.position_ids"] = torch.arange(patches)[None]
-    save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
-    config.save_pretrained(folder)
-    CLIPProcessor(CLIPImageProcessorPil(), tokenizer).save_pretrained(folder)
-    return str(folder)
-
-
 def reference(folder):
     """Image features `[1, D]` of a PIL image and text features of a prompt, of unit length; logit scale."""
     model, processor = CLIPModel.from_pretrained(folder).eval(), CLIPProcessor.from_pretrained(folder)
@@ -120,19 +68,19 @@ def reference(folder):
 
 
 def pickscore(place, size):
-    folder = clip_folder(place, *(H14 if size == "full" else SMALL))
+    folder = checkpoints.clip(place, "vit-h", size)
     image, text, scale = reference(folder)
     return PickScore(folder, precision="fp32"), lambda i, p: scale * (image(i) @ text(p).T)
 
 
 def clipscore(place, size):
-    folder = clip_folder(place, *(L14 if size == "full" else SMALL))
+    folder = checkpoints.clip(place, "vit-l", size)
     image, text, _ = reference(folder)
     return CLIPScore(folder, precision="fp32"), lambda i, p: image(i) @ text(p).T
 
 
 def aesthetic(place, size):
-    folder = clip_folder(place, *(L14 if size == "full" else SMALL))
+    folder = checkpoints.clip(place, "vit-l", size)
     source = torch.Generator().manual_seed(1)
     state = {}
     for i, (n, m) in HEAD.items():
@@ -157,11 +105,10 @@ def hpsv2(place, size):
 
     from nft_rewards import hpsv2 as module
 
-    if size == "small":
-        module.ARCHITECTURE = "ViT-S-32"
-    model = randomise(open_clip.create_model(module.ARCHITECTURE)).eval()
-    state = {name: weight.half() for name, weight in model.state_dict().items()}
-    torch.save({"state_dict": state}, place / "HPS_v2.1_compressed.pt")
+    module.ARCHITECTURE = checkpoints.HPSV2[size]
+    checkpoints.hpsv2(place, size)
+    model = open_clip.create_model(module.ARCHITECTURE).eval()
+    state = torch.load(place / "HPS_v2.1_compressed.pt", weights_only=True)["state_dict"]
     model.load_state_dict({name: weight.float() for name, weight in state.items()})
     tokenizer = open_clip.get_tokenizer(module.ARCHITECTURE)
 

@@ -1,138 +1,262 @@
-"""Rewards against the straightforward way to compute them, as a ratio in one run on one machine.
+"""Rewards against the straightforward way to compute them, as a ratio in one run on one machine; peak memory.
 
-python benchmarks/rewards.py [--size full|small] [--device cuda] [--images 96] [--group 24] [--epochs 2]
+python benchmarks/rewards.py [NAME ...] [--size full|small] [--device cuda] [--images 96] [--epochs 2]
 
-Checkpoints are made here with random weights and the published sizes (`full`), so nothing is downloaded. The
-straightforward way is that of published training code: images to PIL, the checkpoint's own processor, every
-image's prompt through the text tower, float32, and a model of its own for each reward. A second epoch has the
-same prompts, as training does. `shared` scores pickscore and clipscore together on one CLIP.
+Names: pickscore, hpsv2, clipscore, geneval, shared, memory; all without one. Checkpoints are made here with
+random weights and the published sizes (`full`), so nothing is downloaded. The straightforward way is that of
+published training code: images to PIL and the model's own preprocessing, every image's prompt through the text
+tower, float32, and a model of its own for each reward; geneval one image after the other, and one object after
+the other for its colour. A second epoch has the same prompts, as training does. `shared` scores pickscore and
+clipscore together on one CLIP. `memory` is the peak of a process that holds pickscore, hpsv2 and clipscore and
+scores a batch. hpsv2 needs open_clip and torchvision.
 """
 
 import argparse
+import importlib.util
+import resource
+import subprocess
+import sys
 import tempfile
 from pathlib import Path
 from time import perf_counter
 
+import checkpoints
 import torch
-from transformers import CLIPConfig, CLIPModel, CLIPProcessor, CLIPTokenizer
-from transformers.models.clip import CLIPImageProcessor
+from transformers import CLIPModel, CLIPProcessor, Mask2FormerForUniversalSegmentation
+from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
+from transformers.models.mask2former.image_processing_pil_mask2former import Mask2FormerImageProcessorPil
 
 from nft_plugins import Batch
+from nft_rewards import hpsv2 as hpsv2_module
 from nft_rewards.clipscore import CLIPScore
+from nft_rewards.colours import COLORS, GREY, TEMPLATES
+from nft_rewards.geneval import GenEval, color_matters, evaluate
+from nft_rewards.mask2former import CLASSES, COCO, objects
 from nft_rewards.pickscore import PickScore
 
-#: Width, layers and heads of the vision and the text tower, patch, and the width of embeddings.
-SIZES = {
-    "full": {
-        "vit-h": ((1280, 32, 16), (1024, 24, 16), 14, 1024),
-        "vit-l": ((1024, 24, 16), (768, 12, 12), 14, 768),
-    },
-    "small": {"vit-h": ((192, 6, 4), (128, 4, 4), 14, 64), "vit-l": ((128, 4, 4), (96, 3, 4), 14, 64)},
-}
-WORDS = ["a", "photo", "of", "red", "green", "cat", "dog", "on", "the", "mat", "under", "blue", "sky"]
+NOUNS = ("dog", "cat", "bus", "clock", "bird", "horse", "pizza", "chair")
 
 
-def checkpoint(folder, vision, text, patch, width):
-    """A CLIPModel with its processor, random weights."""
-
-    def sizes(tower):
-        hidden, layers, heads = tower
-        shape = {"hidden_size": hidden, "intermediate_size": 4 * hidden}
-        return shape | {"num_hidden_layers": layers, "num_attention_heads": heads}
-
-    vocab = {t: i for i, t in enumerate(["<|startoftext|>", "<|endoftext|>", *(w + "</w>" for w in WORDS)])}
-    letters = sorted({c for w in WORDS for c in w})
-    vocab |= {t: len(vocab) + i for i, t in enumerate([*letters, *(c + "</w>" for c in letters)])}
-    tokenizer = CLIPTokenizer(vocab=vocab, merges=[], model_max_length=77)
-    config = CLIPConfig(
-        text_config=sizes(text) | {"vocab_size": 49408, "max_position_embeddings": 77, "eos_token_id": 1},
-        vision_config=sizes(vision) | {"image_size": 224, "patch_size": patch},
-        projection_dim=width,
-    )
-    CLIPModel(config).save_pretrained(folder)
-    CLIPProcessor(CLIPImageProcessor(), tokenizer).save_pretrained(folder)
-    return str(folder)
-
-
-class Straightforward:
-    """cos(image, prompt), in the way of the docstring above."""
+class CLIPTheirs:
+    """cos(image, prompt) with transformers' CLIPModel and processor."""
 
     def __init__(self, folder, device):
         self.model = CLIPModel.from_pretrained(folder).eval().to(device)
         self.processor = CLIPProcessor.from_pretrained(folder)
+        self.processor.image_processor = CLIPImageProcessorPil.from_pretrained(folder)
         self.device = device
+
+    def images(self, pil):
+        inputs = self.processor(images=pil, return_tensors="pt").to(self.device)
+        return self.model.get_image_features(pixel_values=inputs.pixel_values).pooler_output
+
+    def texts(self, prompts):
+        inputs = self.processor(text=prompts, padding="max_length", truncation=True, return_tensors="pt")
+        return self.model.get_text_features(input_ids=inputs.input_ids.to(self.device)).pooler_output
 
     @torch.no_grad()
     def __call__(self, batch):
-        inputs = self.processor(
-            text=list(batch.prompts), images=batch.pil, padding="max_length", truncation=True, max_length=77,
-            return_tensors="pt",
-        ).to(self.device)  # fmt: skip
-        image = self.model.get_image_features(pixel_values=inputs.pixel_values).pooler_output
-        text = self.model.get_text_features(input_ids=inputs.input_ids).pooler_output
-        return torch.nn.functional.cosine_similarity(image, text)
+        image, text = self.images(batch.pil), self.texts(list(batch.prompts))
+        return torch.nn.functional.cosine_similarity(image, text).tolist()
+
+
+class HPSv2Theirs:
+    """HPSv2's published preprocessing on open_clip's model."""
+
+    def __init__(self, folder, device):
+        import open_clip
+
+        name = hpsv2_module.ARCHITECTURE
+        self.model = open_clip.create_model(name).eval().to(device)
+        state = torch.load(Path(folder) / "HPS_v2.1_compressed.pt", map_location="cpu", weights_only=True)
+        self.model.load_state_dict(state["state_dict"])
+        self.tokenizer, self.device = open_clip.get_tokenizer(name), device
+
+    def prepared(self, picture):
+        import open_clip
+        import torchvision.transforms.functional as F
+
+        x = F.to_tensor(picture)
+        scale = 224 / max(x.shape[1:])
+        x = F.resize(x, [round(d * scale) for d in x.shape[1:]], F.InterpolationMode.BICUBIC)
+        height, width = x.shape[1:]
+        left, top = (224 - width) // 2, (224 - height) // 2
+        x = F.pad(x, [left, top, 224 - width - left, 224 - height - top])
+        return F.normalize(x, open_clip.OPENAI_DATASET_MEAN, open_clip.OPENAI_DATASET_STD)
+
+    @torch.no_grad()
+    def __call__(self, batch):
+        image = self.model.encode_image(
+            torch.stack([self.prepared(i) for i in batch.pil]).to(self.device), True
+        )
+        text = self.model.encode_text(self.tokenizer(list(batch.prompts)).to(self.device), True)
+        return (image * text).sum(-1).tolist()
+
+
+class GenEvalTheirs:
+    """Mask2Former an image at a time, CLIP an object at a time; our post-processing and evaluator."""
+
+    def __init__(self, detector, clip, device):
+        self.model = Mask2FormerForUniversalSegmentation.from_pretrained(detector).eval().to(device)
+        self.processor = Mask2FormerImageProcessorPil(size={"shortest_edge": 800, "longest_edge": 1333})
+        self.clip, self.device, self.classifiers = CLIPTheirs(clip, device), device, {}
+
+    @torch.no_grad()
+    def __call__(self, batch):
+        return [self.score(*pair) for pair in zip(batch.pil, batch.metadata, strict=True)]
+
+    def score(self, picture, metadata):
+        inputs = self.processor(picture, return_tensors="pt").pixel_values.to(self.device)
+        out = self.model(pixel_values=inputs)
+        size = (picture.height, picture.width)
+        found = objects(
+            out.class_queries_logits[0], out.masks_queries_logits[0], tuple(inputs.shape[-2:]), size
+        )
+        for item in color_matters(found, metadata):
+            item.color = self.color(picture, item)
+        return evaluate(found, metadata).soft
+
+    def color(self, picture, item):
+        from PIL import Image
+
+        inside = Image.fromarray((item.mask.cpu().numpy() * 255).astype("uint8"))
+        crop = Image.composite(picture, Image.new("RGB", picture.size, (GREY,) * 3), inside)
+        crop = crop.crop([round(side) for side in item.box])
+        if item.label not in self.classifiers:
+            texts = [t.format(color=c, label=item.label) for c in COLORS for t in TEMPLATES]
+            sentences = torch.nn.functional.normalize(self.clip.texts(texts), dim=-1)
+            self.classifiers[item.label] = sentences.view(len(COLORS), len(TEMPLATES), -1).mean(1)
+        cosines = torch.nn.functional.cosine_similarity(self.clip.images([crop]), self.classifiers[item.label])
+        return COLORS[int(cosines.argmax())]
 
 
 def batches(args, epoch):
     """Images of `group` a prompt, 24 at once, new ones each epoch."""
     source = torch.Generator().manual_seed(epoch)
-    prompts = [
-        f"a photo of a {WORDS[3 + i % 10]} {WORDS[5 + i % 7]} {i}" for i in range(args.images // args.group)
-    ]
-    names = [p for p in prompts for _ in range(args.group)]
-    for i in range(0, args.images, 24):
-        chosen = names[i : i + 24]
-        images = torch.rand(len(chosen), 3, args.side, args.side, generator=source).to(args.device)
-        yield Batch(images, chosen, [{}] * len(chosen), torch.arange(len(chosen)))
+    nouns = [NOUNS[i % len(NOUNS)] for i in range(args.images // args.group) for _ in range(args.group)]
+    for start in range(0, len(nouns), 24):
+        chosen = nouns[start : start + 24]
+        coarse = torch.rand(len(chosen), 3, 16, 16, generator=source)
+        images = torch.nn.functional.interpolate(coarse, (args.side, args.side), mode="nearest").to(args.device)
+        # The detector has random weights: whatever class it sees is asked for.
+        metadata = [
+            {"tag": "colors", "include": [{"class": c, "count": 1, "color": "red"} for c in CLASSES]}
+            for _ in chosen
+        ]
+        prompts = [f"a photo of a red {noun} on the mat" for noun in chosen]
+        yield Batch(images, prompts, metadata, torch.arange(len(chosen)))
 
 
-def seconds(args, *rewards):
+def seconds(args, rewards):
     """Of `epochs` epochs; a batch beforehand is not counted."""
     for reward in rewards:
         reward(next(batches(args, 99)))
     total = 0.0
     for epoch in range(args.epochs):
         for batch in batches(args, epoch):
-            synchronise(args)
             start = perf_counter()
-            for reward in rewards:
-                reward(batch)
-            synchronise(args)
+            scores = [reward(batch) for reward in rewards]
+            for score in scores:  # Read, so that a GPU has finished.
+                score if isinstance(score, list) else score.values.tolist()
             total += perf_counter() - start
     return total
 
 
-def synchronise(args):
+def cases(place, args):
+    """Name: how to make the straightforward way's rewards, and ours."""
+    device = args.device
+    vit_h, vit_l = place / "vit-h", place / "vit-l"
+    hps, detector = place / "hpsv2", place / "mask2former"
+    one = {"device": device}
+    return {
+        "pickscore": (lambda: [CLIPTheirs(vit_h, device)], lambda: [PickScore(str(vit_h), **one)]),
+        "hpsv2": (lambda: [HPSv2Theirs(hps, device)], lambda: [hpsv2_module.HPSv2(str(hps), **one)]),
+        "clipscore": (lambda: [CLIPTheirs(vit_l, device)], lambda: [CLIPScore(str(vit_l), **one)]),
+        "geneval": (
+            lambda: [GenEvalTheirs(detector, vit_l, device)],
+            lambda: [GenEval(checkpoint=str(detector), clip=str(vit_l), **one)],
+        ),
+        "shared": (
+            lambda: [CLIPTheirs(vit_l, device), CLIPTheirs(vit_l, device)],
+            lambda: [PickScore(str(vit_l), **one), CLIPScore(str(vit_l), **one)],
+        ),
+    }
+
+
+TOGETHER = ("pickscore", "hpsv2", "clipscore")
+
+
+def peak(place, args, ours):
+    """Gigabytes of this process, or of its part of the GPU, with all three rewards and one batch."""
+    rewards = [reward for name in TOGETHER for reward in cases(place, args)[name][ours]()]
+    batch = next(batches(args, 0))
+    for reward in rewards:
+        reward(batch)
     if args.device.startswith("cuda"):
-        torch.cuda.synchronize()
+        return torch.cuda.max_memory_allocated() / 1e9
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
+
+
+def make(place, names, size):
+    """The checkpoints that these need."""
+    needs = {
+        "pickscore": {"vit-h"},
+        "hpsv2": {"hpsv2"},
+        "clipscore": {"vit-l"},
+        "geneval": {"mask2former", "vit-l"},
+        "shared": {"vit-l"},
+        "memory": {"vit-h", "hpsv2", "vit-l"},
+    }
+    for part in set().union(*(needs[name] for name in names)):
+        if part.startswith("vit"):
+            checkpoints.clip(place / part, part, size)
+        else:
+            getattr(checkpoints, part)(place / part, size)
 
 
 def main():
+    names = ["pickscore", "hpsv2", "clipscore", "geneval", "shared", "memory"]
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--size", choices=SIZES, default="full")
+    parser.add_argument("names", nargs="*", metavar="NAME")
+    parser.add_argument("--size", choices=checkpoints.CLIPS, default="full")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--images", type=int, default=96)
     parser.add_argument("--group", type=int, default=24)
     parser.add_argument("--side", type=int, default=512)
     parser.add_argument("--epochs", type=int, default=2)
+    parser.add_argument("--peak", nargs=2, metavar=("FOLDER", "OURS"), help=argparse.SUPPRESS)
     args = parser.parse_args()
-    images = f"{args.images} images of {args.side} px, K = {args.group}"
-    print(f"{args.size}, {args.device}, torch {torch.__version__}, {images}")
-    with tempfile.TemporaryDirectory() as place:
-        large, medium = (checkpoint(Path(place) / name, *size) for name, size in SIZES[args.size].items())
-        cases = {
-            "pickscore": ([Straightforward(large, args.device)], [PickScore(large, device=args.device)]),
-            "clipscore": ([Straightforward(medium, args.device)], [CLIPScore(medium, device=args.device)]),
-            "shared": (
-                [Straightforward(medium, args.device), Straightforward(medium, args.device)],
-                [PickScore(medium, device=args.device), CLIPScore(medium, device=args.device)],
-            ),
-        }
+    hpsv2_module.ARCHITECTURE = checkpoints.HPSV2[args.size]
+    assert all(name in COCO for name in NOUNS)
+    if args.peak:
+        print(f"{peak(Path(args.peak[0]), args, int(args.peak[1])):.2f}")
+        return
+    chosen = args.names or names
+    if not importlib.util.find_spec("open_clip"):
+        chosen = [name for name in chosen if name not in ("hpsv2", "memory")]
+        print("without open_clip: no hpsv2, no memory")
+    images = f"{args.images} images of {args.side} px, K = {args.group}, {args.epochs} epochs"
+    print(f"{args.size}, {args.device}, torch {torch.__version__}, {torch.get_num_threads()} threads, {images}")
+    with tempfile.TemporaryDirectory() as folder:
+        place = Path(folder)
+        make(place, chosen, args.size)
         print("| reward | straightforward, images/s | here, images/s | ratio |\n|---|---|---|---|")
-        for name, (theirs, ours) in cases.items():
-            a, b = seconds(args, *theirs), seconds(args, *ours)
+        for name in chosen:
+            if name == "memory":
+                continue
+            a, b = (seconds(args, build()) for build in cases(place, args)[name])
             count = args.images * args.epochs
-            print(f"| {name} | {count / a:.1f} | {count / b:.1f} | {a / b:.2f} |", flush=True)
+            print(f"| {name} | {count / a:.2f} | {count / b:.2f} | {a / b:.2f} |", flush=True)
+        if "memory" in chosen:
+            options = [f"--{k}={getattr(args, k)}" for k in ("size", "device", "side", "group", "images")]
+            command = [sys.executable, __file__, *options]
+            a, b = (
+                float(
+                    subprocess.run([*command, "--peak", folder, side], check=True, capture_output=True).stdout
+                )
+                for side in "01"
+            )
+            print(f"peak memory of {', '.join(TOGETHER)}: straightforward {a:.2f} GB, here {b:.2f} GB")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""PIL's resize as matrix products, so that pixels stay on the device and still are PIL's.
+"""PIL's resize, on other devices as matrix products, so that pixels stay there and still are PIL's.
 
 Reward models were trained on images that PIL had resized. Other filters of the same name give other pixels
 and so other scores. PIL's weights are whole multiples of 2^-22, with which sums of bytes are exact in
@@ -12,6 +12,7 @@ from typing import Literal
 
 import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
 
 from nft_plugins import Batch
@@ -48,20 +49,35 @@ def weights(size: int, new_size: int, start: int, stop: int, kind: Filter) -> Te
     return torch.from_numpy(np.trunc(fixed + np.copysign(0.5, fixed)) / 2**22)
 
 
+Window = tuple[int, int, int, int]
+
+
 def resize(
-    images: Tensor,
-    height: int,
-    width: int,
-    kind: Filter = "bicubic",
-    window: tuple[int, int, int, int] | None = None,
+    images: Tensor, height: int, width: int, kind: Filter = "bicubic", window: Window | None = None
 ) -> Tensor:
     """`[B, 3, height, width]` float32, whole numbers in 0..255, from `images [B, 3, H, W]` of such numbers.
 
-    As PIL does it: columns first, then rows, rounded to bytes after each; a direction that keeps its size
-    is left alone.
-    window: (top, left, bottom, right) of the part of the result that is wanted, which alone is computed.
+    window: (top, left, bottom, right) of the part of the result that is wanted.
     """
-    top, left, bottom, right = window or (0, 0, height, width)
+    way = by_pil if images.device.type == "cpu" else by_products
+    return way(images, height, width, kind, window or (0, 0, height, width))
+
+
+def by_pil(images: Tensor, height: int, width: int, kind: Filter, window: Window) -> Tensor:
+    """PIL itself, the fastest on a CPU."""
+    top, left, bottom, right = window
+    done = [
+        np.asarray(Image.fromarray(image).resize((width, height), Image.Resampling[kind.upper()]))
+        for image in images.byte().permute(0, 2, 3, 1).contiguous().numpy()
+    ]
+    whole = torch.from_numpy(np.stack(done)) if done else torch.zeros(0, height, width, 3)
+    return whole[:, top:bottom, left:right].permute(0, 3, 1, 2).float()
+
+
+def by_products(images: Tensor, height: int, width: int, kind: Filter, window: Window) -> Tensor:
+    """As PIL does it: columns first, then rows, rounded to bytes after each; a direction that keeps its size is
+    left alone. Only the window is computed."""
+    top, left, bottom, right = window
     x = images.double()
     if x.shape[-1] != width:
         x = quantised(x @ weights(x.shape[-1], width, left, right, kind).to(x.device).T)

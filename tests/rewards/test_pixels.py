@@ -5,7 +5,7 @@ import pytest
 import torch
 from PIL import Image
 
-from nft_rewards.pixels import centre_crop, resize
+from nft_rewards.pixels import by_pil, by_products, centre_crop
 
 SIZES = [
     ((512, 512), (224, 224)),
@@ -26,8 +26,19 @@ def test_is_pils_bit_for_bit(size, new, kind):
     for image in (rng.integers(0, 256, (*size, 3)), ramp):
         image = image.astype(np.uint8)
         theirs = Image.fromarray(image).resize(new[::-1], getattr(Image.Resampling, kind.upper()))
-        ours = resize(torch.from_numpy(image).permute(2, 0, 1)[None], *new, kind)
-        assert (ours[0].permute(1, 2, 0).numpy() == np.asarray(theirs)).all()
+        pixels, window = torch.from_numpy(image).permute(2, 0, 1)[None], (0, 0, *new)
+        for way in (by_products, by_pil):
+            ours = way(pixels, *new, kind, window)
+            assert (ours[0].permute(1, 2, 0).numpy() == np.asarray(theirs)).all()
+
+
+@pytest.mark.parametrize("way", [by_products, by_pil])
+def test_a_window_is_a_part_of_the_whole(way):
+    pixels = torch.randint(0, 256, (2, 3, 50, 70), generator=torch.Generator().manual_seed(0))
+    whole = way(pixels, 31, 90, "bicubic", (0, 0, 31, 90))
+    part = way(pixels, 31, 90, "bicubic", (3, 10, 20, 81))
+    assert part.dtype == torch.float32
+    assert (part == whole[..., 3:20, 10:81]).all()
 
 
 @pytest.mark.parametrize(
