@@ -6,12 +6,14 @@ The files are made here with the published names and shapes and random weights, 
 4 GB) that is removed; memory to hold the model twice is needed, 8 GB for ViT-H/14 in fp32. They go through the
 real loaders, which refuse a file with a name missing or more. The other side is transformers' processor and
 CLIPModel on PIL images (pickscore, clipscore, aesthetic), or open_clip and torchvision as in HPSv2's published
-code (hpsv2, which needs both): one image at a time, float32.
+code (hpsv2, which needs both): one image at a time, float32. `bf16`: how far our scores move in half precision,
+in their deviations.
 """
 
 import argparse
 import importlib.util
 import tempfile
+from functools import partial
 from pathlib import Path
 from time import perf_counter
 
@@ -70,13 +72,13 @@ def reference(folder):
 def pickscore(place, size):
     folder = checkpoints.clip(place, "vit-h", size)
     image, text, scale = reference(folder)
-    return PickScore(folder, precision="fp32"), lambda i, p: scale * (image(i) @ text(p).T)
+    return partial(PickScore, folder), lambda i, p: scale * (image(i) @ text(p).T)
 
 
 def clipscore(place, size):
     folder = checkpoints.clip(place, "vit-l", size)
     image, text, _ = reference(folder)
-    return CLIPScore(folder, precision="fp32"), lambda i, p: image(i) @ text(p).T
+    return partial(CLIPScore, folder), lambda i, p: image(i) @ text(p).T
 
 
 def aesthetic(place, size):
@@ -96,7 +98,7 @@ def aesthetic(place, size):
             x = x @ state[f"layers.{i}.weight"].T + state[f"layers.{i}.bias"]
         return x
 
-    return Aesthetic(str(file), clip=folder, precision="fp32"), score
+    return partial(Aesthetic, str(file), clip=folder), score
 
 
 def hpsv2(place, size):
@@ -124,7 +126,7 @@ def hpsv2(place, size):
         image = model.encode_image(x[None], normalize=True)
         return image @ model.encode_text(tokenizer([prompt]), normalize=True).T
 
-    return module.HPSv2(str(place), precision="fp32"), score
+    return partial(module.HPSv2, str(place)), score
 
 
 REWARDS = {f.__name__: f for f in (pickscore, clipscore, aesthetic, hpsv2)}
@@ -137,28 +139,30 @@ def main():
     parser.add_argument("--size", choices=("full", "small"), default="full")
     args = parser.parse_args()
     print(f"{args.size}, torch {torch.__version__}\n")
-    print("| reward | scores | their deviation | largest difference | of the score | of the deviation |")
-    print("|---|---|---|---|---|---|")
+    print("| reward | scores | their deviation | largest difference | of the score | of the deviation | bf16 |")
+    print("|---|---|---|---|---|---|---|")
     for name in args.rewards:
         if name == "hpsv2" and not importlib.util.find_spec("open_clip"):
-            print("| hpsv2 | needs open_clip and torchvision |||||")
+            print("| hpsv2 | needs open_clip and torchvision ||||||")
             continue
         with tempfile.TemporaryDirectory() as place:
             start = perf_counter()
-            reward, score = REWARDS[name](Path(place), args.size)
-            ours, theirs = [], []
-            for _, batch in batches():
-                ours.append(reward(batch).values)
-                pairs = zip(batch.pil, batch.prompts, strict=True)
-                theirs.append(torch.cat([score(*pair)[:, 0] for pair in pairs]))
-            a, b = torch.cat(ours), torch.cat(theirs)
-            worst, relative = (a - b).abs().max(), ((a - b) / b).abs().max()
-            print(
-                f"| {name} | {b.min():.4f} to {b.max():.4f} | {b.std():.4f} | {worst:.1e} | {relative:.1e} "
-                f"| {worst / b.std():.1e} | ({perf_counter() - start:.0f} s)",
-                flush=True,
-            )
+            make, score = REWARDS[name](Path(place), args.size)
+            reward = make(precision="fp32")
+            ours = torch.cat([reward(batch).values for _, batch in batches()])
+            pairs = [pair for _, batch in batches() for pair in zip(batch.pil, batch.prompts, strict=True)]
+            theirs = torch.cat([score(*pair)[:, 0] for pair in pairs])
             del reward, score
+            reward = make(precision="bf16")
+            half = torch.cat([reward(batch).values for _, batch in batches()])
+            del reward
+        worst, relative = (ours - theirs).abs().max(), ((ours - theirs) / theirs).abs().max()
+        spread, moved = theirs.std(), (half - ours).abs().max()
+        print(
+            f"| {name} | {theirs.min():.4f} to {theirs.max():.4f} | {spread:.4f} | {worst:.1e} "
+            f"| {relative:.1e} | {worst / spread:.1e} | {moved / spread:.1e} | {perf_counter() - start:.0f} s",
+            flush=True,
+        )
 
 
 if __name__ == "__main__":

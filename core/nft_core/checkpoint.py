@@ -16,13 +16,11 @@ from .errors import NftError
 from .policy import Policy
 
 
-def save_checkpoint(
-    folder: Path, policy: Policy, optimizer: torch.optim.Optimizer, epoch: int, step: int
-) -> None:
+def save_checkpoint(folder: Path, policy: Policy, optimizer: torch.optim.Optimizer, **state: float) -> None:
     """Write `folder`, whole or not at all.
 
     The weights by `Policy.save`; `policy.safetensors` with live, old, reference and EMA weights;
-    `optimizer.safetensors` with AdamW's moments; `state.json` with the counters.
+    `optimizer.safetensors` with AdamW's moments; `state.json` with `state`, where the run stands.
     Raises NftError where the disk will not take it.
     """
     aside = folder.with_name(f".{folder.name}.part")
@@ -32,7 +30,7 @@ def save_checkpoint(
         policy.save(aside)
         save_file({k: v.cpu() for k, v in policy.state().items()}, aside / "policy.safetensors")
         save_file(_moments(policy, optimizer), aside / "optimizer.safetensors")
-        (aside / "state.json").write_text(json.dumps({"epoch": epoch, "step": step}) + "\n")
+        (aside / "state.json").write_text(json.dumps(state) + "\n")
         # The name appears once everything behind it is on the disk.
         for path in aside.rglob("*"):
             if path.is_file():

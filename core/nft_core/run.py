@@ -346,7 +346,8 @@ def assemble(
     def save(name: str) -> None:
         if rank() == 0:
             path = folder / "checkpoints" / name
-            save_checkpoint(path, policy, optimizer, training.epoch, training.step)
+            stands = {"epoch": training.epoch, "step": training.step, "kl_weight": training.kl_weight}
+            save_checkpoint(path, policy, optimizer, **stands)
             observe("nft_checkpoint_saved", folder=path)
 
     optimizer = torch.optim.AdamW(
@@ -369,5 +370,6 @@ def assemble(
         optimizer=optimizer,
         observe=observe,
         save=save,
+        kl_weight=s.kl_weight,
     )
     return training

@@ -1,4 +1,5 @@
-"""How the old policy follows the live one, `old <- d old + (1 - d) theta`, and how the learning rate moves."""
+"""How the old policy follows the live one, `old <- d old + (1 - d) theta`, and how the learning rate and the KL
+weight move."""
 
 from __future__ import annotations
 
@@ -51,3 +52,14 @@ def lr_decay(schedule: LrSchedule, share: float, warmup: int, step: int) -> floa
             return min(1.0, max(warmup, 1) / (step + 1)) ** 0.5
         case _:
             return 1.0
+
+
+def next_kl_weight(weight: float, kl: float | None, target: float, least: float) -> float:
+    """The next epoch's KL weight: times `kl / target`, a tenth up or down at most, and never below `least`.
+
+    kl: of the epoch that ended; None where nothing was trained. target: 0 leaves the weight alone.
+    A controller in the manner of Ziegler et al., arXiv 1909.08593, section 2.2.
+    """
+    if not target or kl is None:
+        return weight
+    return max(least, weight * min(max(kl / target, 0.9), 1.1))

@@ -54,6 +54,9 @@ class Settings(BaseModel):
     std: Std = Field("global", description="deviation that advantages are divided by")
     beta: Positive = Field(1.0, description="how far v+ and v- reach from the old policy")
     kl_weight: NotNegative = Field(1e-4, description="weight of |v_theta - v_ref|^2; 0 skips the reference")
+    kl_target: NotNegative = Field(
+        0.0, description="kl_weight grows while the KL is above this, never below its setting; 0: it stays"
+    )
     old_decay: float | str = Field(
         "ramp", description="old <- d old + (1 - d) theta: a number, on_policy, ramp or slow"
     )
@@ -105,6 +108,12 @@ class Settings(BaseModel):
         if isinstance(value, float) and not 0 <= value < 1:
             raise ValueError("expected a number in [0, 1): at 1 the old policy would never move")
         return value
+
+    @model_validator(mode="after")
+    def _kl_target_has_a_weight(self) -> Settings:
+        if self.kl_target and not self.kl_weight:
+            raise ValueError("kl_target needs a kl_weight above 0, which it raises where the KL is larger")
+        return self
 
     @model_validator(mode="after")
     def _possible_sizes(self) -> Settings:

@@ -20,7 +20,7 @@ from .loss import kl_loss, nft_loss, noised
 from .policy import Policy
 from .prompts import Prompt, prompts_of_epoch
 from .rollout import Draws, Encoded, Rollout, Sampler, roll_out, shuffled_within_groups, statistics
-from .schedules import lr_decay, old_decay, warmup
+from .schedules import lr_decay, next_kl_weight, old_decay, warmup
 from .seeds import generator
 from .settings import Settings
 from .times import draw_times
@@ -31,6 +31,7 @@ class Training:
     """Everything the loop needs, and where it stands.
 
     observe: `(hook, **arguments)`, tells the run's observers; save: writes a checkpoint of that name.
+    kl_weight: of the KL term now; `settings.kl_target` may have raised it.
     epoch, step: epochs finished and gradient steps taken.
     """
 
@@ -46,6 +47,7 @@ class Training:
     optimizer: torch.optim.Optimizer
     observe: Callable[..., None]
     save: Callable[[str], None]
+    kl_weight: float
     epoch: int = 0
     step: int = 0
     started: float = field(default_factory=perf_counter)
@@ -90,7 +92,7 @@ def train(run: Training) -> None:
                     v = policy.velocity(x_t, t, c)
                     policy_loss = nft_loss(v, v_old, x_t, x_0, t, r_t, s.beta, s.advantage_clip)
                     kl = kl_loss(v, v_ref) if v_ref is not None else torch.zeros_like(policy_loss)
-                    loss = policy_loss + s.kl_weight * kl
+                    loss = policy_loss + run.kl_weight * kl
                     (loss.sum() / (len(images) * s.train_times_count)).backward()
                     figures.add(policy_loss, kl)
                 take_step(run, figures)
@@ -216,8 +218,9 @@ def finish_epoch(run: Training, epoch: int, rollout: Rollout, figures: Figures) 
         images=len(scores),
         images_per_second=len(scores) / seconds,
         **statistics(scores, rollout.draws.metadata()),
-        loss=means["policy_loss"] + s.kl_weight * means["kl"],
+        loss=means["policy_loss"] + run.kl_weight * means["kl"],
         **means,
+        kl_weight=run.kl_weight,
         lr=run.optimizer.param_groups[0]["lr"],
         old_decay=old_decay(s.old_decay, run.step),
         drift=policy.drift(),
@@ -225,6 +228,7 @@ def finish_epoch(run: Training, epoch: int, rollout: Rollout, figures: Figures) 
         phases=phases,
     )
     run.phases.clear()
+    run.kl_weight = next_kl_weight(run.kl_weight, means["kl"], s.kl_target, s.kl_weight)
     run.observe("nft_epoch_finished", record=record)
     run.epoch, last = epoch, epoch == s.epochs
     if last or (s.eval_every and epoch % s.eval_every == 0):

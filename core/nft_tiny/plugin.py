@@ -30,7 +30,8 @@ def nft_register_presets(register: Callable[[Preset], None]) -> None:
                 # A small model that is trained as a whole learns within 60 epochs and then drifts until it
                 # paints noise: the rate falls to 0 before. docs/tiny.md has the curves.
                 "lr_schedule": "cosine",
-                "kl_weight": 0.2,
+                "kl_weight": 0.15,
+                "kl_target": 0.035,
                 # PickScore varies by several points and OCR by less than one: in a sum it is not heard.
                 "combine": "normalized",
                 "steps": 8,

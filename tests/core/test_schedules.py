@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from nft_core.errors import UsageError
-from nft_core.schedules import lr_decay, old_decay, warmup
+from nft_core.schedules import lr_decay, next_kl_weight, old_decay, warmup
 from nft_core.seeds import generator
 from nft_core.times import draw_times
 
@@ -96,3 +96,18 @@ def test_lr_decay(schedule, share, expected):
 )
 def test_inverse_sqrt(warmup, step, expected):
     assert lr_decay("inverse_sqrt", 0.9, warmup, step) == pytest.approx(expected, abs=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("weight", "kl", "target", "least", "expected"),
+    [
+        (0.2, 0.9, 0.0, 0.2, 0.2),  # no target
+        (0.2, None, 0.02, 0.1, 0.2),  # nothing was trained
+        (0.2, 0.021, 0.02, 0.1, 0.21),
+        (0.2, 0.9, 0.02, 0.1, 0.22),  # a tenth up at most
+        (0.2, 0.0, 0.02, 0.1, 0.18),  # a tenth down at most
+        (0.105, 0.0, 0.02, 0.1, 0.1),  # and not below the setting
+    ],
+)
+def test_next_kl_weight(weight, kl, target, least, expected):
+    assert next_kl_weight(weight, kl, target, least) == pytest.approx(expected)

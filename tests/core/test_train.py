@@ -184,6 +184,18 @@ def test_the_comparison_notices(change, tmp_path):
     assert max(distances) > 1e-4
 
 
+def test_a_kl_above_the_target_raises_its_weight(tmp_path):
+    weights = []
+    run = make(tmp_path, kl_target=1e-9)
+    run.observe = lambda hook, **told: (
+        hook == "nft_epoch_finished" and weights.append(told["record"]["kl_weight"])
+    )
+    train(run)
+    # The KL of the first step of all is 0, that of the epoch is not.
+    assert weights == pytest.approx([0.5, 0.55, 0.605])
+    assert run.kl_weight == pytest.approx(0.6655)
+
+
 def test_updates_hold_the_valid_images_alone(tmp_path):
     from nft_core.train import sample
 
