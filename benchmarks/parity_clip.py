@@ -139,11 +139,13 @@ def main():
     parser.add_argument("--size", choices=("full", "small"), default="full")
     args = parser.parse_args()
     print(f"{args.size}, torch {torch.__version__}\n")
-    print("| reward | scores | their deviation | largest difference | of the score | of the deviation | bf16 |")
-    print("|---|---|---|---|---|---|---|")
+    heads = ("reward", "scores", "deviation", "largest difference", "of the score")
+    heads += ("of the deviation", "bf16", "seconds")
+    print(f"| {' | '.join(heads)} |")
+    print("|---|---|---|---|---|---|---|---|")
     for name in args.rewards:
         if name == "hpsv2" and not importlib.util.find_spec("open_clip"):
-            print("| hpsv2 | needs open_clip and torchvision ||||||")
+            print("| hpsv2 | needs open_clip and torchvision |||||||")
             continue
         with tempfile.TemporaryDirectory() as place:
             start = perf_counter()
@@ -160,7 +162,7 @@ def main():
         spread, moved = theirs.std(), (half - ours).abs().max()
         print(
             f"| {name} | {theirs.min():.4f} to {theirs.max():.4f} | {spread:.4f} | {worst:.1e} "
-            f"| {relative:.1e} | {worst / spread:.1e} | {moved / spread:.1e} | {perf_counter() - start:.0f} s",
+            f"| {relative:.1e} | {worst / spread:.1e} | {moved / spread:.1e} | {perf_counter() - start:.0f} |",
             flush=True,
         )
 

@@ -143,7 +143,8 @@ def package(folder):
         return torch.cat([reward.reward(batch.pil, list(batch.prompts))[:, 0].float() for batch in batches()])
 
     theirs = {"bf16, as published": scores()}
-    reward.model.float()  # The frequencies of its rotary positions stay rounded.
+    reward.model.float()
+    reward.model.visual.rotary_pos_emb.bfloat16()  # As published: that of the text stays rounded by itself.
     theirs["fp32"] = scores()
     print(f"their scores in fp32: mean {theirs['fp32'].mean():.4f}, deviation {theirs['fp32'].std():.4f}")
     for name, values in theirs.items():

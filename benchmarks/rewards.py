@@ -8,7 +8,7 @@ published training code: images to PIL and the model's own preprocessing, every 
 tower, float32, and a model of its own for each reward; geneval one image after the other, and one object after
 the other for its colour. A second epoch has the same prompts, as training does. `shared` scores pickscore and
 clipscore together on one CLIP. `memory` is the peak of a process that holds pickscore, hpsv2 and clipscore and
-scores a batch. hpsv2 needs open_clip and torchvision.
+scores two images. hpsv2 needs open_clip and torchvision.
 """
 
 import argparse
@@ -147,10 +147,16 @@ def batches(args, epoch):
         yield Batch(images, prompts, metadata, torch.arange(len(chosen)))
 
 
+def few(args):
+    """Two images, to warm up with."""
+    batch = next(batches(args, 99))
+    return Batch(batch.images[:2], batch.prompts[:2], batch.metadata[:2], batch.groups[:2])
+
+
 def seconds(args, rewards):
-    """Of `epochs` epochs; a batch beforehand is not counted."""
+    """Of `epochs` epochs; what warms up is not counted."""
     for reward in rewards:
-        reward(next(batches(args, 99)))
+        reward(few(args))
     total = 0.0
     for epoch in range(args.epochs):
         for batch in batches(args, epoch):
@@ -187,9 +193,9 @@ TOGETHER = ("pickscore", "hpsv2", "clipscore")
 
 
 def peak(place, args, ours):
-    """Gigabytes of this process, or of its part of the GPU, with all three rewards and one batch."""
+    """Gigabytes of this process, or of its part of the GPU, with all three rewards and two images."""
     rewards = [reward for name in TOGETHER for reward in cases(place, args)[name][ours]()]
-    batch = next(batches(args, 0))
+    batch = few(args)
     for reward in rewards:
         reward(batch)
     if args.device.startswith("cuda"):
@@ -252,7 +258,9 @@ def main():
             command = [sys.executable, __file__, *options]
             a, b = (
                 float(
-                    subprocess.run([*command, "--peak", folder, side], check=True, capture_output=True).stdout
+                    subprocess.run(
+                        [*command, "--peak", folder, side], check=True, stdout=subprocess.PIPE
+                    ).stdout
                 )
                 for side in "01"
             )

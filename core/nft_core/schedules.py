@@ -54,12 +54,10 @@ def lr_decay(schedule: LrSchedule, share: float, warmup: int, step: int) -> floa
             return 1.0
 
 
-def next_kl_weight(weight: float, kl: float | None, target: float, least: float) -> float:
+def next_kl_weight(weight: float, kl: float, target: float, least: float) -> float:
     """The next epoch's KL weight: times `kl / target`, a tenth up or down at most, and never below `least`.
 
-    kl: of the epoch that ended; None where nothing was trained. target: 0 leaves the weight alone.
-    A controller in the manner of Ziegler et al., arXiv 1909.08593, section 2.2.
+    kl: of the epoch that ended. target: 0 leaves the weight alone.
+    After Ziegler et al., arXiv 1909.08593, section 2.2, whose controller moves by a fiftieth and has no floor.
     """
-    if not target or kl is None:
-        return weight
-    return max(least, weight * min(max(kl / target, 0.9), 1.1))
+    return max(least, weight * min(max(kl / target, 0.9), 1.1)) if target else weight

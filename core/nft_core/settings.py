@@ -110,12 +110,6 @@ class Settings(BaseModel):
         return value
 
     @model_validator(mode="after")
-    def _kl_target_has_a_weight(self) -> Settings:
-        if self.kl_target and not self.kl_weight:
-            raise ValueError("kl_target needs a kl_weight above 0, which it raises where the KL is larger")
-        return self
-
-    @model_validator(mode="after")
     def _possible_sizes(self) -> Settings:
         images = self.prompts_per_epoch * self.group_size
         if images % self.updates_per_epoch:

@@ -10,6 +10,8 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
+CUT = "The file may be cut short or of another kind; download it again."
+
 
 def find_file(checkpoint: str, name: str) -> Path:
     """A local file, `name` in a local folder, or `name` of a hub id. Raises OSError where there is none."""
@@ -42,10 +44,7 @@ def read_tensors(path: Path) -> dict[str, Any]:
             return load_file(path)
         content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
-        raise OSError(
-            f"Cannot read weights from {path}: {' '.join(str(error).split())[:200]} The file may be cut short "
-            "or of another kind; download it again."
-        ) from error
+        raise OSError(f"Cannot read weights from {path}: {' '.join(str(error).split())[:200]} {CUT}") from error
     content = content.get("state_dict", content) if isinstance(content, Mapping) else content
     if not isinstance(content, Mapping) or not all(isinstance(v, Tensor) for v in content.values()):
         raise OSError(f"{path} holds no state dict of tensors but {type(content).__name__}.")
@@ -86,11 +85,11 @@ def load_exactly(
     module.load_state_dict({key: tensors[n] for n, (key, _) in mine.items()}, assign=True)
 
 
-def load_pretrained(cls: Any, checkpoint: str, known: Callable[[str], bool] = lambda name: True) -> Any:
+def load_pretrained(cls: Any, checkpoint: str, unused: Callable[[str], bool]) -> Any:
     """A transformers model in float32, in safetensors, from a local folder or the hub.
 
-    known: which tensors the file may hold that the model has no place for.
-    Raises OSError where there is none, and where it lacks a weight or holds one that is not known.
+    unused: which tensors the file may hold that the model has no place for.
+    Raises OSError where there is none, and where it lacks a weight or holds one too many.
     """
     try:
         model, info = cls.from_pretrained(
@@ -100,7 +99,9 @@ def load_pretrained(cls: Any, checkpoint: str, known: Callable[[str], bool] = la
             output_loading_info=True,
             ignore_mismatched_sizes=True,
         )
-    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+    except SafetensorError as error:
+        raise OSError(f"Cannot read weights from {checkpoint!r}: {error}. {CUT}") from error
+    except (OSError, ValueError) as error:
         raise OSError(
             f"Looked for a {cls.__name__} in safetensors in a folder {checkpoint!r} and on the Hugging Face "
             f"hub: {' '.join(str(error).split())[:300]} checkpoint=PATH takes a local folder, which works "
@@ -110,7 +111,7 @@ def load_pretrained(cls: Any, checkpoint: str, known: Callable[[str], bool] = la
     parameters = {name for name, _ in model.named_parameters()}
     wrong = {
         "missing": sorted(set(info["missing_keys"]) & parameters),
-        "unexpected": sorted(name for name in info["unexpected_keys"] if not known(name)),
+        "unexpected": sorted(name for name in info["unexpected_keys"] if not unused(name)),
         "of another shape": sorted(str(name) for name, *_ in info["mismatched_keys"]),
     }
     said = [f"{len(names)} {what}, such as {names[0]!r}" for what, names in wrong.items() if names]

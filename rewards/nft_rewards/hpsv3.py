@@ -44,7 +44,7 @@ CHUNK = 8
 
 
 class HPSv3:
-    """Scores without bounds, mostly from -5 to 15; details `log_sigma`, the log of the model's own spread.
+    """Scores without bounds; details `log_sigma`, the log of the model's own spread.
 
     checkpoint: hub id, local folder, or local file of the published weights.
     base: hub id or local folder of Qwen2-VL-7B-Instruct, for its tokenizer and config.json.
@@ -122,7 +122,10 @@ class RewardModel(nn.Module):
 
         super().__init__()
         self.visual = Qwen2VisionTransformerPretrainedModel._from_config(config.vision_config)
+        self.visual.rotary_pos_emb = Angles(self.visual.rotary_pos_emb.inv_freq)
         self.model = Qwen2VLTextModel._from_config(config.text_config)
+        # The published code rounds them with the rest of the model, in training too.
+        self.model.rotary_emb.inv_freq.copy_(self.model.rotary_emb.inv_freq.bfloat16())
         hidden = int(config.text_config.hidden_size)
         self.rm_head = nn.Sequential(
             nn.Linear(hidden, 1024),
@@ -144,6 +147,23 @@ class RewardModel(nn.Module):
         hidden = self.model(inputs_embeds=read, use_cache=False).last_hidden_state
         result: Tensor = self.rm_head(hidden[torch.arange(count, device=last.device), last].float())
         return result
+
+
+class Angles(nn.Module):
+    """Cosines and sines `[N, 4 F]` of the positions `[N, 2]`, row and column, of the image's patches.
+
+    In bfloat16 whatever the model's precision, as in training: angles are off by up to 0.05, and the weights
+    are made for these.
+    """
+
+    def __init__(self, inv_freq: Tensor) -> None:
+        super().__init__()
+        self.inv_freq = nn.Buffer(inv_freq, persistent=False)
+
+    def forward(self, _: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
+        angles = (positions[..., None].bfloat16() * self.inv_freq.bfloat16()).flatten(1)
+        angles = torch.cat([angles, angles], -1)
+        return angles.cos().float(), angles.sin().float()
 
 
 def patches(pixels: Tensor) -> Tensor:
@@ -200,10 +220,6 @@ def load_model(file: Path, config: Any, device: torch.device, dtype: torch.dtype
     with init_empty_weights(include_buffers=False):
         model = RewardModel(config)
     load_exactly(model, read_tensors(file), file, unused=("lm_head.weight",))
-    # In training they were rounded with the rest of the model, so the weights are made for these.
-    for name, buffer in model.named_buffers():
-        if name.endswith("inv_freq"):
-            buffer.copy_(buffer.bfloat16())
-    model.to(device).eval().requires_grad_(False)
-    model.visual.to(dtype), model.model.to(dtype), model.rm_head.float()
-    return model
+    for part, precision in ((model.visual, dtype), (model.model, dtype), (model.rm_head, torch.float32)):
+        part.to(device, precision)
+    return model.eval().requires_grad_(False)

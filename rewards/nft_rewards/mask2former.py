@@ -117,7 +117,8 @@ class Mask2Former:
 def load(checkpoint: str) -> torch.nn.Module:
     from transformers import Mask2FormerForUniversalSegmentation
 
-    model: torch.nn.Module = load_pretrained(Mask2FormerForUniversalSegmentation, checkpoint)
+    # Older files hold the loss's weights and tables of positions too.
+    model: torch.nn.Module = load_pretrained(Mask2FormerForUniversalSegmentation, checkpoint, lambda name: True)
     check_classes(checkpoint, model.config.id2label)
     return model.eval().requires_grad_(False)
 

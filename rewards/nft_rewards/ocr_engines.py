@@ -25,7 +25,7 @@ def make_engine(name: EngineName, detector: str = "", recogniser: str = "") -> E
     if name == "rapidocr":
         return rapidocr(detector, recogniser)
     if name == "paddle":
-        return paddle(detector, recogniser)
+        return paddleocr(detector, recogniser)
     raise ValueError(f"engine must be 'rapidocr' or 'paddle', got {name!r}")
 
 
@@ -35,7 +35,10 @@ def rapidocr(detector: str, recogniser: str) -> Engine:
     logging.getLogger("RapidOCR").setLevel(logging.ERROR)
     from rapidocr import RapidOCR
 
-    models = {"Det.model_path": onnx_file(detector), "Rec.model_path": onnx_file(recogniser)}
+    models = {
+        "Det.model_path": onnx_file(detector),
+        "Rec.model_path": onnx_file(recogniser, names_letters=True),
+    }
     # The detector enlarges images whose short side is below this; beyond it they are read as they come.
     limits = {"Det.limit_side_len": 128, "Det.limit_type": "min", "Global.use_cls": False}
     threads = {"EngineConfig.onnxruntime.intra_op_num_threads": 1}
@@ -45,18 +48,31 @@ def rapidocr(detector: str, recogniser: str) -> Engine:
     return lambda image: " ".join(engine(image).txts or ())
 
 
-def onnx_file(path: str) -> str:
-    """The `.onnx` file at a path or in a folder; "" for ""."""
+def onnx_file(path: str, names_letters: bool = False) -> str:
+    """The `.onnx` file at a path or in a folder; "" for "".
+
+    names_letters: whether it must say which letters it knows, as recognisers do; RapidOCR would fetch another's.
+    Raises OSError where there is no such file.
+    """
     if not path:
         return ""
+    from onnxruntime import InferenceSession
+
     place = Path(path).expanduser()
     files = [place] if place.is_file() else sorted(place.glob("*.onnx"))
     if len(files) != 1:
         raise OSError(f"Expected an .onnx file, or a folder with one, at {path!r}; found {len(files)}.")
+    try:
+        metadata = InferenceSession(files[0]).get_modelmeta().custom_metadata_map
+    except Exception as error:  # onnxruntime's own, each of its own class.
+        said = " ".join(str(error).split())[:300]
+        raise OSError(f"{files[0]} is no ONNX model that can be read: {said}") from error
+    if names_letters and "character" not in metadata:
+        raise OSError(f"{files[0]} has no metadata `character`, the letters that a recogniser knows.")
     return str(files[0])
 
 
-def paddle(detector: str, recogniser: str) -> Engine:
+def paddleocr(detector: str, recogniser: str) -> Engine:
     """PaddleOCR 3 on the CPU, by default with the models that it downloads itself."""
     options: dict[str, Any] = {}
     for kind, folder in (("detection", detector), ("recognition", recogniser)):
@@ -67,10 +83,11 @@ def paddle(detector: str, recogniser: str) -> Engine:
         # Nothing to download, so nobody to ask whether he can be reached.
         os.environ.setdefault("PADDLE_PDX_DISABLE_MODEL_SOURCE_CHECK", "True")
     try:
+        import paddle  # noqa: F401 - paddleocr can be imported without it
         from paddleocr import PaddleOCR
     except ImportError as error:
         raise ImportError(
-            f"engine=paddle needs PaddleOCR 3, which cannot be imported here ({error}): "
+            f"engine=paddle needs paddleocr 3 and paddlepaddle, which cannot be imported here ({error}): "
             'pip install "nft-hub[ocr,paddle]", or leave engine out.'
         ) from error
     # Its logger writes a line for every model.

@@ -59,19 +59,25 @@ def resize(
 
     window: (top, left, bottom, right) of the part of the result that is wanted.
     """
-    way = by_pil if images.device.type == "cpu" else by_products
-    return way(images, height, width, kind, window or (0, 0, height, width))
+    top, left, bottom, right = window = window or (0, 0, height, width)
+    # PIL computes the whole, of which the middle of a long thin object may be a thousandth.
+    mostly = 4 * (bottom - top) * (right - left) >= height * width
+    way = by_pil if mostly and images.device.type == "cpu" else by_products
+    return way(images, height, width, kind, window)
 
 
 def by_pil(images: Tensor, height: int, width: int, kind: Filter, window: Window) -> Tensor:
     """PIL itself, the fastest on a CPU."""
     top, left, bottom, right = window
     done = [
-        np.asarray(Image.fromarray(image).resize((width, height), Image.Resampling[kind.upper()]))
+        np.asarray(Image.fromarray(image).resize((width, height), Image.Resampling[kind.upper()]))[
+            top:bottom, left:right
+        ]
         for image in images.byte().permute(0, 2, 3, 1).contiguous().numpy()
     ]
-    whole = torch.from_numpy(np.stack(done)) if done else torch.zeros(0, height, width, 3)
-    return whole[:, top:bottom, left:right].permute(0, 3, 1, 2).float()
+    if not done:
+        return torch.zeros(0, 3, bottom - top, right - left)
+    return torch.from_numpy(np.stack(done)).permute(0, 3, 1, 2).float()
 
 
 def by_products(images: Tensor, height: int, width: int, kind: Filter, window: Window) -> Tensor:

@@ -74,8 +74,3 @@ def test_resolved_settings_round_trip():
 
 def test_every_setting_is_described():
     assert all(field.description for field in Settings.model_fields.values())
-
-
-def test_a_kl_target_wants_a_kl_weight():
-    with pytest.raises(UsageError, match="kl_target needs a kl_weight above 0"):
-        make_settings({"kl_weight": 0, "kl_target": 0.1})

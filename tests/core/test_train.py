@@ -90,7 +90,7 @@ def make(tmp_path, **changes):
     return run
 
 
-def algorithm_1(s):
+def algorithm_1(s, kl_weights=None):
     """The paper's Algorithm 1 for the toy, one image at a time and without any of the loop's helpers."""
     from nft_core.prompts import prompts_of_epoch
 
@@ -103,7 +103,7 @@ def algorithm_1(s):
     def v(net, x, t, c):
         return net(torch.cat([x, torch.tensor([t, c])]))
 
-    step = 0
+    step, kl_weights = 0, kl_weights or [s.kl_weight] * s.epochs
     for epoch in range(1, s.epochs + 1):
         images = []
         for p in prompts_of_epoch(len(PROMPTS), s.prompts_per_epoch, s.seed, epoch):
@@ -142,7 +142,7 @@ def algorithm_1(s):
                         error = x_t - t * branch - i["x"]
                         scale = s.advantage_clip / s.beta / error.detach().abs().mean()
                         total = total + weight * scale * error.square().mean()
-                    total = total + s.kl_weight * (now - first).square().mean()
+                    total = total + kl_weights[epoch - 1] * (now - first).square().mean()
             optimizer.zero_grad()
             (total / (2 * len(chosen))).backward()
             nn.utils.clip_grad_norm_(theta.parameters(), s.max_grad_norm)
@@ -191,9 +191,14 @@ def test_a_kl_above_the_target_raises_its_weight(tmp_path):
         hook == "nft_epoch_finished" and weights.append(told["record"]["kl_weight"])
     )
     train(run)
-    # The KL of the first step of all is 0, that of the epoch is not.
     assert weights == pytest.approx([0.5, 0.55, 0.605])
     assert run.kl_weight == pytest.approx(0.6655)
+    state = run.policy.state()
+    for name, parameter in algorithm_1(run.settings, weights)["live"].named_parameters():
+        torch.testing.assert_close(state[f"live.{name}"], parameter.data, atol=2e-6, rtol=1e-4)
+    with pytest.raises(AssertionError):
+        other = algorithm_1(run.settings)["live"].weight.data
+        torch.testing.assert_close(state["live.weight"], other, atol=2e-6, rtol=1e-4)
 
 
 def test_updates_hold_the_valid_images_alone(tmp_path):

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from nft_plugins import Batch, PromptError
-from nft_rewards.hpsv3 import CHAT, FILE, IMAGE, QUESTION, HPSv3, patches, size_for
+from nft_rewards.hpsv3 import FILE, IMAGE, QUESTION, HPSv3, patches, size_for
 
 SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>", IMAGE]
 CONFIG = {
@@ -73,10 +73,17 @@ def whole_model(base):
     ).eval()  # fmt: skip
     for name, p in [*model.named_parameters(), *head.named_parameters()]:
         torch.nn.init.normal_(p, mean=float("norm" in name and "weight" in name), std=0.3)
-    # In the published code they are in half precision throughout, training included.
-    for name, buffer in model.named_buffers():
-        if name.endswith("inv_freq"):
-            buffer.copy_(buffer.bfloat16())
+    # In the published code these are bfloat16, in training too: frequencies, and the angles of patches.
+    rotary = model.model.language_model.rotary_emb
+    rotary.inv_freq.copy_(rotary.inv_freq.bfloat16())
+    frequencies = model.model.visual.rotary_pos_emb.inv_freq.bfloat16()
+
+    def rotate(_, positions):
+        rows, columns = (torch.outer(p.bfloat16(), frequencies) for p in positions.T)
+        angles = torch.cat([rows, columns, rows, columns], 1)
+        return angles.cos().float(), angles.sin().float()
+
+    model.model.visual.rotary_pos_emb.forward = rotate
     state = {f"rm_head.{k}": v for k, v in head.state_dict().items()}
     for name, weight in model.state_dict().items():
         name = name.replace("model.visual.", "visual.").replace("model.language_model.", "model.")
@@ -121,8 +128,14 @@ def expected(base, model, head, batch):
         height, width = size_for(image.height, image.width)
         seen = processor(image.resize((width, height), Image.Resampling.BICUBIC), return_tensors="pt")
         tokens = int(seen.image_grid_thw.prod()) // 4
-        text = CHAT.format(image=IMAGE * tokens, question=QUESTION.replace("{prompt}", prompt))
-        ids = tokenizer(text + "\n\nEND\n<|im_end|>\n<|im_start|>assistant\n", return_tensors="pt").input_ids
+        text = (
+            "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n<|im_start|>user\n<|vision_start|>"
+            + "<|image_pad|>" * tokens
+            + "<|vision_end|>"
+            + QUESTION.replace("{prompt}", prompt)
+            + "<|Reward|>\n\nEND\n<|im_end|>\n<|im_start|>assistant\n"
+        )
+        ids = tokenizer(text, return_tensors="pt").input_ids
         with torch.no_grad():
             hidden = model.model(
                 input_ids=ids,

@@ -38,6 +38,19 @@ def test_rapidocr_reads_with_local_models(tmp_path):
     assert engine(picture("")) == ""
 
 
+def test_other_onnx_files_are_an_error(tmp_path):
+    import rapidocr
+
+    models = Path(rapidocr.__file__).parent / "models"
+    (detector,), (recogniser,) = models.glob("*_det_*.onnx"), models.glob("*_rec_*.onnx")
+    (tmp_path / "cut.onnx").write_bytes(recogniser.read_bytes()[:5000])
+    for kind in ("detector", "recogniser"):
+        with pytest.raises(OSError, match="no ONNX model that can be read"):
+            make_engine("rapidocr", **{kind: str(tmp_path / "cut.onnx")})
+    with pytest.raises(OSError, match="no metadata `character`"):
+        make_engine("rapidocr", recogniser=str(detector))
+
+
 @pytest.mark.parametrize("engine", ["rapidocr", "paddle"])
 def test_models_that_are_not_there_are_an_error(engine, tmp_path):
     with pytest.raises(OSError, match="Expected"):
