@@ -256,14 +256,8 @@ def main():
         if "memory" in chosen:
             options = [f"--{k}={getattr(args, k)}" for k in ("size", "device", "side", "group", "images")]
             command = [sys.executable, __file__, *options]
-            a, b = (
-                float(
-                    subprocess.run(
-                        [*command, "--peak", folder, side], check=True, stdout=subprocess.PIPE
-                    ).stdout
-                )
-                for side in "01"
-            )
+            runs = [[*command, "--peak", folder, side] for side in "01"]
+            a, b = (float(subprocess.run(run, check=True, stdout=subprocess.PIPE).stdout) for run in runs)
             print(f"peak memory of {', '.join(TOGETHER)}: straightforward {a:.2f} GB, here {b:.2f} GB")
 
 

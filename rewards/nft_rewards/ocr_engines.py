@@ -37,7 +37,7 @@ def rapidocr(detector: str, recogniser: str) -> Engine:
 
     models = {
         "Det.model_path": onnx_file(detector),
-        "Rec.model_path": onnx_file(recogniser, names_letters=True),
+        "Rec.model_path": onnx_file(recogniser, letters=True),
     }
     # The detector enlarges images whose short side is below this; beyond it they are read as they come.
     limits = {"Det.limit_side_len": 128, "Det.limit_type": "min", "Global.use_cls": False}
@@ -48,10 +48,10 @@ def rapidocr(detector: str, recogniser: str) -> Engine:
     return lambda image: " ".join(engine(image).txts or ())
 
 
-def onnx_file(path: str, names_letters: bool = False) -> str:
+def onnx_file(path: str, letters: bool = False) -> str:
     """The `.onnx` file at a path or in a folder; "" for "".
 
-    names_letters: whether it must say which letters it knows, as recognisers do; RapidOCR would fetch another's.
+    letters: whether it must say which letters it knows, as recognisers do; RapidOCR would fetch another's.
     Raises OSError where there is no such file.
     """
     if not path:
@@ -67,7 +67,7 @@ def onnx_file(path: str, names_letters: bool = False) -> str:
     except Exception as error:  # onnxruntime's own, each of its own class.
         said = " ".join(str(error).split())[:300]
         raise OSError(f"{files[0]} is no ONNX model that can be read: {said}") from error
-    if names_letters and "character" not in metadata:
+    if letters and "character" not in metadata:
         raise OSError(f"{files[0]} has no metadata `character`, the letters that a recogniser knows.")
     return str(files[0])
 
