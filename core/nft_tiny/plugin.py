@@ -25,7 +25,7 @@ def nft_register_presets(register: Callable[[Preset], None]) -> None:
                 "unscorable": "drop",
                 "max_sequence_length": 0,
                 "lora_rank": 0,
-                "lr": 3e-4,
+                "lr": 5e-4,
                 "warmup": 20,
                 "lr_schedule": "cosine",
                 # Beyond this distance a small model that is trained as a whole drifts until it paints noise;
@@ -45,11 +45,11 @@ def nft_register_presets(register: Callable[[Preset], None]) -> None:
                 "microbatch": 24,
                 "rollout_batch": 24,
                 "eval_images": 11,
-                # More than a rollout's, as in published runs.
-                "eval_steps": 16,
+                # Four times a rollout's, as in published runs.
+                "eval_steps": 32,
                 "eval_every": 20,
                 "checkpoint_every": 0,
-                "epochs": 80,
+                "epochs": 60,
             },
             rewards={
                 "pickscore": CLIP,

@@ -13,7 +13,18 @@ pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="looks at /proc"
 
 SMALL = [
     *("--tiny", "--reward", "geneval", "--set", "processes=2", "--set", "prompts_per_epoch=4"),
-    *("--set", "group_size=4", "--set", "eval_images=1", "--set", "steps=2", "--set", "train_times_count=1"),
+    *(
+        "--set",
+        "group_size=4",
+        "--set",
+        "eval_images=1",
+        "--set",
+        "steps=2",
+        "--set",
+        "eval_steps=2",
+        "--set",
+        "train_times_count=1",
+    ),
 ]
 
 

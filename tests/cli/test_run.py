@@ -16,6 +16,7 @@ SMALL = [
     "group_size=4",
     "eval_images=1",
     "steps=4",
+    "eval_steps=0",
     "rollout_batch=8",
     "train_times_count=1",
 ]
