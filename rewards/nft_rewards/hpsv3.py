@@ -160,8 +160,11 @@ class Angles(nn.Module):
         super().__init__()
         self.inv_freq = nn.Buffer(inv_freq, persistent=False)
 
-    def forward(self, _: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
-        angles = (positions[..., None].bfloat16() * self.inv_freq.bfloat16()).flatten(1)
+    def forward(self, asked: Any, positions: Tensor | None = None) -> Any:
+        frequencies = self.inv_freq.bfloat16()
+        if positions is None:  # Older versions of transformers ask for a table of so many positions.
+            return torch.outer(torch.arange(asked, device=frequencies.device).bfloat16(), frequencies)
+        angles = (positions[..., None].bfloat16() * frequencies).flatten(1)
         angles = torch.cat([angles, angles], -1)
         return angles.cos().float(), angles.sin().float()
 
