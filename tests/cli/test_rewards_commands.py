@@ -85,7 +85,7 @@ def test_info_of_a_reward_that_is_not_ready(monkeypatch):
         (["check", "pikscore"], 2, "Did you mean 'pickscore'"),
         (["check", "ocr", "upscle=2"], 2, "Did you mean 'upscale'"),
         (["check", "ocr", "upscale"], 2, "'upscale' is no option"),
-        (["check", "geneval", "checkpoint=no/such-model"], 1, "Looked for a Mask2Former checkpoint"),
+        (["check", "geneval", "checkpoint=no/such-model"], 1, "Looked for a Mask2Former"),
         (["check", "ocr", "--expect", "none.jsonl"], 2, "Cannot read the prompt file none.jsonl"),
         (["--json", "info", "ocr"], 2, "--json goes last"),
         (["ocr"], 2, "No such command 'ocr'"),
