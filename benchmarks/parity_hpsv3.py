@@ -17,8 +17,7 @@ import sys
 from pathlib import Path
 
 import torch
-
-from nft_plugins import Batch
+from pairs import batches
 
 PROMPTS = ["a red cat", "two dogs on a mat", "an ocean with clouds and birds", "x" * 20 + " a b c" * 30]
 SIZES = ((512, 512), (300, 200), (448, 448), (30, 70))
@@ -96,24 +95,15 @@ def write(folder):
     save_file(language, base / "model.safetensors", metadata={"format": "pt"})
 
 
-def batches():
-    """Smooth and noisy images of several sizes, each prompt with each size."""
-    for height, width in SIZES:
-        g = torch.Generator().manual_seed(height)
-        noise = torch.rand(len(PROMPTS), 3, height, width, generator=g)
-        coarse = torch.rand(len(PROMPTS), 3, 4, 4, generator=g)
-        smooth = torch.nn.functional.interpolate(coarse, (height, width), mode="bilinear")
-        images = torch.where(torch.arange(len(PROMPTS)).view(-1, 1, 1, 1) % 2 == 0, smooth, noise)
-        yield Batch(images, PROMPTS, [{}] * len(PROMPTS), torch.arange(len(PROMPTS)))
-
-
 def ours(folder):
     from nft_rewards.hpsv3 import HPSv3
 
     result = {}
     for precision in ("fp32", "bf16"):
         reward = HPSv3(str(folder), base=str(folder / "base"), precision=precision)
-        result[precision] = [value for batch in batches() for value in reward(batch).values.tolist()]
+        result[precision] = [
+            value for batch in batches(PROMPTS, SIZES) for value in reward(batch).values.tolist()
+        ]
         print(precision, *(f"{value:.4f}" for value in result[precision]))
     (folder / "ours.json").write_text(json.dumps(result))
 
@@ -140,7 +130,9 @@ def package(folder):
 
     @torch.no_grad()
     def scores():
-        return torch.cat([reward.reward(batch.pil, list(batch.prompts))[:, 0].float() for batch in batches()])
+        return torch.cat(
+            [reward.reward(batch.pil, list(batch.prompts))[:, 0].float() for batch in batches(PROMPTS, SIZES)]
+        )
 
     theirs = {"bf16, as published": scores()}
     reward.model.float()

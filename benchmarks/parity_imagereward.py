@@ -21,8 +21,8 @@ import time
 from pathlib import Path
 
 import torch
+from pairs import batches
 
-from nft_plugins import Batch
 from nft_rewards.imagereward import ImageReward
 
 PROMPTS = ["a red cat", "two dogs on a mat", "an ocean with clouds and birds", "x" * 20 + " a b c" * 30]
@@ -102,22 +102,11 @@ def write(folder):
     print(f"{len(state)} entries, {sum(t.numel() for t in state.values()) / 1e6:.1f} M numbers")
 
 
-def batches():
-    """Smooth and noisy images of several sizes, each prompt with each size."""
-    for height, width in SIZES:
-        g = torch.Generator().manual_seed(height)
-        noise = torch.rand(len(PROMPTS), 3, height, width, generator=g)
-        coarse = torch.rand(len(PROMPTS), 3, 4, 4, generator=g)
-        smooth = torch.nn.functional.interpolate(coarse, (height, width), mode="bilinear")
-        images = torch.where(torch.arange(len(PROMPTS)).view(-1, 1, 1, 1) % 2 == 0, smooth, noise)
-        yield Batch(images, PROMPTS, [{}] * len(PROMPTS), torch.arange(len(PROMPTS)))
-
-
 def score(folder, **options):
     start = time.perf_counter()
     reward = ImageReward(str(folder), **options)
     loaded = time.perf_counter()
-    values = [value for batch in batches() for value in reward(batch).values.tolist()]
+    values = [value for batch in batches(PROMPTS, SIZES) for value in reward(batch).values.tolist()]
     print(f"loaded in {loaded - start:.1f} s, {len(values)} pairs in {time.perf_counter() - loaded:.1f} s")
     return reward, values
 
