@@ -105,6 +105,23 @@ class Scores:
         values = values.float()
         return cls(values, values.isfinite(), details)
 
+    @classmethod
+    def cat(cls, batches: Sequence[Scores]) -> Scores:
+        """The scores of consecutive batches as one. Raises ValueError where their details differ."""
+        import torch
+
+        first = batches[0]
+        for other in batches:
+            if other.details.keys() != first.details.keys():
+                names = [", ".join(s.details) or "none" for s in (first, other)]
+                raise ValueError(f"every batch must give the same details, got {names[0]}, and then {names[1]}")
+        return cls(
+            torch.cat([s.values for s in batches]),
+            torch.cat([s.valid for s in batches]),
+            {name: torch.cat([s.details[name] for s in batches]) for name in first.details},
+            {n: Part(p.weight, cls.cat([s.parts[n].scores for s in batches])) for n, p in first.parts.items()},
+        )
+
     def __len__(self) -> int:
         return int(self.values.shape[0])
 

@@ -36,7 +36,7 @@ def check_reward(
     """Hold a reward to the contract. Raises AssertionError, which says what a correct plug-in does.
 
     batches: what to score, by default `builtin_batches(device)`. Prompts that its `check_prompt` refuses
-        are left out. A group is never torn: a reward may compare the images of a group.
+        are left out.
     tolerance: by how much equal scores may differ; by default 1e-3 on a CPU and 2e-2 elsewhere.
     """
     checked = Checked()
@@ -69,6 +69,14 @@ def check_reward(
                 tolerance,
                 "an image's score must not depend on the images of other prompts in its batch",
             )
+        singles = Scores.cat([call(reward, part(batch, [i])) for i in range(len(batch))])
+        same(
+            scores,
+            regrouped(reward, singles, batch.groups),
+            tolerance,
+            "a group comes in several batches: a score must not depend on the images beside it, or the reward "
+            "must define regroup(scores, groups), which scores whole groups from what single images gave",
+        )
     empty = part(batches[0], [])
     check_form(call(reward, empty), empty)
     images, sizes = sum(map(len, batches)), sorted({(b.images.shape[3], b.images.shape[2]) for b in batches})
@@ -77,7 +85,7 @@ def check_reward(
         f"{images} images of {len(sizes)} sizes ({', '.join(f'{w} x {h}' for w, h in sizes)}) are scored"
         + (f"; check_prompt refuses the prompts of {left_out} others" if left_out else ""),
         "Scores of [B]: values float32, valid bool; values are finite where valid",
-        "scores depend neither on the order nor on the size of the batch, nor on earlier calls",
+        "scores and details depend neither on the order nor on the size of the batch, nor on earlier calls",
         "images, prompts, metadata and groups are left as they were",
         "zero images give zero scores",
     ]
@@ -119,6 +127,21 @@ def call(reward: Reward, batch: Batch) -> Scores:
     return scores
 
 
+def regrouped(reward: Reward, scores: Scores, groups: Tensor) -> Scores:
+    """What a run makes of the scores of all images of some groups, which came in any number of batches."""
+    if not hasattr(reward, "regroup"):
+        return scores
+    try:
+        again = reward.regroup(scores, groups.cpu())
+    except Exception as error:
+        raise AssertionError(
+            f"regroup must take the scores of {len(scores)} images and their groups; it raised {error!r}"
+        ) from error
+    if not isinstance(again, Scores):
+        raise AssertionError(f"regroup must return nft_plugins.Scores, got {type(again).__name__}")
+    return again
+
+
 def check_form(scores: Scores, batch: Batch) -> None:
     import torch
 
@@ -145,6 +168,14 @@ def same(expected: Scores, got: Scores, tolerance: float, rule: str) -> None:
         torch.allclose(a[valid], b[valid], rtol=tolerance, atol=tolerance),
         f"{rule} (within {tolerance:g}): {a.tolist()} and then {b.tolist()}",
     )
+    names, still_named = list(expected.details), list(got.details)
+    hold(names == still_named, f"{rule}: details were {names} and then {still_named}")
+    for name in names:
+        a, b = expected.details[name].cpu()[valid], got.details[name].cpu()[valid]
+        hold(
+            torch.allclose(a, b, rtol=tolerance, atol=tolerance, equal_nan=True),
+            f"{rule} (within {tolerance:g}): detail {name} was {a.tolist()} and then {b.tolist()}",
+        )
 
 
 def hold(true: bool, rule: str) -> None:
@@ -180,11 +211,13 @@ def part(batch: Batch, indices: Sequence[int]) -> Batch:
 
 
 def pick(scores: Scores, indices: Sequence[int]) -> Scores:
-    return Scores(scores.values[list(indices)], scores.valid[list(indices)])
+    index = list(indices)
+    return Scores(scores.values[index], scores.valid[index], {n: d[index] for n, d in scores.details.items()})
 
 
 def builtin_batches(device: str = "cpu") -> list[Batch]:
-    """Images made by code: a gradient, noise, a lit ball, words, plain grey; square, wide, and one pixel.
+    """Images made by code: a gradient, noise, a lit ball, words, plain grey; square, wide, one pixel, and three
+    of the same prompt.
 
     Every prompt has words in quotes and every metadata `text` and `include`, which OCR and GenEval ask for.
     """
@@ -204,6 +237,7 @@ def builtin_batches(device: str = "cpu") -> list[Batch]:
             ("wide words", words("OPEN 24", *wide), "OPEN 24"),
         ],
         [("one pixel", torch.full((3, 1, 1), 0.5), "HELLO")],
+        [("the word", words(text, *square), "STOP") for text in ("STOP", "STEP", "GO")],
     ]
     return [
         Batch(
@@ -211,12 +245,12 @@ def builtin_batches(device: str = "cpu") -> list[Batch]:
             [f'{name}, "{text}"' for name, _, text in row],
             # A class of the embedded world and one of COCO: a detector refuses those that it does not know.
             [
-                {"text": text, "include": [{"class": ("circle", "clock")[i % 2], "count": 1}]}
-                for i, (_, _, text) in enumerate(row)
+                {"text": text, "include": [{"class": ("circle", "clock")[group % 2], "count": 1}]}
+                for group, (_, _, text) in zip(groups, row, strict=True)
             ],
-            torch.arange(len(row), device=device),
+            torch.tensor(groups, device=device),
         )
-        for row in pictures
+        for row, groups in zip(pictures, ([0, 1, 2, 3, 4], [0, 1], [0], [0, 0, 0]), strict=True)
     ]
 
 

@@ -5,13 +5,18 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from datetime import timedelta
+from zlib import crc32
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from .errors import NftError, PeerError
+from .errors import PeerError
 from .launch import RENDEZVOUS
+
+#: One process may wait long for another that scores or writes. That one has died is the launcher's to notice.
+PATIENCE = timedelta(hours=2)
 
 
 @contextmanager
@@ -24,9 +29,9 @@ def process_group(device: torch.device) -> Iterator[None]:
     backend = "nccl" if device.type == "cuda" else "gloo"
     if RENDEZVOUS in os.environ:
         file = f"file://{os.environ[RENDEZVOUS]}"
-        dist.init_process_group(backend, init_method=file, rank=int(os.environ["RANK"]), world_size=size)
+        dist.init_process_group(backend, file, PATIENCE, world_size=size, rank=int(os.environ["RANK"]))
     else:
-        dist.init_process_group(backend)
+        dist.init_process_group(backend, timeout=PATIENCE)
     try:
         yield
     except RuntimeError as error:
@@ -81,14 +86,26 @@ def sum_gradients(parameters: Iterable[torch.nn.Parameter]) -> None:
 
 @contextmanager
 def together(device: torch.device) -> Iterator[None]:
-    """What fails inside in one process fails in all, so that none waits for another for ever."""
-    failure: NftError | None = None
+    """What fails inside in one process fails in all, so that none waits for another for ever.
+
+    Inside there may be no other exchange between processes: the one that failed would not take part.
+    """
+    failure: Exception | None = None
     try:
         yield
-    except NftError as error:
+    except Exception as error:
         failure = error
     if sum_value(float(failure is not None), device):
         raise failure or PeerError("Another process of this run failed; its own message says why.")
+
+
+def same_everywhere(text: str, device: torch.device) -> bool:
+    """Whether all processes hold the same text; the answer is the same in all."""
+    if world_size() == 1:
+        return True
+    code = torch.tensor([crc32(text.encode()), -crc32(text.encode())], dtype=torch.int64, device=device)
+    dist.all_reduce(code, dist.ReduceOp.MAX)  # The largest, and minus the smallest.
+    return int(code.sum()) == 0
 
 
 def sum_value(value: float, device: torch.device) -> float:

@@ -13,7 +13,8 @@ from torch import Tensor
 
 from nft_plugins import Batch, Condition, FlowModel, Part, Reward, Scores, Solver, Velocity, randn_like
 
-from .distributed import gather_rows, owned, together
+from .distributed import gather_rows, owned, same_everywhere, together
+from .errors import NftError
 from .prompts import Prompt
 from .seeds import generator
 
@@ -165,7 +166,8 @@ def roll_out(
             for future in pending:
                 scores.append(future.result())
                 progress("reward", sum(map(len, scores)), len(index))
-    everyones = gather_scores(concatenate(scores), index, len(draws), sampler.device)
+        mine = concatenate(scores)
+    everyones = gather_scores(mine, index, len(draws), sampler.device)
     if hasattr(reward, "regroup"):  # A group's images were spread over batches and processes until here.
         everyones = reward.regroup(everyones, groups)
     return Rollout(draws, index, torch.cat(latents), torch.cat(images) if images else None, everyones, groups)
@@ -195,21 +197,20 @@ def map_scores(scores: Scores, f: Callable[[Tensor], Tensor]) -> Scores:
 
 def concatenate(scores: Sequence[Scores]) -> Scores:
     """The scores of consecutive batches of the same reward as one."""
-    first = scores[0]
-
-    def join(get: Callable[[Scores], Tensor]) -> Tensor:
-        return torch.cat([get(s).cpu() for s in scores])
-
-    details = {name: join(lambda s, name=name: s.details[name]) for name in first.details}
-    parts = {
-        name: Part(part.weight, concatenate([s.parts[name].scores for s in scores]))
-        for name, part in first.parts.items()
-    }
-    return Scores(join(lambda s: s.values), join(lambda s: s.valid), details, parts)
+    try:
+        return Scores.cat(scores)
+    except ValueError as error:
+        raise NftError(f"A reward does not keep the contract: {error}.") from error
 
 
 def gather_scores(scores: Scores, index: Tensor, count: int, device: torch.device) -> Scores:
-    """`[count]` scores of all processes' images, in order."""
+    """`[count]` scores of all processes' images, in order. Raises NftError where processes' details differ."""
+    names = ", ".join(scores.details) or "none"
+    if not same_everywhere(names, device):
+        raise NftError(
+            "A reward does not keep the contract: it must give the same details in the same order in every "
+            f"process, and here it gave {names}, elsewhere others."
+        )
 
     def gather(x: Tensor) -> Tensor:
         rows = gather_rows(x.float() if x.dtype == torch.bool else x, index, count, device)

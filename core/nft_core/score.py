@@ -312,9 +312,14 @@ def score(
     for name, member in groupwise.items():
         if kept[name]:  # A group's images were spread over batches until here.
             rows, groups, parts = zip(*kept[name], strict=True)
+            told = [result for part in rows for result in part]
             whole = torch.tensor([g for part in groups for g in part])
-            again = checked(name, partial(member.regroup, concatenate(parts), whole), len(whole))
-            _tell([r for part in rows for r in part], name, again)
+            try:
+                again = checked(name, partial(member.regroup, concatenate(parts), whole), len(whole))
+            except NftError as error:
+                _fail(told, name, error)
+            else:
+                _tell(told, name, again)
     return results
 
 
@@ -332,12 +337,16 @@ def _score_batch(
         except NoPrompt as error:
             raise NoPrompt(error.path, name) from error
         except NftError as error:
-            for result in results:
-                result.fail(name, str(error))
+            _fail(results, name, error)
             continue
         _tell(results, name, scores)
         given_scores[name] = scores
     return given_scores
+
+
+def _fail(results: Iterable[Scored], name: str, error: NftError) -> None:
+    for result in results:
+        result.fail(name, str(error))
 
 
 def _tell(results: Sequence[Scored], name: str, scores: Scores) -> None:

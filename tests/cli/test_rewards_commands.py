@@ -1,6 +1,7 @@
 """`nft rewards info` and `check`, and the check that a plug-in's own tests can use."""
 
 import json
+import re
 from io import BytesIO
 
 import pytest
@@ -114,7 +115,7 @@ def test_the_built_in_rewards_keep_the_contract(arguments):
     assert result.exit_code == 0, result.output
     assert result.stdout.count("ok: ") == 5
     # Every other image asks for a class that the embedded world's detector does not know.
-    scored = "5 images" if arguments[0] == "geneval" else "8 images"
+    scored = "8 images" if arguments[0] == "geneval" else "11 images"
     assert f"{scored} of 3 sizes (1 x 1, 64 x 64, 80 x 48) are scored" in result.stdout
     assert "not checked: known values. None are shipped" in result.stdout
     if arguments[0] == "ocr":
@@ -151,13 +152,6 @@ def test_known_values(tmp_path):
     assert 'expected "value"' in nft("check", "jpeg_compressibility", "--expect", file).stderr
 
 
-def relative(batch):
-    """Best of its group: legitimate, for a group is never torn."""
-    values = batch.images.mean((1, 2, 3))
-    best = [values[batch.groups == g].max() for g in batch.groups]
-    return Scores.of((values == torch.stack(best)).float() if len(values) else values)
-
-
 class Picky:
     def check_prompt(self, prompt, metadata):
         if "wide" in prompt:
@@ -175,10 +169,11 @@ def grouped():
 
 
 def test_correct_rewards_pass():
-    assert len(check_reward(brightness).scored) == 3
-    assert len(check_reward(relative, grouped()).scored) == 1
+    assert len(check_reward(brightness).scored) == 4
+    assert check_reward(Relative()).holds
+    assert len(check_reward(Relative(), grouped()).scored) == 1
     checked = check_reward(Picky())
-    assert "6 images of 2 sizes" in checked.holds[0]
+    assert "9 images of 2 sizes" in checked.holds[0]
     assert "refuses the prompts of 2 others" in checked.holds[0]
 
 
@@ -203,6 +198,35 @@ class Breaks(RefusesAll):
 def normalised(batch):
     values = batch.images.mean((1, 2, 3))
     return Scores.of(values - values.mean())
+
+
+class Relative:
+    """A score relative to the group, and so in need of `regroup`."""
+
+    def __call__(self, batch):
+        values = batch.images.mean((1, 2, 3))
+        return self.regroup(Scores.of(values, value=values), batch.groups)
+
+    def regroup(self, scores, groups):
+        values = scores.details["value"]
+        means = [float(values[groups == g].mean()) for g in groups]
+        return Scores.of(values - torch.tensor(means), value=values)
+
+
+class Raises(Relative):
+    def __call__(self, batch):
+        return brightness(batch)
+
+    def regroup(self, scores, groups):
+        raise LookupError("no such group")
+
+
+def relative(batch):
+    return Relative()(batch)
+
+
+def restless(batch):
+    return Scores.of(batch.images.mean((1, 2, 3)), luck=torch.rand(len(batch)))
 
 
 def by_place(batch):
@@ -265,13 +289,16 @@ def sometimes_invalid(batch):
         (by_place, "its place in the batch"),
         (normalised, "the images of other prompts"),
         (sometimes_invalid, "the images of other prompts in its batch: valid was"),
+        (relative, "must define regroup(scores, groups)"),
+        (Raises(), "it raised LookupError"),
+        (restless, "a second time (within 0.001): detail luck"),
         (needs_some, "must score 0 images of 64 x 64"),
         (RefusesAll(), "it refused all, the first with: never"),
         (Breaks(), "must raise PromptError or nothing, it raised KeyError"),
     ],
 )
 def test_a_breach_is_told_as_what_a_correct_plugin_does(reward, rule):
-    with pytest.raises(AssertionError, match=rule.replace("(", "\\(")):
+    with pytest.raises(AssertionError, match=re.escape(rule)):
         check_reward(reward)
 
 
@@ -285,7 +312,7 @@ def test_a_breach_as_the_command_tells_it(monkeypatch):
 
 def test_images_made_by_code():
     batches = builtin_batches()
-    assert [tuple(b.images.shape[2:]) for b in batches] == [(64, 64), (48, 80), (1, 1)]
+    assert [tuple(b.images.shape[2:]) for b in batches] == [(64, 64), (48, 80), (1, 1), (64, 64)]
     for batch in batches:
         assert batch.images.dtype == torch.float32
         assert ((batch.images >= 0) & (batch.images <= 1)).all()

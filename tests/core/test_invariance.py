@@ -7,6 +7,11 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
+
+from nft_core.errors import NftError
+from nft_core.rollout import concatenate
+from nft_plugins import Scores
 
 SCRIPT = Path(__file__).with_name("tiny_run.py")
 
@@ -80,3 +85,40 @@ def test_invalid_samples_stay_out(sd3_folder, tmp_path):
     records = run(tmp_path, sd3_folder, "x", "microbatch=4")["records"]
     counts = [r["rewards"]["total"]["valid"] for r in records if r["event"] == "epoch"]
     assert all(0 < valid < 16 for valid in counts)
+
+
+def test_details_differ_between_processes(tmp_path):
+    """What one process calls `a` is never added to what another calls `b`."""
+    script = tmp_path / "details.py"
+    script.write_text(
+        "import torch\n"
+        "from nft_core.distributed import owned, process_group, rank\n"
+        "from nft_core.errors import NftError\n"
+        "from nft_core.rollout import gather_scores\n"
+        "from nft_plugins import Scores\n"
+        "cpu = torch.device('cpu')\n"
+        "with process_group(cpu):\n"
+        "    names = ('a', 'b')[:: 1 - 2 * rank()]\n"
+        "    scores = Scores.of(torch.ones(2), **{n: torch.full((2,), float(ord(n))) for n in names})\n"
+        "    try:\n"
+        "        gather_scores(scores, owned(4), 4, cpu)\n"
+        "    except NftError as error:\n"
+        "        print(error)\n"
+        "    alike = Scores.of(torch.ones(2), a=torch.full((2,), 1.0 + rank()))\n"
+        "    assert gather_scores(alike, owned(4), 4, cpu).details['a'].tolist() == [1, 2, 1, 2]\n"
+    )
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    done = subprocess.run([*launcher, str(script)], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert sorted(done.stdout.splitlines()) == [
+        "A reward does not keep the contract: it must give the same details in the same order in every "
+        f"process, and here it gave {names}, elsewhere others."
+        for names in ("a, b", "b, a")
+    ]
+
+
+def test_details_differ_between_batches():
+    some, none = Scores.of(torch.ones(1), a=torch.ones(1)), Scores.of(torch.ones(1))
+    for batches in ([some, none], [none, some]):
+        with pytest.raises(NftError, match="same details, got (a, and then none|none, and then a)"):
+            concatenate(batches)
