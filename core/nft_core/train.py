@@ -96,8 +96,9 @@ def train(run: Training) -> None:
                     (loss.sum() / (len(images) * s.train_times_count)).backward()
                     figures.add(policy_loss, kl)
                 take_step(run, figures)
+        drift = policy.drift()
         policy.move_old(old_decay(s.old_decay, run.step))
-        finish_epoch(run, epoch, rollout, figures)
+        finish_epoch(run, epoch, rollout, figures, drift)
 
 
 def sample(run: Training, epoch: int) -> Rollout:
@@ -202,8 +203,11 @@ def take_step(run: Training, figures: Figures) -> None:
     figures.grad_norms.append(norm)
 
 
-def finish_epoch(run: Training, epoch: int, rollout: Rollout, figures: Figures) -> None:
-    """Say how the epoch went; evaluate and save where it is time to."""
+def finish_epoch(run: Training, epoch: int, rollout: Rollout, figures: Figures, drift: float) -> None:
+    """Say how the epoch went; evaluate and save where it is time to.
+
+    drift: of the live weights from those that made the epoch's images.
+    """
     s, policy, scores = run.settings, run.policy, rollout.scores
     if not scores.valid.any():
         raise NftError(f"Epoch {epoch}: not one of {len(scores)} images could be scored.")
@@ -223,7 +227,7 @@ def finish_epoch(run: Training, epoch: int, rollout: Rollout, figures: Figures) 
         kl_weight=run.kl_weight,
         lr=run.optimizer.param_groups[0]["lr"],
         old_decay=old_decay(s.old_decay, run.step),
-        drift=policy.drift(),
+        drift=drift,
         flat_groups=flat_groups(scores.values, scores.valid, rollout.groups),
         phases=phases,
     )

@@ -201,6 +201,17 @@ def test_a_kl_above_the_target_raises_its_weight(tmp_path):
         torch.testing.assert_close(state["live.weight"], other, atol=2e-6, rtol=1e-4)
 
 
+def test_drift_is_from_the_weights_that_made_the_images(tmp_path):
+    run = make(tmp_path, epochs=1, old_decay=0.0)
+    told = {}
+    run.observe = lambda hook, **arguments: hook == "nft_epoch_finished" and told.update(arguments["record"])
+    before = torch.cat([p.detach().flatten().clone() for p in run.policy.parameters])
+    train(run)
+    after = torch.cat([p.detach().flatten() for p in run.policy.parameters])
+    assert told["drift"] == pytest.approx(float((after - before).square().mean().sqrt()))
+    assert told["drift"] > 1e-3
+
+
 def test_updates_hold_the_valid_images_alone(tmp_path):
     from nft_core.train import sample
 

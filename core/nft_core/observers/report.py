@@ -1,4 +1,4 @@
-"""`report.html`: the run's curves, pictures and settings on one page that needs nothing else."""
+"""`report.html`: the run's curves, pictures and settings on one page; the pictures are those of `samples`."""
 
 from __future__ import annotations
 
