@@ -168,6 +168,11 @@ def checked(name: str, score: Callable[[], Scores], size: int) -> Scores:
             scores = score()
     except NftError:
         raise
+    except torch.OutOfMemoryError as error:
+        raise NftError(
+            f"The reward {name!r} ran out of memory: {error} Score fewer images at once: with rollout_batch in "
+            "a run, --batch in nft score."
+        ) from error
     except Exception as error:
         raise NftError(f"The reward {name!r} failed: {type(error).__name__}: {error}") from error
     if not isinstance(scores, Scores):

@@ -10,7 +10,8 @@ import os
 import re
 import sys
 import typing
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from importlib.metadata import EntryPoint, entry_points
 from typing import Any, Generic, TypeVar
@@ -166,6 +167,16 @@ class Host:
     def register(self, observer: object, name: str) -> None:
         """Add an observer of this process."""
         self.manager.register(observer, name)
+
+    @contextmanager
+    def guests(self) -> Iterator[None]:
+        """Observers registered inside leave at the end: the next run finds the host as it was."""
+        before = set(self.manager.get_plugins())
+        try:
+            yield
+        finally:
+            for plugin in self.manager.get_plugins() - before:
+                self.manager.unregister(plugin)
 
     def notify(self, hook: str, **arguments: Any) -> None:
         """Tell every observer. One that raises is reported and dropped; only an NftError stops the run."""

@@ -16,7 +16,8 @@ import click
 from .errors import NftError, UsageError
 from .host import OFFERED, Host, annotation, load_host, resolve
 from .listing import as_json, cards, readiness, show
-from .score_command import device_option, preset_name, preset_option, quiet_transformers, tiny_option
+from .quiet import quiet
+from .score_command import device_option, preset_name, preset_option, tiny_option
 
 if TYPE_CHECKING:
     from .composer import Composed
@@ -135,7 +136,7 @@ def check(
     specs = runs.reward_specs(settings, host)
     known = read_known(expect) if expect else {}
     place = runs.pick_device(settings.device)
-    quiet_transformers()
+    quiet("transformers")
     start = time.monotonic()
     composed = runs.load_rewards(specs, host, place, settings.reward_defaults)
     reward = composed.terms[0].reward

@@ -29,13 +29,19 @@ DATA = Path(__file__).parent / "data"
 
 
 def resolve(host: Host, preset: str | None, *layers: Mapping[str, Any]) -> Settings:
-    """Settings from a preset and then from each layer, later ones first in rank."""
+    """Settings from a preset and then from each layer, later ones first in rank.
+
+    Raises UsageError for a preset, a setting or a reward of `reward_defaults` that is not known.
+    """
     base: dict[str, Any] = {}
     if preset:
         if preset not in host.presets:
             raise unknown("preset", preset, host.presets)
         info = host.presets[preset].info
         base = {**info.settings, "reward_defaults": {k: dict(v) for k, v in info.rewards.items()}}
+    for layer in layers:
+        for name in layer.get("reward_defaults", ()):
+            host.reward_info(name)
     return make_settings(base, *layers)
 
 
@@ -52,11 +58,12 @@ def run(settings: Settings, folder: Path, host: Host, say: Callable[[str], None]
         claim(folder)
 
     from .distributed import process_group, rank
+    from .quiet import quiet
     from .train import train
 
-    quiet_libraries()
+    quiet("diffusers", "transformers")
     device = pick_device(settings.device)
-    with process_group(device), memory_errors():
+    with process_group(device), memory_errors(), host.guests():
         reward = load_rewards(specs, host, device, settings.reward_defaults)
         prompts, held_out = usable(prompts, held_out, reward.check_prompt, settings.unscorable, tell)
         check_sizes(settings, len(prompts), len(held_out))
@@ -81,7 +88,10 @@ def run(settings: Settings, folder: Path, host: Host, say: Callable[[str], None]
 def prepare(settings: Settings, host: Host) -> tuple[list[RewardSpec], Solver, list[Prompt], list[Prompt]]:
     """What can be made, and checked, without loading anything heavy."""
     solver = host.make_solver(settings.solver, settings.solver_options)
-    return reward_specs(settings, host), solver, *both_files(settings)
+    specs = reward_specs(settings, host)
+    if not any(spec.weight for spec in specs):
+        raise UsageError("Every reward has the weight 0, so nothing would be learned: give one another weight.")
+    return specs, solver, *both_files(settings)
 
 
 @contextmanager
@@ -103,20 +113,6 @@ def rescue(training: Training, tell: Callable[[str], None]) -> None:
             training.save(f"{training.step:06d}-interrupted")
         except NftError as error:
             tell(str(error))
-
-
-def quiet_libraries() -> None:
-    """diffusers and transformers show a bar for every file and warn of parts that are not used here."""
-    import warnings
-
-    import diffusers.utils.logging
-    import transformers.utils.logging
-
-    warnings.filterwarnings("ignore", module="huggingface_hub")
-
-    for library in (diffusers, transformers):
-        library.utils.logging.set_verbosity_error()
-        library.utils.logging.disable_progress_bar()
 
 
 def reward_specs(settings: Settings, host: Host) -> list[RewardSpec]:

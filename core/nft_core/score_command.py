@@ -14,6 +14,7 @@ import click
 
 from .host import load_host
 from .listing import new_table, print_table
+from .quiet import quiet
 
 if TYPE_CHECKING:
     from .composer import Composed
@@ -87,7 +88,7 @@ def score(
     # All that can be wrong is looked at before anything large is loaded.
     items = find_prompts(find_images(images), prompt, prompts)
     place = runs.pick_device(settings.device)
-    quiet_transformers()
+    quiet("transformers")
     reward = runs.load_rewards(specs, host, place, settings.reward_defaults)
     with bar(len(items)) as advance:
         results = score_items(items, reward, batch=batch, device=place, progress=advance)
@@ -107,18 +108,6 @@ def preset_name(tiny: bool, preset: str | None) -> str | None:
     if tiny and preset not in (None, "tiny"):
         raise click.UsageError(f"--tiny is short for --preset tiny, so --preset {preset} contradicts it.")
     return "tiny" if tiny else preset
-
-
-def quiet_transformers() -> None:
-    """No bars of transformers for files that it reads; those of downloads stay."""
-    from huggingface_hub.utils import are_progress_bars_disabled, enable_progress_bars
-    from transformers.utils import logging
-
-    quiet = are_progress_bars_disabled()
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    if not quiet:  # which that switched off too
-        enable_progress_bars()
 
 
 @contextmanager

@@ -110,6 +110,12 @@ class Settings(BaseModel):
         return value
 
     @model_validator(mode="after")
+    def _kl_is_measured(self) -> Settings:
+        if self.kl_target and not self.kl_weight:
+            raise ValueError("kl_target needs a kl_weight above 0: it raises that weight, and 0 stays 0")
+        return self
+
+    @model_validator(mode="after")
     def _possible_sizes(self) -> Settings:
         images = self.prompts_per_epoch * self.group_size
         if images % self.updates_per_epoch:
@@ -126,12 +132,17 @@ class Settings(BaseModel):
 
 
 def make_settings(*layers: Mapping[str, Any]) -> Settings:
-    """Settings from mappings, later ones first in rank. Raises UsageError with every mistake on one line."""
+    """Settings from mappings, later ones first in rank; the defaults of different rewards are put together.
+
+    Raises UsageError with every mistake on one line.
+    """
     merged: dict[str, Any] = {}
     for layer in layers:
         for name, value in layer.items():
             if name not in Settings.model_fields:
                 raise unknown("setting", name, Settings.model_fields)
+            if name == "reward_defaults" and isinstance(value, Mapping):
+                value = {**merged.get(name, {}), **value}
             merged[name] = value
     try:
         return Settings(**merged)

@@ -165,6 +165,11 @@ BAD = {
     "unknown reward": (["--tiny", "--reward", "pikscore"], 2, "Did you mean 'pickscore'"),
     "unknown option": (["--tiny", "--reward", "ocr,upscle=2"], 2, "Did you mean 'upscale'"),
     "bad weight": (["--tiny", "--reward", "ocr=much"], 2, "finite number, got 'much'"),
+    "no weight": (["--tiny", "--reward", "ocr=0"], 2, "Every reward has the weight 0"),
+    "unknown default": (
+        ["--tiny", "--reward", "ocr", "--set", "reward_defaults={orc={upscale=2}}"],
+        *(2, "Did you mean 'ocr'"),
+    ),
     "unknown solver": (["--tiny", "--reward", "ocr", "--solver", "dpm3"], 2, "Unknown solver 'dpm3'"),
     "unknown scheduler": (["--tiny", "--reward", "ocr", "--solver", "diffusers:Nope"], 2, "Nope"),
     "unknown preset": (["--preset", "small", "--reward", "ocr"], 2, "Unknown preset 'small'"),

@@ -1,5 +1,6 @@
 """Documentation that cannot fall behind: settings, hooks, options and names are all in it."""
 
+import json
 import re
 from pathlib import Path
 
@@ -22,9 +23,9 @@ def read(name):
 def test_settings(name):
     field = Settings.model_fields[name]
     row = next(line for line in read("docs/settings.md").splitlines() if line.startswith(f"| `{name}` |"))
-    assert field.description.split("|")[0] in row
-    if field.default not in ("", [], {}):
-        assert str(field.default).lower() in row.lower()
+    default = f"`{json.dumps(field.default)}`" if field.default not in ("", [], {}) else ""
+    described = field.description.replace("|", r"\|")
+    assert [cell.strip() for cell in re.split(r"(?<!\\)\|", row)[1:-1]] == [f"`{name}`", default, described]
 
 
 @pytest.mark.parametrize("name", [n for n in vars(hookspecs) if n.startswith("nft_")])

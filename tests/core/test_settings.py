@@ -21,6 +21,7 @@ def test_later_layers_win():
         ({"old_decay": "ramps"}, "on_policy, ramp, slow"),
         ({"old_decay": 1.0}, "never move"),
         ({"combine": "max"}, "'sum' or 'normalized'"),
+        ({"kl_target": 0.1, "kl_weight": 0}, "kl_target needs a kl_weight above 0"),
         ({"updates_per_epoch": 5}, "1152 images cannot be split into 5 equal updates.*is 4"),
     ],
 )
@@ -32,6 +33,14 @@ def test_bad_settings(settings, message):
 def test_every_mistake_is_named():
     with pytest.raises(UsageError, match=r"lr.*seed|seed.*lr"):
         make_settings({"lr": -1, "seed": -1})
+
+
+def test_defaults_of_different_rewards_are_put_together():
+    settings = make_settings(
+        {"reward_defaults": {"clipscore": {"checkpoint": "a"}, "ocr": {"upscale": 4}}},
+        {"reward_defaults": {"ocr": {"variant": "strict"}}},
+    )
+    assert settings.reward_defaults == {"clipscore": {"checkpoint": "a"}, "ocr": {"variant": "strict"}}
 
 
 @pytest.mark.parametrize(

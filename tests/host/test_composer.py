@@ -88,6 +88,10 @@ def raise_(error):
         (lambda b: Scores.of(torch.ones(2)), "must score 3 images, got 2"),
         (lambda b: Scores(torch.full((3,), float("nan")), torch.ones(3, dtype=torch.bool)), "not finite"),
         (lambda b: 1 / 0, "'x' failed: ZeroDivisionError"),
+        (
+            lambda b: raise_(torch.OutOfMemoryError("full")),
+            "'x' ran out of memory: full Score fewer .* rollout_batch",
+        ),
         (lambda b: raise_(PromptError("no words")), "'x' failed: PromptError: no words"),
     ],
 )
