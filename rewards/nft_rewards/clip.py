@@ -21,7 +21,7 @@ from nft_plugins import Batch
 
 from .chunks import in_chunks
 from .files import load_pretrained
-from .pixels import CLIP_MEAN, CLIP_STD, centre_crop, finite, normalised, shared_crop
+from .pixels import CLIP_MEAN, CLIP_STD, finite, normalised, shared_crop
 from .texts import Texts
 
 Precision = Literal["auto", "fp32", "bf16", "fp16"]
@@ -77,10 +77,6 @@ class CLIP:
         # Of the towers and not of itself: in a cycle it would outlive the last reward that holds it.
         self.prompts = Texts(name, partial(text_features, towers), towers.length, towers.count_tokens)
 
-    def encode_texts(self, texts: list[str]) -> Tensor:
-        """`[B, D]`, not remembered."""
-        return text_features(self.towers, texts)
-
     @torch.no_grad()
     def encode(self, crop: Tensor) -> Tensor:
         """`[B, D]` from pixels `[B, 3, *crop]` in 0..255, bytes or floats."""
@@ -90,11 +86,6 @@ class CLIP:
             return features(t.encode_images(normalised(x.float(), t.mean, t.std).to(t.dtype)))
 
         return in_chunks(encoded, crop)
-
-    def image_features(self, images: Tensor) -> Tensor:
-        """`[B, D]` from `images [B, 3, H, W]` uint8 of any size, such as crops of objects."""
-        t = self.towers
-        return self.encode(centre_crop(images.to(t.device), t.shortest, t.crop, t.rounded).byte())
 
     def images(self, batch: Batch) -> Tensor:
         """`[B, D]`, computed once for all rewards on these towers."""

@@ -13,7 +13,8 @@ from .clip import Precision, load_clip
 
 
 class CLIPScore:
-    """`variant="cosine"`, as in DiffusionNFT: the cosine, about 0.2 to 0.35. `"hessel"`, the paper's:
+    """`variant="cosine"`: the cosine, about 0.2 to 0.35, as in DiffusionNFT but for the resize: its code
+    resizes bilinearly in float, and this is CLIP's own bicubic one. `"hessel"`, the paper's:
     `2.5 max(cos, 0)` with "A photo depicts " before the prompt (its figures are for ViT-B/32).
 
     checkpoint: hub id or folder of a CLIPModel in safetensors, or `open_clip:ARCHITECTURE/WEIGHTS`.

@@ -177,12 +177,20 @@ def _soft_and_strict(
             components.append(share)
             right = share == 1
         if right and "position" in clause:
-            relation, target = clause["position"]
-            others = matched[target]
-            right = bool(others) and all(relation in relations(d, o) for d in found for o in others)
+            others = matched[clause["position"][1]]
+            right = _placed(found, clause["position"], matched)
             components += [0.0, 1.0] if variant == "nft" and others and not right else [float(right)]
         matched.append(found if right else ())
     return sum(components) / len(components), float(all(matched))
+
+
+def _placed(
+    found: Sequence[Detected], position: tuple[str, int], matched: Sequence[Sequence[Detected]]
+) -> bool:
+    """Whether each stands in the relation to each object of an earlier clause, of which there must be some."""
+    relation, target = position
+    others = matched[target]
+    return bool(others) and all(relation in relations(d, o) for d in found for o in others)
 
 
 def _lenient(classes: Mapping[str, Sequence[Detected]], metadata: Mapping[str, Any]) -> bool:
@@ -195,9 +203,7 @@ def _lenient(classes: Mapping[str, Sequence[Detected]], metadata: Mapping[str, A
         if right and "color" in clause:
             right = all(d.color == clause["color"] for d in found)
         if right and "position" in clause:
-            relation, target = clause["position"]
-            others = matched[target]
-            right = bool(others) and all(relation in relations(d, o) for d in found for o in others)
+            right = _placed(found, clause["position"], matched)
         correct &= right
         matched.append(found if right else ())
     for clause in metadata.get("exclude", ()):
@@ -241,8 +247,9 @@ class GenEval:
             raise PromptError(f"{error} (prompt {prompt!r})") from error
 
     def __call__(self, batch: Batch) -> Scores:
-        for prompt, metadata in zip(batch.prompts, batch.metadata, strict=True):
-            self.check_prompt(prompt, metadata)
+        for metadata in batch.metadata:
+            check_metadata(metadata)
+            check_names(metadata, self.detector)
         # Bytes hide NaN pixels: such an image is not scored.
         outcomes = [
             evaluate(found, metadata, self.variant) if whole and found is not None else UNSCORED

@@ -33,13 +33,20 @@ APOSTROPHES = str.maketrans("‘’‚‛`´", "''''''")
 def target_text(prompt: str, metadata: Mapping[str, Any]) -> str:
     """The words to be read: metadata `text`, or else all quoted words of the prompt, in order.
 
-    Raises PromptError where there are none, or where a straight quote has no partner, as in `a 12" pipe`.
+    Raises PromptError where there are none, and where a straight quote has no partner or may be an inch mark,
+    as in `a 12" pipe`.
     """
     if "text" in metadata:
         text = metadata["text"]
         if not isinstance(text, str) or not text.strip():
             raise PromptError(f"metadata text must be a string that is not empty, got {text!r}")
         return text
+    for quoted in QUOTED.finditer(prompt):
+        if quoted[0].startswith('"') and prompt[: quoted.start()][-1:].isdigit():
+            raise PromptError(
+                f"{quoted[0]} begins right after a number, so its quote may be an inch mark; put a space "
+                f"before it or give metadata text: {prompt!r}"
+            )
     if '"' in QUOTED.sub("", prompt):
         raise PromptError(
             f"a double quote without a partner leaves the words to read open; give metadata text: {prompt!r}"
@@ -53,7 +60,8 @@ def target_text(prompt: str, metadata: Mapping[str, Any]) -> str:
 def folded(text: str, normalise: bool) -> str:
     """Without white space and in lower case; compatibility forms and apostrophes made alike if `normalise`."""
     if normalise:
-        text = unicodedata.normalize("NFKC", text).translate(APOSTROPHES)
+        # In this order: NFKC takes an acute accent that stands alone apart into a space and an accent.
+        text = unicodedata.normalize("NFKC", text.translate(APOSTROPHES))
     return "".join(text.split()).lower()
 
 
@@ -121,8 +129,11 @@ class OCR:
             raise PromptError(f"no words to read in {prompt!r}")
 
     def __call__(self, batch: Batch) -> Scores:
-        pairs = zip(batch.prompts, batch.metadata, strict=True)
-        targets = [folded(target_text(prompt, metadata), self.normalise) for prompt, metadata in pairs]
+        targets = [
+            # A prompt is read where it has to be: images may come with metadata alone.
+            folded(target_text("" if "text" in metadata else batch.prompts[i], metadata), self.normalise)
+            for i, metadata in enumerate(batch.metadata)
+        ]
         texts = list(self.pool.map(self.read, batch.uint8.permute(0, 2, 3, 1).cpu().numpy()))
         rows = [
             Match(np.nan, np.nan, np.nan)

@@ -259,6 +259,14 @@ def test_the_preset_brings_options_and_the_sidecar_metadata(folder):
     assert found["values"]["geneval"] == 1
     assert found["valid"] == {"geneval": True, "pickscore": True, "clipscore": True}
     assert "Loading" not in result.stderr
+    (folder / "shape.txt").unlink()  # What reads the metadata alone needs no prompt.
+    text(folder / "word.png", "STOP")
+    (folder / "word.json").write_text('{"text": "STOP"}')
+    alone = [
+        json.loads(nft(f"{image}.png", "--tiny", "--reward", name, "--json").stdout)[0]["values"]
+        for image, name in (("shape", "geneval"), ("word", "ocr,upscale=1"))
+    ]
+    assert alone == [{"geneval": 1}, {"ocr": 1}]
     assert "no/such-model" in nft("shape.png", "--reward", "geneval,checkpoint=no/such-model").stderr
 
 

@@ -77,6 +77,7 @@ def test_an_engine_that_fails_makes_the_sample_invalid(monkeypatch):
         ("a sign „OPEN“", {}, "OPEN"),
         ("a sign «OPEN»", {}, "OPEN"),
         ('"OPEN" above "LATE"', {}, "OPEN LATE"),
+        ('a sign "OPEN 24"', {}, "OPEN 24"),
         ('a sign "OPEN"', {"text": "SHUT"}, "SHUT"),
         ('a 12" pipe that says "CAT"', {"text": "CAT"}, "CAT"),
         ("no quotes", {"text": "SHUT"}, "SHUT"),
@@ -94,6 +95,7 @@ def test_targets(prompt, metadata, expected):
         ('a sign " "', {}),
         ("'x'", {}),
         ('a 12" pipe that says "CAT"', {}),
+        ('a 12" pipe and a 5" pipe', {}),
         ('"A"', {"text": ""}),
         ("", {"text": 3}),
     ],
@@ -118,6 +120,7 @@ def test_formula_by_hand():
 def test_folding():
     assert folded(" He  LLo\n", True) == "hello"
     assert folded("O₂ it’s", True) == "o2it's"
+    assert folded("don´t", True) == "don't"
     assert folded("O₂", False) == "o₂"
 
 

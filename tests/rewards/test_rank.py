@@ -7,8 +7,8 @@ import torch
 
 from nft_core.composer import Composed, Term, compose
 from nft_core.errors import UsageError
-from nft_core.host import Host, Registered, load_host
-from nft_plugins import Batch, PromptError, RewardInfo, Scores
+from nft_core.host import Host, load_host
+from nft_plugins import Batch, PromptError, Scores
 from nft_rewards.rank import Rank, group_ranks
 
 NAN = float("nan")
@@ -97,9 +97,7 @@ def test_prompts_are_the_other_rewards_affair():
 
 @pytest.fixture(scope="module")
 def host() -> Host:
-    host = load_host()
-    host.rewards.setdefault("rank", Registered(RewardInfo("rank", "ranks", Rank), ("nft-hub (nft_rewards)",)))
-    return host
+    return load_host()
 
 
 def noise(n):
