@@ -12,7 +12,7 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
-from .errors import NftError
+from .errors import SaveError
 from .policy import Policy
 
 
@@ -21,7 +21,7 @@ def save_checkpoint(folder: Path, policy: Policy, optimizer: torch.optim.Optimiz
 
     The weights by `Policy.save`; `policy.safetensors` with live, old, reference and EMA weights;
     `optimizer.safetensors` with AdamW's moments; `state.json` with `state`, where the run stands.
-    Raises NftError where the disk will not take it.
+    Raises SaveError where the disk will not take it.
     """
     aside = folder.with_name(f".{folder.name}.part")
     try:
@@ -40,7 +40,7 @@ def save_checkpoint(folder: Path, policy: Policy, optimizer: torch.optim.Optimiz
         aside.rename(folder)
     except (OSError, RuntimeError, SafetensorError) as error:
         shutil.rmtree(aside, ignore_errors=True)
-        raise NftError(
+        raise SaveError(
             f"Cannot write the checkpoint {folder}: {error}. Free some space or choose another --out; "
             "earlier checkpoints are as they were."
         ) from error

@@ -123,6 +123,7 @@ def run(
         given,
     )
     launch.end_with_the_parent()
+    launch.end_when_told()
     folder = out or default_folder([str(r) for r in settings.rewards])
     processes = 1 if launch.started() else launch.count(settings.processes, settings.device)
     if processes == 1:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import partial
+from math import isfinite
 from typing import Any, NamedTuple
 
 import torch
@@ -12,9 +13,9 @@ from torch import Tensor
 
 from nft_plugins import Batch, Part, PromptError, Reward, Scores
 
-from .errors import NftError
+from .errors import NftError, UsageError
 from .host import Host, load_host
-from .specs import RewardSpec, parse_reward
+from .specs import RewardSpec, finite_weight, parse_reward
 
 
 class Term(NamedTuple):
@@ -86,6 +87,8 @@ class Composed:
     def __mul__(self, weight: float) -> Composed:
         if not isinstance(weight, (int, float)):
             return NotImplemented
+        if not isfinite(weight):
+            raise ValueError(f"a weight must be a finite number, got {weight}")
         terms = tuple(t._replace(weight=t.weight * weight) for t in self.terms)
         return Composed(terms, self.constant * weight)
 
@@ -105,7 +108,9 @@ class Composed:
         return self * (1 / divisor)
 
     def clip(self, low: float | None = None, high: float | None = None) -> Composed:
-        """The reward with its values held within [low, high]."""
+        """The reward with its values held within [low, high]. Raises ValueError where low is above high."""
+        if low is not None and high is not None and not low <= high:
+            raise ValueError(f"clip needs low <= high, got {low} and {high}")
         return self.map(lambda values: values.clamp(low, high))
 
     def map(self, f: Callable[[Tensor], Tensor]) -> Composed:
@@ -173,7 +178,7 @@ def checked(name: str, score: Callable[[], Scores], size: int) -> Scores:
             f"The reward {name!r} ran out of memory: {error} Score fewer images at once: with rollout_batch in "
             "a run, --batch in nft score."
         ) from error
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise NftError(f"The reward {name!r} failed: {type(error).__name__}: {error}") from error
     if not isinstance(scores, Scores):
         raise NftError(f"The reward {name!r} must return Scores, got {type(scores).__name__}.")
@@ -220,6 +225,8 @@ def compose(
     if isinstance(rewards, Mapping):
         rewards = [_weighted(parse_reward(name), weight) for name, weight in rewards.items()]
     specs = [r if isinstance(r, RewardSpec) else parse_reward(r) for r in rewards]
+    if not specs:
+        raise UsageError('There is no reward to compose: give one, such as {"pickscore": 1.0}.')
     loaded: dict[tuple[str, str], Reward] = {}
     return Composed(
         merged(
@@ -229,4 +236,4 @@ def compose(
 
 
 def _weighted(spec: RewardSpec, weight: float) -> RewardSpec:
-    return RewardSpec(spec.name, spec.weight * weight, spec.options)
+    return RewardSpec(spec.name, spec.weight * finite_weight(weight, spec.name), spec.options)

@@ -16,6 +16,10 @@ class UsageError(NftError, ValueError):
     exit_code = 2
 
 
+class SaveError(NftError):
+    """A checkpoint could not be written."""
+
+
 class PeerError(NftError):
     """This process is well, and ends because another one of the run has failed."""
 

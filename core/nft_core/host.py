@@ -235,7 +235,7 @@ def load(entry: EntryPoint, row: Plugin) -> object | None:
     try:
         return typing.cast(object, entry.load())
     except (Exception, SystemExit) as error:
-        mend = f"pip install --upgrade --force-reinstall {row.distribution}"
+        mend = f"tell the author of {row.distribution}, or pip uninstall {row.distribution}"
         if isinstance(error, ModuleNotFoundError):
             mend = f"install the package that brings the module {error.name}, or {mend}"
         row.broken(f"importing {entry.value} raised {type(error).__name__}: {error}", mend)
@@ -327,7 +327,7 @@ def resolve(factory: str | Callable[..., Any]) -> Callable[..., Any]:
     module, _, attribute = factory.partition(":")
     try:
         return typing.cast(Callable[..., Any], getattr(importlib.import_module(module), attribute))
-    except Exception as error:  # A broken package raises anything when it is imported.
+    except (Exception, SystemExit) as error:  # A broken package raises anything when it is imported.
         raise NftError(f"Cannot import {factory!r}: {type(error).__name__}: {error}.") from error
 
 
@@ -362,7 +362,7 @@ def build(
         raise
     except ValueError as error:
         raise UsageError(f"The {what} cannot be made with these options: {error}") from error
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise NftError(f"The {what} cannot be loaded: {error}") from error
 
 

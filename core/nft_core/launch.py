@@ -7,6 +7,7 @@ failure is told once and by its cause, and no process outlives the parent.
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
 import tempfile
@@ -17,10 +18,12 @@ from pathlib import Path
 from time import monotonic, sleep
 from typing import IO, Literal
 
-from .errors import PeerError
+from .errors import PeerError, UsageError
 
 #: Set for the children: the file through which they find one another, in place of an open port.
 RENDEZVOUS = "NFT_RENDEZVOUS"
+#: Processes a core at most: beyond, memory runs out and nothing is won.
+MANY = 4
 #: Seconds that a process is given to end by itself.
 PATIENCE = 20.0
 
@@ -31,14 +34,24 @@ def started() -> bool:
 
 
 def count(processes: int | Literal["auto"], device: str) -> int:
-    """How many processes to start. `auto`: on a CPU one a core, 8 at most; on a GPU one."""
-    if processes != "auto":
-        return processes
-    if device == "auto":
-        import torch
+    """How many processes to start. `auto`: on a CPU one a core, 8 at most; on a GPU one.
 
+    Raises UsageError for more than the GPUs, or than MANY a core of a CPU.
+    """
+    if processes == 1:
+        return 1
+    import torch
+
+    if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
-    return min(cores(), 8) if device == "cpu" else 1
+    if processes == "auto":
+        return min(cores(), 8) if device == "cpu" else 1
+    most, what = (
+        (MANY * cores(), f"{MANY} a core") if device == "cpu" else (torch.cuda.device_count(), "one a GPU")
+    )
+    if processes > most:
+        raise UsageError(f"processes = {processes}, and this machine takes {most}, {what}: give that or less.")
+    return processes
 
 
 def cores() -> int:
@@ -62,9 +75,12 @@ def launch(settings: str, out: Path, processes: int) -> int:
         children = [start(arguments, r, processes, folder / "rendezvous", said[r]) for r in range(processes)]
         try:
             failed = wait(children)
-        except KeyboardInterrupt:
-            # The terminal has told the children too. The first saves what it has, which may take a
-            # while; who cannot wait presses Ctrl-C again.
+        except KeyboardInterrupt as interrupt:
+            # By Ctrl-C the terminal has told the children too. The first saves what it has, which may
+            # take a while; who cannot wait presses Ctrl-C again.
+            if isinstance(interrupt, Terminated):
+                for child in children:
+                    child.terminate()
             with suppress(KeyboardInterrupt):
                 children[0].wait()
             return 1
@@ -134,6 +150,23 @@ def stop(children: Sequence[subprocess.Popen[bytes]]) -> None:
 def how(child: subprocess.Popen[bytes]) -> str:
     code = child.returncode
     return f"was killed by signal {-code} (9: out of memory?)" if code < 0 else f"ended with code {code}"
+
+
+class Terminated(KeyboardInterrupt):
+    """SIGTERM came."""
+
+
+def end_when_told() -> None:
+    """SIGTERM, by which schedulers and containers end a process, is Ctrl-C: the run saves what it has.
+
+    Once told, the process is not disturbed by another SIGTERM: what it saves would be lost.
+    """
+
+    def tell(number: int, frame: object) -> None:
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        raise Terminated
+
+    signal.signal(signal.SIGTERM, tell)
 
 
 def end_with_the_parent() -> None:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from nft_plugins import Run
 
-from .errors import NftError, UsageError, unknown
+from .errors import NftError, SaveError, UsageError, unknown
 from .host import Host
 from .prompts import Prompt, prompts_of_run, read_prompts, scorable
 from .settings import Settings, make_settings, to_toml
@@ -79,7 +79,8 @@ def run(settings: Settings, folder: Path, host: Host, say: Callable[[str], None]
             train(training)
         except BaseException as caught:
             error = caught
-            rescue(training, tell)
+            if not isinstance(caught, SaveError):
+                rescue(training, tell)
             raise
         finally:
             observe("nft_run_finished", error=error)
@@ -111,7 +112,7 @@ def rescue(training: Training, tell: Callable[[str], None]) -> None:
     if training.step:
         try:
             training.save(f"{training.step:06d}-interrupted")
-        except NftError as error:
+        except SaveError as error:
             tell(str(error))
 
 

@@ -38,9 +38,16 @@ PIXELS = 2**25
 ORIENTATION = 0x0112
 
 
+#: The size of an image that cannot be read.
+UNREADABLE = (0, 0)
+
+
 @dataclass(frozen=True)
 class Item:
-    """An image file, its height and width, and what it was made for; `prompt` is None where nobody said."""
+    """An image file, its height and width, and what it was made for; `prompt` is None where nobody said.
+
+    size: (0, 0) where the file cannot be read; decoding it will say why.
+    """
 
     path: Path
     size: tuple[int, int]
@@ -131,12 +138,15 @@ def find_prompts(images: Iterable[Path], prompt: str | None = None, file: Path |
     """Images with their prompts: `prompt` for all, a line of `file`, or the sidecars `NAME.txt` and
     `NAME.json`, beside the image; the last brings metadata and may bring the `prompt`.
 
-    Raises UsageError where an image has more than one prompt, or a file cannot be read.
+    Raises UsageError where an image has more than one prompt, or a file of prompts or no image can be read.
     """
     if prompt is not None and not prompt.strip():
         raise UsageError("--prompt is empty: give the text that the images were made for.")
     lines = read_lines(file) if file else {}
-    return [find_prompt(image, prompt, lines.get(image.resolve())) for image in images]
+    items = [find_prompt(image, prompt, lines.get(image.resolve())) for image in images]
+    if items and not any(item.size != UNREADABLE for item in items):
+        decode(items[0].path)  # to say why
+    return items
 
 
 def find_prompt(image: Path, prompt: str | None, line: Prompt | None) -> Item:
@@ -225,12 +235,15 @@ def opened(path: Path) -> Iterator[Image.Image]:
 
 def size_of(path: Path) -> tuple[int, int]:
     """Height and width as the image is shown, from what stands before its pixels."""
-    with opened(path) as image:
-        width, height = image.size
-        # Pillow would decode a PNG to look for EXIF behind the pixels.
-        early = image.format != "PNG" or "exif" in image.info
-        turned = early and image.getexif().get(ORIENTATION) in (5, 6, 7, 8)
-        return (width, height) if turned else (height, width)
+    try:
+        with opened(path) as image:
+            width, height = image.size
+            # Pillow would decode a PNG to look for EXIF behind the pixels.
+            early = image.format != "PNG" or "exif" in image.info
+            turned = early and image.getexif().get(ORIENTATION) in (5, 6, 7, 8)
+            return (width, height) if turned else (height, width)
+    except UsageError:
+        return UNREADABLE
 
 
 def decode(path: Path) -> Tensor:
@@ -257,7 +270,7 @@ def score_images(
 
     prompts: one for all images, one for each, or None for rewards that do not read them.
     reward: a reward, a spec, or several specs.
-    Raises UsageError for files that cannot be read. A reward that fails on a batch leaves its error there.
+    A file that cannot be read and a reward that fails on a batch leave their errors there.
     """
     files = [Path(p) for p in paths]
     texts = [prompts] * len(files) if prompts is None or isinstance(prompts, str) else list(prompts)
@@ -383,7 +396,7 @@ def batches(items: Sequence[Item], batch: int) -> Iterator[tuple[list[int], list
         kinds.setdefault((item.prompt is not None, item.size), []).append(i)
     for (_, (height, width)), members in sorted(kinds.items()):
         members.sort(key=lambda i: (groups[i], i))
-        at_once = max(1, min(batch, PIXELS // (height * width)))
+        at_once = max(1, min(batch, PIXELS // max(height * width, 1)))
         for start in range(0, len(members), at_once):
             chosen = members[start : start + at_once]
             yield chosen, [groups[i] for i in chosen]

@@ -151,7 +151,8 @@ def make_settings(*layers: Mapping[str, Any]) -> Settings:
 
 
 def _explain(error: Any) -> str:
-    name = ".".join(str(part) for part in error["loc"] if part not in ("float", "str", "int"))
+    # A union's parts have names of their own, such as constrained-int.
+    name = ".".join(p for p in map(str, error["loc"]) if p.isidentifier() and p not in ("float", "str", "int"))
     message = error["msg"].removeprefix("Value error, ")
     if not name:
         return str(message)

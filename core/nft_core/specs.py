@@ -35,7 +35,7 @@ def parse_reward(given: str | Mapping[str, Any]) -> RewardSpec:
         name, weight = options.pop("name", ""), options.pop("weight", 1.0)
         if not isinstance(name, str) or not name:
             raise UsageError(f"A reward needs a name: expected {FORM}, got {dict(given)}.")
-        return RewardSpec(name, _weight(weight, name), options)
+        return RewardSpec(name, finite_weight(weight, name), options)
     head, *rest = given.split(",")
     name, equals, weight = (part.strip() for part in head.partition("="))
     if not name or (equals and not weight):
@@ -48,10 +48,11 @@ def parse_reward(given: str | Mapping[str, Any]) -> RewardSpec:
         if key in options:
             raise UsageError(f"Reward {name!r}: the option {key!r} is given twice.")
         options[key] = value
-    return RewardSpec(name, _weight(weight, name) if weight else 1.0, options)
+    return RewardSpec(name, finite_weight(weight, name) if weight else 1.0, options)
 
 
-def _weight(weight: Any, name: str) -> float:
+def finite_weight(weight: Any, name: str) -> float:
+    """The weight as a number. Raises UsageError for what is no finite number."""
     try:
         number = float(weight)
     except (TypeError, ValueError):

@@ -93,9 +93,15 @@ def test_the_parent_is_killed(training):
     wait_for(lambda: not any(map(alive, pids)), "end of the children", 20)
 
 
-def test_interrupt_keeps_the_weights(training):
+@pytest.mark.parametrize("how", ["Ctrl-C", "SIGTERM to the parent", "SIGTERM to all"])
+def test_an_interrupt_keeps_the_weights(how, training):
     process, folder = training
-    os.killpg(process.pid, signal.SIGINT)
+    if how == "Ctrl-C":
+        os.killpg(process.pid, signal.SIGINT)
+    elif how == "SIGTERM to all":
+        os.killpg(process.pid, signal.SIGTERM)
+    else:
+        process.terminate()
     out, err = process.communicate(timeout=60)
     assert process.returncode == 1
     assert "Traceback" not in err

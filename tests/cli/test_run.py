@@ -202,6 +202,7 @@ BAD = {
         2,
         "nearest possible size is 32 x 32",
     ),
+    "too many processes": (["--tiny", "--reward", "ocr", "--set", "processes=999"], 2, "a core: give that or"),
     "no gpu": (["--tiny", "--reward", "ocr", "--device", "cuda"], 2, "sees no GPU"),
     "bad device": (["--tiny", "--reward", "ocr", "--device", "abacus"], 2, "Unknown device"),
     "no such model": (["--reward", "jpeg_compressibility", "--model", "nobody/nothing"], 1, "--tiny"),
@@ -227,7 +228,7 @@ def test_bad_input(case, tmp_path, monkeypatch):
     before = sorted(tmp_path.rglob("*"))
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    result = CliRunner().invoke(main, ["run", *arguments, "--set", "processes=1"])
+    result = CliRunner().invoke(main, ["run", "--set", "processes=1", *arguments])
     assert result.exit_code == code, result.output
     assert message in " ".join(result.stderr.split())
     assert result.stderr.startswith("Error: ")

@@ -226,6 +226,22 @@ def test_a_file_cut_short_loses_nothing_else(folder, plugin):
     assert "Cannot read cut.jpg" in result.stderr
 
 
+def test_files_that_cannot_be_read_lose_nothing_else(folder, plugin):
+    flat(folder / "a.png", 51)
+    (folder / "b.png").write_text("not an image")
+    (folder / "c.png").write_bytes(huge(30000, 30000))
+    (folder / "d.png").touch()
+    result = nft(".", "--reward", "mean")
+    assert result.exit_code == 1
+    found = rows(result)
+    assert [found[f"{name}.png"] for name in "abcd"] == [["0.2"], ["failed"], ["failed"], ["failed"]]
+    for name in "bcd":
+        assert f"Error: Cannot read {name}.png: " in result.stderr
+    assert result.stderr.count("Error: ") == 3
+    # Before anything is loaded, where there is nothing to score.
+    assert nft("b.png", "c.png", "--reward", "mean").exit_code == 2
+
+
 def test_sources_of_prompts(folder):
     for name in "abc":
         text(folder / f"{name}.png", "STOP")

@@ -88,6 +88,7 @@ def raise_(error):
         (lambda b: Scores.of(torch.ones(2)), "must score 3 images, got 2"),
         (lambda b: Scores(torch.full((3,), float("nan")), torch.ones(3, dtype=torch.bool)), "not finite"),
         (lambda b: 1 / 0, "'x' failed: ZeroDivisionError"),
+        (lambda b: raise_(SystemExit(7)), "'x' failed: SystemExit: 7"),
         (
             lambda b: raise_(torch.OutOfMemoryError("full")),
             "'x' ran out of memory: full Score fewer .* rollout_batch",
@@ -111,6 +112,21 @@ def test_regrouping_is_held_to_the_contract():
     composed = A + Composed((Term("short", 1.0, Short()),))
     with pytest.raises(NftError, match="'short' must score 3 images, got 2"):
         composed.regroup(composed(batch()), torch.arange(3))
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: compose({"ocr": float("nan")}), "weight must be a finite number, got nan"),
+        (lambda: compose({"ocr": "x"}), "weight must be a finite number, got 'x'"),
+        (lambda: compose({}), "no reward to compose"),
+        (lambda: A * float("inf"), "weight must be a finite number, got inf"),
+        (lambda: A.clip(1, 0), "clip needs low <= high, got 1 and 0"),
+    ],
+)
+def test_what_cannot_be_composed(make, message):
+    with pytest.raises(ValueError, match=message):
+        make()
 
 
 def test_check_prompt_names_the_member():

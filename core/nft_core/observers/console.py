@@ -70,23 +70,28 @@ class Console:
     def nft_run_finished(self, run: Run, error: BaseException | None) -> None:
         if self.bars:
             self.bars.stop()
-        if self.base is None or self.latest is None:
-            return
-        table = Table(title=f"{self.base['images']} held-out images, same prompts and noise")
-        for title in ("", "base", f"epoch {self.latest['epoch']}", "change"):
-            table.add_column(title, justify="left" if not title else "right")
-        base, now = (figures(record) for record in (self.base, self.latest))
-        for name in base:
-            before, after = base[name], now.get(name)
-            change = f"{after - before:+.4g}" if before is not None and after is not None else ""
-            table.add_row(name, show(before), show(after), change)
-        self.terminal.print(table)
-        self.say(f"Pictures: {run.folder / 'samples'}    figures: {run.folder / 'metrics.jsonl'}")
+        if self.base and self.latest and (self.latest is not self.base or not error):
+            self.terminal.print(comparison(self.base, self.latest))
+        if self.base:
+            self.say(f"Pictures: {run.folder / 'samples'}    figures: {run.folder / 'metrics.jsonl'}")
         if self.checkpoint:
             self.say(f"Weights:  {self.checkpoint}")
 
     def say(self, text: str) -> None:
         (self.bars.console if self.bars else self.terminal).print(text, markup=False)
+
+
+def comparison(base: Mapping[str, Any], latest: Mapping[str, Any]) -> Table:
+    """The first and the latest evaluation side by side."""
+    table = Table(title=f"{base['images']} held-out images, same prompts and noise")
+    for title in ("", "base", f"epoch {latest['epoch']}", "change"):
+        table.add_column(title, justify="left" if not title else "right")
+    before, after = figures(base), figures(latest)
+    for name, was in before.items():
+        now = after.get(name)
+        change = f"{now - was:+.4g}" if was is not None and now is not None else ""
+        table.add_row(name, show(was), show(now), change)
+    return table
 
 
 def figures(record: Mapping[str, Any]) -> dict[str, float | None]:
