@@ -1,6 +1,7 @@
 """Rewards against the straightforward way to compute them, as a ratio in one run on one machine; peak memory.
 
 python benchmarks/rewards.py [NAME ...] [--size full|small] [--device cuda] [--images 96] [--epochs 2]
+    [--precision auto|bf16|fp32]
 
 Names: pickscore, hpsv2, clipscore, geneval, shared, memory; all without one. Checkpoints are made here with
 random weights and the published sizes (`full`), so nothing is downloaded. The straightforward way is that of
@@ -8,7 +9,7 @@ published training code: images to PIL and the model's own preprocessing, every 
 tower, float32, and a model of its own for each reward; geneval one image after the other, and one object after
 the other for its colour. A second epoch has the same prompts, as training does. `shared` scores pickscore and
 clipscore together on one CLIP. `memory` is the peak of a process that holds pickscore, hpsv2 and clipscore and
-scores two images. hpsv2 needs open_clip and torchvision.
+scores two images. `precision` is that of the rewards here. hpsv2 needs open_clip and torchvision.
 """
 
 import argparse
@@ -173,7 +174,7 @@ def cases(place, args):
     device = args.device
     vit_h, vit_l = place / "vit-h", place / "vit-l"
     hps, detector = place / "hpsv2", place / "mask2former"
-    one = {"device": device}
+    one = {"device": device, "precision": args.precision}
     return {
         "pickscore": (lambda: [CLIPTheirs(vit_h, device)], lambda: [PickScore(str(vit_h), **one)]),
         "hpsv2": (lambda: [HPSv2Theirs(hps, device)], lambda: [hpsv2_module.HPSv2(str(hps), **one)]),
@@ -226,6 +227,7 @@ def main():
     parser.add_argument("names", nargs="*", metavar="NAME")
     parser.add_argument("--size", choices=checkpoints.CLIPS, default="full")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--precision", choices=["auto", "bf16", "fp32"], default="auto")
     parser.add_argument("--images", type=int, default=96)
     parser.add_argument("--group", type=int, default=24)
     parser.add_argument("--side", type=int, default=512)
@@ -254,7 +256,7 @@ def main():
             count = args.images * args.epochs
             print(f"| {name} | {count / a:.2f} | {count / b:.2f} | {a / b:.2f} |", flush=True)
         if "memory" in chosen:
-            options = [f"--{k}={getattr(args, k)}" for k in ("size", "device", "side", "group", "images")]
+            options = [f"--{k}={getattr(args, k)}" for k in ("size", "device", "precision", "side", "group", "images")]
             command = [sys.executable, __file__, *options]
             runs = [[*command, "--peak", folder, side] for side in "01"]
             a, b = (float(subprocess.run(run, check=True, stdout=subprocess.PIPE).stdout) for run in runs)

@@ -55,9 +55,10 @@ def lr_decay(schedule: LrSchedule, share: float, warmup: int, step: int) -> floa
 
 
 def next_kl_weight(weight: float, kl: float, target: float, least: float) -> float:
-    """The next epoch's KL weight: times `kl / target`, a tenth up or down at most, and never below `least`.
+    """The next epoch's KL weight: times `kl / target`, a fifth up or a tenth down at most, never below `least`.
 
     kl: of the epoch that ended. target: 0 leaves the weight alone.
     After Ziegler et al., arXiv 1909.08593, section 2.2, whose controller moves by a fiftieth and has no floor.
+    Here a KL that runs away is caught sooner than it is let go: within ten epochs it can be too late.
     """
-    return max(least, weight * min(max(kl / target, 0.9), 1.1)) if target else weight
+    return max(least, weight * min(max(kl / target, 0.9), 1.2)) if target else weight

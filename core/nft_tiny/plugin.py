@@ -30,8 +30,8 @@ def nft_register_presets(register: Callable[[Preset], None]) -> None:
                 "lr_schedule": "cosine",
                 # Beyond this distance a small model that is trained as a whole drifts until it paints noise;
                 # a longer run comes to it, and is held there. docs/tiny.md has the curves.
-                "kl_weight": 0.2,
-                "kl_target": 0.045,
+                "kl_weight": 0.05,
+                "kl_target": 0.07,
                 # PickScore varies by several points and OCR by less than one: in a sum it is not heard.
                 "combine": "normalized",
                 "steps": 8,

@@ -104,7 +104,7 @@ def test_inverse_sqrt(warmup, step, expected):
         (0.2, 0.9, 0.0, 0.2, 0.2),  # no target
         (0.0, 0.9, 0.02, 0.0, 0.0),  # no KL term
         (0.2, 0.021, 0.02, 0.1, 0.21),
-        (0.2, 0.9, 0.02, 0.1, 0.22),  # a tenth up at most
+        (0.2, 0.9, 0.02, 0.1, 0.24),  # a fifth up at most
         (0.2, 0.0, 0.02, 0.1, 0.18),  # a tenth down at most
         (0.105, 0.0, 0.02, 0.1, 0.1),  # and not below the setting
     ],

@@ -191,8 +191,8 @@ def test_a_kl_above_the_target_raises_its_weight(tmp_path):
         hook == "nft_epoch_finished" and weights.append(told["record"]["kl_weight"])
     )
     train(run)
-    assert weights == pytest.approx([0.5, 0.55, 0.605])
-    assert run.kl_weight == pytest.approx(0.6655)
+    assert weights == pytest.approx([0.5, 0.6, 0.72])
+    assert run.kl_weight == pytest.approx(0.864)
     state = run.policy.state()
     for name, parameter in algorithm_1(run.settings, weights)["live"].named_parameters():
         torch.testing.assert_close(state[f"live.{name}"], parameter.data, atol=2e-6, rtol=1e-4)
