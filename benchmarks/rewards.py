@@ -256,7 +256,9 @@ def main():
             count = args.images * args.epochs
             print(f"| {name} | {count / a:.2f} | {count / b:.2f} | {a / b:.2f} |", flush=True)
         if "memory" in chosen:
-            options = [f"--{k}={getattr(args, k)}" for k in ("size", "device", "precision", "side", "group", "images")]
+            options = [
+                f"--{k}={getattr(args, k)}" for k in ("size", "device", "precision", "side", "group", "images")
+            ]
             command = [sys.executable, __file__, *options]
             runs = [[*command, "--peak", folder, side] for side in "01"]
             a, b = (float(subprocess.run(run, check=True, stdout=subprocess.PIPE).stdout) for run in runs)

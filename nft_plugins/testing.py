@@ -69,10 +69,11 @@ def check_reward(
                 tolerance,
                 "an image's score must not depend on the images of other prompts in its batch",
             )
-        singles = Scores.cat([call(reward, part(batch, [i])) for i in range(len(batch))])
         same(
             scores,
-            regrouped(reward, singles, batch.groups),
+            regrouped(
+                reward, joined([call(reward, part(batch, [i])) for i in range(len(batch))]), batch.groups
+            ),
             tolerance,
             "a group comes in several batches: a score must not depend on the images beside it, or the reward "
             "must define regroup(scores, groups), which scores whole groups from what single images gave",
@@ -125,6 +126,13 @@ def call(reward: Reward, batch: Batch) -> Scores:
     if not isinstance(scores, Scores):
         raise AssertionError(f"a reward must return nft_plugins.Scores, got {type(scores).__name__}")
     return scores
+
+
+def joined(singles: Sequence[Scores]) -> Scores:
+    try:
+        return Scores.cat(singles)
+    except ValueError as error:
+        raise AssertionError(str(error)) from error
 
 
 def regrouped(reward: Reward, scores: Scores, groups: Tensor) -> Scores:

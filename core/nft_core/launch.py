@@ -12,8 +12,8 @@ import subprocess
 import sys
 import tempfile
 import threading
-from collections.abc import Sequence
-from contextlib import ExitStack, suppress
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from time import monotonic, sleep
 from typing import IO, Literal
@@ -40,16 +40,16 @@ def count(processes: int | Literal["auto"], device: str) -> int:
     """
     if processes == 1:
         return 1
-    import torch
+    gpus = 0
+    if device != "cpu":
+        import torch
 
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
+        gpus = torch.cuda.device_count()
+    on_cpu = device == "cpu" or (device == "auto" and not gpus)
     if processes == "auto":
-        return min(cores(), 8) if device == "cpu" else 1
-    most, what = (
-        (MANY * cores(), f"{MANY} a core") if device == "cpu" else (torch.cuda.device_count(), "one a GPU")
-    )
-    if processes > most:
+        return min(cores(), 8) if on_cpu else 1
+    most, what = (MANY * cores(), f"{MANY} a core") if on_cpu else (gpus, "one a GPU")
+    if 0 < most < processes:  # That there is no GPU is told where the device is looked at.
         raise UsageError(f"processes = {processes}, and this machine takes {most}, {what}: give that or less.")
     return processes
 
@@ -81,7 +81,7 @@ def launch(settings: str, out: Path, processes: int) -> int:
             if isinstance(interrupt, Terminated):
                 for child in children:
                     child.terminate()
-            with suppress(KeyboardInterrupt):
+            with undisturbed(), suppress(KeyboardInterrupt):
                 children[0].wait()
             return 1
         finally:
@@ -157,16 +157,26 @@ class Terminated(KeyboardInterrupt):
 
 
 def end_when_told() -> None:
-    """SIGTERM, by which schedulers and containers end a process, is Ctrl-C: the run saves what it has.
-
-    Once told, the process is not disturbed by another SIGTERM: what it saves would be lost.
-    """
+    """SIGTERM, by which schedulers and containers end a process, is Ctrl-C: the run saves what it has."""
 
     def tell(number: int, frame: object) -> None:
-        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # A second one would end the saving.
         raise Terminated
 
     signal.signal(signal.SIGTERM, tell)
+
+
+@contextmanager
+def undisturbed() -> Iterator[None]:
+    """Without SIGTERM, which would end the saving of what is trained."""
+    if threading.current_thread() is not threading.main_thread():  # Signals come to the main thread alone.
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def end_with_the_parent() -> None:

@@ -40,8 +40,10 @@ def resolve(host: Host, preset: str | None, *layers: Mapping[str, Any]) -> Setti
         info = host.presets[preset].info
         base = {**info.settings, "reward_defaults": {k: dict(v) for k, v in info.rewards.items()}}
     for layer in layers:
-        for name in layer.get("reward_defaults", ()):
-            host.reward_info(name)
+        defaults = layer.get("reward_defaults", {})
+        for name in defaults if isinstance(defaults, Mapping) else ():
+            if name not in host.rewards:
+                raise unknown("reward", name, host.rewards)
     return make_settings(base, *layers)
 
 
@@ -108,12 +110,15 @@ def memory_errors() -> Iterator[None]:
 
 def rescue(training: Training, tell: Callable[[str], None]) -> None:
     """Keep what was trained before an error or Ctrl-C, in the middle of an epoch as it may be."""
+    from .launch import undisturbed
+
     training.policy.restore()
     if training.step:
-        try:
-            training.save(f"{training.step:06d}-interrupted")
-        except SaveError as error:
-            tell(str(error))
+        with undisturbed():
+            try:
+                training.save(f"{training.step:06d}-interrupted")
+            except NftError as error:
+                tell(str(error))
 
 
 def reward_specs(settings: Settings, host: Host) -> list[RewardSpec]:

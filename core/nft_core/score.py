@@ -104,7 +104,7 @@ class NoPrompts(Sequence[str]):
         return len(self.paths)
 
     def __getitem__(self, index: Any) -> NoReturn:
-        raise NoPrompt(self.paths[0])
+        raise NoPrompt(self.paths[index if isinstance(index, int) else 0])
 
 
 def find_images(paths: Iterable[Path]) -> list[Path]:

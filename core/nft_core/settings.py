@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import tomllib
 from collections.abc import Mapping
 from pathlib import Path
@@ -112,7 +113,7 @@ class Settings(BaseModel):
     @model_validator(mode="after")
     def _kl_is_measured(self) -> Settings:
         if self.kl_target and not self.kl_weight:
-            raise ValueError("kl_target needs a kl_weight above 0: it raises that weight, and 0 stays 0")
+            raise ValueError("kl_target raises kl_weight, and 0 stays 0: give a kl_weight, or set kl_target=0")
         return self
 
     @model_validator(mode="after")
@@ -141,8 +142,9 @@ def make_settings(*layers: Mapping[str, Any]) -> Settings:
         for name, value in layer.items():
             if name not in Settings.model_fields:
                 raise unknown("setting", name, Settings.model_fields)
-            if name == "reward_defaults" and isinstance(value, Mapping):
-                value = {**merged.get(name, {}), **value}
+            before = merged.get(name)
+            if name == "reward_defaults" and isinstance(value, Mapping) and isinstance(before, Mapping):
+                value = {**before, **value}
             merged[name] = value
     try:
         return Settings(**merged)
@@ -150,9 +152,12 @@ def make_settings(*layers: Mapping[str, Any]) -> Settings:
         raise UsageError("; ".join(_explain(e) for e in error.errors())) from error
 
 
+#: pydantic names which part of a union has refused a value.
+UNION_PART = re.compile(r"float|str|int|constrained-\w+|(literal|dict|list)\[.*")
+
+
 def _explain(error: Any) -> str:
-    # A union's parts have names of their own, such as constrained-int.
-    name = ".".join(p for p in map(str, error["loc"]) if p.isidentifier() and p not in ("float", "str", "int"))
+    name = ".".join(part for part in map(str, error["loc"]) if not UNION_PART.fullmatch(part))
     message = error["msg"].removeprefix("Value error, ")
     if not name:
         return str(message)

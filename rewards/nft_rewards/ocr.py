@@ -60,8 +60,8 @@ def target_text(prompt: str, metadata: Mapping[str, Any]) -> str:
 def folded(text: str, normalise: bool) -> str:
     """Without white space and in lower case; compatibility forms and apostrophes made alike if `normalise`."""
     if normalise:
-        # In this order: NFKC takes an acute accent that stands alone apart into a space and an accent.
-        text = unicodedata.normalize("NFKC", text.translate(APOSTROPHES))
+        # Before as well: NFKC takes an acute accent that stands alone apart into a space and an accent.
+        text = unicodedata.normalize("NFKC", text.translate(APOSTROPHES)).translate(APOSTROPHES)
     return "".join(text.split()).lower()
 
 

@@ -202,7 +202,10 @@ BAD = {
         2,
         "nearest possible size is 32 x 32",
     ),
-    "too many processes": (["--tiny", "--reward", "ocr", "--set", "processes=999"], 2, "a core: give that or"),
+    "too many processes": (
+        ["--tiny", "--reward", "ocr", "--device", "cpu", "--set", "processes=1000000"],
+        *(2, "a core: give that or less"),
+    ),
     "no gpu": (["--tiny", "--reward", "ocr", "--device", "cuda"], 2, "sees no GPU"),
     "bad device": (["--tiny", "--reward", "ocr", "--device", "abacus"], 2, "Unknown device"),
     "no such model": (["--reward", "jpeg_compressibility", "--model", "nobody/nothing"], 1, "--tiny"),
@@ -282,5 +285,6 @@ def test_full_disk(room, message, tmp_path):
     assert message in result.stderr
     assert "Traceback" not in result.stderr
     assert not list(tmp_path.rglob("checkpoints/*"))
-    if room > 100:  # What was measured before stays.
+    if room > 100:  # What was measured before stays, and the disk's refusal is told once.
+        assert (result.stdout + result.stderr).count("Cannot write the checkpoint") == 1
         assert [r["event"] for r in records(tmp_path / "run")] == ["eval", "epoch", "eval"]

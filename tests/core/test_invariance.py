@@ -87,13 +87,13 @@ def test_invalid_samples_stay_out(sd3_folder, tmp_path):
     assert all(0 < valid < 16 for valid in counts)
 
 
-def test_details_differ_between_processes(tmp_path):
-    """What one process calls `a` is never added to what another calls `b`."""
+def test_what_fails_or_differs_in_one_process_is_told_in_all(tmp_path):
+    """What one process calls `a` is never added to what another calls `b`, and none waits in vain."""
     script = tmp_path / "details.py"
     script.write_text(
         "import torch\n"
-        "from nft_core.distributed import owned, process_group, rank\n"
-        "from nft_core.errors import NftError\n"
+        "from nft_core.distributed import owned, process_group, rank, together\n"
+        "from nft_core.errors import NftError, PeerError\n"
         "from nft_core.rollout import gather_scores\n"
         "from nft_plugins import Scores\n"
         "cpu = torch.device('cpu')\n"
@@ -106,11 +106,18 @@ def test_details_differ_between_processes(tmp_path):
         "        print(error)\n"
         "    alike = Scores.of(torch.ones(2), a=torch.full((2,), 1.0 + rank()))\n"
         "    assert gather_scores(alike, owned(4), 4, cpu).details['a'].tolist() == [1, 2, 1, 2]\n"
+        "    try:\n"
+        "        with together(cpu):\n"
+        "            {}['x'] if rank() else None\n"
+        "    except (KeyError, PeerError) as error:\n"
+        "        print(type(error).__name__)\n"
     )
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
     done = subprocess.run([*launcher, str(script)], capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr[-3000:]
-    assert sorted(done.stdout.splitlines()) == [
+    *told, key, peer = sorted(done.stdout.splitlines())
+    assert (key, peer) == ("KeyError", "PeerError")
+    assert told == [
         "A reward does not keep the contract: it must give the same details in the same order in every "
         f"process, and here it gave {names}, elsewhere others."
         for names in ("a, b", "b, a")

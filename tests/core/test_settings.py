@@ -22,7 +22,10 @@ def test_later_layers_win():
         ({"old_decay": 1.0}, "never move"),
         ({"combine": "max"}, "'sum' or 'normalized'"),
         ({"processes": 0}, "^Setting processes = 0: .*equal to 1.; Setting processes = 0: "),
-        ({"kl_target": 0.1, "kl_weight": 0}, "kl_target needs a kl_weight above 0"),
+        ({"kl_target": 0.1, "kl_weight": 0}, "set kl_target=0"),
+        ({"rewards": ["ocr", 3]}, "Setting rewards.1 = 3"),
+        ({"reward_defaults": {"my-own": 3}}, "Setting reward_defaults.my-own = 3"),
+        ({"reward_defaults": 3}, "Setting reward_defaults = 3"),
         ({"updates_per_epoch": 5}, "1152 images cannot be split into 5 equal updates.*is 4"),
     ],
 )

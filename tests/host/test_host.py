@@ -184,3 +184,21 @@ def test_observers_that_raise_are_reported_and_dropped(capsys):
     assert "Bad failed in nft_epoch_finished and is left out" in capsys.readouterr().err
     with pytest.raises(NftError, match="no space"):
         host.notify("nft_checkpoint_saved", run=run, folder=Path("x"))
+
+
+def test_observers_of_a_run_leave_with_it():
+    from nft_core.host import load_host
+    from nft_plugins import hookimpl
+
+    class Observer:
+        @hookimpl
+        def nft_run_started(self, run):
+            told.append(run)
+
+    told, host = [], load_host()
+    for run in ("first", "second"):
+        with host.guests():
+            host.register(Observer(), "observer")
+            host.notify("nft_run_started", run=run)
+    host.notify("nft_run_started", run="third")
+    assert told == ["first", "second"]
