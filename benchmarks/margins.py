@@ -1,0 +1,76 @@
+"""Does a policy learn shapes, or what the detector takes for them? Strict accuracy by ever stricter detectors.
+
+python benchmarks/margins.py RUN [CHECKPOINT]
+
+Paints the held-out prompts of a finished `nft run --tiny --reward geneval` with the base model and with the
+run's last checkpoint, and counts a shape only where its overlap with its own outline exceeds that with every
+other kind's by a margin. Margin 0 is the reward's own detector. Were shapes learned that lie between two, the
+share of them that keep a margin would fall.
+"""
+
+import sys
+from pathlib import Path
+
+import torch
+from diffusers import SD3Transformer2DModel
+
+from nft_core import run as runs
+from nft_core.host import load_host
+from nft_core.rollout import Draws, roll_out
+from nft_core.settings import make_settings, read_toml
+from nft_tiny import detector
+
+MARGINS = (0.0, 0.03, 0.06, 0.1)
+
+
+def margin_of(pixels, contrast, background, shape):
+    """By how much a recognised shape's overlap exceeds that of the next kind."""
+    label, color, box = shape
+    ink = detector.PALETTE[detector.NAMES.index(color)] - background
+    covered = ((pixels - background) @ ink / (ink @ ink)).clip(0, 1) * (contrast > 0)
+    overlaps = {kind: detector.fitted(covered, kind, box)[0] for kind in detector.SHAPES}
+    return overlaps.pop(label) - max(overlaps.values())
+
+
+def stricter(margin, recognise=detector.recognise):
+    def by_margin(pixels, contrast, background):
+        shape = recognise(pixels, contrast, background)
+        clear = shape is None or not margin or margin_of(pixels, contrast, background, shape) >= margin
+        return shape if clear else None
+
+    return by_margin
+
+
+def main():
+    folder = Path(sys.argv[1])
+    settings = make_settings(read_toml(folder / "run.toml"), {"processes": 1, "device": "cpu"})
+    host = load_host()
+    specs, solver, *files = runs.prepare(settings, host)
+    device = runs.pick_device("cpu")
+    reward = runs.load_rewards(specs, host, device, settings.reward_defaults)
+    prompts, held_out = runs.usable(*files, reward.check_prompt, settings.unscorable, lambda text: None)
+    model = runs.load_model(settings, host, device)
+    run = runs.assemble(
+        settings, model, reward, solver, prompts, held_out, device, lambda *a, **k: None, folder
+    )
+    last = sys.argv[2] if len(sys.argv) > 2 else max((folder / "checkpoints").glob("[0-9]*"))
+    trained = SD3Transformer2DModel.from_pretrained(last, subfolder="transformer").float().state_dict()
+    print(f"| strict accuracy at margin | {' | '.join(map(str, MARGINS))} |\n|{'---|' * (len(MARGINS) + 1)}")
+    for name, weights in (("base", None), (f"checkpoint {Path(last).name}", trained)):
+        if weights:
+            model.transformer.load_state_dict(weights)
+        draws = Draws(held_out, range(len(held_out)), settings.eval_images, settings.seed, "eval", 0)
+        painted = roll_out(
+            run.eval_sampler, draws, run.eval_condition, reward, run.progress, run.phase, keep_images=True
+        )
+        batch = draws.batch(torch.arange(len(draws)), painted.images.float() / 255)
+        row = []
+        for margin in MARGINS:
+            detector.recognise = stricter(margin)
+            row.append(float(reward(batch).details["geneval/strict"].mean()))
+        detector.recognise = stricter(0.0)
+        print(f"| {name} | {' | '.join(f'{x:.3f}' for x in row)} |", flush=True)
+
+
+if __name__ == "__main__":
+    main()
