@@ -28,8 +28,8 @@ def nft_register_presets(register: Callable[[Preset], None]) -> None:
                 "lr": 5e-4,
                 "warmup": 20,
                 "lr_schedule": "cosine",
-                # Beyond this distance a small model that is trained as a whole drifts until it paints noise;
-                # a longer run comes to it, and is held there. docs/tiny.md has the curves.
+                # Far beyond this distance a small model that is trained as a whole forgets what it learned;
+                # it is held near it, in longer runs too. docs/tiny.md has the figures.
                 "kl_weight": 0.05,
                 "kl_target": 0.07,
                 # PickScore varies by several points and OCR by less than one: in a sum it is not heard.
