@@ -36,8 +36,6 @@ FORMATS = ("PNG", "JPEG", "WEBP")
 #: Pixels in a batch, whatever its number of images: 400 MB in float32.
 PIXELS = 2**25
 ORIENTATION = 0x0112
-
-
 #: The size of an image that cannot be read.
 UNREADABLE = (0, 0)
 

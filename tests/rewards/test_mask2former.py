@@ -242,7 +242,8 @@ def test_a_checkpoint_equals_a_straightforward_computation(checkpoint, shape):
 def test_batches_do_not_matter_and_may_have_to_be_halved(checkpoint, monkeypatch):
     images = pictures(5, 32, 32)
     detector = Mask2Former(checkpoint, size=SIZE)
-    one_by_one = [detector.detect(image[None])[0] for image in images]
+    one_by_one = detector.detect(images)
+    detector.at_once = 8  # as on a GPU
     forward, sizes = detector.model.forward, []
 
     def cramped(pixel_values):
@@ -273,6 +274,7 @@ def test_half_precision_is_near(checkpoint):
 @pytest.mark.parametrize("output", ["class_queries_logits", "masks_queries_logits"])
 def test_an_image_that_the_network_fails_on(checkpoint, monkeypatch, output):
     detector = Mask2Former(checkpoint, size=SIZE)
+    detector.at_once = 8
     forward = detector.model.forward
 
     def overflow(pixel_values):
