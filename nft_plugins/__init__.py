@@ -1,8 +1,8 @@
 """The contract of nft-hub: all that an author of a reward, solver, model or observer plug-in needs."""
 
-from .cards import ModelInfo, Preset, RewardInfo, SolverInfo
+from .cards import ModelInfo, ObserverInfo, Preset, RewardInfo, SolverInfo
 from .data import Batch, Part, PromptError, Scores
-from .hookspecs import ENTRY_POINT_GROUP, PROJECT, Run, hookimpl
+from .hookspecs import CONTRACT, ENTRY_POINT_GROUP, PROJECT, ContractDeprecation, Run, hookimpl
 from .interfaces import (
     Condition,
     FlowModel,
@@ -14,12 +14,15 @@ from .interfaces import (
 )
 
 __all__ = [
+    "CONTRACT",
     "ENTRY_POINT_GROUP",
     "PROJECT",
     "Batch",
     "Condition",
+    "ContractDeprecation",
     "FlowModel",
     "ModelInfo",
+    "ObserverInfo",
     "Part",
     "Preset",
     "PromptError",

@@ -76,6 +76,22 @@ class ModelInfo:
 
 
 @dataclass(frozen=True)
+class ObserverInfo:
+    """An observer's card. A run makes those that `--observer` names, in its first process alone.
+
+    factory: makes an object whose methods, marked with `hookimpl`, follow the run's events. Its keyword
+        parameters are the observer's options.
+    modules, extra: as of `RewardInfo`.
+    """
+
+    name: str
+    summary: str
+    factory: Factory
+    modules: tuple[str, ...] = ()
+    extra: str = ""
+
+
+@dataclass(frozen=True)
 class Preset:
     """A name for run settings, in the form of a run's TOML file.
 

@@ -9,11 +9,20 @@ from typing import Any
 
 import pluggy
 
-from .cards import ModelInfo, Preset, RewardInfo, SolverInfo
+from .cards import ModelInfo, ObserverInfo, Preset, RewardInfo, SolverInfo
 from .data import Batch, Scores
 
 PROJECT = "nft"
 ENTRY_POINT_GROUP = "nft_plugins"
+#: The version of this contract, "MAJOR.MINOR". A plug-in says in its module which one it was written for,
+#: `CONTRACT = "1.0"`, and works with every later 1.x: minor versions add, and only a major one takes away,
+#: after a minor one has warned of it.
+CONTRACT = "1.0"
+
+
+class ContractDeprecation(DeprecationWarning):
+    """What a plug-in uses, and the next major contract will not have; `nft plugins` shows its text."""
+
 
 hookspec = pluggy.HookspecMarker(PROJECT)
 hookimpl = pluggy.HookimplMarker(PROJECT)
@@ -46,6 +55,11 @@ def nft_register_models(register: Callable[[ModelInfo], None]) -> None:
 @hookspec
 def nft_register_presets(register: Callable[[Preset], None]) -> None:
     """Call `register(Preset(...))` for each named set of run settings that the plug-in offers."""
+
+
+@hookspec
+def nft_register_observers(register: Callable[[ObserverInfo], None]) -> None:
+    """Call `register(ObserverInfo(...))` for each observer that a run may ask for by name."""
 
 
 @hookspec

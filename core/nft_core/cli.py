@@ -11,7 +11,8 @@ import click
 
 from .doctor import doctor
 from .errors import NftError
-from .listing import models, plugins, rewards, solvers
+from .listing import models, observers, plugins, rewards, solvers
+from .new import new
 from .reward_commands import check, info
 from .score_command import preset_name, score
 
@@ -38,7 +39,7 @@ def main() -> None:
     """
 
 
-for command in (score, doctor, plugins, rewards, solvers, models):
+for command in (score, doctor, plugins, rewards, solvers, models, observers, new):
     main.add_command(command)
 for command in (info, check):
     rewards.add_command(command)
@@ -50,7 +51,7 @@ for command in (info, check):
     "rewards_",
     metavar="SPEC",
     multiple=True,
-    help="A reward, NAME[=WEIGHT][,KEY=VALUE...]; repeatable.",
+    help="A reward, NAME[=WEIGHT][,KEY=VALUE...]; FILE.py:FUNCTION or MODULE:NAME is one of yours. Repeatable.",
 )
 @click.option(
     "--model",
@@ -80,6 +81,13 @@ for command in (info, check):
     help="The run's folder, new or empty.  [default: runs/REWARDS-TIME]",
 )
 @click.option(
+    "--observer",
+    "observers",
+    metavar="SPEC",
+    multiple=True,
+    help="An observer to add, NAME[,KEY=VALUE...], such as tensorboard; see `nft observers`. Repeatable.",
+)
+@click.option(
     "--config",
     type=click.Path(path_type=Path),
     metavar="FILE.toml",
@@ -94,6 +102,7 @@ for command in (info, check):
 )
 def run(
     rewards_: tuple[str, ...],
+    observers: tuple[str, ...],
     tiny: bool,
     preset: str | None,
     out: Path | None,
@@ -109,12 +118,15 @@ def run(
     from . import run as runs
     from .host import load_host
     from .settings import parse_assignment, read_toml, to_toml
+    from .specs import parse_reward
 
     chosen = preset_name(tiny, preset)
     host = load_host()
     given = {name: value for name, value in options.items() if value is not None}
     if rewards_:
         given["rewards"] = list(rewards_)
+    if observers:
+        given["observers"] = list(observers)
     settings = runs.resolve(
         host,
         chosen,
@@ -124,7 +136,7 @@ def run(
     )
     launch.end_with_the_parent()
     launch.end_when_told()
-    folder = out or default_folder([str(r) for r in settings.rewards])
+    folder = out or default_folder([parse_reward(r).title for r in settings.rewards])
     processes = 1 if launch.started() else launch.count(settings.processes, settings.device)
     if processes == 1:
         runs.run(settings, folder, host, say=click.echo)
@@ -136,7 +148,5 @@ def run(
 
 def default_folder(rewards: list[str]) -> Path:
     """`runs/pickscore+ocr-20260131-235959`, in the folder the command is called from."""
-    names = "+".join(
-        "".join(c for c in r.split("=")[0].split(",")[0] if c.isalnum() or c in "_-") for r in rewards
-    )
+    names = "+".join("".join(c for c in r if c.isalnum() or c in "_-") for r in rewards)
     return Path("runs") / f"{names[:60] or 'run'}-{datetime.now():%Y%m%d-%H%M%S}"

@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from math import isfinite
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
 
 from nft_plugins import Batch, Part, PromptError, Reward, Scores
 
-from .errors import NftError, UsageError
+from .errors import NftError, UsageError, where
 from .host import Host, load_host
 from .specs import RewardSpec, finite_weight, parse_reward
 
@@ -179,7 +179,7 @@ def checked(name: str, score: Callable[[], Scores], size: int) -> Scores:
             "a run, --batch in nft score."
         ) from error
     except (Exception, SystemExit) as error:
-        raise NftError(f"The reward {name!r} failed: {type(error).__name__}: {error}") from error
+        raise NftError(f"The reward {name!r} failed: {type(error).__name__}: {error}{where(error)}") from error
     if not isinstance(scores, Scores):
         raise NftError(f"The reward {name!r} must return Scores, got {type(scores).__name__}.")
     if len(scores) != size:
@@ -194,46 +194,48 @@ def checked(name: str, score: Callable[[], Scores], size: int) -> Scores:
     return Scores(values.where(valid, 0), valid, details, scores.parts)
 
 
-def reward(
-    spec: str | Mapping[str, Any], *, host: Host | None = None, device: str = "cpu", **options: Any
-) -> Composed:
-    """A registered reward by name or spec, with options: `reward("ocr", upscale=4)`.
+#: A reward as a spec, as a TOML table, as a Python function or object that is one, or as one composed before.
+Given: TypeAlias = "str | Mapping[str, Any] | RewardSpec | Callable[..., Any] | Composed"
 
+
+def reward(given: Given, *, host: Host | None = None, device: str = "cpu", **options: Any) -> Composed:
+    """A reward with options: `reward("ocr", upscale=4)`, `reward("my_rewards.py:cat")`, `reward(cat, scale=2)`.
+
+    A function takes what it needs of `images`, `prompts`, `metadata`, `groups`, `uint8`, `pil` and `batch` by
+    name, and returns a number for each image, None where it cannot score one; its other parameters are options.
     Raises UsageError for an unknown name or option and NftError for a reward that cannot be loaded.
     """
-    parsed = parse_reward(spec)
-    return compose(
-        [RewardSpec(parsed.name, parsed.weight, {**parsed.options, **options})],
-        host=host,
-        device=device,
-    )
+    spec = as_spec(given)
+    return compose([replace(spec, options={**spec.options, **options})], host=host, device=device)
 
 
 def compose(
-    rewards: Mapping[str, float] | Iterable[str | Mapping[str, Any] | RewardSpec],
+    rewards: Mapping[Any, float] | Iterable[Given],
     *,
     host: Host | None = None,
     device: str = "cpu",
     defaults: Mapping[str, Mapping[str, Any]] | None = None,
 ) -> Composed:
-    """A weighted sum: `compose({"pickscore": 1.0, "ocr": 0.5})`, or a list of specs.
+    """A weighted sum: `compose({"pickscore": 1.0, cat: 0.5})`, or a list of what `reward` takes.
 
     Entries with equal names and options share one loaded reward.
     defaults: options, by name, of rewards that others are made of.
     """
     host = host or load_host()
-    if isinstance(rewards, Mapping):
-        rewards = [_weighted(parse_reward(name), weight) for name, weight in rewards.items()]
-    specs = [r if isinstance(r, RewardSpec) else parse_reward(r) for r in rewards]
-    if not specs:
+    weights = list(rewards.values()) if isinstance(rewards, Mapping) else None
+    members = list(rewards)
+    if not members:
         raise UsageError('There is no reward to compose: give one, such as {"pickscore": 1.0}.')
-    loaded: dict[tuple[str, str], Reward] = {}
-    return Composed(
-        merged(
-            Term(s.name, s.weight, host.make_reward(s.name, s.options, device, defaults, loaded)) for s in specs
-        )
-    )
+    loaded: dict[tuple[Any, str], Reward] = {}
+    total = Composed(())
+    for i, given in enumerate(members):
+        if not isinstance(given, Composed):
+            spec = as_spec(given)
+            made = host.make_reward(spec.name, spec.options, device, defaults, loaded)
+            given = Composed((Term(spec.title, spec.weight, made),))
+        total += given if weights is None else finite_weight(weights[i], given.terms[0].name) * given
+    return total
 
 
-def _weighted(spec: RewardSpec, weight: float) -> RewardSpec:
-    return RewardSpec(spec.name, spec.weight * finite_weight(weight, spec.name), spec.options)
+def as_spec(given: Given) -> RewardSpec:
+    return given if isinstance(given, RewardSpec) else parse_reward(given)

@@ -17,7 +17,8 @@ from typing import Any
 
 import click
 
-from .host import Host, installed, load_host
+from .factories import installed
+from .host import Host, load_host
 from .listing import readiness, show
 
 #: Seconds for importing torch, on a slow disk.

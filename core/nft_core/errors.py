@@ -1,7 +1,9 @@
 """Errors that a user can mend: one paragraph that says what was expected, what came and what to do."""
 
+import traceback
 from collections.abc import Iterable
 from difflib import get_close_matches
+from pathlib import Path
 
 
 class NftError(Exception):
@@ -26,9 +28,24 @@ class PeerError(NftError):
     exit_code = 75
 
 
-def unknown(kind: str, name: str, known: Iterable[str]) -> UsageError:
-    """A name that nobody has, with the nearest known one and the list of them all."""
+def unknown(kind: str, name: str, known: Iterable[str], hint: str = "") -> UsageError:
+    """A name that nobody has, with the nearest known one, the list of them all, and a hint."""
     known = sorted(known)
     near = get_close_matches(name, known, n=1, cutoff=0.5)
     guess = f" Did you mean {near[0]!r}?" if near else ""
-    return UsageError(f"Unknown {kind} {name!r}.{guess} Known: {', '.join(known) or 'none'}.")
+    said = f"Unknown {kind} {name!r}.{guess} Known: {', '.join(known) or 'none'}."
+    return UsageError(f"{said} {hint}" if hint else said)
+
+
+#: Folders of frames that say nothing of a plug-in.
+OURS = {"nft_core", "nft_rewards", "nft_solvers", "nft_plugins", "importlib", "torch"}
+
+
+def where(error: BaseException) -> str:
+    """` (FILE, line N)`: where the file that was called from here, a plug-in's or a user's, raised."""
+    frames = [f for f in traceback.extract_tb(error.__traceback__) if not f.filename.startswith("<")]
+    theirs = [f for f in frames if not OURS & set(Path(f.filename).parts)]
+    if not theirs or isinstance(error, SyntaxError):  # which says so itself
+        return ""
+    last = [f for f in theirs if f.filename == theirs[0].filename][-1]
+    return f" ({Path(last.filename).name}, line {last.lineno})"

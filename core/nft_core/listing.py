@@ -1,4 +1,4 @@
-"""`nft plugins`, `nft rewards`, `nft solvers`, `nft models`: what this environment offers."""
+"""`nft plugins`, `nft rewards`, `nft solvers`, `nft models`, `nft observers`: what this environment offers."""
 
 from __future__ import annotations
 
@@ -10,9 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from nft_plugins import RewardInfo
-
-from .host import Registered, installed, load_host, remedy
+from .discovery import Registered
+from .host import lacking, load_host, remedy
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -53,7 +52,8 @@ def print_table(table: Table) -> None:
 def _text(value: Any) -> str:
     from rich.markup import escape
 
-    return escape(", ".join(map(str, value)) if isinstance(value, (list, tuple)) else str(value))
+    text = ", ".join(map(str, value)) if isinstance(value, (list, tuple)) else str(value)
+    return escape(text if value is not None else "")
 
 
 def cards(registered: Mapping[str, Registered[Any]]) -> list[dict[str, Any]]:
@@ -65,14 +65,27 @@ def cards(registered: Mapping[str, Registered[Any]]) -> list[dict[str, Any]]:
 
 
 @click.command()
+@click.option(
+    "--load",
+    is_flag=True,
+    help="Also make, with its default options, what plug-ins of other packages offer; this may load weights.",
+)
 @as_json
-def plugins(as_json: bool) -> None:
-    """List installed plug-ins, broken ones with their cause."""
-    rows = [asdict(plugin) for plugin in load_host().plugins]
+def plugins(load: bool, as_json: bool) -> None:
+    """List installed plug-ins, broken ones with their cause and what mends them.
+
+    The environment variable NFT_PLUGINS chooses: NFT_PLUGINS=a,b loads these and the built-ins, an empty
+    NFT_PLUGINS= the built-ins alone.
+    """
+    host = load_host()
+    if load:
+        host.try_all()
+    rows = [asdict(plugin) for plugin in host.plugins]
     columns = {
         "name": "plug-in",
         "distribution": "from",
         "version": "version",
+        "contract": "contract",
         "status": "status",
         "offers": "offers",
     }
@@ -80,11 +93,13 @@ def plugins(as_json: bool) -> None:
     for row in rows if not as_json else ():
         if row["status"] == "broken":
             click.echo(f"{row['name']} is broken: {row['cause']}\n  to mend it: {row['mend']}")
+        for note in row["notes"]:
+            click.echo(f"{row['name']}: {note}")
 
 
-def readiness(card: Registered[RewardInfo]) -> dict[str, Any]:
-    """Whether a reward's modules are installed, and the command that brings them where they are not."""
-    missing = [m for m in card.info.modules if not installed(m)]
+def readiness(card: Registered[Any]) -> dict[str, Any]:
+    """Whether a card's modules are installed, and the command that brings them where they are not."""
+    missing = lacking(card)
     return {"ready": not missing, "install": remedy(card) if missing else ""}
 
 
@@ -136,3 +151,14 @@ def models(as_json: bool) -> None:
         },
         as_json,
     )
+
+
+@click.command()
+@as_json
+def observers(as_json: bool) -> None:
+    """List observers that `nft run --observer` can add to a run."""
+    registered = load_host().observers
+    rows = cards(registered)
+    for row in rows:
+        row |= readiness(registered[row["name"]])
+    show(rows, {"name": "observer", "summary": "what it does", "install": "needs"}, as_json)

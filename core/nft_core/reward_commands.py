@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from .errors import NftError, UsageError
-from .host import OFFERED, Host, annotation, load_host, resolve
+from .factories import OFFERED, annotation, resolve
+from .host import Host, load_host
 from .listing import as_json, cards, readiness, show
 from .quiet import quiet
 from .score_command import device_option, preset_name, preset_option, tiny_option
@@ -60,12 +61,12 @@ def described(host: Host, name: str) -> dict[str, Any]:
 
     `options` is the error's text where the factory cannot be imported.
     """
-    card = host.reward_info(name)
-    (row,) = cards({name: host.rewards[name]})
-    row["distribution"] = host.rewards[name].distribution
-    row |= readiness(host.rewards[name])
+    card = host.reward(name)
+    (row,) = cards({name: card})
+    row |= {"distribution": card.distribution, "factory": card.info.factory if card.owners else name}
+    row |= readiness(card)
     try:
-        factory = resolve(card.factory)
+        factory = resolve(card.info.factory)
         return row | {"options": options(factory), "doc": inspect.getdoc(factory) or ""}
     except NftError as error:
         return row | {"options": str(error), "doc": ""}

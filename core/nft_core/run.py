@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -14,7 +15,7 @@ from .errors import NftError, SaveError, UsageError, unknown
 from .host import Host
 from .prompts import Prompt, prompts_of_run, read_prompts, scorable
 from .settings import Settings, make_settings, to_toml
-from .specs import RewardSpec, parse_reward
+from .specs import RewardSpec, parse_observer, parse_reward
 
 if TYPE_CHECKING:
     import torch
@@ -56,6 +57,7 @@ def run(settings: Settings, folder: Path, host: Host, say: Callable[[str], None]
     first = os.environ.get("RANK", "0") == "0"
     tell = say if first else lambda text: None
     specs, solver, prompts, held_out = prepare(settings, host)
+    asked = make_observers(settings, host) if first else {}
     if first:
         claim(folder)
 
@@ -71,7 +73,7 @@ def run(settings: Settings, folder: Path, host: Host, say: Callable[[str], None]
         check_sizes(settings, len(prompts), len(held_out))
         model = load_model(settings, host, device)
         described = Run(folder, settings.model_dump(), settings.epochs)
-        observe = observers(host, described) if rank() == 0 else silent
+        observe = observers(host, described, asked) if rank() == 0 else silent
         training = assemble(settings, model, reward, solver, prompts, held_out, device, observe, folder)
         if rank() == 0:
             write_settings(folder, settings)
@@ -126,14 +128,14 @@ def reward_specs(settings: Settings, host: Host) -> list[RewardSpec]:
     if not settings.rewards:
         raise UsageError(
             "A run needs a reward: give --reward NAME, as in --reward pickscore. "
-            f"Known: {', '.join(sorted(host.rewards))}."
+            f"Known: {', '.join(sorted(host.rewards))}; FILE.py:FUNCTION is a reward of yours."
         )
     specs = []
     for given in settings.rewards:
         spec = parse_reward(given)
-        host.reward_info(spec.name)
-        defaults = settings.reward_defaults.get(spec.name, {})
-        specs.append(RewardSpec(spec.name, spec.weight, {**defaults, **spec.options}))
+        host.reward(spec.name)
+        defaults = settings.reward_defaults.get(str(spec.name), {})
+        specs.append(replace(spec, options={**defaults, **spec.options}))
     return specs
 
 
@@ -297,11 +299,22 @@ def silent(hook: str, **arguments: Any) -> None:
     """The observers of every process but the first."""
 
 
-def observers(host: Host, described: Run) -> Callable[..., None]:
+def make_observers(settings: Settings, host: Host) -> dict[str, object]:
+    """Those that the settings ask for, by name."""
+    specs = [parse_observer(given) for given in settings.observers]
+    if len({spec.name for spec in specs}) < len(specs):
+        raise UsageError(f"An observer is asked for twice: {', '.join(spec.name for spec in specs)}.")
+    return {spec.name: host.make_observer(spec) for spec in specs}
+
+
+def observers(host: Host, described: Run, asked: Mapping[str, object]) -> Callable[..., None]:
+    """Tells the built-in observers, those that were asked for, and those that plug-ins are by themselves."""
     from .observers import builtin
 
     for observer in builtin():
         host.register(observer, f"nft_core.{type(observer).__name__.lower()}")
+    for name, observer in asked.items():
+        host.ask(observer, name)
     return lambda hook, **arguments: host.notify(hook, run=described, **arguments)
 
 

@@ -22,9 +22,9 @@ import torch
 from PIL import Image, ImageOps
 from torch import Tensor
 
-from nft_plugins import Batch, PromptError, Reward, Scores
+from nft_plugins import Batch, PromptError, Scores
 
-from .composer import Composed, Term, checked, compose
+from .composer import Composed, Given, checked, compose
 from .errors import NftError, UsageError
 from .prompts import Prompt, read_prompts
 from .rollout import concatenate
@@ -258,7 +258,7 @@ def decode(path: Path) -> Tensor:
 def score_images(
     paths: Iterable[str | Path],
     prompts: str | Sequence[str] | None,
-    reward: Composed | Reward | str | Iterable[str | Mapping[str, Any] | RewardSpec],
+    reward: Given | Iterable[Given],
     *,
     metadata: Sequence[Mapping[str, Any]] | None = None,
     batch: int = 16,
@@ -267,7 +267,7 @@ def score_images(
     """Score image files, in their order: `score_images(["a.png"], "a cat", "pickscore")[0].values`.
 
     prompts: one for all images, one for each, or None for rewards that do not read them.
-    reward: a reward, a spec, or several specs.
+    reward: a reward, what `nft_core.reward` takes, or several of these.
     A file that cannot be read and a reward that fails on a batch leave their errors there.
     """
     files = [Path(p) for p in paths]
@@ -279,11 +279,8 @@ def score_images(
         )
     items = [Item(f, size_of(f), text, extra) for f, text, extra in zip(files, texts, extras, strict=True)]
     if not isinstance(reward, Composed):
-        if callable(reward):
-            name = getattr(reward, "__name__", type(reward).__name__)
-            reward = Composed((Term(name, 1.0, reward),))
-        else:
-            reward = compose([reward] if isinstance(reward, str) else reward, device=device)
+        one = isinstance(reward, str | Mapping | RewardSpec) or callable(reward)
+        reward = compose([reward] if one else reward, device=device)
     return score(items, reward, batch=batch, device=device)
 
 

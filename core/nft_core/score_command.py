@@ -38,7 +38,8 @@ preset_option = click.option("--preset", metavar="NAME", help="Options of reward
     metavar="SPEC",
     multiple=True,
     required=True,
-    help="A reward, NAME[=WEIGHT][,KEY=VALUE...]; repeatable. With weights, their sum is shown too.",
+    help="A reward, NAME[=WEIGHT][,KEY=VALUE...] or FILE.py:FUNCTION; repeatable. With weights, their sum "
+    "is shown too.",
 )
 @click.option("--prompt", metavar="TEXT", help="The prompt of all images.")
 @click.option(

@@ -100,6 +100,9 @@ class Settings(BaseModel):
     eval_images: Count = Field(1, description="images a held-out prompt")
     eval_steps: Annotated[int, Field(ge=0)] = Field(0, description="solver steps; 0: as in rollouts")
     checkpoint_every: Annotated[int, Field(ge=0)] = Field(50, description="epochs; 0: at the end only")
+    observers: list[str | dict[str, Any]] = Field(
+        [], description="observers to add: NAME[,KEY=VALUE...], such as tensorboard"
+    )
 
     @field_validator("old_decay")
     @classmethod

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from nft_plugins import Preset, hookimpl
 
+CONTRACT = "1.0"
 DATA = Path(__file__).parent / "data"
 CLIP = {"checkpoint": str(DATA / "clip")}
 

@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 from nft_plugins import RewardInfo, hookimpl
 
+CONTRACT = "1.0"
 CLIP_L = "openai/clip-vit-large-patch14"
 
 REWARDS = (

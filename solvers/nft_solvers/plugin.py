@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 from nft_plugins import SolverInfo, hookimpl
 
+CONTRACT = "1.0"
 SOLVERS = (
     SolverInfo(
         "euler",

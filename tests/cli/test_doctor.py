@@ -109,7 +109,7 @@ def test_a_broken_plugin(tmp_path, monkeypatch):
 def test_a_reward_that_is_not_ready_is_no_problem(monkeypatch):
     monkeypatch.setattr(doctor, "probe", lambda: SOUND)
     monkeypatch.setattr(doctor.shutil, "which", lambda name: None)
-    monkeypatch.setattr("nft_core.listing.installed", lambda module: module != "rapidocr")
+    monkeypatch.setattr("nft_core.host.installed", lambda module: module != "rapidocr")
     result = nft()
     assert result.exit_code == 0, result.output
     rows = {

@@ -7,6 +7,24 @@ import sys
 
 import pytest
 
+from nft_plugins import CONTRACT
+
+#: A run that ends in seconds.
+SHORT = (
+    *(
+        "--tiny",
+        "--epochs",
+        "1",
+        "--set",
+        "processes=1",
+        "--set",
+        "prompts_per_epoch=1",
+        "--set",
+        "group_size=2",
+    ),
+    *("--set", "updates_per_epoch=1", "--set", "steps=2", "--set", "eval_steps=2", "--set", "eval_images=1"),
+)
+
 GOOD = """
 from nft_plugins import RewardInfo, hookimpl
 
@@ -18,6 +36,39 @@ def make(value: float = 1.0):
     import torch
     from nft_plugins import Scores
     return lambda batch: Scores.of(torch.full((len(batch),), value))
+"""
+
+OBSERVER = """
+from nft_plugins import ObserverInfo, hookimpl
+
+@hookimpl
+def nft_register_observers(register):
+    register(ObserverInfo("diary", "writes a diary", "plug_{name}:Diary"))
+    register(ObserverInfo("spoilt", "cannot start", "plug_{name}:Spoilt"))
+    register(ObserverInfo("misheard", "has a misspelt hook", "plug_{name}:Misheard"))
+
+@hookimpl
+def nft_run_started(run):
+    (run.folder / "always.txt").write_text("present")
+
+class Diary:
+    def __init__(self, ink: str = "black"):
+        self.ink = ink
+
+    @hookimpl
+    def nft_epoch_finished(self, run, record):
+        with (run.folder / "diary.txt").open("a") as file:
+            file.write(f"{self.ink} {record['epoch']}\\n")
+
+class Spoilt:
+    @hookimpl
+    def nft_run_started(self, run):
+        raise RuntimeError("no account")
+
+class Misheard:
+    @hookimpl
+    def nft_epoch_finishd(self, run):
+        pass
 """
 
 PLUGINS = {
@@ -32,6 +83,21 @@ PLUGINS = {
     "wrongcard": "from nft_plugins import hookimpl\n@hookimpl\ndef nft_register_rewards(register):\n"
     "    register('cat')\n",
     "badname": GOOD.replace('"constant"', '"My Reward"'),
+    "exits": "raise SystemExit('no licence')\n",
+    "newer": 'CONTRACT = "1.999"\n' + GOOD.replace('"constant"', '"newer"'),
+    "older": 'CONTRACT = "0.9"\n' + GOOD.replace('"constant"', '"older"'),
+    "nonsense": "CONTRACT = 1\n" + GOOD.replace('"constant"', '"nonsense"'),
+    "current": f'CONTRACT = "{CONTRACT}"\n' + GOOD.replace('"constant"', '"current"'),
+    "failing": GOOD.replace('"constant"', '"failing"').replace(
+        "import torch", "raise RuntimeError('no weights')"
+    ),
+    "nofactory": GOOD.replace('"constant"', '"nofactory"').replace(":make", ":mak"),
+    "notareward": GOOD.replace('"constant"', '"notareward"').replace("return lambda batch:", "return 3 or"),
+    "extra": GOOD.replace('"constant"', '"extra"').replace(
+        '_{name}:make"', '_{name}:make", modules=("no_such_module",), extra="gpu"'
+    ),
+    "breaks": GOOD.replace('"constant"', '"breaks"').replace("lambda batch:", "lambda batch: 1 / 0 or"),
+    "observes": OBSERVER,
 }
 
 
@@ -78,6 +144,16 @@ def rows(site, **options):
     return {row["name"]: row for row in json.loads(result.stdout)}
 
 
+@pytest.fixture(scope="module")
+def listed(site):
+    return rows(site)
+
+
+@pytest.fixture(scope="module")
+def loaded(site):
+    return {r["name"]: r for r in json.loads(nft(site, "plugins", "--load", "--json").stdout)}
+
+
 @pytest.mark.parametrize(
     ("name", "cause"),
     [
@@ -88,18 +164,130 @@ def rows(site, **options):
         ("empty", "implements no hook"),
         ("wrongcard", "registered a str, not a RewardInfo"),
         ("badname", "'My Reward' is no name"),
+        ("exits", "raised SystemExit: no licence"),
+        ("newer", f"it was written for the contract 1.999, and this nft-hub has {CONTRACT}"),
+        ("older", f"it was written for the contract 0.9, and this nft-hub has {CONTRACT}"),
+        ("nonsense", 'CONTRACT = 1 is no contract version: expected "MAJOR.MINOR"'),
         ("other", "'constant' is claimed by plug-good (good) and plug-other (other)"),
     ],
 )
-def test_broken_plugins_are_listed_with_their_cause(site, name, cause):
-    row = rows(site)[name]
+def test_broken_plugins_are_listed_with_their_cause(listed, name, cause):
+    row = listed[name]
     assert row["status"] == "broken"
     assert cause in row["cause"]
     assert row["mend"]
 
 
-def test_nothing_else_suffers(site):
-    listed = rows(site)
+@pytest.mark.parametrize(
+    ("name", "mend"),
+    [
+        (
+            "noimport",
+            "install the package that brings the module no_such_package, or tell the author of plug-noi",
+        ),
+        ("raises", "tell the author of plug-raises, or pip uninstall plug-raises"),
+        ("other", "pip uninstall plug-other, or NFT_PLUGINS= with the plug-ins you want"),
+        ("newer", "pip install --upgrade nft-hub"),
+        ("older", "pip install --upgrade plug-older, or tell its author"),
+    ],
+)
+def test_what_mends_them(listed, name, mend):
+    assert listed[name]["mend"].startswith(mend)
+
+
+def test_json_for_a_report_has_the_traceback_and_the_contract(listed):
+    assert 'File "' in listed["raises"]["traceback"] and "1 / 0" in listed["raises"]["traceback"]
+    assert listed["current"]["contract"] == CONTRACT and listed["good"]["contract"] is None
+    assert listed["extra"]["status"] == "ok"
+    assert listed["extra"]["notes"] == ['extra needs no_such_module: pip install "plug-extra[gpu]"']
+
+
+@pytest.mark.parametrize(
+    ("name", "cause"),
+    [
+        (
+            "failing",
+            "The reward 'failing' of plug-failing cannot be loaded: RuntimeError: no weights (plug_failing",
+        ),
+        ("nofactory", "Cannot import 'plug_nofactory:mak': AttributeError"),
+        ("notareward", "The factory of the reward 'notareward' of plug-notareward gave int, not a reward"),
+        ("extra", "The reward 'extra' of plug-extra needs no_such_module, not installed: pip install"),
+    ],
+)
+def test_what_only_loading_shows(site, listed, loaded, name, cause):
+    assert listed[name]["status"] == "ok"
+    assert loaded[name]["status"] == "broken" and cause in loaded[name]["cause"]
+    # A run says the same, before it trains.
+    command = ("run", "--tiny", "--reward") if name in ("failing", "extra") else ("rewards", "check")
+    result = nft(site, *command, name, plugins=name)
+    assert result.returncode == 1 and result.stderr.startswith(f"Error: {cause}"), result.stderr
+
+
+@pytest.mark.parametrize("name", ["noimport", "raises", "newer"])
+def test_a_run_that_misses_a_reward_says_which_plugins_are_broken(site, listed, name):
+    result = nft(site, "run", "--tiny", "--reward", name, plugins=f"{name},good")
+    assert result.returncode == 2
+    assert f"Unknown reward '{name}'." in result.stderr
+    assert f"Of the plug-ins {name} is broken: {listed[name]['cause']}" in result.stderr
+    assert "NFT_PLUGINS leaves out" in result.stderr
+
+
+def test_a_reward_that_breaks_in_a_run_is_named_with_its_line(site, tmp_path):
+    result = nft(site, "run", *SHORT, "--reward", "breaks", "--out", str(tmp_path / "run"), plugins="breaks")
+    assert result.returncode == 1
+    assert (
+        "The reward 'breaks' failed: ZeroDivisionError: division by zero (plug_breaks.py, line "
+        in result.stderr
+    )
+
+
+def test_observers_by_name_and_observers_that_are_always_there(site, tmp_path):
+    out = tmp_path / "run"
+    asked = ("--reward", "jpeg_compressibility", "--observer", "diary,ink=red", "--out", str(out))
+    result = nft(site, "run", *SHORT, *asked, plugins="observes")
+    assert result.returncode == 0, result.stderr
+    assert (out / "diary.txt").read_text() == "red 1\n"
+    assert (out / "always.txt").read_text() == "present"
+
+
+@pytest.mark.parametrize(
+    ("observer", "code", "message"),
+    [
+        ("spoilt", 1, "The observer spoilt cannot start: RuntimeError: no account (plug_observes.py, line "),
+        ("misheard", 1, "gave Misheard, and no such hook: nft_epoch_finishd; hooks are "),
+        (
+            "diary,inc=1",
+            2,
+            "Unknown option of the observer 'diary' of plug-observes 'inc'. Did you mean 'ink'?",
+        ),
+        ("dairy", 2, "Unknown observer 'dairy'. Did you mean 'diary'?"),
+        ("diary=2", 2, "it has no weight"),
+    ],
+)
+def test_observers_that_cannot_be_had_stop_the_run_before_it_trains(site, tmp_path, observer, code, message):
+    asked = ("--reward", "jpeg_compressibility", "--observer", observer, "--out", str(tmp_path / "run"))
+    result = nft(site, "run", *SHORT, *asked, plugins="observes")
+    assert result.returncode == code and message in result.stderr, result.stderr
+    assert not (tmp_path / "run" / "metrics.jsonl").exists()
+
+
+def test_deprecations_are_noted(site, monkeypatch):
+    """A hook is announced as going away, and a plug-in that implements it is listed with that."""
+    from nft_core.host import load_host
+    from nft_plugins import ContractDeprecation, hookspecs
+
+    def nft_register_rewards(register):
+        """As it is, and going away."""
+
+    announced = hookspecs.hookspec(nft_register_rewards, warn_on_impl=ContractDeprecation("use another hook"))
+    monkeypatch.setattr(hookspecs, "nft_register_rewards", announced)
+    monkeypatch.syspath_prepend(str(site))
+    monkeypatch.setenv("NFT_PLUGINS", "current")
+    (row,) = [r for r in load_host().plugins if r.name == "current"]
+    assert row.status == "ok" and row.notes == ["deprecated: use another hook"]
+
+
+def test_nothing_else_suffers(site, listed):
     assert listed["good"]["status"] == "ok"
     for name in ("nft_core", "nft_rewards", "nft_solvers", "nft_tiny"):
         assert listed[name]["status"] == "ok"
