@@ -1,4 +1,7 @@
-"""The built-in observers of a run: they see the same hooks as a stranger's."""
+"""The built-in observers of a run: they see the same hooks as a stranger's.
+
+`builtin` are always there; `tensorboard` and `wandb` are asked for by name.
+"""
 
 from __future__ import annotations
 

@@ -38,6 +38,17 @@ def append(folder: Path, record: Mapping[str, Any]) -> None:
         ) from error
 
 
+def scalars(record: Mapping[str, Any], prefix: str = "") -> dict[str, float]:
+    """A record's numbers but the epoch, by path, such as `rewards/ocr/mean`."""
+    flat: dict[str, float] = {}
+    for name, value in record.items():
+        if isinstance(value, Mapping):
+            flat |= scalars(value, f"{prefix}{name}/")
+        elif isinstance(value, int | float) and name != "epoch":
+            flat[prefix + name] = value
+    return flat
+
+
 def read(folder: Path) -> list[dict[str, Any]]:
     """The lines written so far."""
     path = folder / FILE

@@ -1,0 +1,58 @@
+"""Weights & Biases: `nft run --observer wandb,project=NAME`; `mode=offline` needs no account."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, Literal
+
+from nft_plugins import Batch, Run, Scores, hookimpl
+
+from .metrics import scalars
+from .samples import choose
+
+
+class WandB:
+    """Logs figures by epoch, the pictures of evaluations and the settings.
+
+    project, entity: where on the server. name: of the run there; by default its folder's.
+    mode: `online`, or `offline`, which writes to `RUN/wandb` for `wandb sync`; by default WANDB_MODE's.
+    """
+
+    def __init__(
+        self,
+        *,
+        project: str = "nft-hub",
+        entity: str | None = None,
+        name: str | None = None,
+        mode: Literal["online", "offline"] | None = None,
+    ) -> None:
+        import wandb
+
+        self.wandb, self.log = wandb, None
+        self.given = {"project": project, "entity": entity, "mode": mode}
+        self.name = name
+
+    @hookimpl
+    def nft_run_started(self, run: Run) -> None:
+        self.log = self.wandb.init(
+            **self.given, name=self.name or run.folder.name, dir=str(run.folder), config=dict(run.settings)
+        )
+        self.log.define_metric("*", step_metric="epoch")
+
+    @hookimpl
+    def nft_epoch_finished(self, record: Mapping[str, Any]) -> None:
+        self._write("train", record)
+
+    @hookimpl
+    def nft_eval_finished(self, record: Mapping[str, Any], batch: Batch, scores: Scores) -> None:
+        pictures = [self.wandb.Image(s.image, caption=f"{s.prompt}\n{s.score}") for s in choose(batch, scores)]
+        self._write("eval", record, samples=pictures)
+
+    @hookimpl
+    def nft_run_finished(self, error: BaseException | None) -> None:
+        if self.log:
+            self.log.finish(exit_code=1 if error else 0)
+
+    def _write(self, kind: str, record: Mapping[str, Any], **more: Any) -> None:
+        figures = {f"{kind}/{name}": value for name, value in {**scalars(record), **more}.items()}
+        self.log.log({**figures, "epoch": record["epoch"]})
