@@ -1,0 +1,259 @@
+"""What every card and every plug-in module must be: `check_plugin(module)` in a plug-in's own tests."""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import re
+import typing
+from collections.abc import Callable, Mapping
+from types import ModuleType
+from typing import Any, TypeAlias
+
+import pluggy
+
+from .. import hookspecs
+from ..cards import Factory, ModelInfo, ObserverInfo, Preset, RewardInfo, SolverInfo
+from ..hookspecs import CONTRACT, PROJECT
+from .rules import Broken, hold, may_not_raise
+
+Card: TypeAlias = RewardInfo | SolverInfo | ModelInfo | ObserverInfo | Preset
+
+#: Hooks that offer something: the kind of their cards.
+OFFERS: dict[str, type] = {
+    "nft_register_rewards": RewardInfo,
+    "nft_register_solvers": SolverInfo,
+    "nft_register_models": ModelInfo,
+    "nft_register_observers": ObserverInfo,
+    "nft_register_presets": Preset,
+}
+#: What factories are given if they take it, and so is no option.
+OFFERED = ("device", "make_reward")
+
+
+def check_plugin(
+    module: ModuleType | str, *, options: Mapping[str, Mapping[str, Any]] | None = None
+) -> list[Card]:
+    """Hold a plug-in's module to the contract: its hooks and its cards, which are returned.
+
+    It imports the factories that the cards name, and calls none of them. Raises AssertionError, which says
+    what a correct plug-in does.
+
+    module: it or its name, as the entry point names it.
+    options: by a card's name, those that its factory cannot do without.
+    """
+    plugin: Any = module
+    if isinstance(module, str):
+        with may_not_raise("a plug-in's module must be importable"):
+            plugin = importlib.import_module(module)
+    check_contract(getattr(plugin, "CONTRACT", None))
+    hooks = marked(plugin)
+    known = {name for name in vars(hookspecs) if name.startswith("nft_")}
+    hold(bool(hooks), "a plug-in must implement a hook: a function marked with @nft_plugins.hookimpl")
+    hold(
+        hooks <= known,
+        "a function marked with hookimpl must have a hook's name",
+        f"no hook is called {', '.join(sorted(hooks - known))}; hooks are {', '.join(sorted(known))}",
+    )
+    manager = fresh_manager()
+    try:
+        manager.register(plugin)
+    except pluggy.PluginValidationError as error:
+        rule = "a hook's function may take the hook's arguments, by their names, and no other"
+        raise Broken(rule, " ".join(str(error).split())) from error
+    cards: list[Card] = []
+    for hook, kind in OFFERS.items():
+        cards += offered(manager, hook, kind)
+    for card in cards:
+        check_card(card, (options or {}).get(card.name, {}))
+    return cards
+
+
+def fresh_manager() -> pluggy.PluginManager:
+    """A plug-in manager that knows the hooks and no plug-in."""
+    manager = pluggy.PluginManager(PROJECT)
+    manager.add_hookspecs(hookspecs)
+    return manager
+
+
+def marked(plugin: object) -> set[str]:
+    """Names of what is marked with `hookimpl`."""
+    return {name for name in dir(plugin) if hasattr(getattr(plugin, name, None), f"{PROJECT}_impl")}
+
+
+def check_contract(declared: object) -> None:
+    """Check what the module says of the contract that it was written for; it may say nothing."""
+    if declared is None:
+        return
+    version = re.fullmatch(r"(\d+)\.(\d+)", declared) if isinstance(declared, str) else None
+    if version is None:
+        raise Broken('CONTRACT must be a string "MAJOR.MINOR"', repr(declared))
+    major, minor = map(int, CONTRACT.split("."))
+    hold(
+        int(version[1]) == major and int(version[2]) <= minor,
+        "CONTRACT must be the installed contract, or an earlier minor version of it",
+        f"{declared} was written for, and {CONTRACT} is installed",
+    )
+
+
+def offered(manager: pluggy.PluginManager, hook: str, kind: type) -> list[Card]:
+    """The cards that one hook registers."""
+    cards: list[Any] = []
+    with may_not_raise("a hook that registers cards must not raise", hook):
+        getattr(manager.hook, hook)(register=cards.append)
+    names = set()
+    for card in cards:
+        hold(
+            isinstance(card, kind),
+            "a hook must register cards of its kind",
+            f"{hook} registered a {type(card).__name__}, not a {kind.__name__}",
+        )
+        hold(
+            card.name not in names,
+            "a name must be registered once",
+            f"{hook} registered {card.name!r} twice",
+        )
+        names.add(card.name)
+    return cards
+
+
+def check_card(card: Card, options: Mapping[str, Any] | None = None) -> None:
+    """Hold a card, and the signature of its factory, to the contract.
+
+    options: those with which the factory will be called; they need no default.
+    """
+    check_words(card)
+    if isinstance(card, Preset):
+        return
+    about = f"of {card.name!r}"
+    with may_not_raise('a card\'s factory must be importable as "module:attribute"', about):
+        factory = resolve(card.factory)
+    with may_not_raise("a card's factory must be callable, with a signature that Python can read", about):
+        parameters = dict(inspect.signature(factory).parameters)
+    check_mentions(card, parameters)
+    if isinstance(card, ModelInfo):
+        with may_not_raise("a model's factory must take factory(path_or_hub_id, device=, dtype=)", about):
+            inspect.signature(factory).bind("checkpoint", device="cpu", dtype=None)
+    family = isinstance(card, SolverInfo) and card.name.endswith(":")
+    if family:
+        with may_not_raise("the factory of a family of solvers must take a member's name first", about):
+            inspect.signature(factory).bind_partial("member")
+    if isinstance(card, ModelInfo) or family:
+        del parameters[next(iter(parameters))]
+    fixed = {*OFFERED, "dtype"} if isinstance(card, ModelInfo) else OFFERED
+    hints = types_of(factory)
+    for name, parameter in parameters.items():
+        if parameter.kind is not parameter.VAR_KEYWORD and name not in fixed:
+            check_option(f"{name!r} {about}", parameter, hints.get(name), name in (options or {}))
+
+
+def check_words(card: Card) -> None:
+    """What a card says in words and numbers."""
+    about = f"{type(card).__name__} {card.name!r}"
+    family = ":?" if isinstance(card, SolverInfo) else ""
+    hold(
+        isinstance(card.name, str) and bool(re.fullmatch("[a-z0-9][a-z0-9_-]*" + family, card.name)),
+        "a card's name must be lower-case letters, digits, _ and -, from a letter or digit on; "
+        "that of a family of solvers ends in ':'",
+        repr(card.name),
+    )
+    hold(
+        isinstance(card.summary, str) and bool(card.summary.strip()) and "\n" not in card.summary,
+        "a card's summary must be one line of text",
+        f"{about} has {card.summary!r}",
+    )
+    for name in ("files", "metadata", "modules", "pipelines"):
+        value = getattr(card, name, ())
+        hold(
+            isinstance(value, tuple) and all(isinstance(v, str) for v in value),
+            "a card's lists must be tuples of strings; one string alone needs a comma behind it",
+            f"{about} has {name}={value!r}",
+        )
+    if isinstance(card, ModelInfo):
+        hold(
+            bool(card.pipelines),
+            "a model's card must name the pipelines that it handles, as model_index.json does",
+            about,
+        )
+    if isinstance(card, SolverInfo):
+        hold(
+            card.order is None or (type(card.order) is int and card.order > 0 and not card.stochastic),
+            "a solver's order must be a whole number above 0, and None where it adds noise",
+            f"{about} has order={card.order!r}, stochastic={card.stochastic!r}",
+        )
+    if isinstance(card, Preset):
+        hold(
+            isinstance(card.settings, Mapping)
+            and isinstance(card.rewards, Mapping)
+            and all(isinstance(options, Mapping) for options in card.rewards.values()),
+            "a preset's settings must be a mapping, and its rewards one of mappings",
+            f"{about} has settings={card.settings!r}, rewards={card.rewards!r}",
+        )
+
+
+def check_mentions(card: Card, parameters: Mapping[str, inspect.Parameter]) -> None:
+    """Whatever a card writes as `name=` must be an option."""
+    if any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
+        return
+    text = f"{card.summary} {getattr(card, 'definition', '')}"
+    unknown = sorted(set(re.findall(r"\b([a-z_]+)=", text)) - set(parameters))
+    hold(
+        not unknown,
+        "an option that a card's summary or definition mentions must be a parameter of its factory",
+        f"{card.name!r} mentions {', '.join(unknown)}; its factory takes {', '.join(parameters) or 'none'}",
+    )
+
+
+def check_option(about: str, parameter: inspect.Parameter, hint: Any, given: bool) -> None:
+    hold(
+        parameter.kind in (parameter.KEYWORD_ONLY, parameter.POSITIONAL_OR_KEYWORD),
+        "an option must be a parameter that can be given by keyword",
+        about,
+    )
+    hold(
+        given or parameter.default is not parameter.empty,
+        "an option must have a default, or be among the options that the check is given",
+        about,
+    )
+    hold(
+        parameter.annotation is not parameter.empty,
+        "an option must have a type: by it values are read from the command line",
+        about,
+    )
+    if typing.get_origin(hint) is typing.Literal and not given:
+        hold(
+            parameter.default in typing.get_args(hint),
+            "an option's default must be one of its Literal's values",
+            f"{about} has {parameter.default!r}, not one of {typing.get_args(hint)}",
+        )
+
+
+def types_of(factory: Callable[..., Any]) -> dict[str, Any]:
+    """Types by parameter; none where they cannot be known, as those that only type checkers import."""
+    target = factory.__init__ if inspect.isclass(factory) else factory
+    try:
+        return typing.get_type_hints(target)
+    except (NameError, TypeError):
+        return {}
+
+
+def resolve(factory: Factory) -> Any:
+    """The factory behind `module:attribute`."""
+    if not isinstance(factory, str):
+        return factory
+    module, _, attribute = factory.partition(":")
+    return getattr(importlib.import_module(module), attribute)
+
+
+def make(
+    card: RewardInfo | SolverInfo | ModelInfo, arguments: tuple[Any, ...], options: Mapping[str, Any]
+) -> Any:
+    """What a card's factory makes of these options."""
+    about = f"{card.name!r} with {dict(options)}"
+    with may_not_raise("a factory must take the options that it is given", about):
+        return resolve(card.factory)(*arguments, **options)
+
+
+def takes(card: RewardInfo | SolverInfo | ModelInfo, name: str) -> bool:
+    """Whether a card's factory has a parameter of that name."""
+    return name in inspect.signature(resolve(card.factory)).parameters
