@@ -29,6 +29,8 @@ OFFERS: dict[str, type] = {
 }
 #: What factories are given if they take it, and so is no option.
 OFFERED = ("device", "make_reward")
+#: Words of every reward's spec, which the host keeps to itself.
+RESERVED = ("on_error", "retry", "max_seconds")
 
 
 def check_plugin(
@@ -125,11 +127,17 @@ def check_card(card: Card, options: Mapping[str, Any] | None = None) -> None:
     check_words(card)
     if isinstance(card, Preset):
         return
-    about = f"of {card.name!r}"
+    about = f"the factory of {card.name!r}"
     with may_not_raise('a card\'s factory must be importable as "module:attribute"', about):
         factory = resolve(card.factory)
     with may_not_raise("a card's factory must be callable, with a signature that Python can read", about):
         parameters = dict(inspect.signature(factory).parameters)
+    if isinstance(card, RewardInfo):
+        hold(
+            not set(RESERVED) & set(parameters),
+            "on_error, retry and max_seconds are nft-hub's own options: a reward's must have other names",
+            about,
+        )
     check_mentions(card, parameters)
     if isinstance(card, ModelInfo):
         with may_not_raise("a model's factory must take factory(path_or_hub_id, device=, dtype=)", about):
@@ -144,7 +152,7 @@ def check_card(card: Card, options: Mapping[str, Any] | None = None) -> None:
     hints = types_of(factory)
     for name, parameter in parameters.items():
         if parameter.kind is not parameter.VAR_KEYWORD and name not in fixed:
-            check_option(f"{name!r} {about}", parameter, hints.get(name), name in (options or {}))
+            check_option(f"{name!r} of {card.name!r}", parameter, hints.get(name), name in (options or {}))
 
 
 def check_words(card: Card) -> None:

@@ -160,12 +160,9 @@ def solved(
 
 
 def check_form(solver: Solver, device: str) -> None:
-    """Other dtypes and shapes than those of the other checks, and a single step."""
-    import torch
-
-    for dtype in (torch.float32, torch.bfloat16, torch.float64):
-        for times in (UNEVEN, (1.0, 0.0)):
-            solved(solver, gaussian, normal((2, 3, 4, 4), 0, device).to(dtype), times, generators(1, 2))
+    """Half precision, beside the single and double of the other checks, and a single step."""
+    for times in (UNEVEN, (1.0, 0.0)):
+        solved(solver, gaussian, normal((2, 3, 4, 4), 0, device).bfloat16(), times, generators(1, 2))
 
 
 def check_noise(solver: Solver, stochastic: bool | None, device: str) -> bool:
@@ -182,8 +179,8 @@ def check_noise(solver: Solver, stochastic: bool | None, device: str) -> bool:
         "noise must be drawn from the generators that are given (randn_like does so), not from torch's own",
     )
     again = (
-        "the same noise and seeds must give the same latents: a solver must keep nothing from one solve to the "
-        "next, so a multistep one's history goes in its state"
+        "the same noise and seeds must give the same latents: a solver must draw from the generators alone and "
+        "keep nothing from one solve to the next (a multistep one's history goes in its state)"
     )
     hold(torch.equal(x_0, solved(solver, gaussian, noise, UNEVEN, generators(1, 2, 3))), again)
     draws = not torch.equal(x_0, solved(solver, gaussian, noise, UNEVEN, generators(4, 5, 6)))
@@ -193,7 +190,7 @@ def check_noise(solver: Solver, stochastic: bool | None, device: str) -> bool:
         hold(draws, "a solver that says it is stochastic must draw noise: other seeds must give other latents")
     else:
         hold(left_alone, "a solver that does not say it is stochastic must leave the generators alone")
-        rule = "a solver that is not stochastic must do without a generator: None"
+        rule = "a solver that is not stochastic must do without a generator"
         solved(solver, gaussian, noise, UNEVEN, None, rule)
     rule = "a solver must take one generator for the whole batch as it takes a list, one for each image"
     solved(solver, gaussian, noise, UNEVEN, generators(1)[0], rule)
@@ -261,10 +258,11 @@ def check_accuracy(solver: Solver, order: int | None, rounding: float, device: s
         for n in STEPS
     }
     told = ", ".join(f"{error:.2g} in {n} steps" for n, error in errors.items())
-    floor = max(2 * rounding, 1e-12)  # The latter for float64, after hundreds of roundings of numbers near 2.
-    # Euler's method is four times nearer in four times as many steps and at 0.007 in the end.
+    # Roundings of 256 steps add up like their root. The latter is for float64, whose straight paths have none.
+    floor = max(16 * rounding, 1e-12)
+    # Euler's method is four times nearer in four times as many steps.
     hold(
-        errors[256] < 0.05 and (errors[256] < errors[64] / 2 or errors[256] < floor),
+        errors[256] < max(errors[64] / 2, floor),
         "a solver without noise must converge to the exact flow as its steps shrink",
         f"errors are {told}",
     )
