@@ -30,11 +30,15 @@ hookimpl = pluggy.HookimplMarker(PROJECT)
 
 @dataclass(frozen=True)
 class Run:
-    """A run as observers see it: its folder, its resolved settings and how many epochs it will make."""
+    """A run as observers see it: its folder, its resolved settings and how many epochs it will make.
+
+    epoch: how many it has made already; above 0 for a run that goes on.
+    """
 
     folder: Path
     settings: Mapping[str, Any]
     epochs: int
+    epoch: int = 0
 
 
 @hookspec

@@ -5,16 +5,20 @@ from __future__ import annotations
 import sys
 from datetime import datetime
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from .doctor import doctor
-from .errors import NftError
+from .errors import NftError, Stopped, UsageError
 from .listing import models, observers, plugins, rewards, solvers
 from .new import new
 from .reward_commands import check, info
 from .score_command import preset_name, score
+
+if TYPE_CHECKING:
+    from .host import Host
+    from .settings import Settings
 
 
 class Group(click.Group):
@@ -23,6 +27,8 @@ class Group(click.Group):
     def invoke(self, ctx: click.Context) -> Any:
         try:
             return super().invoke(ctx)
+        except Stopped as stopped:
+            sys.exit(stopped.exit_code)
         except NftError as error:
             click.echo(f"Error: {error}", err=True)
             sys.exit(error.exit_code)
@@ -100,6 +106,17 @@ for command in (info, check):
     multiple=True,
     help="Any setting; repeatable. docs/settings.md lists them.",
 )
+@click.option(
+    "--resume",
+    type=click.Choice(["never", "auto"]),
+    default="never",
+    show_default=True,
+    help="auto: go on with the run in --out, where it holds one. See also `nft resume`.",
+)
+@click.option("--strict", is_flag=True, default=None, help="End the run at the first warning.")
+@click.option(
+    "--allow-changes", is_flag=True, help="Go on even with settings or prompts that change what is learned."
+)
 def run(
     rewards_: tuple[str, ...],
     observers: tuple[str, ...],
@@ -108,16 +125,17 @@ def run(
     out: Path | None,
     config: Path | None,
     assignments: tuple[str, ...],
+    resume: str,
+    allow_changes: bool,
     **options: Any,
 ) -> None:
     """Train a model on rewards.
 
     What is said later wins: preset, --config, --set, then the other options.
     """
-    from . import launch
     from . import run as runs
     from .host import load_host
-    from .settings import parse_assignment, read_toml, to_toml
+    from .settings import parse_assignment, read_toml
     from .specs import parse_reward
 
     chosen = preset_name(tiny, preset)
@@ -134,16 +152,53 @@ def run(
         dict(parse_assignment(a) for a in assignments),
         given,
     )
+    if resume == "auto" and not out:
+        raise UsageError("--resume auto needs --out, the folder of the run to go on with.")
+    folder = out or default_folder([parse_reward(r).title for r in settings.rewards])
+    start(settings, folder, host, resume == "auto", allow_changes)
+
+
+@main.command("resume")
+@click.argument("folder", metavar="RUN", type=click.Path(path_type=Path))
+@click.option("--epochs", type=int, metavar="N", help="Train up to this epoch.")
+@click.option("--device", metavar="NAME", help="auto, cpu, cuda or cuda:N")
+@click.option(
+    "--set", "assignments", metavar="KEY=VALUE", multiple=True, help="Another value of a setting; repeatable."
+)
+@click.option(
+    "--allow-changes", is_flag=True, help="Go on even with settings or prompts that change what is learned."
+)
+def go_on(folder: Path, assignments: tuple[str, ...], allow_changes: bool, **options: Any) -> None:
+    """Go on with a run from its newest whole checkpoint.
+
+    RUN is its folder. On a CPU it goes on, bit for bit, as if it had never ended.
+    """
+    from .host import load_host
+    from .resume import settings_of
+    from .settings import make_settings, parse_assignment
+
+    given = {name: value for name, value in options.items() if value is not None}
+    settings = make_settings(settings_of(folder), dict(parse_assignment(a) for a in assignments), given)
+    start(settings, folder, load_host(), True, allow_changes)
+
+
+def start(settings: Settings, folder: Path, host: Host, resume: bool, allow_changes: bool) -> None:
+    """Train in this process, or in several that it starts."""
+    from . import launch
+    from . import run as runs
+    from .settings import to_toml
+
     launch.end_with_the_parent()
     launch.end_when_told()
-    folder = out or default_folder([parse_reward(r).title for r in settings.rewards])
     processes = 1 if launch.started() else launch.count(settings.processes, settings.device)
     if processes == 1:
-        runs.run(settings, folder, host, say=click.echo)
+        runs.run(settings, folder, host, click.echo, resume, allow_changes)
         return
     runs.prepare(settings, host)
-    runs.claim(folder)
-    sys.exit(launch.launch(to_toml(settings), folder, processes))
+    more = ["--resume", "auto", *(["--allow-changes"] if allow_changes else [])]
+    if not (resume and runs.holds_a_run(folder)):
+        runs.claim(folder)
+    sys.exit(launch.launch(to_toml(settings), folder, processes, more if resume else ()))
 
 
 def default_folder(rewards: list[str]) -> Path:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
 from functools import partial
 from math import isfinite
 from typing import Any, NamedTuple, TypeAlias
@@ -14,8 +14,9 @@ from torch import Tensor
 from nft_plugins import Batch, Part, PromptError, Reward, Scores
 
 from .errors import NftError, UsageError, where
+from .guard import Failed, Guard, Tally, added
 from .host import Host, load_host
-from .specs import RewardSpec, finite_weight, parse_reward
+from .specs import Policy, RewardSpec, finite_weight, parse_reward
 
 
 class Term(NamedTuple):
@@ -44,7 +45,7 @@ class Composed:
         for term in self.terms:
             # Equal entries hold the same object, which scores a batch once.
             if id(term.reward) not in scored:
-                scored[id(term.reward)] = checked(term.name, partial(term.reward, batch), len(batch))
+                scored[id(term.reward)] = advised(term, batch)
         return self.total({t.name: Part(t.weight, scored[id(t.reward)]) for t in self.terms}, len(batch))
 
     def regroup(self, scores: Scores, groups: Tensor) -> Scores:
@@ -71,6 +72,36 @@ class Composed:
             for detail, figure in part.scores.details.items()
         }
         return Scores(values, valid, details, parts)
+
+    def without(self, scores: Scores, names: Iterable[str]) -> Scores:
+        """The scores with the weight 0 for some members. Raises NftError where no other has a weight."""
+        names = set(names)
+        parts = {n: Part(0.0 if n in names else p.weight, p.scores) for n, p in scores.parts.items()}
+        if any(p.weight for p in scores.parts.values()) and not any(p.weight for p in parts.values()):
+            raise NftError(
+                f"Nothing is left to learn from: the rewards that have a weight failed and are left out "
+                f"(on_error=skip): {', '.join(n for n, p in scores.parts.items() if p.weight)}. Mend them, "
+                "let them try again with retry=N, or take on_error=mask, which leaves out single images."
+            )
+        return self.total(parts, len(scores))
+
+    def guards(self) -> Iterator[tuple[str, Guard]]:
+        """The guards by member; a member made of others has theirs."""
+        for term in self.terms:
+            if isinstance(term.reward, Guarded):
+                yield term.name, term.reward.guard
+            elif isinstance(term.reward, Mapped):
+                # One reward may stand in it twice.
+                for guard in {id(g): g for _, g in term.reward.inner.guards()}.values():
+                    yield term.name, guard
+
+    def tallies(self) -> dict[str, Tally]:
+        """What failures have cost each member since this was asked last."""
+        guards = list(self.guards())
+        tallies = {t.name: added(g.tally for name, g in guards if name == t.name) for t in self.terms}
+        for _, guard in guards:
+            guard.tally = Tally()
+        return tallies
 
     def check_prompt(self, prompt: str, metadata: Mapping[str, Any]) -> None:
         """Raises PromptError for a prompt that one of the members can never score."""
@@ -141,6 +172,38 @@ class Mapped:
         self.inner.check_prompt(prompt, metadata)
 
 
+@dataclass(frozen=True, eq=False)
+class Guarded:
+    """A reward whose calls are made under a policy."""
+
+    reward: Reward
+    guard: Guard
+
+    def __call__(self, batch: Batch) -> Scores:
+        size = len(batch)
+        score = partial(checked, self.guard.name, partial(self.reward, batch), size)
+        return self.guard(score, size, batch.images.device)
+
+    def check_prompt(self, prompt: str, metadata: Mapping[str, Any]) -> None:
+        check_prompt(self.reward, self.guard.name, prompt, metadata)
+
+
+class GuardedGroups(Guarded):
+    """One that compares the images of a group: under no policy, for all processes must do the same there."""
+
+    def regroup(self, scores: Scores, groups: Tensor) -> Scores:
+        # Where every call failed there are no details either, which the reward may need.
+        return self.reward.regroup(scores, groups) if scores.valid.any() else scores
+
+
+def guarded(reward: Reward, policy: Policy, name: str) -> Reward:
+    """The reward under a policy; as it is under the default one."""
+    if policy == Policy():
+        return reward
+    kind = GuardedGroups if hasattr(reward, "regroup") else Guarded
+    return kind(reward, Guard(policy, name))
+
+
 def merged(terms: Iterable[Term]) -> tuple[Term, ...]:
     """Terms with names of their own; the weights of equal entries add up."""
     result: dict[str, Term] = {}
@@ -165,12 +228,23 @@ def check_prompt(member: Any, name: str, prompt: str, metadata: Mapping[str, Any
         raise PromptError(message if message.startswith(name) else f"{name}: {message}") from error
 
 
+def advised(term: Term, batch: Batch) -> Scores:
+    """A member's scores. Where it fails, the error says how a run could go on."""
+    try:
+        return checked(term.name, partial(term.reward, batch), len(batch))
+    except (Failed, UsageError):
+        raise
+    except NftError as error:
+        raise Failed.after(error) from error.__cause__
+
+
 def checked(name: str, score: Callable[[], Scores], size: int) -> Scores:
     """What `score()` returns for a member, on the CPU, held to the contract."""
     try:
         # Whether gradients are recorded is each thread's own affair, so it is said here.
         with torch.no_grad():
-            scores = score()
+            # What fails on a GPU is told when its results are fetched.
+            return held(name, score(), size)
     except NftError:
         raise
     except torch.OutOfMemoryError as error:
@@ -180,18 +254,33 @@ def checked(name: str, score: Callable[[], Scores], size: int) -> Scores:
         ) from error
     except (Exception, SystemExit) as error:
         raise NftError(f"The reward {name!r} failed: {type(error).__name__}: {error}{where(error)}") from error
+
+
+def held(name: str, scores: Any, size: int) -> Scores:
+    """Scores on the CPU, 0 where they are not valid. Raises NftError where they do not keep the contract."""
     if not isinstance(scores, Scores):
         raise NftError(f"The reward {name!r} must return Scores, got {type(scores).__name__}.")
+    figures = {"values": scores.values, **{f"detail {key}": d for key, d in scores.details.items()}}
+    for what, figure in figures.items():
+        if not isinstance(figure, Tensor) or figure.is_complex():
+            raise NftError(f"The reward {name!r} must give its {what} as a float32 tensor, got {kind(figure)}.")
+    if not isinstance(scores.valid, Tensor) or scores.valid.dtype != torch.bool:
+        raise NftError(f"The reward {name!r} must give valid as a bool tensor, got {kind(scores.valid)}.")
     if len(scores) != size:
         raise NftError(f"The reward {name!r} must score {size} images, got {len(scores)} values.")
-    values, valid = scores.values.detach().float().cpu(), scores.valid.detach().bool().cpu()
+    values, valid = scores.values.detach().float().cpu(), scores.valid.cpu()
     if not values[valid].isfinite().all():
         raise NftError(
             f"The reward {name!r} gave a value that is not finite and marked it as valid: a sample that "
             "cannot be scored must have valid = False."
         )
     details = {key: d.detach().float().cpu() for key, d in scores.details.items()}
-    return Scores(values.where(valid, 0), valid, details, scores.parts)
+    parts = {key: Part(p.weight, held(f"{name}/{key}", p.scores, size)) for key, p in scores.parts.items()}
+    return Scores(values.where(valid, 0), valid, details, parts)
+
+
+def kind(figure: object) -> str:
+    return str(figure.dtype) if isinstance(figure, Tensor) else type(figure).__name__
 
 
 #: A reward as a spec, as a TOML table, as a Python function or object that is one, or as one composed before.
@@ -203,10 +292,10 @@ def reward(given: Given, *, host: Host | None = None, device: str = "cpu", **opt
 
     A function takes what it needs of `images`, `prompts`, `metadata`, `groups`, `uint8`, `pil` and `batch` by
     name, and returns a number for each image, None where it cannot score one; its other parameters are options.
+    `on_error`, `retry` and `max_seconds` are options of every reward, `nft_core.specs.Policy`.
     Raises UsageError for an unknown name or option and NftError for a reward that cannot be loaded.
     """
-    spec = as_spec(given)
-    return compose([replace(spec, options={**spec.options, **options})], host=host, device=device)
+    return compose([as_spec(given).with_options(options)], host=host, device=device)
 
 
 def compose(
@@ -218,7 +307,8 @@ def compose(
 ) -> Composed:
     """A weighted sum: `compose({"pickscore": 1.0, cat: 0.5})`, or a list of what `reward` takes.
 
-    Entries with equal names and options share one loaded reward.
+    Entries with equal names and options share one loaded reward, and their weights add up where what is done
+    on a failure is equal too.
     defaults: options, by name, of rewards that others are made of.
     """
     host = host or load_host()
@@ -227,12 +317,16 @@ def compose(
     if not members:
         raise UsageError('There is no reward to compose: give one, such as {"pickscore": 1.0}.')
     loaded: dict[tuple[Any, str], Reward] = {}
+    under: dict[tuple[int, Policy], Reward] = {}
     total = Composed(())
     for i, given in enumerate(members):
         if not isinstance(given, Composed):
             spec = as_spec(given)
             made = host.make_reward(spec.name, spec.options, device, defaults, loaded)
-            given = Composed((Term(spec.title, spec.weight, made),))
+            key = (id(made), spec.guard)
+            if key not in under:
+                under[key] = guarded(made, spec.guard, spec.title)
+            given = Composed((Term(spec.title, spec.weight, under[key]),))
         total += given if weights is None else finite_weight(weights[i], given.terms[0].name) * given
     return total
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
 from zlib import crc32
@@ -12,31 +12,34 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from .errors import PeerError
+from .errors import PeerError, Stopped
 from .launch import RENDEZVOUS
-
-#: One process may wait long for another that scores or writes. That one has died is the launcher's to notice.
-PATIENCE = timedelta(hours=2)
 
 
 @contextmanager
-def process_group(device: torch.device) -> Iterator[None]:
-    """Join the group that torchrun or `launch` announces in the environment, and leave it at the end."""
+def process_group(device: torch.device, patience: float) -> Iterator[None]:
+    """Join the group that torchrun or `launch` announces in the environment, and leave it at the end.
+
+    patience: seconds that a process waits for another. That one has died is the launcher's to notice.
+    """
     size = int(os.environ.get("WORLD_SIZE", "1"))
     if size == 1:
         yield
         return
-    backend = "nccl" if device.type == "cuda" else "gloo"
+    backend, wait = "nccl" if device.type == "cuda" else "gloo", timedelta(seconds=patience)
     if RENDEZVOUS in os.environ:
         file = f"file://{os.environ[RENDEZVOUS]}"
-        dist.init_process_group(backend, file, PATIENCE, world_size=size, rank=int(os.environ["RANK"]))
+        dist.init_process_group(backend, file, wait, world_size=size, rank=int(os.environ["RANK"]))
     else:
-        dist.init_process_group(backend, timeout=PATIENCE)
+        dist.init_process_group(backend, timeout=wait)
     try:
         yield
     except RuntimeError as error:
         if isinstance(error, dist.DistError) or "gloo" in str(error):
-            raise PeerError("Another process of this run has stopped; its own message says why.") from error
+            raise PeerError(
+                "Another process of this run has stopped, and its own message says why; or it did not answer "
+                f"for peer_timeout = {patience:g} s."
+            ) from error
         raise
     finally:
         dist.destroy_process_group()
@@ -95,8 +98,14 @@ def together(device: torch.device) -> Iterator[None]:
         yield
     except Exception as error:
         failure = error
-    if sum_value(float(failure is not None), device):
-        raise failure or PeerError("Another process of this run failed; its own message says why.")
+    stopped = failure.signal if isinstance(failure, Stopped) else 0
+    failed, signal = sum_values([float(bool(failure) and not stopped), float(stopped)], device)
+    if failed and (stopped or not failure):
+        raise PeerError("Another process of this run failed; its own message says why.") from failure
+    if signal and not failure:
+        raise Stopped(15)
+    if failure:
+        raise failure
 
 
 def same_everywhere(text: str, device: torch.device) -> bool:
@@ -110,8 +119,18 @@ def same_everywhere(text: str, device: torch.device) -> bool:
 
 def sum_value(value: float, device: torch.device) -> float:
     """The sum of a figure over all processes."""
+    return sum_values([value], device)[0]
+
+
+def sum_values(values: Sequence[float], device: torch.device) -> list[float]:
+    """The sums of figures over all processes, float64."""
     if world_size() == 1:
-        return value
-    total = torch.tensor(value, dtype=torch.float64, device=device)
+        return list(values)
+    total = torch.tensor(values, dtype=torch.float64, device=device)
     dist.all_reduce(total)
-    return float(total)
+    return total.tolist()
+
+
+def agree(number: int, device: torch.device) -> int:
+    """The first process's number, in all."""
+    return round(sum_value(float(number) if rank() == 0 else 0.0, device))

@@ -22,6 +22,19 @@ class SaveError(NftError):
     """A checkpoint could not be written."""
 
 
+class CheckpointError(NftError):
+    """A checkpoint that is not whole, or does not fit the run."""
+
+
+class Stopped(NftError):
+    """The run was told to end: `signal` is 2 for Ctrl-C, 15 for SIGTERM."""
+
+    def __init__(self, signal: int) -> None:
+        super().__init__("Stopped.")
+        self.signal = signal
+        self.exit_code = 128 + signal  # as shells have it
+
+
 class PeerError(NftError):
     """This process is well, and ends because another one of the run has failed."""
 

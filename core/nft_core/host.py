@@ -29,7 +29,7 @@ from .discovery import Cards, Info, Plugin, Registered, discover, hook_problem
 from .errors import NftError, UsageError, unknown, where
 from .factories import build, installed, resolve
 from .local import is_reference, load_object, local_reward
-from .specs import ObserverSpec, parse_reward
+from .specs import RESERVED, ObserverSpec, Policy, parse_reward, split
 
 
 @dataclass
@@ -90,11 +90,16 @@ class Host:
             other = parse_reward(spec)
             if other.weight != 1:
                 raise UsageError(f"{other.name!r} inside the reward {name!r} takes no weight, got {spec!r}.")
+            if other.guard != Policy():
+                raise UsageError(
+                    f"{other.name!r} inside the reward {name!r} takes no {', '.join(RESERVED)}, got {spec!r}: "
+                    "give them to the outer reward."
+                )
             if other.name in (name, *inside):
                 raise UsageError(
                     f"The reward {other.name!r} cannot be made of itself, got {spec!r}: name another."
                 )
-            mine = {**(defaults or {}).get(other.name, {}), **other.options}
+            mine = {**split((defaults or {}).get(other.name, {}))[1], **other.options}
             return self.make_reward(other.name, mine, device, defaults, loaded, (name, *inside))
 
         offered = {"device": device, "make_reward": make_another}

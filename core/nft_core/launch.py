@@ -12,7 +12,7 @@ import subprocess
 import sys
 import tempfile
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from time import monotonic, sleep
@@ -24,8 +24,10 @@ from .errors import PeerError, UsageError
 RENDEZVOUS = "NFT_RENDEZVOUS"
 #: Processes a core at most: beyond, memory runs out and nothing is won.
 MANY = 4
-#: Seconds that a process is given to end by itself.
-PATIENCE = 20.0
+#: Seconds that a process is given to end by itself; the first one, which saves what is trained, gets more.
+PATIENCE, PATIENCE_OF_THE_FIRST = 20.0, 600.0
+#: Exit codes of a run that was told to end by Ctrl-C or SIGTERM.
+STOPPED = (128 + signal.SIGINT, 128 + signal.SIGTERM)
 
 
 def started() -> bool:
@@ -61,8 +63,10 @@ def cores() -> int:
     return os.cpu_count() or 1
 
 
-def launch(settings: str, out: Path, processes: int) -> int:
+def launch(settings: str, out: Path, processes: int, more: Sequence[str] = ()) -> int:
     """Run `nft run` with these settings, TOML, in each process; returns the exit code of what failed, or 0.
+
+    more: arguments of `nft run`.
 
     The first process has the terminal. What the others write to standard error is shown only where
     the first one's own does not tell the cause.
@@ -70,7 +74,7 @@ def launch(settings: str, out: Path, processes: int) -> int:
     with ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="nft-")))
         (folder / "run.toml").write_text(settings, encoding="utf-8")
-        arguments = ["run", "--config", str(folder / "run.toml"), "--out", str(out)]
+        arguments = ["run", "--config", str(folder / "run.toml"), "--out", str(out), *more]
         said = [stack.enter_context(tempfile.TemporaryFile("w+")) for _ in range(processes)]
         children = [start(arguments, r, processes, folder / "rendezvous", said[r]) for r in range(processes)]
         try:
@@ -83,18 +87,20 @@ def launch(settings: str, out: Path, processes: int) -> int:
                     child.terminate()
             with undisturbed(), suppress(KeyboardInterrupt):
                 children[0].wait()
-            return 1
+            return code(children[0])
         finally:
             stop(children)
         if failed is None:
             return 0
+        if code(failed) in STOPPED:
+            return code(failed)
         if failed is not children[0]:
             rank = children.index(failed)
             said[rank].seek(0)
             sys.stderr.write(said[rank].read() or f"Error: process {rank} of the run {how(failed)}.\n")
         elif failed.returncode < 0:
             sys.stderr.write(f"Error: the run {how(failed)}.\n")
-        return failed.returncode if failed.returncode > 0 else 1
+        return code(failed)
 
 
 def start(
@@ -130,8 +136,14 @@ def wait(children: Sequence[subprocess.Popen[bytes]]) -> subprocess.Popen[bytes]
     if not any(c.returncode for c in children):
         return None
     # A failure spreads within moments: let it, and then look for one that is nobody else's.
-    patience = monotonic() + PATIENCE
-    while any(c.poll() is None for c in children) and monotonic() < patience:
+    began = monotonic()
+    while any(c.poll() is None for c in children) and monotonic() < began + PATIENCE_OF_THE_FIRST:
+        ended = children[0].poll()
+        # What the first one fails of by itself is the cause.
+        if ended not in (None, 0, PeerError.exit_code) or (
+            ended is not None and monotonic() > began + PATIENCE
+        ):
+            break
         sleep(0.05)
     causes = [c for c in children if c.returncode not in (0, None, PeerError.exit_code)]
     return next(iter(causes), next(c for c in children if c.returncode))
@@ -147,9 +159,14 @@ def stop(children: Sequence[subprocess.Popen[bytes]]) -> None:
             child.stdin.close()
 
 
+def code(child: subprocess.Popen[bytes]) -> int:
+    """What to end with where a child has failed."""
+    return child.returncode if child.returncode and child.returncode > 0 else 1
+
+
 def how(child: subprocess.Popen[bytes]) -> str:
-    code = child.returncode
-    return f"was killed by signal {-code} (9: out of memory?)" if code < 0 else f"ended with code {code}"
+    number = child.returncode
+    return f"was killed by signal {-number} (9: out of memory?)" if number < 0 else f"ended with code {number}"
 
 
 class Terminated(KeyboardInterrupt):
@@ -157,13 +174,47 @@ class Terminated(KeyboardInterrupt):
 
 
 def end_when_told() -> None:
-    """SIGTERM, by which schedulers and containers end a process, is Ctrl-C: the run saves what it has."""
+    """SIGTERM, by which schedulers and containers end a process, is Ctrl-C."""
 
     def tell(number: int, frame: object) -> None:
         signal.signal(signal.SIGTERM, signal.SIG_IGN)  # A second one would end the saving.
         raise Terminated
 
     signal.signal(signal.SIGTERM, tell)
+
+
+@contextmanager
+def told() -> Iterator[Callable[[], int]]:
+    """Inside, Ctrl-C and SIGTERM are only noted: the function gives the signal's number, or 0.
+
+    A second Ctrl-C interrupts at once, as ever.
+    """
+    noted = 0
+
+    def note(number: int, frame: object) -> None:
+        nonlocal noted
+        if noted and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        if not noted and first():
+            # Not print(), which may be what was interrupted.
+            os.write(2, b"Ending after this step, and saving. Ctrl-C once more ends at once, without.\n")
+        noted = noted or number
+
+    if threading.current_thread() is not threading.main_thread():  # Signals come to the main thread alone.
+        yield lambda: 0
+        return
+    numbers = [n for n in (signal.SIGINT, signal.SIGTERM) if signal.getsignal(n) != signal.SIG_IGN]
+    before = {number: signal.signal(number, note) for number in numbers}
+    try:
+        yield lambda: noted
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def first() -> bool:
+    """Whether this process is the only one or the first of several."""
+    return os.environ.get("RANK", "0") == "0"
 
 
 @contextmanager

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,7 @@ from torch.nn import Parameter
 
 from nft_plugins import Condition, FlowModel
 
-from .errors import UsageError
+from .errors import CheckpointError, UsageError
 
 Weights = list[Tensor]
 
@@ -123,17 +123,41 @@ class Policy:
     def state(self) -> dict[str, Tensor]:
         """Every set of weights by `SET.PARAMETER`: live, old, and reference and ema where kept."""
         sets = {
-            "live": [p.data for p in self.parameters],
+            "live": self._live,
             "old": self._old,
             "reference": self._reference,
             "ema": self._ema,
         }
         return {
-            f"{kind}.{name}": w.contiguous()
+            f"{kind}.{name}": w
             for kind, weights in sets.items()
             if weights is not None
             for name, w in zip(self.names, weights, strict=True)
         }
+
+    @torch.no_grad()
+    def load(self, state: Mapping[str, Tensor]) -> None:
+        """Take over what `state()` gave. Raises CheckpointError, having changed nothing, for what does not fit.
+
+        A set that was not kept then: the reference stays what it is at the start, the EMA begins anew.
+        """
+        own = self.state()
+        kept = {name.partition(".")[0] for name in state}
+        for name, w in own.items():
+            kind = name.partition(".")[0]
+            if kind in ("reference", "ema") and kind not in kept:
+                continue
+            there = list(state[name].shape) if name in state else "missing"
+            if there != list(w.shape):
+                raise CheckpointError(
+                    f"its weights are of another model: {name} is {there}, not {list(w.shape)}"
+                )
+        for name, w in own.items():
+            kind, _, parameter = name.partition(".")
+            if kind == "ema" and kind not in kept:
+                w.copy_(state[f"live.{parameter}"])
+            elif kind in kept:
+                w.copy_(state[name])
 
     def save(self, folder: Path) -> None:
         """Write the EMA weights (live ones where there is no EMA) in diffusers' own format.

@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, wait
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any, NamedTuple
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from nft_plugins import Batch, Condition, FlowModel, Part, Reward, Scores, Solver, Velocity, randn_like
 
-from .distributed import gather_rows, owned, same_everywhere, together
+from .distributed import gather_rows, owned, rank, same_everywhere, sum_values, together, world_size
 from .errors import NftError
+from .guard import Tally, Worker, added, on_device
 from .prompts import Prompt
 from .seeds import generator
 
@@ -115,6 +119,8 @@ class Rollout:
     draws: what all N images were made from; index: `[n]`, which of them are here.
     x_0: `[n, C, h, w]`. images: `[n, 3, H, W]` uint8 on the CPU, where they were to be kept.
     scores: `[N]` on the CPU; groups: `[N]`.
+    tallies: what failures have cost each reward, in all processes.
+    skipped: rewards that failed and were left out: their weight in `scores` is 0.
     """
 
     draws: Draws
@@ -123,10 +129,14 @@ class Rollout:
     images: Tensor | None
     scores: Scores
     groups: Tensor
+    tallies: Mapping[str, Tally] = field(default_factory=dict)
+    skipped: tuple[str, ...] = ()
 
 
 #: Batches that may wait for the reward: enough to keep it busy, few enough to fit beside the model.
 AHEAD = 2
+#: Seconds between two looks at whether the run was told to end.
+GLANCE = 0.2
 
 
 @torch.no_grad()
@@ -137,19 +147,23 @@ def roll_out(
     reward: Reward,
     progress: Callable[[str, int, int], None],
     phase: Callable[[str], AbstractContextManager[None]],
+    stop: Callable[[], None] = lambda: None,
     keep_images: bool = False,
 ) -> Rollout:
     """Sample this process's share of the images, scoring each batch while the next is being made.
 
     condition: of `draws.prompts`. progress: told (phase, images done, images in all).
     phase: times what runs inside it: `rollout`, and `reward`, the waits for scores.
+    stop: called every now and then; what it raises ends the rollout, and no score is waited for.
     Raises what a reward raises, in all processes if in one.
     """
     index = owned(len(draws))
     groups = draws.groups()
+    tallies_of(reward)  # What a rollout that did not end has left.
     latents, images, pending, scores = [], [], [], []
-    with together(sampler.device), scoring(sampler.device) as scorer:
+    with together(sampler.device), scoring() as scorer:
         for rows in index.split(sampler.batch):
+            stop()
             with phase("rollout"):
                 c = condition.of(groups[rows], sampler.device)
                 x_0 = sampler.latents(c, [draws.generator(int(n)) for n in rows])
@@ -157,32 +171,69 @@ def roll_out(
             latents.append(x_0)
             if keep_images:
                 images.append(batch.uint8.cpu())
-            pending.append(scorer.submit(reward, batch))
+            pending.append(scorer.submit(partial(on_device, sampler.device, partial(reward, batch))))
             progress(draws.purpose, sum(map(len, latents)), len(index))
             if len(pending) > AHEAD:
                 with phase("reward"):
-                    pending[-1 - AHEAD].result()
+                    awaited(pending[-1 - AHEAD], stop)
         with phase("reward"):
             for future in pending:
-                scores.append(future.result())
+                scores.append(awaited(future, stop))
                 progress("reward", sum(map(len, scores)), len(index))
         mine = concatenate(scores)
+    tallies = everyones_tallies(tallies_of(reward), sampler.device)
+    if any(t.masked for t in tallies.values()):
+        mine = filled(mine, everyones_names(mine))
     everyones = gather_scores(mine, index, len(draws), sampler.device)
     if hasattr(reward, "regroup"):  # A group's images were spread over batches and processes until here.
         everyones = reward.regroup(everyones, groups)
-    return Rollout(draws, index, torch.cat(latents), torch.cat(images) if images else None, everyones, groups)
+    skipped = tuple(name for name, t in tallies.items() if t.skipped)
+    if skipped:
+        tell_skipped(skipped, tallies, draws)
+        everyones = reward.without(everyones, skipped)
+    shown = torch.cat(images) if images else None
+    return Rollout(draws, index, torch.cat(latents), shown, everyones, groups, tallies, skipped)
 
 
 @contextmanager
-def scoring(device: torch.device) -> Iterator[ThreadPoolExecutor]:
-    """A thread for rewards. On an error or Ctrl-C what is still queued is dropped, not waited for."""
-    # Which GPU is the current one is each thread's own affair.
-    set_device = [torch.cuda.set_device, (device,)] if device.type == "cuda" else []
-    executor = ThreadPoolExecutor(1, "reward", *set_device)
+def scoring() -> Iterator[Worker]:
+    """A thread for rewards. On an error or Ctrl-C what is queued is dropped, what runs is not waited for."""
+    worker = Worker("reward")
     try:
-        yield executor
+        yield worker
     finally:
-        executor.shutdown(cancel_futures=True)
+        worker.close()
+
+
+def awaited(future: Future[Scores], stop: Callable[[], None]) -> Scores:
+    while not wait([future], GLANCE).done:
+        stop()
+    return future.result()
+
+
+def tallies_of(reward: Reward) -> dict[str, Tally]:
+    """What failures have cost since this was asked last; only a composed reward counts it."""
+    return reward.tallies() if hasattr(reward, "tallies") else {}
+
+
+def everyones_tallies(tallies: Mapping[str, Tally], device: torch.device) -> dict[str, Tally]:
+    """Summed over all processes, which have the same rewards in the same order."""
+    sums = sum_values([float(count) for tally in tallies.values() for count in tally], device)
+    size = len(Tally._fields)
+    counts = [Tally(*map(int, sums[i : i + size])) for i in range(0, len(sums), size)]
+    return dict(zip(tallies, counts, strict=True))
+
+
+def tell_skipped(skipped: Sequence[str], tallies: Mapping[str, Tally], draws: Draws) -> None:
+    if rank() != 0:
+        return
+    when = f"epoch {draws.epoch}" if draws.purpose == "rollout" else "an evaluation"
+    for name in skipped:
+        print(
+            f"Warning: the reward {name!r} is left out of {when} (on_error=skip): it failed for "
+            f"{tallies[name].masked} of {len(draws)} images.",
+            file=sys.stderr,
+        )
 
 
 def map_scores(scores: Scores, f: Callable[[Tensor], Tensor]) -> Scores:
@@ -195,10 +246,59 @@ def map_scores(scores: Scores, f: Callable[[Tensor], Tensor]) -> Scores:
     )
 
 
+class Names(NamedTuple):
+    """Names of the details of scores, and of those of their parts."""
+
+    details: tuple[str, ...]
+    parts: Mapping[str, Names]
+
+
+def names_of(scores: Scores) -> Names:
+    return Names(tuple(scores.details), {name: names_of(p.scores) for name, p in scores.parts.items()})
+
+
+def joined(names: Sequence[Names]) -> Names:
+    """All the names, in the order in which they come."""
+    parts = dict.fromkeys(name for n in names for name in n.parts)
+    return Names(
+        tuple(dict.fromkeys(name for n in names for name in n.details)),
+        {part: joined([n.parts[part] for n in names if part in n.parts]) for part in parts},
+    )
+
+
+def everyones_names(scores: Scores) -> Names:
+    """The names in all processes."""
+    names: list[Any] = [names_of(scores)] * world_size()
+    if world_size() > 1:
+        dist.all_gather_object(names, names_of(scores))
+    return joined(names)
+
+
+def lacking(scores: Scores) -> bool:
+    """Whether a reward, or one that it is composed of, has no score for any sample, and so no details."""
+    if scores.parts:
+        return any(lacking(p.scores) for p in scores.parts.values())
+    return not scores.details and not scores.valid.any()
+
+
+def filled(scores: Scores, names: Names) -> Scores:
+    """The scores with their details in the order of `names`, NaN where a reward has no score for any sample.
+
+    Other scores with other details stay as they are: that is a mistake, which is told where they are joined.
+    """
+    details = scores.details
+    if lacking(scores) or set(details) == set(names.details):
+        nothing = torch.full_like(scores.values, torch.nan)
+        details = {name: details.get(name, nothing) for name in names.details}
+    parts = {name: Part(w, filled(part, names.parts[name])) for name, (w, part) in scores.parts.items()}
+    return Scores(scores.values, scores.valid, details, parts)
+
+
 def concatenate(scores: Sequence[Scores]) -> Scores:
-    """The scores of consecutive batches of the same reward as one."""
+    """The scores of consecutive batches of the same reward as one, details NaN in batches without a score."""
+    names = joined([names_of(s) for s in scores])
     try:
-        return Scores.cat(scores)
+        return Scores.cat([filled(s, names) for s in scores])
     except ValueError as error:
         raise NftError(f"A reward does not keep the contract: {error}.") from error
 
@@ -228,13 +328,19 @@ def shuffled_within_groups(scores: Scores, groups: Tensor, source: torch.Generat
     return map_scores(scores, lambda x: x[order])
 
 
-def statistics(scores: Scores, metadata: Sequence[Mapping[str, Any]] = ()) -> dict[str, Any]:
+def statistics(
+    scores: Scores,
+    metadata: Sequence[Mapping[str, Any]] = (),
+    tallies: Mapping[str, Tally] | None = None,
+) -> dict[str, Any]:
     """Means over valid samples for a line of `metrics.jsonl`: rewards, details, and rewards by tag.
 
     A detail counts where the reward that gave it is valid and the figure is finite.
+    tallies: what failures have cost, by reward; of the total, their sum is told.
     """
     everything = {name: part.scores for name, part in scores.parts.items()} | {"total": scores}
-    rewards = {name: _summary(s.values, s.valid) for name, s in everything.items()}
+    lost = {**(tallies or {}), "total": added((tallies or {}).values())}
+    rewards = {name: _summary(s.values, s.valid, lost.get(name, Tally())) for name, s in everything.items()}
     valid = {f"{n}/{d}": part.scores.valid for n, part in scores.parts.items() for d in part.scores.details}
     finite = {n: (d, valid.get(n, scores.valid) & d.isfinite()) for n, d in scores.details.items()}
     details = {name: _mean(*figure) for name, figure in finite.items()}
@@ -252,7 +358,8 @@ def _mean(values: Tensor, valid: Tensor) -> float | None:
     return float(values[valid].double().mean()) if valid.any() else None
 
 
-def _summary(values: Tensor, valid: Tensor) -> dict[str, float | int | None]:
+def _summary(values: Tensor, valid: Tensor, lost: Tally) -> dict[str, float | int | None]:
     v = values[valid].double()
     std = float(v.std(correction=0)) if len(v) else None
-    return {"mean": _mean(values, valid), "std": std, "valid": len(v)}
+    counts = {"valid": len(v), "invalid": len(valid) - len(v), "masked": lost.masked, "retried": lost.retried}
+    return {"mean": _mean(values, valid), "std": std, **counts}

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import os
+import shlex
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import replace
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -13,7 +13,11 @@ from nft_plugins import Run
 
 from .errors import NftError, SaveError, UsageError, unknown
 from .host import Host
+from .launch import told, undisturbed
+from .observers.metrics import trim
+from .progress import Progress
 from .prompts import Prompt, prompts_of_run, read_prompts, scorable
+from .resume import digest, find, holds_a_run, locked, restore
 from .settings import Settings, make_settings, to_toml
 from .specs import RewardSpec, parse_observer, parse_reward
 
@@ -48,9 +52,18 @@ def resolve(host: Host, preset: str | None, *layers: Mapping[str, Any]) -> Setti
     return make_settings(base, *layers)
 
 
-def run(settings: Settings, folder: Path, host: Host, say: Callable[[str], None] = print) -> None:
+def run(
+    settings: Settings,
+    folder: Path,
+    host: Host,
+    say: Callable[[str], None] = print,
+    resume: bool = False,
+    allow_changes: bool = False,
+) -> None:
     """Train, in this process or in each that a launcher started, and write everything to `folder`.
 
+    resume: go on from the folder's newest whole checkpoint, where it holds a run.
+    allow_changes: even with settings or prompts that change what is learned.
     Raises UsageError for what can be told from the settings and files alone, before anything heavy is
     loaded or written, and NftError for what fails later.
     """
@@ -58,33 +71,52 @@ def run(settings: Settings, folder: Path, host: Host, say: Callable[[str], None]
     tell = say if first else lambda text: None
     specs, solver, prompts, held_out = prepare(settings, host)
     asked = make_observers(settings, host) if first else {}
-    if first:
-        claim(folder)
+    with ExitStack() as stack:
+        found: Path | None = None
+        goes_on = first and resume and holds_a_run(folder)
+        if goes_on:
+            stack.enter_context(locked(folder))
+            found = find(folder, settings, allow_changes, tell)
+        elif first:
+            claim(folder)
 
-    from .distributed import process_group, rank
-    from .quiet import quiet
-    from .train import train
+        from .distributed import agree, process_group, rank
+        from .quiet import quiet
+        from .train import train
 
-    quiet("diffusers", "transformers")
-    device = pick_device(settings.device)
-    with process_group(device), memory_errors(), host.guests():
+        quiet("diffusers", "transformers")
+        device = pick_device(settings.device)
+        stack.enter_context(process_group(device, settings.peer_timeout))
+        stack.enter_context(memory_errors())
+        stack.enter_context(host.guests())
+        # All processes go on from the same checkpoint, or none does.
+        number = agree(int(found.name) if found else -1, device)
+        path = folder / "checkpoints" / f"{number:06d}" if number >= 0 else None
         reward = load_rewards(specs, host, device, settings.reward_defaults)
         prompts, held_out = usable(prompts, held_out, reward.check_prompt, settings.unscorable, tell)
         check_sizes(settings, len(prompts), len(held_out))
         model = load_model(settings, host, device)
-        described = Run(folder, settings.model_dump(), settings.epochs)
-        observe = observers(host, described, asked) if rank() == 0 else silent
-        training = assemble(settings, model, reward, solver, prompts, held_out, device, observe, folder)
+        training = assemble(settings, model, reward, solver, prompts, held_out, device, folder)
+        if path:
+            restore(training, path, allow_changes)
+        observe: Callable[..., None] = silent
         if rank() == 0:
+            described = Run(folder, settings.model_dump(), settings.epochs, training.at.epoch)
+            observe = training.observe = observers(host, described, asked)
             write_settings(folder, settings)
+            if not goes_on:
+                stack.enter_context(locked(folder))
+            trim(folder, training.at, tell)
         observe("nft_run_started")
         error: BaseException | None = None
         try:
-            train(training)
+            with told() as training.told:
+                train(training)
         except BaseException as caught:
             error = caught
-            if not isinstance(caught, SaveError):
-                rescue(training, tell)
+            # Not for a second Ctrl-C, which means at once.
+            if isinstance(caught, Exception) and not isinstance(caught, SaveError):
+                rescue(training, folder, tell)
             raise
         finally:
             observe("nft_run_finished", error=error)
@@ -110,17 +142,19 @@ def memory_errors() -> Iterator[None]:
         raise NftError(f"{first_line(error)} Lower rollout_batch, microbatch or resolution.") from error
 
 
-def rescue(training: Training, tell: Callable[[str], None]) -> None:
+def rescue(training: Training, folder: Path, tell: Callable[[str], None]) -> None:
     """Keep what was trained before an error or Ctrl-C, in the middle of an epoch as it may be."""
-    from .launch import undisturbed
-
     training.policy.restore()
-    if training.step:
-        with undisturbed():
-            try:
-                training.save(f"{training.step:06d}-interrupted")
-            except NftError as error:
-                tell(str(error))
+    at = training.at
+    if training.torn or not (at.step or at.update):
+        return
+    with undisturbed():
+        try:
+            training.save()
+        except NftError as error:
+            tell(str(error))
+            return
+    tell(f"Saved at epoch {at.epoch}, gradient step {at.step}. To go on: nft resume {shlex.quote(str(folder))}")
 
 
 def reward_specs(settings: Settings, host: Host) -> list[RewardSpec]:
@@ -130,12 +164,9 @@ def reward_specs(settings: Settings, host: Host) -> list[RewardSpec]:
             "A run needs a reward: give --reward NAME, as in --reward pickscore. "
             f"Known: {', '.join(sorted(host.rewards))}; FILE.py:FUNCTION is a reward of yours."
         )
-    specs = []
-    for given in settings.rewards:
-        spec = parse_reward(given)
+    specs = [parse_reward(given, settings.reward_defaults) for given in settings.rewards]
+    for spec in specs:
         host.reward(spec.name)
-        defaults = settings.reward_defaults.get(str(spec.name), {})
-        specs.append(replace(spec, options={**defaults, **spec.options}))
     return specs
 
 
@@ -288,9 +319,11 @@ def autocast_dtype(settings: Settings, device: torch.device) -> torch.dtype | No
 
 
 def write_settings(folder: Path, settings: Settings) -> None:
+    aside = folder / ".run.toml"
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / "run.toml").write_text(to_toml(settings), encoding="utf-8")
+        aside.write_text(to_toml(settings), encoding="utf-8")
+        aside.replace(folder / "run.toml")
     except OSError as error:
         raise NftError(f"Cannot write to {folder}: {error}. Choose another --out.") from error
 
@@ -326,13 +359,12 @@ def assemble(
     prompts: list[Prompt],
     held_out: list[Prompt],
     device: torch.device,
-    observe: Callable[..., None],
     folder: Path,
 ) -> Training:
     """The loop's parts, put together."""
     import torch
 
-    from .checkpoint import save_checkpoint
+    from .checkpoint import prune, save_checkpoint
     from .distributed import rank
     from .policy import Policy
     from .rollout import Sampler, encode
@@ -358,12 +390,13 @@ def assemble(
         times = model.times(steps, height, width)
         return Sampler(model, policy.velocity, solver, times, shape, s.rollout_batch, device)
 
-    def save(name: str) -> None:
+    def save() -> None:
         if rank() == 0:
-            path = folder / "checkpoints" / name
-            stands = {"epoch": training.epoch, "step": training.step, "kl_weight": training.kl_weight}
-            save_checkpoint(path, policy, optimizer, **stands)
-            observe("nft_checkpoint_saved", folder=path)
+            at = training.at.model_copy(update={"seconds": training.seconds()})
+            path = folder / "checkpoints" / f"{at.step:06d}"
+            save_checkpoint(path, policy, optimizer, at, s.model_dump(mode="json"))
+            prune(folder, at, s.keep_last, s.keep_best)
+            training.observe("nft_checkpoint_saved", folder=path)
 
     optimizer = torch.optim.AdamW(
         policy.parameters,
@@ -383,8 +416,8 @@ def assemble(
         condition=encode(model, prompts, prompts_of_run(len(prompts), s.prompts_per_epoch, s.seed, s.epochs)),
         eval_condition=encode(model, held_out, range(len(held_out))),
         optimizer=optimizer,
-        observe=observe,
+        observe=silent,
         save=save,
-        kl_weight=s.kl_weight,
+        at=Progress(kl_weight=s.kl_weight, prompts=digest(prompts, held_out)),
     )
     return training

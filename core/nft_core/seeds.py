@@ -7,15 +7,29 @@ change with the batch size or the number of processes.
 from __future__ import annotations
 
 import hashlib
+import random
 
+import numpy as np
 import torch
 
 
 def generator(seed: int, purpose: str, *key: int) -> torch.Generator:
-    """A CPU generator for one purpose (`rollout`, `train`, `eval`, `prompts`, ...) and one key.
+    """A CPU generator for one purpose (`rollout`, `train`, `eval`, `prompts`, ...) and one key."""
+    return torch.Generator().manual_seed(_hashed(seed, purpose, *key))
 
-    The key is hashed: neighbouring integers would make neighbouring, correlated seeds.
+
+def reseed(seed: int, purpose: str, *key: int) -> None:
+    """Seed what a plug-in may draw from against its contract: torch's, NumPy's and Python's global generators.
+
+    So a run that goes on from a checkpoint needs no generator's state, in however many processes.
     """
-    text = "/".join(map(str, (seed, purpose, *key))).encode()
-    digest = hashlib.blake2b(text, digest_size=8).digest()
-    return torch.Generator().manual_seed(int.from_bytes(digest, "big", signed=True))
+    number = _hashed(seed, purpose, *key)
+    torch.manual_seed(number)
+    np.random.seed(number % 2**32)
+    random.seed(number)
+
+
+def _hashed(*key: int | str) -> int:
+    """64 bits, signed. Hashed, since neighbouring integers would make neighbouring, correlated seeds."""
+    digest = hashlib.blake2b("/".join(map(str, key)).encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "big", signed=True)

@@ -99,10 +99,28 @@ class Settings(BaseModel):
     eval_every: Annotated[int, Field(ge=0)] = Field(10, description="epochs; 0: before and after only")
     eval_images: Count = Field(1, description="images a held-out prompt")
     eval_steps: Annotated[int, Field(ge=0)] = Field(0, description="solver steps; 0: as in rollouts")
-    checkpoint_every: Annotated[int, Field(ge=0)] = Field(50, description="epochs; 0: at the end only")
+    checkpoint_every: Annotated[int, Field(ge=0)] = Field(10, description="epochs; 0: at the end only")
+    keep_last: Annotated[int, Field(ge=0)] = Field(3, description="newest checkpoints that are kept; 0: all")
+    keep_best: Annotated[int, Field(ge=0)] = Field(
+        1, description="checkpoints kept beside these, best by the total reward of their evaluation"
+    )
     observers: list[str | dict[str, Any]] = Field(
         [], description="observers to add: NAME[,KEY=VALUE...], such as tensorboard"
     )
+
+    # Watching: thresholds of warnings, 0: none; and limits.
+    strict: bool = Field(False, description="end the run at the first warning")
+    watch_x0: NotNegative = Field(1.5, description="latents' norm, times the first epoch's")
+    watch_gap: NotNegative = Field(0.5, description="live policy's distance from the old one, of its velocity")
+    watch_flat_groups: NotNegative = Field(0.9, description="share of groups whose images all score the same")
+    watch_reward: NotNegative = Field(
+        1.0, description="fall of the held-out reward, in deviations of the base model's"
+    )
+    max_nonfinite: Count = Field(5, description="gradient steps in a row that may be left out as not finite")
+    max_skips: Annotated[int, Field(ge=0)] = Field(
+        10, description="epochs in which a reward with on_error=skip may be left out"
+    )
+    peer_timeout: Positive = Field(7200, description="seconds that a process waits for another")
 
     @field_validator("old_decay")
     @classmethod
@@ -123,16 +141,23 @@ class Settings(BaseModel):
     def _possible_sizes(self) -> Settings:
         images = self.prompts_per_epoch * self.group_size
         if images % self.updates_per_epoch:
-            near = min(
-                (n for n in range(1, images + 1) if images % n == 0),
-                key=lambda n: abs(n - self.updates_per_epoch),
-            )
             raise ValueError(
                 f"prompts_per_epoch x group_size = {self.prompts_per_epoch} x {self.group_size} = {images} "
                 f"images cannot be split into {self.updates_per_epoch} equal updates; the nearest possible "
-                f"updates_per_epoch is {near}"
+                f"updates_per_epoch is {nearest_divisor(images, self.updates_per_epoch)}"
             )
         return self
+
+
+def nearest_divisor(number: int, wanted: int) -> int:
+    """The divisor of `number` nearest to `wanted`, the smaller of two; 1 where none is near."""
+    wanted = min(wanted, number)
+    # A bound, since nobody waits for the divisors of a mistyped 10^18.
+    for distance in range(min(wanted, 100_000)):
+        for n in (wanted - distance, wanted + distance):
+            if number % n == 0:
+                return n
+    return 1
 
 
 def make_settings(*layers: Mapping[str, Any]) -> Settings:
@@ -148,6 +173,8 @@ def make_settings(*layers: Mapping[str, Any]) -> Settings:
             before = merged.get(name)
             if name == "reward_defaults" and isinstance(value, Mapping) and isinstance(before, Mapping):
                 value = {**before, **value}
+            if isinstance(value, int) and abs(value) >= 2**63:  # More than a run file and torch can hold.
+                raise UsageError(f"Setting {name} = {shown(value)}: a whole number must be below 2^63.")
             merged[name] = value
     try:
         return Settings(**merged)
@@ -164,16 +191,31 @@ def _explain(error: Any) -> str:
     message = error["msg"].removeprefix("Value error, ")
     if not name:
         return str(message)
-    return f"Setting {name} = {error['input']!r}: {message[0].lower() + message[1:]}."
+    return f"Setting {name} = {shown(error['input'])}: {message[0].lower() + message[1:]}."
+
+
+def shown(value: Any) -> str:
+    """A value as an error shows it: cut where it is long."""
+    try:
+        text = repr(value)
+    except (ValueError, RecursionError):  # An integer of thousands of digits, or tables nested as deep.
+        return f"a very large {type(value).__name__}"
+    return text if len(text) <= 200 else f"{text[:200]}..."
+
+
+#: Beside a TOMLDecodeError, which is a ValueError too, those of integers too long and of tables too deep.
+TOML_ERRORS = (ValueError, RecursionError)
 
 
 def read_toml(path: Path) -> dict[str, Any]:
     """The settings of a run file."""
     try:
-        return tomllib.loads(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError) as error:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, ValueError) as error:  # ValueError: no UTF-8, or a path that no file can have.
         raise UsageError(f"Cannot read the run file {path}: {error}.") from error
-    except tomllib.TOMLDecodeError as error:
+    try:
+        return tomllib.loads(text)
+    except TOML_ERRORS as error:
         raise UsageError(f"{path} is not valid TOML: {error}.") from error
 
 
@@ -183,16 +225,18 @@ def parse_assignment(text: str) -> tuple[str, Any]:
     if not equals or not name.strip():
         raise UsageError(f"--set takes KEY=VALUE, such as --set lr=1e-4, got {text!r}.")
     try:
-        return name.strip(), tomllib.loads(f"value = {value}")["value"]
-    except tomllib.TOMLDecodeError:
-        return name.strip(), value.strip()
+        table = tomllib.loads(f"value = {value}")
+    except TOML_ERRORS:
+        table = {}
+    # A value with a line break in it could bring other names with it.
+    return name.strip(), table["value"] if table.keys() == {"value"} else value.strip()
 
 
 def to_toml(settings: Settings) -> str:
     """A run file that reads back as these settings. Raises UsageError for an option that is None."""
     try:
         return tomli_w.dumps(settings.model_dump(mode="json"))
-    except TypeError as error:
+    except (TypeError, ValueError) as error:  # ValueError: an integer of thousands of digits.
         raise UsageError(
             "A run file holds text, numbers, true, false, lists and tables; one of the options of this run "
             f"is something else (for None write none): {error}."

@@ -4,27 +4,61 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal, TypeAlias, get_args
 
 from .errors import UsageError
 
 FORM = "NAME[=WEIGHT][,KEY=VALUE...], such as pickscore, ocr=0.5 or ocr=0.5,upscale=4"
 OBSERVER_FORM = "NAME[,KEY=VALUE...], such as tensorboard or wandb,project=ocr"
+OnError: TypeAlias = Literal["stop", "mask", "skip"]
+#: Bounds that no run needs to pass, so that a slip of the keyboard is told at once.
+MOST_RETRIES, MOST_SECONDS = 1000, 1e6
+
+
+@dataclass(frozen=True)
+class Policy:
+    """What is done where a reward fails; the names are words of its spec, which its factory never sees.
+
+    on_error: `stop` ends the run, `mask` leaves the samples out, `skip` the reward for the epoch.
+    retry: attempts after the first.
+    max_seconds: that a call may take; 0: any time.
+    """
+
+    on_error: OnError = "stop"
+    retry: int = 0
+    max_seconds: float = 0.0
+
+    def words(self) -> dict[str, Any]:
+        """What differs from the default, as a spec has it."""
+        return {name: value for name, value in vars(self).items() if value != getattr(Policy, name)}
+
+
+#: Words of every reward's spec.
+RESERVED = tuple(vars(Policy()))
 
 
 @dataclass(frozen=True)
 class RewardSpec:
-    """A reward's name, or a Python function or object that is one, its weight in the sum, and its options."""
+    """A reward's name, or a Python function or object that is one, its weight in the sum, and its options.
+
+    guard: what is done where it fails.
+    """
 
     name: str | Callable[..., Any]
     weight: float = 1.0
     options: Mapping[str, Any] = field(default_factory=dict)
+    guard: Policy = Policy()
 
     def __str__(self) -> str:
-        return f"{self.name}={self.weight!r}" + "".join(
-            f",{key}={value}" for key, value in self.options.items()
-        )
+        words = {**self.options, **self.guard.words()}
+        return f"{self.name}={self.weight!r}" + "".join(f",{key}={value}" for key, value in words.items())
+
+    def with_options(self, options: Mapping[str, Any]) -> RewardSpec:
+        """The spec with further options, the guard's words among them; they come before its own."""
+        words, rest = split(options)
+        guard = parse_policy(words, self.title, self.guard)
+        return replace(self, options={**self.options, **rest}, guard=guard)
 
     @property
     def title(self) -> str:
@@ -42,17 +76,72 @@ class ObserverSpec:
     options: Mapping[str, Any] = field(default_factory=dict)
 
 
-def parse_reward(given: str | Mapping[str, Any] | Callable[..., Any]) -> RewardSpec:
+def parse_reward(
+    given: str | Mapping[str, Any] | Callable[..., Any],
+    defaults: Mapping[str, Mapping[str, Any]] | None = None,
+) -> RewardSpec:
     """A spec from its text, from a TOML table with `name`, `weight` and options, or from a function.
 
-    Raises UsageError for a text or table of another form, or a weight that is no finite number.
+    defaults: options by reward name, where the spec does not give them.
+    Raises UsageError for a text or table of another form, a weight that is no finite number, or a word of the
+    guard with a value that it does not have.
     """
     if not isinstance(given, str | Mapping):
         if not callable(given):
             raise UsageError(f"A reward is written {FORM}, or is a function; got {given!r}.")
         return RewardSpec(given)
     name, weight, options = _parse(given, "A reward", FORM)
-    return RewardSpec(name, 1.0 if weight == "" else finite_weight(weight, name), options)
+    spec = RewardSpec(name, 1.0 if weight == "" else finite_weight(weight, name))
+    return spec.with_options((defaults or {}).get(name, {})).with_options(options)
+
+
+def split(options: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The guard's words among options, and the factory's options."""
+    words = {name: value for name, value in options.items() if name in RESERVED}
+    return words, {name: value for name, value in options.items() if name not in RESERVED}
+
+
+def parse_policy(words: Mapping[str, Any], name: str, base: Policy) -> Policy:
+    """`base` with some words changed, which come from a command line, TOML or Python.
+
+    Raises UsageError, naming the reward, for a value that a word does not have.
+    """
+
+    def wrong(word: str, expected: str) -> UsageError:
+        return UsageError(f"Reward {name!r}: {word} must be {expected}, got {_short(words[word])}.")
+
+    policy = base
+    if "on_error" in words:
+        if words["on_error"] not in get_args(OnError):
+            raise wrong("on_error", f"one of {', '.join(get_args(OnError))}")
+        policy = replace(policy, on_error=words["on_error"])
+    if "retry" in words:
+        number = _number(words["retry"])
+        if not 0 <= number <= MOST_RETRIES or number % 1:
+            raise wrong("retry", f"a whole number from 0 to {MOST_RETRIES}")
+        policy = replace(policy, retry=int(number))
+    if "max_seconds" in words:
+        number = _number(words["max_seconds"])
+        if not 0 <= number <= MOST_SECONDS:
+            raise wrong("max_seconds", f"seconds, 0 for any time, {MOST_SECONDS:.0f} at most")
+        policy = replace(policy, max_seconds=number)
+    return policy
+
+
+def _short(value: Any) -> str:
+    try:
+        text = repr(value)
+    except (ValueError, RecursionError):  # An integer of thousands of digits, or lists nested as deep.
+        return f"a very large {type(value).__name__}"
+    return text if len(text) < 100 else f"{text[:100]}..."
+
+
+def _number(value: Any) -> float:
+    """NaN, which is in no range, for what is no number."""
+    try:
+        return math.nan if isinstance(value, bool) else float(value)
+    except (TypeError, ValueError, OverflowError):
+        return math.nan
 
 
 def parse_observer(given: str | Mapping[str, Any]) -> ObserverSpec:
@@ -93,8 +182,10 @@ def finite_weight(weight: Any, name: str) -> float:
     """The weight as a number. Raises UsageError for what is no finite number."""
     try:
         number = float(weight)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         number = math.nan
     if not math.isfinite(number):
-        raise UsageError(f"Reward {name!r}: the weight must be a finite number, got {weight!r}; write {FORM}.")
+        raise UsageError(
+            f"Reward {name!r}: the weight must be a finite number, got {_short(weight)}; write {FORM}."
+        )
     return number

@@ -5,6 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from itertools import islice
+from math import isfinite
+from signal import SIGTERM
 from time import perf_counter
 from typing import Any
 
@@ -15,24 +18,26 @@ from nft_plugins import Condition, Reward
 
 from . import distributed
 from .advantages import combined_advantages, flat_groups, optimality
-from .errors import NftError
+from .errors import NftError, Stopped
 from .loss import kl_loss, nft_loss, noised
 from .policy import Policy
+from .progress import Progress
 from .prompts import Prompt, prompts_of_epoch
 from .rollout import Draws, Encoded, Rollout, Sampler, roll_out, shuffled_within_groups, statistics
 from .schedules import lr_decay, next_kl_weight, old_decay, warmup
-from .seeds import generator
+from .seeds import generator, reseed
 from .settings import Settings
 from .times import draw_times
+from .watch import warnings
 
 
 @dataclass
 class Training:
     """Everything the loop needs, and where it stands.
 
-    observe: `(hook, **arguments)`, tells the run's observers; save: writes a checkpoint of that name.
-    kl_weight: of the KL term now; `settings.kl_target` may have raised it.
-    epoch, step: epochs finished and gradient steps taken.
+    observe: `(hook, **arguments)`, tells the run's observers; save: writes a checkpoint.
+    told: the number of the signal that told this process to end, or 0.
+    torn: weights, moments and progress do not belong together: a moment, or for good after an error in it.
     """
 
     settings: Settings
@@ -46,10 +51,10 @@ class Training:
     eval_condition: Encoded
     optimizer: torch.optim.Optimizer
     observe: Callable[..., None]
-    save: Callable[[str], None]
-    kl_weight: float
-    epoch: int = 0
-    step: int = 0
+    save: Callable[[], None]
+    at: Progress
+    told: Callable[[], int] = lambda: 0
+    torn: bool = False
     started: float = field(default_factory=perf_counter)
     phases: dict[str, float] = field(default_factory=dict)
 
@@ -62,51 +67,75 @@ class Training:
         finally:
             self.phases[name] = self.phases.get(name, 0.0) + perf_counter() - start
 
+    @contextmanager
+    def change(self) -> Iterator[None]:
+        """Inside, what belongs together moves: a checkpoint is of before or of after."""
+        self.torn = True
+        yield
+        self.torn = False
+
     def progress(self, phase: str, done: int, total: int) -> None:
         self.observe("nft_progress", phase=phase, done=done, total=total)
 
+    def stop(self) -> None:
+        """Raise Stopped where this process was told to end."""
+        if signal := self.told():
+            raise Stopped(signal)
+
+    def seconds(self) -> float:
+        """Spent on the run, in this process and in those before it."""
+        return round(self.at.seconds + perf_counter() - self.started, 3)
+
     def record(self, event: str, epoch: int, **figures: Any) -> dict[str, Any]:
-        seconds = round(perf_counter() - self.started, 3)
-        return {"event": event, "epoch": epoch, "step": self.step, "seconds": seconds, **figures}
+        return {"event": event, "epoch": epoch, "step": self.at.step, "seconds": self.seconds(), **figures}
 
 
 def train(run: Training) -> None:
-    """Train for `settings.epochs` epochs, evaluating before, during and after."""
-    s, policy = run.settings, run.policy
-    evaluate(run, epoch=0)
-    for epoch in range(1, s.epochs + 1):
-        figures = Figures()
-        # K images of each prompt from the old policy, by any solver, without guidance; only x_0 is kept.
-        with policy.old():
-            rollout = sample(run, epoch)
-        advantages = combined_advantages(rollout.scores, rollout.groups, s.combine, s.std)
-        r = optimality(advantages, s.advantage_clip, s.advantage_mode)
-        with run.phase("train"):
-            for images in updates(rollout, s, epoch):
-                run.optimizer.zero_grad(set_to_none=True)
-                for x_0, noise, t, c, r_t in training_samples(run, rollout, images, r):
-                    x_t = noised(x_0, noise, t)
-                    with torch.no_grad(), policy.old():
-                        v_old = policy.velocity(x_t, t, c)
-                    v_ref = reference_velocity(run, x_t, t, c)
-                    v = policy.velocity(x_t, t, c)
-                    policy_loss = nft_loss(v, v_old, x_t, x_0, t, r_t, s.beta, s.advantage_clip)
-                    kl = kl_loss(v, v_ref) if v_ref is not None else torch.zeros_like(policy_loss)
-                    loss = policy_loss + run.kl_weight * kl
-                    (loss.sum() / (len(images) * s.train_times_count)).backward()
-                    figures.add(policy_loss, kl)
-                take_step(run, figures)
-        drift = policy.drift()
-        policy.move_old(old_decay(s.old_decay, run.step))
-        finish_epoch(run, epoch, rollout, figures, drift)
+    """Train to the last epoch, from wherever the run stands, evaluating before, during and after."""
+    close_epoch(run)
+    while run.at.epoch < run.settings.epochs:
+        train_epoch(run)
+        close_epoch(run)
+
+
+def train_epoch(run: Training) -> None:
+    """One epoch, or what is left of one that was stopped: its images are made again, its steps are not."""
+    s, policy, at = run.settings, run.policy, run.at
+    start = perf_counter()
+    # K images of each prompt from the old policy, by any solver, without guidance; only x_0 is kept.
+    with policy.old():
+        rollout = sample(run, at.epoch + 1)
+    advantages = combined_advantages(rollout.scores, rollout.groups, s.combine, s.std)
+    r = optimality(advantages, s.advantage_clip, s.advantage_mode)
+    with run.phase("train"):
+        for images in islice(updates(rollout, s, at.epoch + 1), at.update, None):
+            reseed(s.seed, "update", at.epoch + 1, at.update, distributed.rank())
+            run.optimizer.zero_grad(set_to_none=True)
+            sums = torch.zeros(5, dtype=torch.float64, device=policy.device)
+            for x_0, noise, t, c, r_t in training_samples(run, rollout, images, r):
+                x_t = noised(x_0, noise, t)
+                with torch.no_grad(), policy.old():
+                    v_old = policy.velocity(x_t, t, c)
+                v_ref = reference_velocity(run, x_t, t, c)
+                v = policy.velocity(x_t, t, c)
+                policy_loss = nft_loss(v, v_old, x_t, x_0, t, r_t, s.beta, s.advantage_clip)
+                kl = kl_loss(v, v_ref) if v_ref is not None else torch.zeros_like(policy_loss)
+                loss = policy_loss + at.kl_weight * kl
+                (loss.sum() / (len(images) * s.train_times_count)).backward()
+                sums += figures(policy_loss, kl, v, v_old)
+            take_step(run, sums)
+    finish_epoch(run, rollout, perf_counter() - start)
 
 
 def sample(run: Training, epoch: int) -> Rollout:
     """The epoch's images and their scores."""
     s = run.settings
+    reseed(s.seed, "epoch", epoch, distributed.rank())
     indices = prompts_of_epoch(len(run.prompts), s.prompts_per_epoch, s.seed, epoch)
     draws = Draws(run.prompts, indices, s.group_size, s.seed, "rollout", epoch)
-    rollout = roll_out(run.sampler, draws, run.condition, run.reward, run.progress, run.phase)
+    rollout = roll_out(run.sampler, draws, run.condition, run.reward, run.progress, run.phase, stop=run.stop)
+    if not rollout.scores.valid.any():
+        raise NftError(f"Epoch {epoch}: not one of {len(draws)} images could be scored.")
     if s.shuffle_rewards:
         source = generator(s.seed, "shuffle", epoch)
         scores = shuffled_within_groups(rollout.scores, rollout.groups, source)
@@ -161,58 +190,50 @@ def reference_velocity(run: Training, x_t: Tensor, t: Tensor, c: Condition) -> T
         return run.policy.velocity(x_t, t, c)
 
 
-class Figures:
-    """Sums over an epoch's training samples, kept on the device until they are read."""
-
-    def __init__(self) -> None:
-        self.start = perf_counter()
-        self.sums: Tensor | None = None
-        self.grad_norms: list[Tensor] = []
-
-    def add(self, policy_loss: Tensor, kl: Tensor) -> None:
-        row = torch.stack([policy_loss.sum(), kl.sum(), policy_loss.new_tensor(len(kl))]).detach()
-        self.sums = row.double() if self.sums is None else self.sums + row
-
-    def read(self, device: torch.device) -> dict[str, float | None]:
-        """Means over the samples of all processes."""
-        sums = self.sums if self.sums is not None else torch.zeros(3, dtype=torch.float64)
-        policy_loss, kl, count = (distributed.sum_value(float(x), device) for x in sums)
-        if not count:
-            return {"policy_loss": None, "kl": None, "grad_norm": None}
-        norm = float(torch.stack(self.grad_norms).mean())
-        return {"policy_loss": policy_loss / count, "kl": kl / count, "grad_norm": norm}
+@torch.no_grad()
+def figures(policy_loss: Tensor, kl: Tensor, v: Tensor, v_old: Tensor) -> Tensor:
+    """`[5]` float64: sums over samples of the losses, of |v - v_old|^2 and |v_old|^2, and their number."""
+    gap, size = (x.square().mean(tuple(range(1, x.ndim))) for x in (v - v_old, v_old))
+    rows = torch.stack([policy_loss, kl, gap, size, torch.ones_like(kl)])
+    return rows.double().sum(1)
 
 
-def take_step(run: Training, figures: Figures) -> None:
-    """One update of the live weights and their average."""
-    s, policy = run.settings, run.policy
+def take_step(run: Training, sums: Tensor) -> None:
+    """One update of the live weights and their average; one that is not finite is left out and counted."""
+    s, policy, at = run.settings, run.policy, run.at
     distributed.sum_gradients(policy.parameters)
-    norm = torch.nn.utils.clip_grad_norm_(policy.parameters, s.max_grad_norm)
-    if not norm.isfinite():
-        raise NftError(
-            f"The gradient's norm at step {run.step + 1} is {float(norm)}, so training would be lost. "
-            "Lower lr, raise kl_weight, or use --set precision=fp32."
-        )
-    decay = lr_decay(s.lr_schedule, run.epoch / s.epochs, s.warmup, run.step)
-    lr = s.lr * warmup(s.warmup, run.step) * decay
-    for group in run.optimizer.param_groups:
-        group["lr"] = lr
-    run.optimizer.step()
-    policy.move_ema()
-    run.step += 1
-    figures.grad_norms.append(norm)
+    norm = float(torch.nn.utils.clip_grad_norm_(policy.parameters, s.max_grad_norm))
+    # In one message, whether a process was told to end: all end after the same step.
+    *added, signal = distributed.sum_values([*sums.tolist(), run.told()], policy.device)
+    if all(map(isfinite, [norm, *added])):
+        with run.change():
+            decay = lr_decay(s.lr_schedule, at.epoch / s.epochs, s.warmup, at.step)
+            at.lr = s.lr * warmup(s.warmup, at.step) * decay
+            for group in run.optimizer.param_groups:
+                group["lr"] = at.lr
+            run.optimizer.step()
+            policy.move_ema()
+            at.sums = [a + b for a, b in zip(at.sums, added, strict=True)]
+            at.grad_norms.append(norm)
+            at.step, at.update, at.nonfinite = at.step + 1, at.update + 1, 0
+    else:
+        at.update, at.nonfinite, at.nonfinite_steps = at.update + 1, at.nonfinite + 1, at.nonfinite_steps + 1
+        if at.nonfinite >= s.max_nonfinite:
+            raise NftError(
+                f"{at.nonfinite} gradient steps in a row were not finite, the last with a norm of {norm}, and "
+                "were left out (max_nonfinite). Lower lr, raise kl_weight, or use --set precision=fp32."
+            )
+    if signal:
+        raise Stopped(run.told() or SIGTERM)
 
 
-def finish_epoch(run: Training, epoch: int, rollout: Rollout, figures: Figures, drift: float) -> None:
-    """Say how the epoch went; evaluate and save where it is time to.
-
-    drift: of the live weights from those that made the epoch's images.
-    """
-    s, policy, scores = run.settings, run.policy, rollout.scores
-    if not scores.valid.any():
-        raise NftError(f"Epoch {epoch}: not one of {len(scores)} images could be scored.")
-    means = figures.read(policy.device)
-    seconds = perf_counter() - figures.start
+def finish_epoch(run: Training, rollout: Rollout, seconds: float) -> None:
+    """Say how the epoch went, and let the old policy follow."""
+    s, policy, at, scores = run.settings, run.policy, run.at, rollout.scores
+    epoch, means = at.epoch + 1, epoch_means(at)
+    square, count = distributed.sum_values(
+        [float(rollout.x_0.double().square().sum()), rollout.x_0.numel()], policy.device
+    )
     phases = dict(run.phases)
     phases["other"] = seconds - sum(phases.values())
     record = run.record(
@@ -221,40 +242,106 @@ def finish_epoch(run: Training, epoch: int, rollout: Rollout, figures: Figures, 
         epoch_seconds=seconds,
         images=len(scores),
         images_per_second=len(scores) / seconds,
-        **statistics(scores, rollout.draws.metadata()),
-        loss=means["policy_loss"] + run.kl_weight * means["kl"],
+        **statistics(scores, rollout.draws.metadata(), rollout.tallies),
         **means,
-        kl_weight=run.kl_weight,
-        lr=run.optimizer.param_groups[0]["lr"],
-        old_decay=old_decay(s.old_decay, run.step),
-        drift=drift,
+        kl_weight=at.kl_weight,
+        lr=at.lr,
+        old_decay=old_decay(s.old_decay, at.step),
+        drift=policy.drift(),
+        x0_rms=(square / count) ** 0.5,
         flat_groups=flat_groups(scores.values, scores.valid, rollout.groups),
+        nonfinite_steps=at.nonfinite_steps,
+        skipped=list(rollout.skipped),
         phases=phases,
     )
     run.phases.clear()
-    run.kl_weight = next_kl_weight(run.kl_weight, means["kl"], s.kl_target, s.kl_weight)
+    at.baseline.setdefault("x0_rms", record["x0_rms"])
+    record["warnings"] = warnings(record, at.baseline, s)
     run.observe("nft_epoch_finished", record=record)
-    run.epoch, last = epoch, epoch == s.epochs
-    if last or (s.eval_every and epoch % s.eval_every == 0):
-        evaluate(run, epoch)
-    if last or (s.checkpoint_every and epoch % s.checkpoint_every == 0):
-        run.save(f"{run.step:06d}")
+    with run.change():
+        policy.move_old(old_decay(s.old_decay, at.step))
+        if means["kl"] is not None:
+            at.kl_weight = next_kl_weight(at.kl_weight, means["kl"], s.kl_target, s.kl_weight)
+        at.epoch, at.update, at.evaluated = epoch, 0, False
+        at.sums, at.grad_norms, at.nonfinite_steps = [0.0] * len(at.sums), [], 0
+        at.skips += bool(rollout.skipped)
+    heed(run, record)
 
 
-def evaluate(run: Training, epoch: int) -> None:
-    """Score `eval_images` images of each held-out prompt, from the same noise every time."""
+def epoch_means(at: Progress) -> dict[str, float | None]:
+    """Over the samples of all processes; None where every step was left out.
+
+    `old_gap` is the root of sum |v - v_old|^2 / sum |v_old|^2.
+    """
+    policy_loss, kl, gap, size, count = at.sums
+    if not count:
+        return dict.fromkeys(("loss", "policy_loss", "kl", "grad_norm", "old_gap"))
+    return {
+        "loss": (policy_loss + at.kl_weight * kl) / count,
+        "policy_loss": policy_loss / count,
+        "kl": kl / count,
+        "grad_norm": sum(at.grad_norms) / len(at.grad_norms),
+        "old_gap": (gap / size) ** 0.5 if size else None,
+    }
+
+
+def heed(run: Training, record: dict[str, Any]) -> None:
+    """End the run where it was asked to end at a warning, or where rewards were left out too often."""
     s = run.settings
+    if s.strict and record["warnings"]:
+        raise NftError(f"Stopped by --strict: {' '.join(record['warnings'].values())}")
+    if run.at.skips > s.max_skips:
+        raise NftError(
+            f"Rewards were left out in {run.at.skips} epochs (on_error=skip), the last "
+            f"{', '.join(record['skipped'])}: more than max_skips = {s.max_skips}. Mend the reward, or raise "
+            "max_skips, and resume the run."
+        )
+
+
+def close_epoch(run: Training) -> None:
+    """Evaluate and save where it is time to; done already where the run goes on from there."""
+    s, at = run.settings, run.at
+    if at.evaluated:
+        return
+    ends = at.epoch in (0, s.epochs)
+    if ends or (s.eval_every and at.epoch % s.eval_every == 0):
+        evaluate(run)
+    at.evaluated = True
+    if at.epoch and (ends or (s.checkpoint_every and at.epoch % s.checkpoint_every == 0)):
+        run.save()
+
+
+def evaluate(run: Training) -> None:
+    """Score `eval_images` images of each held-out prompt, from the same noise every time."""
+    s, at = run.settings, run.at
+    reseed(s.seed, "eval", at.epoch, distributed.rank())
     indices = range(len(run.eval_prompts))
     # Epoch 0 in the key whatever the epoch: before and after differ by the weights alone.
     draws = Draws(run.eval_prompts, indices, s.eval_images, s.seed, "eval", 0)
     with run.policy.ema():
         rollout = roll_out(
-            run.eval_sampler, draws, run.eval_condition, run.reward, run.progress, run.phase, keep_images=True
+            run.eval_sampler,
+            draws,
+            run.eval_condition,
+            run.reward,
+            run.progress,
+            run.phase,
+            stop=run.stop,
+            keep_images=True,
         )
     run.phases.clear()
     images = distributed.gather_rows(rollout.images, rollout.index, len(draws), run.policy.device)
-    if distributed.rank() != 0:  # Observers are there alone.
-        return
-    batch = draws.batch(torch.arange(len(draws)), images.float() / 255)
-    record = run.record("eval", epoch, images=len(draws), **statistics(rollout.scores, batch.metadata))
-    run.observe("nft_eval_finished", record=record, batch=batch, scores=rollout.scores)
+    figures = statistics(rollout.scores, draws.metadata(), rollout.tallies)
+    record = run.record("eval", at.epoch, images=len(draws), **figures)
+    total = figures["rewards"]["total"]
+    if total["mean"] is not None:
+        at.baseline.setdefault("reward", total["mean"])
+        at.baseline.setdefault("reward_std", total["std"])
+    record["warnings"] = warnings(record, at.baseline, s)
+    if distributed.rank() == 0:  # Observers are there alone.
+        batch = draws.batch(torch.arange(len(draws)), images.float() / 255)
+        run.observe("nft_eval_finished", record=record, batch=batch, scores=rollout.scores)
+    if total["mean"] is not None:
+        at.evaluations[at.step] = total["mean"]
+    if s.strict and record["warnings"]:
+        raise NftError(f"Stopped by --strict: {' '.join(record['warnings'].values())}")

@@ -110,8 +110,11 @@ class CLIP:
 
 @torch.no_grad()
 def text_features(towers: Towers, texts: list[str]) -> Tensor:
-    """`[B, D]` of B texts."""
-    return in_chunks(lambda x: features(towers.encode_texts(x)), towers.tokenize(texts))
+    """`[B, D]` of B texts, one at a time: a kept row's rounding must not depend on what came beside it.
+
+    Otherwise a run that goes on with nothing kept would differ from one that was never interrupted.
+    """
+    return in_chunks(lambda x: features(towers.encode_texts(x)), towers.tokenize(texts), chunk=1)
 
 
 def features(embedding: Tensor) -> Tensor:

@@ -62,7 +62,7 @@ def test_metrics(finished):
         assert {"step", "seconds"} <= set(record)
         assert set(record["rewards"]) == {"pickscore", "ocr", "total"}
         for figures in record["rewards"].values():
-            assert set(figures) == {"mean", "std", "valid"}
+            assert set(figures) == {"mean", "std", "valid", "invalid", "masked", "retried"}
         means = {name: r["mean"] for name, r in record["rewards"].items()}
         assert means["total"] == pytest.approx(means["pickscore"] + 0.5 * means["ocr"], rel=1e-4)
     epoch = lines[1]

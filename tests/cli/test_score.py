@@ -206,7 +206,10 @@ def test_a_reward_that_fails_loses_nothing_else(folder, plugin):
     assert result.exit_code == 1
     assert rows(result)["square.png"] == ["0.2", "0.2"]
     assert rows(result)["wide.png"] == ["0.4", "failed"]
-    assert "The reward 'fussy' failed: RuntimeError: not square (1 of 2 images" in result.stderr
+    assert (
+        "The reward 'fussy' failed: RuntimeError: not square (stranger_rewards.py, line 16) (1 of 2 images"
+        in result.stderr
+    )
     result = nft(".", "--reward", "mean", "--reward", "fussy", "--json")
     wide = json.loads(result.stdout)[1]
     assert wide["values"] == {"mean": pytest.approx(0.4), "fussy": None}
@@ -321,7 +324,12 @@ def test_no_image_is_scored_against_an_empty_prompt(folder):
 def test_images_without_prompts_are_groups_of_their_own(tmp_path):
     groups = []
     files = [flat(tmp_path / f"{i}.png", 9) for i in range(2)]
-    score_images(files, None, lambda b: groups.extend(b.groups.tolist()) or Scores.of(b.images.mean((1, 2, 3))))
+
+    def seen(batch):
+        groups.extend(batch.groups.tolist())
+        return Scores.of(batch.images.mean((1, 2, 3)))
+
+    score_images(files, None, seen)
     assert groups == [0, 1]
 
 

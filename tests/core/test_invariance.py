@@ -97,7 +97,7 @@ def test_what_fails_or_differs_in_one_process_is_told_in_all(tmp_path):
         "from nft_core.rollout import gather_scores\n"
         "from nft_plugins import Scores\n"
         "cpu = torch.device('cpu')\n"
-        "with process_group(cpu), open(f'{sys.argv[1]}/{rank()}', 'w') as told:\n"
+        "with process_group(cpu, 60), open(f'{sys.argv[1]}/{rank()}', 'w') as told:\n"
         "    names = ('a', 'b')[:: 1 - 2 * rank()]\n"
         "    scores = Scores.of(torch.ones(2), **{n: torch.full((2,), float(ord(n))) for n in names})\n"
         "    try:\n"

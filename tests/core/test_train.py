@@ -82,11 +82,8 @@ def make(tmp_path, **changes):
     settings = make_settings(SETTINGS, {"rollout_batch": 8, **changes})
     model = Toy()
     assert isinstance(model, FlowModel)
-    run = assemble(
-        *(settings, model, redness, Euler(), PROMPTS, PROMPTS),
-        *(torch.device("cpu"), lambda hook, **arguments: None, tmp_path),
-    )
-    run.save = lambda name: None
+    run = assemble(settings, model, redness, Euler(), PROMPTS, PROMPTS, torch.device("cpu"), tmp_path)
+    run.save = lambda: None
     return run
 
 
@@ -192,7 +189,7 @@ def test_a_kl_above_the_target_raises_its_weight(tmp_path):
     )
     train(run)
     assert weights == pytest.approx([0.5, 0.6, 0.72])
-    assert run.kl_weight == pytest.approx(0.864)
+    assert run.at.kl_weight == pytest.approx(0.864)
     state = run.policy.state()
     for name, parameter in algorithm_1(run.settings, weights)["live"].named_parameters():
         torch.testing.assert_close(state[f"live.{name}"], parameter.data, atol=2e-6, rtol=1e-4)

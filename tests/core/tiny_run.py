@@ -65,15 +65,13 @@ def main(folder, out, *assignments):
     prompts = [Prompt(f"{a} {b}", {}) for a in LETTERS[:3] for b in LETTERS[3:6]]
     held_out = [Prompt(f"{a} a", {}) for a in LETTERS[6:]]
     device = torch.device("cpu")
-    with process_group(device):
+    with process_group(device, 600):
         from nft_core.models.sd3 import SD3
 
         model = SD3(folder, max_sequence_length=8)
         reward = ranked() if settings.rewards == ["ranked"] else brightness
-        training = assemble(
-            settings, model, reward, SDE(), prompts, held_out, device, observe, Path(out).parent
-        )
-        training.save = lambda name: None
+        training = assemble(settings, model, reward, SDE(), prompts, held_out, device, Path(out).parent)
+        training.observe, training.save = observe, lambda: None
         train(training)
         if rank() == 0:
             weights = [float(p.double().sum()) for p in training.policy.parameters]

@@ -48,7 +48,7 @@ def test_readme_names_only_what_exists():
     readme = read("README.md")
     options = {o for command in main.commands.values() for p in command.params for o in p.opts}
     assert set(re.findall(r"(?<=[ `])--[a-z-]+", readme)) - {"--nproc_per_node"} <= options | {"--nproc"}
-    for target in re.findall(r"\]\((?!http)([^)]+)\)", readme):
+    for target in re.findall(r"\]\((?!http)([^)#]+)", readme):
         assert (ROOT / target).exists(), target
 
 

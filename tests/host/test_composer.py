@@ -5,10 +5,11 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from nft_core.composer import Composed, Term, compose, merged, reward
+from nft_core.composer import Composed, Guarded, Term, compose, merged, reward
 from nft_core.errors import NftError, UsageError
-from nft_core.specs import RewardSpec, parse_reward
+from nft_core.specs import RESERVED, Policy, RewardSpec, parse_reward
 from nft_plugins import Batch, PromptError, Scores
+from nft_plugins.testing import cards
 
 
 def batch(n=3):
@@ -181,10 +182,52 @@ def test_a_missing_checkpoint_is_one_paragraph(tmp_path):
         (" ocr = 1e-3 , a = 1 ", RewardSpec("ocr", 1e-3, {"a": "1"})),
         ("ocr,a=", RewardSpec("ocr", 1.0, {"a": ""})),
         ({"name": "ocr", "weight": 2, "a": 1}, RewardSpec("ocr", 2.0, {"a": 1})),
+        ("ocr,on_error=mask,a=1", RewardSpec("ocr", 1.0, {"a": "1"}, Policy("mask"))),
+        ("ocr=2,retry=3,max_seconds=0.5", RewardSpec("ocr", 2.0, {}, Policy("stop", 3, 0.5))),
+        ({"name": "ocr", "on_error": "skip", "retry": 2}, RewardSpec("ocr", 1.0, {}, Policy("skip", 2))),
+        ("ocr,on_error=stop,retry=0,max_seconds=0", RewardSpec("ocr")),
     ],
 )
 def test_specs(text, expected):
     assert parse_reward(text) == expected
+    assert str(parse_reward(str(expected))) == str(expected)
+
+
+def test_defaults_of_a_spec_give_way_to_its_own_words():
+    defaults = {"ocr": {"on_error": "mask", "retry": 2, "upscale": 4}}
+    assert parse_reward("ocr,on_error=stop,upscale=2", defaults) == RewardSpec(
+        "ocr", 1.0, {"upscale": "2"}, Policy("stop", 2)
+    )
+    assert parse_reward("clipscore", defaults) == RewardSpec("clipscore")
+
+
+def test_the_guards_words_never_reach_a_factory():
+    def cat(images, scale: float = 1.0):
+        return scale * images.mean((1, 2, 3)) + 1
+
+    masked = reward(cat, on_error="mask", retry="1", scale=2)
+    assert isinstance(masked.terms[0].reward, Guarded)
+    assert masked.terms[0].reward.guard.policy == Policy("mask", 1)
+    assert values(masked) == [1.0] * 3
+    # What needs no guard has none.
+    assert not isinstance(reward(cat).terms[0].reward, Guarded)
+    assert RESERVED == cards.RESERVED
+
+
+def test_entries_that_differ_in_their_policy_share_a_model_and_keep_their_weights():
+    name = "jpeg_compressibility"
+    same = compose([f"{name},on_error=mask", f"{name}=2,on_error=mask"])
+    assert [(t.name, t.weight) for t in same.terms] == [(name, 3.0)]
+    other = compose([name, f"{name}=2,on_error=mask"])
+    assert [(t.name, t.weight) for t in other.terms] == [(name, 1.0), (f"{name}:2", 2.0)]
+    assert other.terms[1].reward.reward is other.terms[0].reward
+
+
+def test_check_prompt_and_regroup_are_seen_through_a_guard():
+    ranked = reward("rank", of="jpeg_compressibility", on_error="mask")
+    assert ranked.regroup(ranked(batch()), torch.zeros(3)).values.tolist() == [0.5] * 3
+    with pytest.raises(PromptError, match="ocr: no words"):
+        reward("ocr", on_error="mask").check_prompt("a cat", {})
 
 
 @pytest.mark.parametrize(
@@ -200,6 +243,19 @@ def test_specs(text, expected):
         ("ocr,a=1,a=2", "given twice"),
         ({"weight": 1}, "needs a name"),
         ({"name": "ocr", "weight": None}, "finite number"),
+        ({"name": "ocr", "weight": 10**400}, "finite number"),
+        ("ocr,on_error=ignore", "'ocr': on_error must be one of stop, mask, skip, got 'ignore'"),
+        ("ocr,on_error=", "on_error must be one of"),
+        ({"name": "ocr", "on_error": ["mask"]}, "on_error must be one of"),
+        ("ocr,retry=-1", "'ocr': retry must be a whole number from 0 to 1000, got '-1'"),
+        ("ocr,retry=1.5", "retry must be a whole number"),
+        ("ocr,retry=many", "retry must be a whole number"),
+        ({"name": "ocr", "retry": True}, "retry must be a whole number"),
+        ({"name": "ocr", "retry": 10**5000}, "got a very large int"),
+        ("ocr,max_seconds=nan", "'ocr': max_seconds must be seconds, .*, got 'nan'"),
+        ("ocr,max_seconds=1e9", "1000000 at most"),
+        ({"name": "ocr", "max_seconds": -1}, "max_seconds must be seconds"),
+        (f"ocr,max_seconds={'9' * 9999}", r"got '9+\.\.\."),
     ],
 )
 def test_bad_specs(text, message):

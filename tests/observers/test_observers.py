@@ -24,7 +24,8 @@ def run(tmp_path):
 
 def evaluation(epoch, mean, **details):
     rewards = {name: {"mean": mean, "std": 0.1, "valid": 4} for name in ("cat", "dog", "total")}
-    return {"event": "eval", "epoch": epoch, "images": 4, "rewards": rewards, "details": details}
+    figures = {"images": 4, "rewards": rewards, "details": details, "warnings": {}}
+    return {"event": "eval", "epoch": epoch, **figures}
 
 
 def epoch_record(epoch):
@@ -64,7 +65,7 @@ def test_metrics_are_lines_of_json_that_read_back(run):
 
 def test_metrics_that_cannot_be_written_end_the_run(run):
     (run.folder / "metrics.jsonl").mkdir()
-    with pytest.raises(NftError, match=r"Cannot write .*metrics\.jsonl.*--out"):
+    with pytest.raises(NftError, match=r"Cannot write .*metrics\.jsonl.*resume the run"):
         Metrics().nft_epoch_finished(run, epoch_record(1))
 
 
@@ -159,3 +160,36 @@ def test_records_hold_nothing_that_json_lacks(run):
     Metrics().nft_epoch_finished(run, epoch_record(1))
     (line,) = (run.folder / "metrics.jsonl").read_text().splitlines()
     assert "NaN" not in line and json.loads(line)["loss"] == 1.25
+
+
+def test_console_says_a_warning_once_and_again_where_it_comes_back(run, capsys):
+    console = Console()
+    console.nft_run_started(run)
+    bad = {"drift": "the weights do not move."}
+    for warnings in (bad, bad, {}, bad):
+        console.nft_epoch_finished(run, epoch_record(1) | {"warnings": warnings})
+        console.nft_eval_finished(run, evaluation(1, 0.5))
+    assert capsys.readouterr().out.count("Warning at epoch 1: the weights do not move.") == 2
+
+
+def test_a_run_that_goes_on_compares_with_where_it_began(run, tmp_path_factory, capsys):
+    """Table and before-after picture of the second process are those of a single one."""
+    again = Run(run.folder, run.settings, epochs=2, epoch=1)
+    first, last = pictures(["a cat", 'a "dog" at noon']), pictures(["a cat", 'a "dog" at noon'], size=40)
+
+    def begin(samples, metrics):
+        metrics.nft_eval_finished(run, evaluation(0, 0.25))
+        samples.nft_eval_finished(run, evaluation(0, 0.25), *first)
+
+    samples, metrics = Samples(), Metrics()
+    begin(samples, metrics)
+    samples.nft_eval_finished(run, evaluation(1, 0.5), *last)
+    expected = (run.folder / "samples" / "before-after.png").read_bytes()
+    (run.folder / "samples" / "before-after.png").unlink()
+    Samples().nft_eval_finished(again, evaluation(1, 0.5), *last)
+    assert (run.folder / "samples" / "before-after.png").read_bytes() == expected
+    console = Console()
+    console.nft_run_started(again)
+    console.nft_eval_finished(again, evaluation(2, 0.75))
+    console.nft_run_finished(again, None)
+    assert "0.25" in capsys.readouterr().out

@@ -133,6 +133,7 @@ def test_defaults_reach_the_reward_inside(host):
         ("rank,of=rank", "'rank' cannot be made of itself"),
         ("rank,of=rank;of=jpeg_compressibility", "'rank' cannot be made of itself"),
         ("rank,of=jpeg_compressibility=2", "takes no weight"),
+        ("rank,of=jpeg_compressibility;retry=2", "takes no on_error, retry, max_seconds"),
         ("rank,of=jpeg_compresibility", "Unknown reward.*Did you mean 'jpeg_compressibility'"),
         ("rank,of=jpeg_compressibility;varient=nft", "Did you mean 'variant'"),
         ("rank,off=ocr", "Unknown option.*Known: of\\."),

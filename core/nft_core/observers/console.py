@@ -12,6 +12,8 @@ from rich.table import Table
 
 from nft_plugins import Run, hookimpl
 
+from .metrics import read
+
 
 class Console:
     """Follows a run on standard output."""
@@ -21,11 +23,13 @@ class Console:
         self.base: Mapping[str, Any] | None = None
         self.latest: Mapping[str, Any] | None = None
         self.checkpoint: Path | None = None
+        self.warned: set[str] = set()
         self.bars: Progress | None = None
 
     @hookimpl
     def nft_run_started(self, run: Run) -> None:
         self.say(f"Writing to {run.folder}")
+        self.base = next((r for r in read(run.folder) if r["event"] == "eval"), None)
         if self.terminal.is_terminal:
             columns = (
                 TextColumn("{task.description:<10}"),
@@ -33,7 +37,7 @@ class Console:
                 TextColumn("{task.fields[note]}"),
             )
             self.bars = Progress(*columns, console=self.terminal)
-            self.epochs: TaskID = self.bars.add_task("epoch", total=run.epochs, note="")
+            self.epochs: TaskID = self.bars.add_task("epoch", total=run.epochs, completed=run.epoch, note="")
             self.phase: TaskID = self.bars.add_task("eval", total=None, note="")
             self.bars.start()
 
@@ -52,8 +56,9 @@ class Console:
             note = f"{count}  {means(record)}  {speed}"
             self.bars.update(self.epochs, completed=record["epoch"], note=note)
         else:
-            losses = f"loss {record['loss']:.3f}  grad {record['grad_norm']:.2f}"
+            losses = f"loss {show(record['loss'], '.3f')}  grad {show(record['grad_norm'], '.2f')}"
             self.say(f"epoch {count}  {means(record)}  {losses}  {speed}")
+        self.warn(record)
 
     @hookimpl
     def nft_eval_finished(self, run: Run, record: Mapping[str, Any]) -> None:
@@ -61,6 +66,7 @@ class Console:
         self.latest = record
         change = f"  (base {means(self.base)})" if record is not self.base else ""
         self.say(f"eval at epoch {record['epoch']}: {means(record)}{change}")
+        self.warn(record)
 
     @hookimpl
     def nft_checkpoint_saved(self, run: Run, folder: Path) -> None:
@@ -76,6 +82,14 @@ class Console:
             self.say(f"Pictures: {run.folder / 'samples'}    figures: {run.folder / 'metrics.jsonl'}")
         if self.checkpoint:
             self.say(f"Weights:  {self.checkpoint}")
+
+    def warn(self, record: Mapping[str, Any]) -> None:
+        """Say each warning once, and again where it comes back."""
+        kinds = {f"{record['event']} {kind}": text for kind, text in record["warnings"].items()}
+        for kind, text in kinds.items():
+            if kind not in self.warned:
+                self.say(f"Warning at epoch {record['epoch']}: {text}")
+        self.warned = {k for k in self.warned if not k.startswith(record["event"])} | set(kinds)
 
     def say(self, text: str) -> None:
         (self.bars.console if self.bars else self.terminal).print(text, markup=False)
@@ -106,8 +120,8 @@ def means(record: Mapping[str, Any]) -> str:
     return "  ".join(f"{name} {show(mean)}" for name, mean in rewards.items())
 
 
-def show(value: float | None) -> str:
-    return "-" if value is None else f"{value:.4g}"
+def show(value: float | None, form: str = ".4g") -> str:
+    return "-" if value is None else f"{value:{form}}"
 
 
 def clock(seconds: float) -> str:

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+import os
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 from nft_plugins import Run, hookimpl
 
 from ..errors import NftError
+from ..progress import Progress
 
 FILE = "metrics.jsonl"
 
@@ -32,10 +34,38 @@ def append(folder: Path, record: Mapping[str, Any]) -> None:
     try:
         with (folder / FILE).open("a", encoding="utf-8") as file:
             file.write(json.dumps(record) + "\n")
+            file.flush()
+            os.fsync(file.fileno())
     except OSError as error:
         raise NftError(
-            f"Cannot write {folder / FILE}: {error}. Free some space, or choose another --out."
+            f"Cannot write {folder / FILE}: {error}. Free some space, then resume the run."
         ) from error
+
+
+def trim(folder: Path, at: Progress, tell: Callable[[str], None]) -> None:
+    """Leave only the lines of before a checkpoint: the run that goes on from it writes the others again.
+
+    Raises NftError where the disk will not take it.
+    """
+    records, damaged = read_lines(folder)
+    if damaged:
+        tell(f"Of {folder / FILE}, damaged lines are lost: {', '.join(map(str, damaged))}.")
+    path, aside = folder / FILE, folder / f".{FILE}"
+    if not path.exists():
+        return
+    lines = [json.dumps(record) + "\n" for record in records if comes_before(record, at)]
+    try:
+        aside.write_text("".join(lines), encoding="utf-8")
+        aside.replace(path)
+    except OSError as error:
+        raise NftError(f"Cannot write {path}: {error}. Free some space, then resume the run.") from error
+
+
+def comes_before(record: Mapping[str, Any], at: Progress) -> bool:
+    """Whether it was written before the run stood there."""
+    if record["epoch"] == at.epoch:
+        return at.evaluated if record["event"] == "eval" else at.epoch > 0
+    return bool(record["epoch"] < at.epoch)
 
 
 def scalars(record: Mapping[str, Any], prefix: str = "") -> dict[str, float]:
@@ -50,6 +80,34 @@ def scalars(record: Mapping[str, Any], prefix: str = "") -> dict[str, float]:
 
 
 def read(folder: Path) -> list[dict[str, Any]]:
-    """The lines written so far."""
+    """The records written so far; lines that are none are left out, see `read_lines`."""
+    return read_lines(folder)[0]
+
+
+def read_lines(folder: Path) -> tuple[list[dict[str, Any]], list[int]]:
+    """The records, and the numbers (from 1) of damaged lines, which are no JSON object with an `event` that is
+    text and an `epoch` that is a whole number.
+
+    A last line without its end is what a killed process leaves: where it is no record, it is left out and not
+    called damaged. Raises NftError where there is a file that cannot be read.
+    """
     path = folder / FILE
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.exists() else []
+    try:
+        *lines, last = path.read_bytes().split(b"\n")
+    except FileNotFoundError:
+        return [], []
+    except (OSError, ValueError) as error:  # ValueError: a path that no file can have.
+        raise NftError(f"Cannot read {path}: {error}.") from error
+    found = [as_record(line) for line in [*lines, last]]
+    damaged = [i for i, line in enumerate(lines, 1) if line.strip() and found[i - 1] is None]
+    return [record for record in found if record is not None], damaged
+
+
+def as_record(line: bytes) -> dict[str, Any] | None:
+    try:
+        record = json.loads(line)
+    except (ValueError, RecursionError):
+        return None
+    if not isinstance(record, dict) or not isinstance(record.get("event"), str):
+        return None
+    return record if type(record.get("epoch")) is int else None  # True is an int too.

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import json
 import textwrap
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from PIL import Image, ImageDraw, ImageFont
+from PIL.PngImagePlugin import PngInfo
 
 from nft_plugins import Batch, Run, Scores, hookimpl
 
 #: Pictures a grid, and in a row of it.
 COUNT, ROW = 12, 6
+NAME, NOTE = "epoch-{:04d}.png", "nft-samples"
 CELL, MARGIN, CAPTION = 176, 14, 62
 PAPER, INK, FAINT = (255, 255, 255), (32, 33, 36), (110, 113, 120)
 
@@ -39,7 +42,9 @@ class Samples:
         chosen = choose(batch, scores)
         folder = run.folder / "samples"
         folder.mkdir(exist_ok=True)
-        save(grid([chosen], [f"epoch {epoch}"]), folder / f"epoch-{epoch:04d}.png")
+        if epoch and not self.base:  # This run goes on from a checkpoint.
+            self.base = read(folder / NAME.format(0))
+        save(grid([chosen], [f"epoch {epoch}"]), folder / NAME.format(epoch), chosen)
         if not self.base:
             self.base = chosen
         else:
@@ -104,8 +109,26 @@ def grid(rows: list[list[Sample]], titles: list[str]) -> Image.Image:
     return sheet
 
 
-def save(image: Image.Image, path: Path) -> None:
-    """Whole or not at all."""
-    aside = path.with_name(f".{path.name}")
-    image.save(aside, format="PNG")
+def save(image: Image.Image, path: Path, samples: Sequence[Sample] = ()) -> None:
+    """Whole or not at all. samples: noted in the file, so that `read` finds them."""
+    aside, notes = path.with_name(f".{path.name}"), PngInfo()
+    if samples:
+        notes.add_text(NOTE, json.dumps([[s.prompt, s.score, *s.image.size] for s in samples]))
+    image.save(aside, format="PNG", pnginfo=notes)
     aside.replace(path)
+
+
+def read(path: Path) -> list[Sample]:
+    """The samples of a grid of one block, as `save` wrote it; none where there is no such file."""
+    try:
+        with Image.open(path, formats=["PNG"]) as sheet:
+            notes = json.loads(sheet.info[NOTE])
+            return [cut(sheet, i, *note) for i, note in enumerate(notes)]
+    except (OSError, ValueError, KeyError, TypeError):
+        return []
+
+
+def cut(sheet: Image.Image, i: int, prompt: str, score: str, width: int, height: int) -> Sample:
+    row, column = divmod(i, ROW)
+    x, y = MARGIN + column * (CELL + MARGIN), MARGIN // 2 + row * (26 + CELL + CAPTION) + 26
+    return Sample(sheet.crop((x, y, x + width, y + height)).convert("RGB"), prompt, score)

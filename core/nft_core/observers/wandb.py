@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import secrets
 from collections.abc import Mapping
 from typing import Any, Literal
 
@@ -34,8 +35,17 @@ class WandB:
 
     @hookimpl
     def nft_run_started(self, run: Run) -> None:
+        # A run that goes on is the same one there.
+        note = run.folder / "wandb-id.txt"
+        known = note.read_text(encoding="utf-8").strip() if note.exists() else secrets.token_hex(4)
+        note.write_text(known + "\n", encoding="utf-8")
         self.log = self.wandb.init(
-            **self.given, name=self.name or run.folder.name, dir=str(run.folder), config=dict(run.settings)
+            **self.given,
+            id=known,
+            resume="allow",
+            name=self.name or run.folder.name,
+            dir=str(run.folder),
+            config=dict(run.settings),
         )
         self.log.define_metric("*", step_metric="epoch")
 

@@ -1,0 +1,137 @@
+"""Going on with a run: from which checkpoint, with which settings, and with whose prompts."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from .errors import CheckpointError, NftError, UsageError
+from .prompts import Prompt
+from .settings import Settings, make_settings, read_toml
+
+if TYPE_CHECKING:
+    from .train import Training
+
+#: Settings that a run may go on with at another value: they change how far, how fast and how closely watched it
+#: goes, not what is learned. Sizes of batches and the number of processes change results by rounding alone.
+FREE = {
+    *("epochs", "device", "processes", "rollout_batch", "microbatch", "observers", "peer_timeout"),
+    *("eval_every", "checkpoint_every", "keep_last", "keep_best", "max_nonfinite", "max_skips"),
+    *("strict", "watch_x0", "watch_gap", "watch_flat_groups", "watch_reward"),
+}
+
+
+def settings_of(folder: Path) -> dict[str, Any]:
+    """A run's settings, from its run.toml, or else from its newest checkpoint. Raises UsageError."""
+    if (folder / "run.toml").exists():
+        return read_toml(folder / "run.toml")
+    from .checkpoint import checkpoints, read_state
+
+    for path in checkpoints(folder):
+        try:
+            return read_state(path)[1]
+        except CheckpointError:
+            continue
+    raise UsageError(
+        f"{folder} is no run's folder: expected run.toml and checkpoints/ in it. Give the folder that "
+        "`nft run` wrote to, such as runs/NAME."
+    )
+
+
+def holds_a_run(folder: Path) -> bool:
+    """Whether there is something to go on with. Raises UsageError for a folder of something else."""
+    if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
+        return False
+    settings_of(folder)
+    return True
+
+
+def find(folder: Path, settings: Settings, allow_changes: bool, tell: Callable[[str], None]) -> Path | None:
+    """The newest whole checkpoint, or None where the run begins anew.
+
+    Raises UsageError, with each of them, for settings that would change what is learned.
+    """
+    from .checkpoint import newest, read_state
+
+    path = newest(folder, tell)
+    if path is None:
+        tell(f"{folder} has no whole checkpoint: the run begins anew.")
+        return None
+    progress, before = read_state(path)
+    check_changes(before, settings, allow_changes, tell)
+    update = f", {progress.update} steps into epoch {progress.epoch + 1}" if progress.update else ""
+    tell(f"Going on from {path}: epoch {progress.epoch} of {settings.epochs}{update}.")
+    return path
+
+
+def check_changes(
+    before: Mapping[str, Any], settings: Settings, allow_changes: bool, tell: Callable[[str], None]
+) -> None:
+    """Tell which settings have changed; raise UsageError for those that change what is learned."""
+    now = settings.model_dump(mode="json")
+    before = {**make_settings().model_dump(mode="json"), **before}
+    changed = {name for name in now if now[name] != before[name]}
+    said = {name: f"{name} ({before[name]!r} before, {now[name]!r} now)" for name in sorted(changed)}
+    free = FREE
+    if settings.lr_schedule == "cosine" and "epochs" in said:
+        said["epochs"] += ", over which lr_schedule = cosine falls to 0"
+        free = FREE - {"epochs"}
+    grave = [said[name] for name in said if name not in free]
+    if grave and not allow_changes:
+        raise UsageError(
+            "These settings change what is learned, and the checkpoint was made with others: "
+            f"{'; '.join(grave)}. Leave them as they were, or go on all the same with --allow-changes."
+        )
+    if said:
+        tell(f"Settings that have changed: {'; '.join(said.values())}.")
+
+
+def digest(prompts: Sequence[Prompt], held_out: Sequence[Prompt]) -> str:
+    """Of the prompts that a run trains on and evaluates on, and their metadata, in order."""
+    rows = [[p.text, p.metadata] for p in prompts], [[p.text, p.metadata] for p in held_out]
+    return hashlib.sha256(json.dumps(rows, sort_keys=True, default=str).encode()).hexdigest()
+
+
+def restore(training: Training, path: Path, allow_changes: bool) -> None:
+    """Put a run where its checkpoint stands.
+
+    Raises UsageError for other prompts, and CheckpointError for a checkpoint of another model.
+    """
+    from .checkpoint import load_checkpoint, read_state
+
+    progress, _ = read_state(path)
+    if progress.prompts != training.at.prompts and not allow_changes:
+        raise UsageError(
+            "The prompts have changed since the checkpoint was made: give the same files, or go on all the "
+            "same with --allow-changes."
+        )
+    progress.prompts = training.at.prompts
+    load_checkpoint(path, training.policy, training.optimizer)
+    training.at = progress
+
+
+@contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Keep a second process of this machine out of a run's folder, as long as this one lives."""
+    try:
+        import fcntl
+    except ImportError:  # Windows
+        yield
+        return
+    place = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(place, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        os.close(place)
+        raise NftError(f"{folder} is in use by another process of nft: wait for it or stop it.") from error
+    except OSError:  # A file system without locks.
+        pass
+    try:
+        yield
+    finally:
+        os.close(place)

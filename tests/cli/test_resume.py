@@ -1,0 +1,247 @@
+"""`nft resume` as people need it: after Ctrl-C, SIGTERM, SIGKILL, a full disk; in more or fewer processes."""
+
+import json
+import os
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+SETTINGS = {
+    **{"prompts_per_epoch": 2, "group_size": 4, "rollout_batch": 4, "steps": 2, "eval_steps": 2},
+    **{"eval_images": 1, "eval_every": 1, "checkpoint_every": 1, "train_times_count": 1, "microbatch": 4},
+    "lr_schedule": "constant",
+}
+TIMES = {"seconds", "epoch_seconds", "images_per_second", "phases"}
+ROOT = Path(__file__).parents[2]
+
+
+def start(*arguments, before=None, **environment):
+    return subprocess.Popen(
+        [sys.executable, "-m", "nft_core", *map(str, arguments)],
+        env=os.environ | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "COLUMNS": "200"} | environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        # Where the tests run in a shell's background, Ctrl-C is ignored, and children inherit that.
+        preexec_fn=before or (lambda: signal.signal(signal.SIGINT, signal.default_int_handler)),
+    )
+
+
+def nft(*arguments, **more):
+    process = start(*arguments, **more)
+    out, err = process.communicate(timeout=300)
+    return process.returncode, out, err
+
+
+@pytest.fixture(scope="module")
+def prompts(tmp_path_factory):
+    file = tmp_path_factory.mktemp("prompts") / "prompts.txt"
+    file.write_text('a red circle\ntwo blue squares\nthe word "RED"\n')
+    return file
+
+
+def new(folder, prompts, epochs, processes=1, **more):
+    """Arguments of a run."""
+    settings = SETTINGS | {"processes": processes, "prompts": prompts, "eval_prompts": prompts} | more
+    words = [word for key, value in settings.items() for word in ("--set", f"{key}={value}")]
+    return ["run", "--tiny", "--reward", "jpeg_compressibility", "--epochs", epochs, "--out", folder, *words]
+
+
+@pytest.fixture(scope="module")
+def peaceful(prompts, tmp_path_factory):
+    """Three epochs in one process that nobody interrupts."""
+    folder = tmp_path_factory.mktemp("peaceful") / "run"
+    code, _, err = nft(*new(folder, prompts, 3))
+    assert code == 0, err
+    return folder
+
+
+def figures(folder):
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in line.items() if k not in TIMES} for line in lines]
+
+
+def weights(folder):
+    (latest,) = sorted((folder / "checkpoints").iterdir())[-1:]
+    return {p.name: p.read_bytes() for p in latest.rglob("*.safetensors")}
+
+
+def same(folder, other):
+    assert figures(folder) == figures(other)
+    assert weights(folder) == weights(other)
+    for picture in (other / "samples").iterdir():
+        assert (folder / "samples" / picture.name).read_bytes() == picture.read_bytes(), picture.name
+
+
+def wait_for_epoch(process, folder, epoch):
+    metrics, end = folder / "metrics.jsonl", time.monotonic() + 120
+    while not (metrics.exists() and f'"epoch", "epoch": {epoch}' in metrics.read_text()):
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() < end
+        time.sleep(0.02)
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_told_to_end(number, code, prompts, peaceful, tmp_path):
+    folder = tmp_path / "run"
+    process = start(*new(folder, prompts, 3))
+    wait_for_epoch(process, folder, 1)
+    process.send_signal(number)
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == code
+    assert "Ending after this step, and saving." in err
+    assert "Traceback" not in err
+    assert "Error" not in err
+    assert f"To go on: nft resume {folder}" in out
+    code, out, err = nft("resume", folder)
+    assert code == 0, err
+    assert f"Going on from {folder}/checkpoints/0000" in out
+    same(folder, peaceful)
+
+
+def test_killed_and_resumed_a_few_times():
+    """The harness that the benchmark runs a hundred times."""
+    done = subprocess.run(
+        [sys.executable, "benchmarks/kills.py", "--count", "4", "--epochs", "2"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    told = json.loads(done.stdout)
+    assert told["kills"] >= 4
+    assert told["runs_compared"] >= 1
+    assert told["differences"] == []
+
+
+def test_in_other_numbers_of_processes(prompts, peaceful, tmp_path):
+    folder = tmp_path / "run"
+    code, _, err = nft(*new(folder, prompts, 1, processes=2))
+    assert code == 0, err
+    for epochs, processes in ((2, 1), (3, 2)):
+        code, out, err = nft("resume", folder, "--epochs", epochs, "--set", f"processes={processes}")
+        assert code == 0, err
+        assert f"processes ({3 - processes} before, {processes} now)" in out
+    for ours, theirs in zip(figures(folder), figures(peaceful), strict=True):
+        assert [ours[k] for k in ("event", "epoch", "step")] == [theirs[k] for k in ("event", "epoch", "step")]
+        # Gradients are summed in another order: a few float32 roundings, and what AdamW makes of them.
+        assert ours.get("loss", 0) == pytest.approx(theirs.get("loss", 0), rel=1e-3)
+
+
+def test_a_finished_run_has_nothing_left_to_do(peaceful, tmp_path):
+    folder = shutil.copytree(peaceful, tmp_path / "run")
+    code, out, err = nft("resume", folder)
+    assert code == 0, err
+    assert "epoch 3 of 3" in out
+    same(folder, peaceful)
+
+
+def test_a_checkpoint_that_is_not_whole_is_named(peaceful, tmp_path):
+    folder = shutil.copytree(peaceful, tmp_path / "run")
+    file = folder / "checkpoints" / "000006" / "policy.safetensors"
+    file.write_bytes(file.read_bytes()[:1000])
+    code, out, err = nft("resume", folder)
+    assert code == 0, err
+    assert f"{file.parent} is left out: policy.safetensors has 1000 bytes of" in out
+    assert "Going on from" in out
+    same(folder, peaceful)
+
+
+BAD = {
+    "no folder": (["resume", "nowhere"], "nowhere is no run's folder"),
+    "another folder": (["resume", "other"], "other is no run's folder"),
+    "another seed": (["resume", "run", "--set", "seed=5"], "seed (0 before, 5 now)"),
+    "unknown setting": (["resume", "run", "--set", "sed=5"], "Did you mean 'seed'"),
+    "auto without out": (["run", "--tiny", "--reward", "ocr", "--resume", "auto"], "needs --out"),
+    "auto in another folder": (
+        ["run", "--tiny", "--reward", "ocr", "--resume", "auto", "--out", "other"],
+        "other is no run's folder",
+    ),
+    "auto with another reward": (
+        ["run", "--tiny", "--reward", "ocr", "--resume", "auto", "--out", "run", "--set", "processes=1"],
+        "rewards (['jpeg_compressibility'] before, ['ocr'] now)",
+    ),
+    "run.toml is rubbish": (["resume", "rubbish"], "is not valid TOML"),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_input(case, peaceful, tmp_path, monkeypatch):
+    from click.testing import CliRunner
+
+    from nft_core.cli import main
+
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(peaceful, "run")
+    shutil.copytree(peaceful, "rubbish")
+    Path("rubbish/run.toml").write_text("what = = this")
+    Path("other").mkdir()
+    Path("other/mine.txt").write_text("mine")
+    arguments, message = BAD[case]
+    result = CliRunner().invoke(main, arguments)
+    assert result.exit_code == 2, result.output
+    assert message in " ".join(result.stderr.split())
+    assert [p.name for p in Path("other").iterdir()] == ["mine.txt"]
+    assert figures(Path("run")) == figures(peaceful)
+
+
+def test_a_full_disk(prompts, peaceful, tmp_path):
+    """Files of 12 MB fit, and then none of more than 2: checkpoints have one of 20."""
+    folder = tmp_path / "run"
+    code, _, err = nft(*new(folder, prompts, 1))
+    assert code == 0, err
+
+    def small_files():
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (2 * 2**20, 2 * 2**20))
+
+    before = weights(folder)
+    code, _, err = nft("resume", folder, "--epochs", 3, before=small_files)
+    assert code == 1
+    assert "Cannot write the checkpoint" in err
+    assert f"`nft resume {folder}` goes on" in " ".join(err.split())
+    assert "Traceback" not in err
+    assert weights(folder) == before
+    code, _, err = nft("resume", folder, "--epochs", 3)
+    assert code == 0, err
+    same(folder, peaceful)
+
+
+def test_the_folder_is_deleted_under_a_run(prompts, tmp_path):
+    folder = tmp_path / "run"
+    process = start(*new(folder, prompts, 500))
+    wait_for_epoch(process, folder, 1)
+    shutil.rmtree(folder, ignore_errors=True)
+    _, err = process.communicate(timeout=120)
+    assert process.returncode == 1
+    assert "Cannot write" in err
+    assert "Traceback" not in err
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
+def test_a_folder_that_cannot_be_written(peaceful, tmp_path):
+    folder = shutil.copytree(peaceful, tmp_path / "run")
+    folder.chmod(0o500)
+    try:
+        code, _, err = nft("resume", folder, "--epochs", 5)
+    finally:
+        folder.chmod(0o700)
+    assert code == 1
+    assert "Cannot write" in err
+
+
+def test_the_clock_plays_no_part(peaceful, tmp_path):
+    """What a clock that was set back makes of the files' times."""
+    folder = shutil.copytree(peaceful, tmp_path / "run")
+    for i, path in enumerate(sorted(folder.rglob("*"))):
+        os.utime(path, (2e9 - 1000 * i, 2e9 - 1000 * i))
+    code, out, err = nft("resume", folder)
+    assert code == 0, err
+    assert "000006: epoch 3 of 3" in out

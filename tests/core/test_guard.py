@@ -1,0 +1,397 @@
+"""Each way in which a reward can fail, under each policy; nothing that fails becomes a number."""
+
+import math
+import subprocess
+import sys
+import threading
+from concurrent.futures import CancelledError, wait
+from time import monotonic
+
+import pytest
+import torch
+
+from nft_core import guard
+from nft_core.composer import Composed, Term, guarded
+from nft_core.errors import NftError, UsageError
+from nft_core.guard import Failed, Tally, Worker, pause
+from nft_core.rollout import awaited, concatenate, statistics
+from nft_core.specs import Policy
+from nft_plugins import Batch, PromptError, Scores
+
+
+@pytest.fixture(autouse=True)
+def no_waiting(monkeypatch):
+    monkeypatch.setattr(guard, "BACKOFF", 0.001)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def let_go():
+    yield
+    FAILURES["hangs"][0].go.set()
+
+
+def batch(n=3):
+    return Batch(torch.zeros(n, 3, 4, 4), ["p"] * n, [{}] * n, torch.arange(n))
+
+
+def good(n=3):
+    return Scores.of(torch.arange(1.0, n + 1), size=torch.ones(n))
+
+
+def raises(error):
+    def score(b):
+        raise error
+
+    return score
+
+
+def returns(make):
+    return lambda b: make(len(b))
+
+
+def odd(n, **changes):
+    """Scores with an attribute that their constructor would not let pass, as a stranger's subclass may have."""
+    scores = good(n)
+    for name, value in changes.items():
+        object.__setattr__(scores, name, value)
+    return scores
+
+
+class Hangs:
+    """Until it is let go; `overlap` is how many calls ran at once."""
+
+    def __init__(self):
+        self.go, self.running, self.overlap, self.calls = threading.Event(), 0, 0, 0
+
+    def __call__(self, b):
+        self.running += 1
+        self.calls += 1
+        self.overlap = max(self.overlap, self.running)
+        self.go.wait(20)
+        self.running -= 1
+        return good(len(b))
+
+
+FAILURES = {
+    "raises": (raises(ValueError("bad")), "'x' failed: ValueError: bad"),
+    "exits": (raises(SystemExit(7)), "'x' failed: SystemExit: 7"),
+    "nan": (returns(lambda n: Scores(torch.full((n,), math.nan), torch.ones(n, dtype=bool))), "not finite"),
+    "infinite": (
+        returns(lambda n: Scores(torch.full((n,), math.inf), torch.ones(n, dtype=bool))),
+        "not finite",
+    ),
+    "overflows": (
+        returns(lambda n: Scores(torch.full((n,), 1e300, dtype=torch.double), torch.ones(n, dtype=bool))),
+        "not finite",
+    ),
+    "no scores": (returns(lambda n: [1.0] * n), "must return Scores, got list"),
+    "nothing": (returns(lambda n: None), "must return Scores, got NoneType"),
+    "length": (returns(lambda n: good(n + 1)), "must score 3 images, got 4"),
+    "array": (
+        returns(lambda n: Scores(good(n).values.numpy(), good(n).valid)),
+        "values as a float32 tensor, got",
+    ),
+    "complex": (
+        returns(lambda n: Scores(good(n).values + 1j, good(n).valid)),
+        "float32 tensor, got torch.complex",
+    ),
+    "valid": (returns(lambda n: Scores(good(n).values, torch.ones(n))), "bool tensor, got torch.float32"),
+    "shape": (
+        returns(lambda n: Scores(torch.zeros(n, 1), torch.ones(n))),
+        "failed: ValueError: values and valid",
+    ),
+    "detail": (
+        returns(lambda n: odd(n, details={"size": good(n).values.numpy()})),
+        "detail size as a float32 tensor, got ndarray",
+    ),
+    "parts": (returns(lambda n: odd(n, parts={"a": 3})), "'x' failed: AttributeError"),
+    "memory": (raises(torch.OutOfMemoryError("full")), "'x' ran out of memory: full"),
+    "hangs": (Hangs(), "took longer than max_seconds = 0.05 s"),
+}
+
+
+def policy(name, **words):
+    return Policy(max_seconds=0.05 if name == "hangs" else 0.0, **words)
+
+
+def composed(reward, words=None, other=True):
+    terms = [Term("x", 1.0, guarded(reward, words or Policy(), "x"))]
+    if other:
+        terms.append(Term("y", 2.0, lambda b: Scores.of(torch.ones(len(b)))))
+    return Composed(tuple(terms))
+
+
+@pytest.mark.parametrize("name", FAILURES)
+@pytest.mark.parametrize("retry", [0, 2])
+def test_stop(name, retry):
+    reward, cause = FAILURES[name]
+    with pytest.raises(Failed) as caught:
+        composed(reward, policy(name, retry=retry))(batch())
+    told = str(caught.value)
+    # A reward that hangs is still at it when it is asked again.
+    assert (cause if name != "hangs" or not retry else "is still running") in told
+    assert ("It was tried 3 times." in told) == bool(retry)
+    assert told.count("on_error=mask") == 1
+
+
+@pytest.mark.parametrize("name", FAILURES)
+@pytest.mark.parametrize("on_error", ["mask", "skip"])
+@pytest.mark.parametrize("retry", [0, 1])
+def test_mask_and_skip(name, on_error, retry, capsys):
+    reward, cause = FAILURES[name]
+    both = composed(reward, policy(name, on_error=on_error, retry=retry))
+    scores = both(batch())
+    assert scores.parts["x"].scores.valid.tolist() == scores.valid.tolist() == [False] * 3
+    assert scores.parts["y"].scores.valid.all()
+    both(batch(2))
+    skips = 2 if on_error == "skip" else 0
+    # The third call finds the first one still running, for which one batch has waited in vain already.
+    tries = 2 * retry if name != "hangs" else retry
+    assert both.tallies() == {"x": Tally(tries, 5, skips), "y": Tally()}
+    assert both.tallies()["x"] == Tally()
+    told = capsys.readouterr().err
+    assert told.count("Warning: ") == 1
+    assert f"With on_error={on_error}" in told and (name == "hangs" or cause in told)
+
+
+def test_one_warning_an_epoch(capsys):
+    both = composed(FAILURES["raises"][0], Policy("mask"))
+    for _ in range(2):
+        both(batch()), both(batch())
+        both.tallies()
+    assert capsys.readouterr().err.count("'x' failed: ValueError: bad") == 2
+
+
+def flaky(failures):
+    """Fails that many times, and then scores."""
+    left = [failures]
+
+    def score(b):
+        left[0] -= 1
+        if left[0] >= 0:
+            raise ConnectionError("lost")
+        return good(len(b))
+
+    return score
+
+
+@pytest.mark.parametrize("on_error", ["stop", "mask", "skip"])
+def test_a_retry_succeeds(on_error):
+    both = composed(flaky(2), Policy(on_error, retry=2))
+    assert both(batch()).parts["x"].scores.values.tolist() == [1, 2, 3]
+    assert both.tallies()["x"] == Tally(retried=2)
+
+
+@pytest.mark.parametrize("error", [PromptError("no words"), UsageError("no such folder")])
+def test_what_no_retry_mends_is_tried_once(error):
+    calls = []
+
+    def score(b):
+        calls.append(1)
+        raise error
+
+    with pytest.raises(NftError, match="no words|no such folder"):
+        composed(score, Policy(retry=3))(batch())
+    assert len(calls) == 1
+
+
+def test_a_mistake_of_the_user_is_never_masked():
+    with pytest.raises(UsageError, match="no such folder"):
+        composed(raises(UsageError("no such folder")), Policy("mask"))(batch())
+
+
+@pytest.mark.parametrize("words", [Policy("mask"), Policy("mask", max_seconds=5)])
+def test_ctrl_c_passes(words):
+    with pytest.raises(KeyboardInterrupt):
+        composed(raises(KeyboardInterrupt()), words)(batch())
+
+
+def test_invalid_samples_are_no_failure(capsys):
+    some = lambda b: Scores(torch.tensor([1.0, math.nan, 3.0]), torch.tensor([True, False, True]))  # noqa: E731
+    both = composed(some, Policy("mask", retry=1))
+    assert both(batch()).valid.tolist() == [True, False, True]
+    assert both.tallies()["x"] == Tally()
+    assert capsys.readouterr().err == ""
+
+
+def test_a_retry_takes_up_when_the_late_call_has_ended():
+    """Two calls never run at once, and what the late one returned is nobody's."""
+    slow = Hangs()
+    timer = threading.Timer(0.3, slow.go.set)
+    timer.start()
+    both = composed(slow, Policy("mask", retry=1, max_seconds=0.25))
+    assert both(batch()).valid.all()
+    assert (slow.calls, slow.overlap) == (2, 1)
+    assert both.tallies()["x"] == Tally(retried=1)
+
+
+def test_after_a_late_call_the_next_batch_is_scored():
+    slow = Hangs()
+    both = composed(slow, Policy("mask", max_seconds=0.05))
+    assert not both(batch()).valid.any()  # takes too long
+    assert not both(batch()).valid.any()  # waits in vain
+    start = monotonic()
+    for _ in range(20):
+        assert not both(batch()).valid.any()
+    assert monotonic() - start < 0.5  # does not wait again
+    slow.go.set()
+    wait([both.terms[0].reward.guard.overdue])
+    assert both(batch()).valid.all()
+    assert slow.overlap == 1
+
+
+def test_a_call_within_its_time_is_as_without_a_deadline():
+    both = composed(returns(good), Policy(max_seconds=20))
+    assert both(batch()).parts["x"].scores.values.tolist() == [1, 2, 3]
+    with torch.enable_grad():
+        weight = torch.ones(3, requires_grad=True)
+        assert not composed(lambda b: Scores.of(weight * 2), Policy(max_seconds=20))(
+            batch()
+        ).values.requires_grad
+
+
+def test_details_that_change_are_a_failure_under_mask():
+    answers = iter([good(), Scores.of(torch.ones(3)), good()])
+    both = composed(lambda b: next(answers), Policy("mask"), other=False)
+    batches = [both(batch()) for _ in range(3)]
+    assert [bool(s.valid.all()) for s in batches] == [True, False, True]
+    together = concatenate(batches)
+    assert together.details["x/size"].isnan().tolist() == [False] * 3 + [True] * 3 + [False] * 3
+    assert together.parts["x"].scores.details["size"][[0, 8]].tolist() == [1, 1]
+
+
+def test_batches_without_scores_join_the_others():
+    """In a clipped member of a sum, before and after batches that it could score."""
+    x = Composed((Term("x", 1.0, guarded(flaky(1), Policy("mask"), "x")),))
+    y = Composed((Term("y", 0.5, lambda b: Scores.of(torch.ones(len(b)), more=torch.ones(len(b)))),))
+    both = x.clip(0, 2) + y
+    lost, good = both(batch()), both(batch())
+    for batches, mask in (([lost, good], [True, False]), ([good, lost], [False, True])):
+        together = concatenate(batches)
+        assert together.valid.tolist() == [not m for m in mask for _ in range(3)]
+        assert together.values[together.valid].tolist() == [1.5, 2.5, 2.5]
+        assert together.details["x/size"].isnan().tolist() == [m for m in mask for _ in range(3)]
+        assert together.details["y/more"].tolist() == [1.0] * 6
+    assert both.tallies() == {"x": Tally(masked=3), "y": Tally()}
+
+
+def test_one_reward_in_two_members_costs_both():
+    x = Composed((Term("x", 1.0, guarded(raises(ValueError("bad")), Policy("skip"), "x")),))
+    both = x + x.clip(0, 1)
+    scores = both(batch())
+    assert both.tallies() == {"x": Tally(0, 6, 2), "x:2": Tally(0, 6, 2)}
+    assert not scores.valid.any()
+
+
+class Groups:
+    """The best of its group; needs its detail to tell."""
+
+    def __init__(self, fails):
+        self.fails = fails
+
+    def __call__(self, b):
+        if self.fails:
+            raise ValueError("bad")
+        return Scores.of(torch.ones(len(b)), raw=torch.arange(float(len(b))))
+
+    def regroup(self, scores, groups):
+        best = scores.details["raw"] == scores.details["raw"][scores.valid].max()
+        return Scores(best.float(), scores.valid, scores.details)
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_regrouping_under_a_policy(fails):
+    both = composed(Groups(fails), Policy("mask"))
+    scores = both.regroup(both(batch()), torch.zeros(3))
+    assert scores.parts["x"].scores.valid.tolist() == [not fails] * 3
+    assert scores.parts["x"].scores.values.tolist() == [0, 0, 0 if fails else 1]
+    assert not hasattr(guarded(returns(good), Policy("mask"), "x"), "regroup")
+
+
+def test_without_a_member_the_total_is_of_the_others():
+    both = composed(raises(ValueError("bad")), Policy("skip"))
+    scores = both.without(both(batch()), ["x"])
+    assert scores.values.tolist() == [2.0] * 3 and scores.valid.all()
+    assert {name: part.weight for name, part in scores.parts.items()} == {"x": 0.0, "y": 2.0}
+    with pytest.raises(NftError, match="Nothing is left to learn from: .*: x, y"):
+        both.without(both(batch()), ["x", "y"])
+    watched = Composed((both.terms[0]._replace(weight=0.0), both.terms[1]))
+    assert watched.without(watched(batch()), ["x"]).valid.all()
+
+
+def test_statistics_count_what_was_lost():
+    both = composed(raises(ValueError("bad")), Policy("mask", retry=1))
+    scores = concatenate([both(batch()), both(batch())])
+    rewards = statistics(scores, tallies=both.tallies())["rewards"]
+    lost = {"valid": 0, "invalid": 6, "masked": 6, "retried": 2}
+    assert rewards["x"] == rewards["total"] == {"mean": None, "std": None, **lost}
+    assert rewards["y"] == {"mean": 1.0, "std": 0.0, "valid": 6, "invalid": 0, "masked": 0, "retried": 0}
+
+
+def test_pauses_double_up_to_a_bound(monkeypatch):
+    monkeypatch.setattr(guard, "BACKOFF", 0.5)
+    assert [pause(n) for n in (1, 2, 3, 7, 8, 1000)] == [0.5, 1.0, 2.0, 30.0, 30.0, 30.0]
+
+
+def test_memory_is_freed_before_the_next_attempt(monkeypatch):
+    """The failed attempt's tensors hang on its error, which must be gone by then."""
+    held = []
+
+    def score(b):
+        if not held:
+            tensor = Tracked()
+            held.append(guard.weakref.ref(tensor))
+            raise torch.OutOfMemoryError("full")
+        return good(len(b))
+
+    class Tracked: ...
+
+    freed = []
+    monkeypatch.setattr(guard, "free_memory", lambda: (guard.gc.collect(), freed.append(held[0]() is None)))
+    assert composed(score, Policy(retry=1))(batch()).valid.all()
+    assert freed == [True]
+
+
+def test_a_closed_worker_runs_nothing_more():
+    worker, begun, go, ran = Worker("w"), threading.Event(), threading.Event(), []
+    first = worker.submit(lambda: begun.set() or go.wait(10))
+    second = worker.submit(lambda: ran.append(1))
+    begun.wait(10)
+    worker.close()
+    go.set()
+    assert first.result(10) is True
+    with pytest.raises(CancelledError):
+        second.result(10)
+    assert not ran
+
+
+def test_waiting_for_a_score_ends_when_told():
+    worker, go, asked = Worker("w"), threading.Event(), []
+
+    def stop():
+        asked.append(1)
+        if len(asked) == 2:
+            raise NftError("Stopped.")
+
+    with pytest.raises(NftError, match="Stopped"):
+        awaited(worker.submit(lambda: go.wait(10)), stop)
+    go.set()
+    # A call that itself raises what waiting does is not taken for one that goes on.
+    with pytest.raises(TimeoutError, match="slow"):
+        awaited(worker.submit(lambda: raises(TimeoutError("slow"))(None)), lambda: None)
+
+
+def test_a_process_that_ends_while_a_reward_is_at_work_keeps_its_exit_code():
+    """torch aborts a process that takes the interpreter from under one of its calls."""
+    code = (
+        "import sys, time, torch\n"
+        "from nft_core.guard import Worker\n"
+        "def busy():\n"
+        "    end, x = time.monotonic() + 1.5, torch.ones(300, 300)\n"
+        "    while time.monotonic() < end: x @ x\n"
+        "Worker('w').submit(busy)\n"
+        "time.sleep(0.2)\n"
+        "sys.exit(3)\n"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert (result.returncode, result.stderr) == (3, "")

@@ -1,0 +1,330 @@
+"""A run that is stopped anywhere and goes on is, bit for bit, one that never stopped: `test_train`'s toy."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from nft_core import run as runs
+from nft_core.checkpoint import checkpoints, newest, prune, read_manifest, read_state, verify
+from nft_core.errors import CheckpointError, NftError, SaveError, Stopped, UsageError
+from nft_core.observers.metrics import append, read, trim
+from nft_core.progress import Progress
+from nft_core.resume import check_changes, digest, locked, restore
+from nft_core.settings import make_settings
+from nft_core.train import train
+from nft_solvers.euler import Euler
+
+from . import test_train as toy
+
+TIMES = {"seconds", "epoch_seconds", "images_per_second", "phases"}
+
+
+class Toy(toy.Toy):
+    """One whose whole transformer can be saved."""
+
+    def __init__(self):
+        super().__init__()
+        self.transformer.save_pretrained = lambda folder, **_: (
+            Path(folder).mkdir(),
+            save_file(dict(self.transformer.state_dict()), Path(folder) / "weights.safetensors"),
+        )
+
+
+def start(folder, **changes):
+    """A new process's run; it writes `metrics.jsonl`."""
+    settings = make_settings(
+        toy.SETTINGS, {"eval_every": 1, "checkpoint_every": 2, "kl_target": 0.1, **changes}
+    )
+    # The global generator is that of a new process.
+    torch.manual_seed(0)
+    prompts = toy.PROMPTS
+    run = runs.assemble(settings, Toy(), toy.redness, Euler(), prompts, prompts, torch.device("cpu"), folder)
+    run.observe = lambda hook, **told: "record" in told and append(folder, told["record"])
+    return run
+
+
+def go_on(folder, **changes):
+    """One that goes on from the newest checkpoint, or from the start where there is none."""
+    run = start(folder, **changes)
+    if path := newest(folder, pytest.fail):
+        restore(run, path, allow_changes=False)
+    trim(folder, run.at, pytest.fail)
+    return run
+
+
+def untimed(folder):
+    return [{k: v for k, v in record.items() if k not in TIMES} for record in read(folder)]
+
+
+@pytest.fixture(scope="module")
+def peaceful(tmp_path_factory):
+    """Records and final state of the run that nobody stops, and how often it asks whether it was told to."""
+    folder = tmp_path_factory.mktemp("peaceful")
+    run, asked = start(folder), []
+    run.told = lambda: len(asked.append(1) or ())
+    train(run)
+    return untimed(folder), {k: v.clone() for k, v in run.policy.state().items()}, len(asked)
+
+
+def test_stopped_at_every_possible_moment(peaceful, tmp_path):
+    records, state, asked = peaceful
+    assert asked > 12  # Before each batch and after each step, of 3 epochs and 4 evaluations.
+    for moment in range(asked):
+        folder = tmp_path / str(moment)
+        folder.mkdir()
+        run, left = start(folder), iter(range(moment))
+        run.told = lambda left=left: 0 if next(left, None) is not None else 15
+        with pytest.raises(Stopped):
+            train(run)
+        runs.rescue(run, folder, lambda text: None)
+        again = go_on(folder)
+        train(again)
+        assert untimed(folder) == records, moment
+        for name, expected in state.items():
+            assert torch.equal(again.policy.state()[name], expected), (moment, name)
+
+
+def test_another_seed_is_noticed(peaceful, tmp_path):
+    train(start(tmp_path, seed=1))
+    assert untimed(tmp_path) != peaceful[0]
+
+
+def test_an_error_in_the_middle_of_a_change_saves_nothing(tmp_path):
+    run = start(tmp_path)
+
+    def half(*arguments):
+        raise RuntimeError("in the middle")
+
+    run.policy.move_ema = half
+    with pytest.raises(RuntimeError):
+        train(run)
+    runs.rescue(run, tmp_path, pytest.fail)
+    assert not (tmp_path / "checkpoints").exists()
+
+
+@pytest.fixture
+def saved(tmp_path):
+    """A run's folder with three checkpoints."""
+    run = start(tmp_path, checkpoint_every=1)
+    train(run)
+    assert [p.name for p in checkpoints(tmp_path)] == ["000006", "000004", "000002"]
+    return tmp_path
+
+
+def damage(path, how):
+    policy, manifest = path / "policy.safetensors", path / "manifest.json"
+    match how:
+        case "no manifest":
+            manifest.unlink()
+        case "truncated":
+            policy.write_bytes(policy.read_bytes()[:-7])
+        case "tampered":
+            content = bytearray(policy.read_bytes())
+            content[-1] ^= 1
+            policy.write_bytes(content)
+        case "missing":
+            policy.unlink()
+        case "a link":
+            policy.rename(path.parent / "elsewhere")
+            policy.symlink_to(path.parent / "elsewhere")
+        case "half a manifest":
+            manifest.write_text(manifest.read_text()[:40])
+        case "a path that leads outside":
+            found = json.loads(manifest.read_text())
+            found["files"]["../../secret"] = found["files"]["state.json"]
+            manifest.write_text(json.dumps(found))
+        case "an absolute path":
+            found = json.loads(manifest.read_text())
+            found["files"]["/etc/passwd"] = found["files"]["state.json"]
+            manifest.write_text(json.dumps(found))
+        case "a manifest of nothing":
+            manifest.write_text('{"files": {}}')
+
+
+@pytest.mark.parametrize(
+    ("how", "why"),
+    [
+        ("no manifest", "manifest.json cannot be read"),
+        ("truncated", "policy.safetensors has .* bytes of"),
+        ("tampered", "policy.safetensors has changed since it was written"),
+        ("missing", "policy.safetensors is missing"),
+        ("a link", "policy.safetensors is missing"),
+        ("half a manifest", "its manifest.json is not one"),
+        ("a path that leads outside", "outside the checkpoint: '../../secret'"),
+        ("an absolute path", "outside the checkpoint: '/etc/passwd'"),
+        ("a manifest of nothing", "does not name"),
+    ],
+)
+def test_one_that_is_not_whole_is_named_and_skipped(how, why, saved):
+    damage(saved / "checkpoints" / "000006", how)
+    with pytest.raises(CheckpointError, match=why):
+        verify(saved / "checkpoints" / "000006")
+    said = []
+    assert newest(saved, said.append).name == "000004"
+    assert len(said) == 1
+    assert "000006 is left out" in said[0]
+    assert (saved / "checkpoints" / "000006").exists()  # It may be somebody's last hope.
+
+
+def test_none_that_is_whole(saved):
+    for path in checkpoints(saved):
+        damage(path, "no manifest")
+    said = []
+    assert newest(saved, said.append) is None
+    assert len(said) == 3
+
+
+@pytest.mark.parametrize("there", [False, True])
+def test_a_kill_between_two_renames(saved, there):
+    """The folder stood under its old name, beside the new one or without it."""
+    place, old = saved / "checkpoints" / "000006", saved / "checkpoints" / ".000006.old"
+    if there:
+        (saved / "checkpoints" / "000004").rename(old)
+    else:
+        place.rename(old)
+    (saved / "checkpoints" / ".000008.part").mkdir()
+    assert newest(saved, pytest.fail) == place
+    assert not list((saved / "checkpoints").glob(".*"))
+
+
+def test_names_decide_which_is_newest_and_no_clock(saved):
+    import os
+
+    os.utime(saved / "checkpoints" / "000002", (2e9, 2e9))
+    os.utime(saved / "checkpoints" / "000006", (1, 1))
+    assert newest(saved, pytest.fail).name == "000006"
+
+
+@pytest.mark.parametrize(
+    ("last", "best", "left"),
+    [
+        (0, 0, "000002 000004 000006 000008"),
+        (1, 0, "000008"),
+        (1, 1, "000004 000008"),
+        (2, 2, "000002 000004 000006 000008"),
+        (1, 9, "000002 000004 000006 000008"),
+    ],
+)
+def test_what_is_kept(last, best, left, tmp_path):
+    for step in (2, 4, 6, 8):
+        (tmp_path / "checkpoints" / f"{step:06d}").mkdir(parents=True)
+    progress = Progress(evaluations={2: 0.5, 4: 0.9, 6: 0.1, 8: 0.2})
+    assert progress.best == 4
+    prune(tmp_path, progress, last, best)
+    assert " ".join(sorted(p.name for p in (tmp_path / "checkpoints").iterdir())) == left
+
+
+def test_a_disk_that_takes_no_more_leaves_the_last_one(saved, monkeypatch):
+    run = go_on(saved)
+    monkeypatch.setattr("nft_core.checkpoint.save_file", full)
+    with pytest.raises(SaveError, match="nft resume"):
+        run.save()
+    assert newest(saved, pytest.fail).name == "000006"
+    assert not list((saved / "checkpoints").glob(".*"))
+
+
+def full(*arguments):
+    raise OSError(28, "No space left on device")
+
+
+def test_a_second_save_of_a_step_takes_the_place_of_the_first(saved):
+    run = go_on(saved)
+    run.at.skips = 7
+    run.save()
+    assert read_state(saved / "checkpoints" / "000006")[0].skips == 7
+    verify(saved / "checkpoints" / "000006")
+
+
+def test_weights_of_another_model(saved):
+    run = start(saved)
+    for path in checkpoints(saved):
+        weights = load_file(path / "policy.safetensors")
+        weights["live.weight"] = torch.zeros(2, 2)
+        save_file(weights, path / "policy.safetensors")
+    before = run.policy.state()["live.weight"].clone()
+    with pytest.raises(CheckpointError, match=r"live.weight is \[2, 2\], not \[3, 5\]"):
+        restore(run, saved / "checkpoints" / "000006", allow_changes=False)
+    assert torch.equal(run.policy.state()["live.weight"], before)
+
+
+def test_other_prompts(saved):
+    run = start(saved)
+    run.at.prompts = digest(toy.PROMPTS[1:], toy.PROMPTS)
+    with pytest.raises(UsageError, match="prompts have changed"):
+        restore(run, saved / "checkpoints" / "000006", allow_changes=False)
+    restore(run, saved / "checkpoints" / "000006", allow_changes=True)
+    assert run.at.epoch == 3
+
+
+def test_other_settings(saved):
+    _, before = read_state(saved / "checkpoints" / "000006")
+    now = make_settings(before, {"lr": 0.5, "seed": 3, "epochs": 9})
+    with pytest.raises(UsageError, match=r"lr \(0.01 before, 0.5 now\); seed") as error:
+        check_changes(before, now, False, pytest.fail)
+    assert "epochs" not in str(error.value)
+    said = []
+    check_changes(before, now, True, said.append)
+    assert "epochs (3 before, 9 now)" in said[0]
+    check_changes(before, make_settings(before, {"keep_last": 9}), False, said.append)
+    assert "keep_last" in said[1]
+    # A longer run is another cosine.
+    cosine = {**before, "lr_schedule": "cosine"}
+    with pytest.raises(UsageError, match="epochs"):
+        check_changes(cosine, make_settings(cosine, {"epochs": 9}), False, pytest.fail)
+
+
+def test_more_epochs(saved, tmp_path_factory):
+    """Going on with more epochs is having asked for them at once."""
+    longer = tmp_path_factory.mktemp("longer")
+    train(start(longer, epochs=5))
+    run = go_on(saved, epochs=5)
+    train(run)
+    assert untimed(saved) == untimed(longer)
+    assert run.at.epoch == 5
+
+
+def test_lines_of_after_the_checkpoint_are_written_again(tmp_path):
+    def line(event, epoch):
+        return {"event": event, "epoch": epoch}
+
+    lines = [
+        line("eval", 0),
+        line("epoch", 1),
+        line("eval", 1),
+        line("epoch", 2),
+        line("eval", 2),
+        line("epoch", 3),
+    ]
+    file = tmp_path / "metrics.jsonl"
+    for at, count in (
+        (Progress(), 0),
+        (Progress(evaluated=True), 1),
+        (Progress(epoch=1), 2),
+        (Progress(epoch=1, evaluated=True), 3),
+        (Progress(epoch=2, update=1, evaluated=True), 5),
+    ):
+        file.write_text("".join(json.dumps(record) + "\n" for record in lines) + '{"event": "ep')
+        trim(tmp_path, at, pytest.fail)
+        assert [json.loads(text) for text in file.read_text().splitlines()] == lines[:count]
+    file.write_text('{"event": "epoch", "epoch": 1}\n{"event": \n{"event": "epoch", "epoch": 2}\n')
+    said = []
+    trim(tmp_path, Progress(epoch=2), said.append)
+    assert "damaged lines are lost: 2" in said[0]
+
+
+def test_one_process_at_a_time(tmp_path):
+    with locked(tmp_path), pytest.raises(NftError, match="in use by another process"), locked(tmp_path):
+        pass
+    with locked(tmp_path):
+        pass
+
+
+def test_the_manifest_names_every_file(saved):
+    path = saved / "checkpoints" / "000006"
+    names = {p.relative_to(path).as_posix() for p in path.rglob("*") if p.is_file()}
+    assert read_manifest(path).files.keys() == names - {"manifest.json"}
+    assert {"state.json", "policy.safetensors", "optimizer.safetensors"} < names
+    assert not [name for name in names if not name.endswith((".json", ".safetensors"))]

@@ -1,0 +1,133 @@
+"""What the watch notices: each warning from a run, or a record, in which that very thing goes wrong."""
+
+import pytest
+import torch
+
+from nft_core.errors import NftError
+from nft_core.settings import make_settings
+from nft_core.train import train
+from nft_core.watch import warnings
+from nft_plugins import Scores
+
+from .test_train import SETTINGS, make
+
+EPOCH = {
+    **{"event": "epoch", "nonfinite_steps": 0, "x0_rms": 1.0, "old_gap": 0.1, "drift": 0.01, "grad_norm": 1.0},
+    **{"flat_groups": 0.1},
+}
+BASELINE = {"x0_rms": 1.0, "reward": 0.5, "reward_std": 0.2}
+
+
+def evaluation(mean):
+    return {"event": "eval", "rewards": {"total": {"mean": mean, "std": 0.1}}}
+
+
+@pytest.mark.parametrize(
+    ("change", "kind", "says"),
+    [
+        ({"nonfinite_steps": 2}, "nonfinite_steps", "2 gradient steps were not finite"),
+        ({"x0_rms": 1.6}, "x0_rms", "1.60 times the norm of the first epoch's"),
+        ({"old_gap": 0.6}, "old_gap", "0.60 of its size away from the old one's"),
+        ({"drift": 0.0}, "drift", "the weights do not move"),
+        ({"flat_groups": 0.95}, "flat_groups", "in 95% of the groups"),
+    ],
+)
+def test_each_threshold(change, kind, says):
+    s = make_settings(SETTINGS)
+    assert warnings(EPOCH, BASELINE, s) == {}
+    found = warnings(EPOCH | change, BASELINE, s)
+    assert list(found) == [kind]
+    assert says in found[kind]
+
+
+def test_a_reward_that_falls():
+    s = make_settings(SETTINGS)
+    assert warnings(evaluation(0.31), BASELINE, s) == {}
+    assert "fallen by 1.05 of" in warnings(evaluation(0.29), BASELINE, s)["reward"]
+    assert warnings(evaluation(None), BASELINE, s) == {}
+
+
+def test_a_threshold_of_0_watches_nothing():
+    none = {"watch_x0": 0, "watch_gap": 0, "watch_flat_groups": 0, "watch_reward": 0}
+    s = make_settings(SETTINGS, none)
+    assert warnings(EPOCH | {"x0_rms": 9.0, "old_gap": 9.0, "flat_groups": 1.0}, BASELINE, s) == {}
+    assert warnings(evaluation(-9.0), BASELINE, s) == {}
+
+
+def records(run):
+    found = []
+    run.observe = lambda hook, **told: "record" in told and found.append(told["record"])
+    return found
+
+
+def spoil(run, when):
+    """A velocity that is not a number under gradients, in the steps for which `when(update)` says so."""
+    velocity = run.policy.velocity
+
+    def spoilt(*arguments):
+        v = velocity(*arguments)
+        return v * torch.nan if torch.is_grad_enabled() and when(run.at.update) else v
+
+    run.policy.velocity = spoilt
+
+
+def test_a_step_that_is_not_finite_is_left_out(tmp_path):
+    run = make(tmp_path, epochs=1)
+    found = records(run)
+    spoil(run, lambda update: update == 0)
+    before = run.policy.state()["live.weight"].clone()
+    train(run)
+    (epoch,) = (r for r in found if r["event"] == "epoch")
+    assert epoch["nonfinite_steps"] == 1
+    assert "nonfinite_steps" in epoch["warnings"]
+    assert (run.at.step, epoch["step"]) == (1, 1)  # Of two.
+    assert all(w.isfinite().all() for w in run.policy.state().values())
+    assert not torch.equal(run.policy.state()["live.weight"], before)
+    assert epoch["loss"] > 0
+
+
+def test_too_many_of_them_end_the_run(tmp_path):
+    run = make(tmp_path, max_nonfinite=3)
+    spoil(run, lambda update: True)
+    with pytest.raises(NftError, match="3 gradient steps in a row were not finite.*lr"):
+        train(run)
+    assert not run.torn
+
+
+def test_steps_that_are_not_in_a_row_do_not(tmp_path):
+    run = make(tmp_path, max_nonfinite=2)
+    found = records(run)
+    spoil(run, lambda update: update == 0)
+    train(run)
+    assert [r["nonfinite_steps"] for r in found if r["event"] == "epoch"] == [1, 1, 1]
+
+
+def test_an_epoch_without_a_step(tmp_path):
+    run = make(tmp_path, epochs=1)
+    found = records(run)
+    spoil(run, lambda update: True)
+    train(run)
+    (epoch,) = (r for r in found if r["event"] == "epoch")
+    assert (epoch["loss"], epoch["kl"], epoch["grad_norm"], epoch["old_gap"]) == (None,) * 4
+    assert epoch["drift"] == 0
+    assert list(epoch["warnings"]) == ["nonfinite_steps"]
+
+
+def test_strict_ends_the_run_at_the_first_warning(tmp_path):
+    run = make(tmp_path, strict=True)
+    found = records(run)
+    run.reward = lambda batch: Scores.of(torch.zeros(len(batch)))
+    with pytest.raises(NftError, match="Stopped by --strict: in 100% of the groups"):
+        train(run)
+    assert [r["epoch"] for r in found if r["event"] == "epoch"] == [1]
+    assert (run.at.epoch, run.torn) == (1, False)
+
+
+def test_figures_of_a_healthy_run(tmp_path):
+    run = make(tmp_path)
+    found = records(run)
+    train(run)
+    epochs = [r for r in found if r["event"] == "epoch"]
+    assert all(r["warnings"] == {} for r in found)
+    assert all(0 < r["x0_rms"] < 3 and r["nonfinite_steps"] == 0 for r in epochs)
+    assert all(0 < r["old_gap"] < 0.5 for r in epochs)
