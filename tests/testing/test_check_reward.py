@@ -194,7 +194,7 @@ MUTANTS: list[tuple[str, Any, dict[str, Any]]] = [
     (GROUPS, lambda batch: Relative()(batch), {}),
     (GROUPS, Unregrouped(), {}),
     (DETAILS, EverySecondTime(renamed), {}),
-    (DETAILS, made(lambda s: s if len(s) > 1 else renamed(s)), THREE_OF_A_GROUP),
+    (DETAILS, made(lambda s: s if len(s) > 1 or s.values[0] < 0.93 else renamed(s)), THREE_OF_A_GROUP),
     (DETAILS, square_only, {}),
     (SOME, RefusesAll(), {}),
     (SOME, bright, {"batches": []}),
