@@ -117,6 +117,20 @@ def same_everywhere(text: str, device: torch.device) -> bool:
     return int(code.sum()) == 0
 
 
+def gather_texts(text: str, device: torch.device) -> list[str]:
+    """Every process's text, in order, on every process; as bytes, without pickle."""
+    if world_size() == 1:
+        return [text]
+    own = torch.tensor(list(text.encode()), dtype=torch.uint8)
+    longest = torch.tensor(len(own), dtype=torch.int64, device=device)
+    dist.all_reduce(longest, dist.ReduceOp.MAX)
+    padded = torch.zeros(int(longest), dtype=torch.uint8)
+    padded[: len(own)] = own
+    rows = [torch.zeros_like(padded, device=device) for _ in range(world_size())]
+    dist.all_gather(rows, padded.to(device))
+    return [bytes(row.tolist()).rstrip(b"\0").decode() for row in rows]
+
+
 def sum_value(value: float, device: torch.device) -> float:
     """The sum of a figure over all processes."""
     return sum_values([value], device)[0]

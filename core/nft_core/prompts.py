@@ -32,7 +32,7 @@ def read_prompts(path: Path) -> list[Prompt]:
     try:
         # Not splitlines(), which also cuts at characters that JSON and prompts may hold.
         lines = path.read_text(encoding="utf-8-sig").split("\n")
-    except (OSError, UnicodeDecodeError) as error:
+    except (OSError, ValueError) as error:  # ValueError: no UTF-8, or a path that no file can have.
         raise UsageError(f"Cannot read the prompt file {path}: {error}.") from error
     parse = _parse_json if path.suffix in {".jsonl", ".json"} else _parse_text
     prompts = [parse(line.strip(), f"{path}:{i}") for i, line in enumerate(lines, 1) if line.strip()]
@@ -57,7 +57,14 @@ def _parse_json(line: str, where: str) -> Prompt:
     text = record.pop("prompt").strip()
     if not text:
         raise UsageError(f"{where}: the prompt is empty.")
+    if not is_text(text):
+        raise UsageError(f"{where}: the prompt holds half a surrogate pair, which is no character: {line[:80]}")
     return Prompt(text, record, where)
+
+
+def is_text(text: str) -> bool:
+    """Whether it can be written: JSON can hold half a surrogate pair, which no tokenizer and no file takes."""
+    return text.isascii() or not any("\ud800" <= c <= "\udfff" for c in text)
 
 
 def scorable(

@@ -26,8 +26,8 @@ from nft_plugins import Batch, PromptError, Scores
 
 from .composer import Composed, Given, checked, compose
 from .errors import NftError, UsageError
-from .prompts import Prompt, read_prompts
-from .rollout import concatenate
+from .pooling import concatenate
+from .prompts import Prompt, is_text, read_prompts
 from .specs import RewardSpec
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
@@ -35,6 +35,8 @@ SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
 FORMATS = ("PNG", "JPEG", "WEBP")
 #: Pixels in a batch, whatever its number of images: 400 MB in float32.
 PIXELS = 2**25
+#: Bytes of a file beside an image.
+SIDECAR = 2**20
 ORIENTATION = 0x0112
 #: The size of an image that cannot be read.
 UNREADABLE = (0, 0)
@@ -182,7 +184,10 @@ def read_lines(file: Path) -> dict[Path, Prompt]:
                 f'{prompt.where}: expected {{"image": PATH, "prompt": TEXT}} in a .jsonl file, with the path '
                 f"relative to {file.parent}."
             )
-        path = (file.parent / name).resolve()
+        try:
+            path = (file.parent / name).resolve()
+        except (OSError, ValueError, RuntimeError) as error:  # A null byte, a circle of links.
+            raise UsageError(f"{prompt.where}: {name!r} is no path of an image: {error}.") from error
         if path in lines:
             raise UsageError(f"{prompt.where}: {name} has a line already, {lines[path].where}.")
         lines[path] = Prompt(prompt.text, metadata, prompt.where)
@@ -191,6 +196,9 @@ def read_lines(file: Path) -> dict[Path, Prompt]:
 
 def read_sidecar(path: Path) -> str:
     try:
+        size = path.stat().st_size
+        if size > SIDECAR:
+            raise UsageError(f"{path} has {size} bytes: expected a prompt or metadata, of {SIDECAR} at most.")
         text = path.read_text(encoding="utf-8-sig").strip()
     except (OSError, UnicodeDecodeError) as error:
         raise UsageError(f"Cannot read {path}: {error}.") from error
@@ -207,7 +215,7 @@ def read_metadata(path: Path) -> dict[str, Any]:
     if not isinstance(record, dict):
         raise UsageError(f"{path}: expected a JSON object with metadata of the image of that name.")
     prompt = record.get("prompt", "...")
-    if not isinstance(prompt, str) or not prompt.strip():
+    if not isinstance(prompt, str) or not prompt.strip() or not is_text(prompt):
         raise UsageError(f"{path}: prompt must be a text that is not empty, got {prompt!r}.")
     return record
 

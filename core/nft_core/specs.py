@@ -88,7 +88,7 @@ def parse_reward(
     """
     if not isinstance(given, str | Mapping):
         if not callable(given):
-            raise UsageError(f"A reward is written {FORM}, or is a function; got {given!r}.")
+            raise UsageError(f"A reward is written {FORM}, or is a function; got {_short(given)}.")
         return RewardSpec(given)
     name, weight, options = _parse(given, "A reward", FORM)
     spec = RewardSpec(name, 1.0 if weight == "" else finite_weight(weight, name))
@@ -161,7 +161,7 @@ def _parse(given: str | Mapping[str, Any], what: str, form: str) -> tuple[str, A
         options = dict(given)
         name, weight = options.pop("name", ""), options.pop("weight", "")
         if not isinstance(name, str) or not name:
-            raise UsageError(f"{what} needs a name: expected {form}, got {dict(given)}.")
+            raise UsageError(f"{what} needs a name: expected {form}, got {_short(dict(given))}.")
         return name, weight, options
     head, *rest = given.split(",")
     name, equals, weight = (part.strip() for part in head.partition("="))

@@ -21,9 +21,10 @@ from .advantages import combined_advantages, flat_groups, optimality
 from .errors import NftError, Stopped
 from .loss import kl_loss, nft_loss, noised
 from .policy import Policy
+from .pooling import shuffled_within_groups, statistics
 from .progress import Progress
 from .prompts import Prompt, prompts_of_epoch
-from .rollout import Draws, Encoded, Rollout, Sampler, roll_out, shuffled_within_groups, statistics
+from .rollout import Draws, Encoded, Rollout, Sampler, roll_out
 from .schedules import lr_decay, next_kl_weight, old_decay, warmup
 from .seeds import generator, reseed
 from .settings import Settings

@@ -154,7 +154,7 @@ def transformers_towers(checkpoint: str, processor: str, device: torch.device, d
 
     model = load_pretrained(CLIPModel, checkpoint, lambda name: name.endswith("position_ids"))
     try:
-        tokenizer = AutoTokenizer.from_pretrained(processor)
+        tokenizer = AutoTokenizer.from_pretrained(processor, trust_remote_code=False)
         config = CLIPImageProcessor.from_pretrained(processor)
     except (OSError, ValueError) as error:
         raise OSError(

@@ -1,22 +1,55 @@
-"""Weights from local paths and the Hugging Face hub: safetensors, or old pickles read as tensors only."""
+"""Weights from local paths and the Hugging Face hub: safetensors, or torch files read as tensors only.
+
+Both are mapped into memory, not read: what does not fit a model is refused before anything is allocated for it.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping
+import math
+import os
+import pickle
+import shlex
+import subprocess
+import zipfile
+from collections.abc import Callable, Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 CUT = "The file may be cut short or of another kind; download it again."
+#: Suffixes of pickles, which can run anything when they are read.
+PICKLED = (".bin", ".ckpt", ".pickle", ".pkl", ".pt", ".pth")
+#: Makes one safetensors file of pickles, of tensors alone. Without quotation marks that shells differ in.
+CONVERT = (
+    "import sys, torch; from safetensors.torch import save_file; "
+    "parts = [torch.load(f, map_location='cpu', weights_only=True) for f in sys.argv[2:]]; "
+    "save_file({k: v.clone(memory_format=torch.contiguous_format) for p in parts "
+    "for k, v in p.get('state_dict', p).items()}, sys.argv[1], {'format': 'pt'})"
+)
+
+
+def refusal(pickles: Iterable[Path], target: Path) -> OSError:
+    """Why pickles are not read, with the command that makes `target` of them."""
+    paths = [str(target), *map(str, pickles)]
+    files = subprocess.list2cmdline(paths) if os.name == "nt" else shlex.join(paths)
+    return OSError(
+        f"{', '.join(paths[1:])}: pickled weights can run code when they are read, so safetensors are read "
+        f'alone. This converts tensors and refuses anything else: python -c "{CONVERT}" {files}'
+    )
 
 
 def find_file(checkpoint: str, name: str) -> Path:
-    """A local file, `name` in a local folder, or `name` of a hub id. Raises OSError where there is none."""
+    """A local file, `name` in a local folder, or `name` of a hub id.
+
+    Raises OSError where there is none, and for a local pickle where `name` is of safetensors.
+    """
     path = Path(checkpoint).expanduser()
     if path.is_file():
+        if name.endswith(".safetensors") and path.suffix in PICKLED:
+            raise refusal([path], path.with_suffix(".safetensors"))
         return path
     if (path / name).is_file():
         return path / name
@@ -35,20 +68,60 @@ def find_file(checkpoint: str, name: str) -> Path:
 def read_tensors(path: Path) -> dict[str, Any]:
     """The tensors of a file, by name; a `state_dict` inside is taken out. No code in it is run.
 
-    Raises OSError for a file that is cut short, or that holds anything but tensors and plain values.
+    Raises OSError for a file that is cut short, that claims more than it holds, or that holds anything but
+    tensors and plain values.
     """
+    if path.suffix != ".safetensors":
+        check_archive(path)
     try:
         if path.suffix == ".safetensors":
             from safetensors.torch import load_file
 
             return load_file(path)
-        content = torch.load(path, map_location="cpu", weights_only=True)
+        content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except pickle.UnpicklingError as error:
+        raise OSError(
+            f"Cannot read weights from {path}: it is a pickle of more than tensors, which can run code, and "
+            f"was not loaded{asked_for(path)}. Use the published file, or safetensors."
+        ) from error
     except Exception as error:
         raise OSError(f"Cannot read weights from {path}: {' '.join(str(error).split())[:200]} {CUT}") from error
     content = content.get("state_dict", content) if isinstance(content, Mapping) else content
-    if not isinstance(content, Mapping) or not all(isinstance(v, Tensor) for v in content.values()):
+    if not isinstance(content, Mapping) or not all(is_plain(v) for v in content.values()):
         raise OSError(f"{path} holds no state dict of tensors but {type(content).__name__}.")
     return dict(content)
+
+
+def is_plain(value: Any) -> bool:
+    return isinstance(value, Tensor) and value.layout == torch.strided and value.device.type == "cpu"
+
+
+def check_archive(path: Path) -> None:
+    """Raise OSError for what is no file of torch.save, or one that could want more memory than it has bytes."""
+    said = f"Cannot read weights from {path}: "
+    if not zipfile.is_zipfile(path):
+        with path.open("rb") as file:
+            old = file.read(1) == pickle.PROTO
+        if old:  # Before torch 1.6 sizes stood in the pickle alone, and are allocated as they stand there.
+            raise OSError(f"{said}it is a bare pickle. {refusal([path], path.with_suffix('.safetensors'))}")
+        raise OSError(f"{said}it was not written by torch.save. {CUT}")
+    try:
+        with zipfile.ZipFile(path) as archive:
+            entries = archive.infolist()
+    except (zipfile.BadZipFile, NotImplementedError, ValueError) as error:
+        raise OSError(f"{said}{error}. {CUT}") from error
+    packed = any(e.compress_type != zipfile.ZIP_STORED for e in entries)
+    if packed or sum(e.file_size for e in entries) > path.stat().st_size:
+        raise OSError(f"{said}it unpacks to more than its own size, which torch.save never writes. {CUT}")
+
+
+def asked_for(path: Path) -> str:
+    """What code a pickle names, as `: it asks for os.system`; "" where that cannot be told."""
+    try:
+        names = torch.serialization.get_unsafe_globals_in_checkpoint(str(path))
+    except Exception:  # It is hostile; whatever that raises is no news.
+        return ""
+    return f": it asks for {', '.join(map(str, names))[:200]}" if names else ""
 
 
 def load_exactly(
@@ -85,13 +158,64 @@ def load_exactly(
     module.load_state_dict({key: tensors[n] for n, (key, _) in mine.items()}, assign=True)
 
 
+#: Numbers that a model may have beside the file's: tables of positions and the like.
+TABLES = 2**24
+
+
+def check_files(cls: Any, checkpoint: str) -> None:
+    """Raise OSError for a config that names code, or wants a larger model than the files hold.
+
+    transformers would allocate the latter first, and then fill it with random numbers.
+    """
+    files = sorted(Path(checkpoint).glob("*.safetensors"))
+    if not Path(checkpoint).is_dir():
+        try:
+            files = [find_file(checkpoint, "model.safetensors")]
+        except OSError:  # There is none, or it comes in parts.
+            return
+    if not files:
+        return
+    config = cls.config_class.from_pretrained(checkpoint)
+    check_attention(config)
+    with torch.device("meta"):
+        model = cls(config)
+    wanted = sum(t.numel() for t in (*model.parameters(), *model.buffers()))
+    held = sum(map(count_numbers, files))
+    # A bound on memory: that a weight is missing is told later, by its name.
+    if wanted > 2 * held + TABLES:
+        raise OSError(f"the config is of a model of {wanted:,} numbers, the files hold {held:,}.")
+
+
+def check_attention(config: Any) -> None:
+    """Raise OSError where a config names a hub repository whose code transformers would run as attention."""
+    for part in (config, *(getattr(config, name, None) for name in config.sub_configs)):
+        wanted = getattr(part, "_attn_implementation", None)
+        if wanted and "/" in str(wanted):
+            raise OSError(
+                f"its config.json asks for code of {wanted!r} as attn_implementation, and no code of a "
+                "checkpoint is run; take that line out."
+            )
+
+
+def count_numbers(file: Path) -> int:
+    """In a safetensors file, by its header alone."""
+    with safe_open(file, framework="pt") as opened:
+        names = opened.keys()
+        return sum(math.prod(opened.get_slice(name).get_shape()) for name in names)
+
+
 def load_pretrained(cls: Any, checkpoint: str, unused: Callable[[str], bool]) -> Any:
     """A transformers model in float32, in safetensors, from a local folder or the hub.
 
     unused: which tensors the file may hold that the model has no place for.
     Raises OSError where there is none, and where it lacks a weight or holds one too many.
     """
+    folder = Path(checkpoint)
+    pickles = sorted(folder.glob("pytorch_model*.bin"))
+    if pickles and not any(folder.glob("*.safetensors")):
+        raise refusal(pickles, folder / "model.safetensors")
     try:
+        check_files(cls, checkpoint)
         model, info = cls.from_pretrained(
             checkpoint,
             dtype=torch.float32,

@@ -203,7 +203,7 @@ def load_base(base: str) -> tuple[Any, Any]:
     from transformers import AutoTokenizer, Qwen2VLConfig
 
     try:
-        tokenizer = AutoTokenizer.from_pretrained(base)
+        tokenizer = AutoTokenizer.from_pretrained(base, trust_remote_code=False)
         config = Qwen2VLConfig.from_pretrained(base)
     except (OSError, ValueError) as error:
         raise OSError(

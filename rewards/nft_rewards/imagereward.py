@@ -16,6 +16,7 @@ from nft_plugins import Batch, Scores
 from .blip import MED_CONFIG, load_blip, locate
 from .chunks import in_chunks
 from .clip import Precision, dtype_of
+from .files import read_tensors
 from .pixels import finite, normalised, shared_crop
 from .texts import Texts
 
@@ -137,6 +138,8 @@ class PackageEngine:
         config = file.with_name(MED_CONFIG)
         if not config.is_file():
             raise OSError(f"engine='package' needs {MED_CONFIG} of {CHECKPOINT} beside {file}")
+        # The package reads pickles of anything: one of anything but tensors is refused here.
+        read_tensors(file)
         self.model = package.load(str(file), device=device, med_config=str(config))
 
     @torch.no_grad()

@@ -14,7 +14,8 @@ from nft_core import guard
 from nft_core.composer import Composed, Term, guarded
 from nft_core.errors import NftError, UsageError
 from nft_core.guard import Failed, Tally, Worker, pause
-from nft_core.rollout import awaited, concatenate, statistics
+from nft_core.pooling import concatenate, statistics
+from nft_core.rollout import awaited
 from nft_core.specs import Policy
 from nft_plugins import Batch, PromptError, Scores
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from nft_core.errors import NftError
-from nft_core.rollout import concatenate
+from nft_core.pooling import concatenate
 from nft_plugins import Scores
 
 SCRIPT = Path(__file__).with_name("tiny_run.py")
@@ -94,7 +94,7 @@ def test_what_fails_or_differs_in_one_process_is_told_in_all(tmp_path):
         "import sys, torch\n"
         "from nft_core.distributed import owned, process_group, rank, together\n"
         "from nft_core.errors import NftError, PeerError\n"
-        "from nft_core.rollout import gather_scores\n"
+        "from nft_core.pooling import gather_scores\n"
         "from nft_plugins import Scores\n"
         "cpu = torch.device('cpu')\n"
         "with process_group(cpu, 60), open(f'{sys.argv[1]}/{rank()}', 'w') as told:\n"

@@ -414,6 +414,14 @@ def test_the_package_scores_pairs_of_pil_images(folder, monkeypatch):
     assert made == [(str(folder / "ImageReward.pt"), "cpu", str(folder / "med_config.json"))]
 
 
+def test_a_pickle_of_anything_never_reaches_the_package(folder, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "ImageReward", SimpleNamespace(load=pytest.fail))
+    torch.save({"x": SimpleNamespace}, tmp_path / "ImageReward.pt")
+    (tmp_path / "med_config.json").write_text((folder / "med_config.json").read_text())
+    with pytest.raises((OSError, ValueError)):
+        ImageReward(str(tmp_path), engine="package")
+
+
 def test_bad_options(folder):
     with pytest.raises(ValueError, match="engine must be"):
         reward_of(folder, engine="onnx")

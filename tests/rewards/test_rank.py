@@ -158,7 +158,7 @@ def test_another_reward_of_groups_is_refused():
 
 
 def test_ranks_of_batches_become_ranks_of_groups():
-    from nft_core.rollout import concatenate
+    from nft_core.pooling import concatenate
 
     values, groups = torch.tensor([5.0, 1.0, 4.0, 2.0, 3.0, 8.0]), torch.tensor([0, 1, 0, 1, 0, 1])
     valid = torch.tensor([True, True, True, False, True, True])

@@ -61,7 +61,7 @@ def curves(records: Iterable[Mapping[str, Any]]) -> list[tuple[str, tuple[str, .
     first = next(iter(records), None)
     if first is None:
         return []
-    rewards = [(name, ("rewards", name, "mean")) for name in first["rewards"]]
+    rewards = [(name, ("rewards", name, "mean")) for name in first.get("rewards", {})]
     return rewards + [(name, ("details", name)) for name in first.get("details", {})]
 
 

@@ -1,0 +1,101 @@
+"""Two processes under torchrun, and the second dies, fails, hangs or is slow: what is seen, and what stays."""
+
+import json
+import os
+import subprocess
+import sys
+import time
+
+import pytest
+
+from nft_core.checkpoint import newest
+
+#: A reward whose second process does what the file `mood` says, from the second epoch on.
+REWARD = """
+import os, signal, time
+from pathlib import Path
+
+calls = 0
+
+
+def moody(images):
+    global calls
+    calls += 1
+    mood = Path(__file__).with_name("mood").read_text()
+    # A process scores two held-out images, and two in each epoch, in a call each time.
+    if os.environ.get("RANK") == "1" and calls > 2:
+        if mood == "dies":
+            os.kill(os.getpid(), signal.SIGKILL)
+        if mood == "fails":
+            raise RuntimeError("out of sorts")
+        if mood == "hangs":
+            time.sleep(1000)
+        if mood == "slow":
+            time.sleep(3)
+    return images.mean((1, 2, 3))
+"""
+SETTINGS = {
+    **{"prompts_per_epoch": 2, "group_size": 2, "steps": 2, "eval_steps": 2, "eval_images": 2, "eval_every": 0},
+    **{
+        "train_times_count": 1,
+        "checkpoint_every": 1,
+        "device": "cpu",
+        "peer_timeout": 15,
+        "lr_schedule": "constant",
+    },
+}
+
+
+def nft(*arguments, processes):
+    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
+    began = time.monotonic()
+    done = subprocess.run(
+        [sys.executable, *(launcher if processes > 1 else ()), "-m", "nft_core", *map(str, arguments)],
+        env=os.environ | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=200,
+    )
+    return done, time.monotonic() - began
+
+
+@pytest.mark.parametrize(
+    ("mood", "cause"),
+    [
+        ("dies", "Signal 9 (SIGKILL)"),
+        ("fails", "Error: The reward 'moody' failed: RuntimeError: out of sorts (moody.py, line 17)"),
+        ("hangs", "did not answer for peer_timeout = 15 s"),
+        ("slow", ""),
+    ],
+)
+def test_the_second_process(mood, cause, tmp_path):
+    (tmp_path / "moody.py").write_text(REWARD)
+    (tmp_path / "mood").write_text(mood)
+    prompts, folder = tmp_path / "prompts.txt", tmp_path / "run"
+    prompts.write_text("a red circle\na blue square\n")
+    settings = SETTINGS | {"prompts": prompts, "eval_prompts": prompts}
+    words = [word for key, value in settings.items() for word in ("--set", f"{key}={value}")]
+    run = [
+        "run",
+        "--tiny",
+        "--reward",
+        f"{tmp_path / 'moody.py'}:moody",
+        "--epochs",
+        2,
+        "--out",
+        folder,
+        *words,
+    ]
+    done, seconds = nft(*run, processes=2)
+    assert seconds < 150
+    assert (done.returncode == 0) == (mood == "slow"), done.stderr
+    assert cause in " ".join(done.stderr.split())
+    if mood != "slow":
+        assert newest(folder, pytest.fail).name >= "000002"
+        (tmp_path / "mood").write_text("well")
+        done, _ = nft("resume", folder, processes=1)
+        assert done.returncode == 0, done.stderr
+        assert "Going on from" in done.stdout
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    assert [(r["event"], r["epoch"]) for r in lines] == [("eval", 0), ("epoch", 1), ("epoch", 2), ("eval", 2)]
+    assert all(r["rewards"]["moody"]["invalid"] == 0 for r in lines)
