@@ -21,7 +21,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from .errors import CheckpointError, SaveError
+from .errors import CheckpointError, NftError, SaveError
 from .policy import Policy
 from .progress import Progress, read_progress
 
@@ -74,7 +74,7 @@ def save_checkpoint(
         policy.save(aside)
         save_file({k: v.cpu().contiguous() for k, v in policy.state().items()}, aside / POLICY)
         save_file(_moments(policy, optimizer), aside / OPTIMIZER)
-        (aside / STATE).write_text(json.dumps(state) + "\n", encoding="utf-8")
+        (aside / STATE).write_text(json.dumps(state, allow_nan=False) + "\n", encoding="utf-8")
         files = sorted(path for path in aside.rglob("*") if path.is_file())
         manifest = Manifest(files={path.relative_to(aside).as_posix(): _entry(path) for path in files})
         (aside / MANIFEST).write_text(manifest.model_dump_json() + "\n", encoding="utf-8")
@@ -86,11 +86,14 @@ def save_checkpoint(
         aside.rename(folder)
         _flush(folder.parent)
         shutil.rmtree(old, ignore_errors=True)
-    except (OSError, RuntimeError, SafetensorError) as error:
+    except (OSError, RuntimeError, ValueError, SafetensorError) as error:
         shutil.rmtree(aside, ignore_errors=True)
+        advice = (
+            "Free some space, then" if isinstance(error, OSError | SafetensorError) else "With that mended,"
+        )
         raise SaveError(
-            f"Cannot write the checkpoint {folder}: {error}. Free some space, then `nft resume "
-            f"{folder.parent.parent}` goes on from the checkpoint before, which is as it was."
+            f"Cannot write the checkpoint {folder}: {error}. {advice} `nft resume {folder.parent.parent}` goes "
+            "on from the checkpoint before, which is as it was."
         ) from error
 
 
@@ -144,11 +147,18 @@ def _read(path: Path) -> bytes:
     try:
         with path.open("rb") as file:
             content = file.read(MOST_BYTES + 1)
+    except (FileNotFoundError, IsADirectoryError) as error:
+        raise CheckpointError(f"{path.name} cannot be read: {error.strerror}") from error
     except OSError as error:
-        raise CheckpointError(f"{path.name} cannot be read: {error.strerror or error}") from error
+        raise unreadable(path, error) from error
     if len(content) > MOST_BYTES:
         raise CheckpointError(f"{path.name} has more than {MOST_BYTES} bytes, which no {path.name} has")
     return content
+
+
+def unreadable(path: Path, error: OSError) -> NftError:
+    """What a disk or a network refuses now may be whole: it ends the command, and nothing goes back behind."""
+    return NftError(f"Cannot read {path}: {error.strerror or error}. Try again when it can be read.")
 
 
 def verify(folder: Path) -> None:
@@ -164,7 +174,7 @@ def verify(folder: Path) -> None:
         try:
             found = _entry(path)
         except OSError as error:
-            raise CheckpointError(f"{name} cannot be read: {error.strerror or error}") from error
+            raise unreadable(path, error) from error
         if found != entry:
             raise CheckpointError(f"{name} has changed since it was written: its SHA-256 is another")
 
@@ -209,7 +219,8 @@ def prune(folder: Path, progress: Progress, keep_last: int, keep_best: int) -> N
     """
     if not keep_last:
         return
-    standing = checkpoints(folder)
+    # Later ones are damaged, and were left where they are when the run went back behind them.
+    standing = [p for p in checkpoints(folder) if int(p.name) <= progress.step]
     scores = {p: progress.evaluations[int(p.name)] for p in standing if int(p.name) in progress.evaluations}
     best = sorted(scores, key=lambda p: (-scores[p], int(p.name)))[:keep_best]
     for path in standing:

@@ -79,6 +79,8 @@ class Guard:
         score: raises NftError where the reward fails. device: of the images.
         Raises Failed after the last attempt under `stop`, and UsageError, which no attempt mends, at once.
         """
+        if self.tally.skipped:  # The reward is out of the epoch already.
+            return self.nothing(size)
         if self.hopeless and self.running():
             # One batch has waited for this call in vain. If every other did too, an epoch would take for ever.
             return self.give_up(self.busy(), 1, size)
@@ -152,6 +154,10 @@ class Guard:
                 "further failures are counted, not shown.",
                 file=sys.stderr,
             )
+        return self.nothing(size)
+
+    def nothing(self, size: int) -> Scores:
+        """Scores of which none is valid, counted."""
         lost = Tally(masked=size, skipped=int(self.policy.on_error == "skip"))
         self.tally = added([self.tally, lost])
         return Scores(torch.zeros(size), torch.zeros(size, dtype=torch.bool))

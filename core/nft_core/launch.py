@@ -80,14 +80,14 @@ def launch(settings: str, out: Path, processes: int, more: Sequence[str] = ()) -
         try:
             failed = wait(children)
         except KeyboardInterrupt as interrupt:
-            # By Ctrl-C the terminal has told the children too. The first saves what it has, which may
-            # take a while; who cannot wait presses Ctrl-C again.
-            if isinstance(interrupt, Terminated):
-                for child in children:
-                    child.terminate()
+            # The terminal tells the children of a Ctrl-C too, but not everybody who sends SIGINT is a terminal.
+            # The first saves what it has, which may take a while; who cannot wait presses Ctrl-C again.
+            for child in children:
+                child.terminate()
             with undisturbed(), suppress(KeyboardInterrupt):
                 children[0].wait()
-            return code(children[0])
+            stopped = 128 + (signal.SIGTERM if isinstance(interrupt, Terminated) else signal.SIGINT)
+            return stopped if children[0].returncode in STOPPED else code(children[0])
         finally:
             stop(children)
         if failed is None:
@@ -189,11 +189,12 @@ def told() -> Iterator[Callable[[], int]]:
 
     A second Ctrl-C interrupts at once, as ever.
     """
-    noted = 0
+    noted = interrupts = 0
 
     def note(number: int, frame: object) -> None:
-        nonlocal noted
-        if noted and number == signal.SIGINT:
+        nonlocal noted, interrupts
+        interrupts += number == signal.SIGINT
+        if interrupts > 1:
             raise KeyboardInterrupt
         if not noted and first():
             # Not print(), which may be what was interrupted.

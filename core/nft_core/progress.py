@@ -48,11 +48,6 @@ class Progress(BaseModel):
     seconds: Number = 0.0
     prompts: str = ""
 
-    @property
-    def best(self) -> int | None:
-        """The gradient step of the best evaluation so far, the earliest of equal ones."""
-        return max(self.evaluations, key=lambda step: (self.evaluations[step], -step), default=None)
-
 
 def read_progress(state: Any) -> Progress:
     """Raises CheckpointError for what is no state."""

@@ -56,9 +56,14 @@ def find(folder: Path, settings: Settings, allow_changes: bool, tell: Callable[[
 
     Raises UsageError, with each of them, for settings that would change what is learned.
     """
-    from .checkpoint import newest, read_state
+    from .checkpoint import checkpoints, newest, read_state
 
     path = newest(folder, tell)
+    if path is None and checkpoints(folder):
+        raise CheckpointError(
+            f"None of the checkpoints of {folder} is whole. Put back a copy of one, or remove "
+            f"{folder / 'checkpoints'} to begin anew."
+        )
     if path is None:
         tell(f"{folder} has no whole checkpoint: the run begins anew.")
         return None
@@ -73,22 +78,26 @@ def check_changes(
     before: Mapping[str, Any], settings: Settings, allow_changes: bool, tell: Callable[[str], None]
 ) -> None:
     """Tell which settings have changed; raise UsageError for those that change what is learned."""
-    now = settings.model_dump(mode="json")
-    before = {**make_settings().model_dump(mode="json"), **before}
-    changed = {name for name in now if now[name] != before[name]}
-    said = {name: f"{name} ({before[name]!r} before, {now[name]!r} now)" for name in sorted(changed)}
-    free = FREE
-    if settings.lr_schedule == "cosine" and "epochs" in said:
-        said["epochs"] += ", over which lr_schedule = cosine falls to 0"
-        free = FREE - {"epochs"}
-    grave = [said[name] for name in said if name not in free]
+    grave, free = changes(before, settings)
     if grave and not allow_changes:
         raise UsageError(
             "These settings change what is learned, and the checkpoint was made with others: "
             f"{'; '.join(grave)}. Leave them as they were, or go on all the same with --allow-changes."
         )
-    if said:
-        tell(f"Settings that have changed: {'; '.join(said.values())}.")
+    if grave or free:
+        tell(f"Settings that have changed: {'; '.join([*grave, *free])}.")
+
+
+def changes(before: Mapping[str, Any], settings: Settings) -> tuple[list[str], list[str]]:
+    """Settings that differ from a checkpoint's, in words: those that change what is learned, and the others."""
+    now = settings.model_dump(mode="json")
+    before = {**make_settings().model_dump(mode="json"), **before}
+    said = {n: f"{n} ({before[n]!r} before, {now[n]!r} now)" for n in sorted(now) if now[n] != before[n]}
+    free = FREE
+    if settings.lr_schedule == "cosine" and "epochs" in said:
+        said["epochs"] += ", over which lr_schedule = cosine falls to 0"
+        free = FREE - {"epochs"}
+    return [said[n] for n in said if n not in free], [said[n] for n in said if n in free]
 
 
 def digest(prompts: Sequence[Prompt], held_out: Sequence[Prompt]) -> str:
@@ -97,22 +106,27 @@ def digest(prompts: Sequence[Prompt], held_out: Sequence[Prompt]) -> str:
     return hashlib.sha256(json.dumps(rows, sort_keys=True, default=str).encode()).hexdigest()
 
 
-def restore(training: Training, path: Path, allow_changes: bool) -> None:
-    """Put a run where its checkpoint stands.
+def restore(training: Training, path: Path, allow_changes: bool) -> bool:
+    """Put a run where its checkpoint stands; returns whether it learns from other things from there.
 
     Raises UsageError for other prompts, and CheckpointError for a checkpoint of another model.
     """
     from .checkpoint import load_checkpoint, read_state
 
-    progress, _ = read_state(path)
+    progress, before = read_state(path)
     if progress.prompts != training.at.prompts and not allow_changes:
         raise UsageError(
             "The prompts have changed since the checkpoint was made: give the same files, or go on all the "
             "same with --allow-changes."
         )
-    progress.prompts = training.at.prompts
     load_checkpoint(path, training.policy, training.optimizer)
+    other = bool(changes(before, training.settings)[0]) or progress.prompts != training.at.prompts
+    if other:  # Rewards of another kind, or of other images, are not compared with.
+        progress.evaluations.clear()
+        progress.baseline.clear()
+    progress.prompts = training.at.prompts
     training.at = progress
+    return other
 
 
 @contextmanager

@@ -5,13 +5,13 @@ from __future__ import annotations
 import os
 import shlex
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from nft_plugins import Run
 
-from .errors import NftError, SaveError, UsageError, unknown
+from .errors import NftError, SaveError, Stopped, UsageError, unknown
 from .host import Host
 from .launch import told, undisturbed
 from .observers.metrics import trim
@@ -67,6 +67,7 @@ def run(
     Raises UsageError for what can be told from the settings and files alone, before anything heavy is
     loaded or written, and NftError for what fails later.
     """
+    folder = folder if folder.name else folder.resolve()  # The name of `.` is empty, and observers use it.
     first = os.environ.get("RANK", "0") == "0"
     tell = say if first else lambda text: None
     specs, solver, prompts, held_out = prepare(settings, host)
@@ -97,16 +98,19 @@ def run(
         check_sizes(settings, len(prompts), len(held_out))
         model = load_model(settings, host, device)
         training = assemble(settings, model, reward, solver, prompts, held_out, device, folder)
-        if path:
-            restore(training, path, allow_changes)
+        other = bool(path) and restore(training, path, allow_changes)
         observe: Callable[..., None] = silent
         if rank() == 0:
             described = Run(folder, settings.model_dump(), settings.epochs, training.at.epoch)
             observe = training.observe = observers(host, described, asked)
-            write_settings(folder, settings)
             if not goes_on:
+                make(folder)
                 stack.enter_context(locked(folder))
+                claim(folder)  # Loading took its time, in which another process may have come.
+            write_settings(folder, settings)
             trim(folder, training.at, tell)
+        if other:  # What was allowed holds from here on, whatever comes.
+            training.save()
         observe("nft_run_started")
         error: BaseException | None = None
         try:
@@ -116,7 +120,8 @@ def run(
             error = caught
             # Not for a second Ctrl-C, which means at once.
             if isinstance(caught, Exception) and not isinstance(caught, SaveError):
-                rescue(training, folder, tell)
+                with nullcontext() if isinstance(caught, Stopped) else told():
+                    rescue(training, folder, tell)
             raise
         finally:
             observe("nft_run_finished", error=error)
@@ -146,12 +151,14 @@ def rescue(training: Training, folder: Path, tell: Callable[[str], None]) -> Non
     """Keep what was trained before an error or Ctrl-C, in the middle of an epoch as it may be."""
     training.policy.restore()
     at = training.at
+    if training.torn:
+        tell("The error came in the middle of a step: what was trained since the last checkpoint is lost.")
     if training.torn or not (at.step or at.update):
         return
     with undisturbed():
         try:
             training.save()
-        except NftError as error:
+        except Exception as error:  # Whatever it is, the one that ended the run is to be seen.
             tell(str(error))
             return
     tell(f"Saved at epoch {at.epoch}, gradient step {at.step}. To go on: nft resume {shlex.quote(str(folder))}")
@@ -224,9 +231,11 @@ def usable(
 def claim(folder: Path) -> None:
     """Refuse a folder that holds anything: a run never overwrites another."""
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        command = f"nft resume {shlex.quote(str(folder))}"
+        goes_on = f" `{command}` goes on with the run in it." if (folder / "run.toml").exists() else ""
         raise UsageError(
             f"{folder} exists and is not empty. Choose another --out, or remove it first; "
-            "nothing in it was changed."
+            f"nothing in it was changed.{goes_on}"
         )
 
 
@@ -318,10 +327,16 @@ def autocast_dtype(settings: Settings, device: torch.device) -> torch.dtype | No
     return torch.bfloat16 if auto or settings.precision == "bf16" else None
 
 
+def make(folder: Path) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise NftError(f"Cannot write to {folder}: {error}. Choose another --out.") from error
+
+
 def write_settings(folder: Path, settings: Settings) -> None:
     aside = folder / ".run.toml"
     try:
-        folder.mkdir(parents=True, exist_ok=True)
         aside.write_text(to_toml(settings), encoding="utf-8")
         aside.replace(folder / "run.toml")
     except OSError as error:

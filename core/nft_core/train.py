@@ -220,8 +220,9 @@ def take_step(run: Training, sums: Tensor) -> None:
     else:
         at.update, at.nonfinite, at.nonfinite_steps = at.update + 1, at.nonfinite + 1, at.nonfinite_steps + 1
         if at.nonfinite >= s.max_nonfinite:
+            count, at.nonfinite = at.nonfinite, 0  # The run may be resumed with other settings.
             raise NftError(
-                f"{at.nonfinite} gradient steps in a row were not finite, the last with a norm of {norm}, and "
+                f"{count} gradient steps in a row were not finite, the last with a norm of {norm}, and "
                 "were left out (max_nonfinite). Lower lr, raise kl_weight, or use --set precision=fp32."
             )
     if signal:
@@ -249,14 +250,15 @@ def finish_epoch(run: Training, rollout: Rollout, seconds: float) -> None:
         lr=at.lr,
         old_decay=old_decay(s.old_decay, at.step),
         drift=policy.drift(),
-        x0_rms=(square / count) ** 0.5,
+        x0_rms=(square / count) ** 0.5 if isfinite(square) else None,
         flat_groups=flat_groups(scores.values, scores.valid, rollout.groups),
         nonfinite_steps=at.nonfinite_steps,
         skipped=list(rollout.skipped),
         phases=phases,
     )
     run.phases.clear()
-    at.baseline.setdefault("x0_rms", record["x0_rms"])
+    if record["x0_rms"] is not None:
+        at.baseline.setdefault("x0_rms", record["x0_rms"])
     record["warnings"] = warnings(record, at.baseline, s)
     run.observe("nft_epoch_finished", record=record)
     with run.change():
@@ -291,7 +293,7 @@ def heed(run: Training, record: dict[str, Any]) -> None:
     s = run.settings
     if s.strict and record["warnings"]:
         raise NftError(f"Stopped by --strict: {' '.join(record['warnings'].values())}")
-    if run.at.skips > s.max_skips:
+    if record["skipped"] and run.at.skips > s.max_skips:
         raise NftError(
             f"Rewards were left out in {run.at.skips} epochs (on_error=skip), the last "
             f"{', '.join(record['skipped'])}: more than max_skips = {s.max_skips}. Mend the reward, or raise "
@@ -305,15 +307,17 @@ def close_epoch(run: Training) -> None:
     if at.evaluated:
         return
     ends = at.epoch in (0, s.epochs)
-    if ends or (s.eval_every and at.epoch % s.eval_every == 0):
-        evaluate(run)
+    due = ends or (s.eval_every and at.epoch % s.eval_every == 0)
+    found = evaluate(run) if due else {}
     at.evaluated = True
+    if s.strict and found:
+        raise NftError(f"Stopped by --strict: {' '.join(found.values())}")
     if at.epoch and (ends or (s.checkpoint_every and at.epoch % s.checkpoint_every == 0)):
         run.save()
 
 
-def evaluate(run: Training) -> None:
-    """Score `eval_images` images of each held-out prompt, from the same noise every time."""
+def evaluate(run: Training) -> dict[str, str]:
+    """Score `eval_images` images of each held-out prompt, from the same noise every time; returns warnings."""
     s, at = run.settings, run.at
     reseed(s.seed, "eval", at.epoch, distributed.rank())
     indices = range(len(run.eval_prompts))
@@ -335,14 +339,15 @@ def evaluate(run: Training) -> None:
     figures = statistics(rollout.scores, draws.metadata(), rollout.tallies)
     record = run.record("eval", at.epoch, images=len(draws), **figures)
     total = figures["rewards"]["total"]
-    if total["mean"] is not None:
+    whole = not rollout.skipped and total["mean"] is not None  # Without one of its rewards a total is another.
+    if whole:
         at.baseline.setdefault("reward", total["mean"])
         at.baseline.setdefault("reward_std", total["std"])
-    record["warnings"] = warnings(record, at.baseline, s)
+    record["skipped"] = list(rollout.skipped)
+    record["warnings"] = warnings(record, at.baseline, s) if whole else {}
     if distributed.rank() == 0:  # Observers are there alone.
         batch = draws.batch(torch.arange(len(draws)), images.float() / 255)
         run.observe("nft_eval_finished", record=record, batch=batch, scores=rollout.scores)
-    if total["mean"] is not None:
+    if whole:
         at.evaluations[at.step] = total["mean"]
-    if s.strict and record["warnings"]:
-        raise NftError(f"Stopped by --strict: {' '.join(record['warnings'].values())}")
+    return record["warnings"]

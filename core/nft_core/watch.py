@@ -21,7 +21,9 @@ def warnings(record: Mapping[str, Any], baseline: Mapping[str, float], s: Settin
             f"{record['nonfinite_steps']} gradient steps were not finite and were left out: lower lr, or use "
             "precision=fp32."
         )
-    grown = record["x0_rms"] / baseline["x0_rms"] if baseline.get("x0_rms") else 1.0
+    if record["x0_rms"] is None:
+        found["x0_finite"] = "some latents are not finite: lower lr, or use precision=fp32."
+    grown = (record["x0_rms"] or 0.0) / (baseline.get("x0_rms") or 1.0)
     if s.watch_x0 and grown > s.watch_x0:
         found["x0_rms"] = (
             f"latents have {grown:.2f} times the norm of the first epoch's (watch_x0 = {s.watch_x0:g}): the "

@@ -12,7 +12,7 @@ from nft_core.checkpoint import checkpoints, newest, prune, read_manifest, read_
 from nft_core.errors import CheckpointError, NftError, SaveError, Stopped, UsageError
 from nft_core.observers.metrics import append, read, trim
 from nft_core.progress import Progress
-from nft_core.resume import check_changes, digest, locked, restore
+from nft_core.resume import check_changes, digest, find, locked, restore
 from nft_core.settings import make_settings
 from nft_core.train import train
 from nft_solvers.euler import Euler
@@ -101,8 +101,45 @@ def test_an_error_in_the_middle_of_a_change_saves_nothing(tmp_path):
     run.policy.move_ema = half
     with pytest.raises(RuntimeError):
         train(run)
-    runs.rescue(run, tmp_path, pytest.fail)
+    said = []
+    runs.rescue(run, tmp_path, said.append)
+    assert "in the middle of a step" in said[0]
     assert not (tmp_path / "checkpoints").exists()
+
+
+def test_damaged_later_ones_take_nobodys_place(tmp_path):
+    """A run that went back behind them keeps what it writes now, and leaves them where they are."""
+    for step in (2, 4, 10, 20, 30):
+        (tmp_path / "checkpoints" / f"{step:06d}").mkdir(parents=True)
+    prune(tmp_path, Progress(step=4), keep_last=1, keep_best=0)
+    assert [p.name for p in checkpoints(tmp_path)] == ["000030", "000020", "000010", "000004"]
+
+
+def test_what_cannot_be_read_now_is_not_called_damaged(saved, monkeypatch):
+    """It ends the command: going back behind it, or anew, would lose what may be whole."""
+
+    def stale(path):
+        raise OSError(116, "Stale file handle")
+
+    monkeypatch.setattr("nft_core.checkpoint._entry", stale)
+    with pytest.raises(NftError, match="Stale file handle. Try again"):
+        newest(saved, pytest.fail)
+
+
+def test_all_of_them_damaged_is_no_reason_to_begin_anew(saved):
+    for path in checkpoints(saved):
+        damage(path, "tampered")
+    with pytest.raises(CheckpointError, match="None of the checkpoints"):
+        find(saved, make_settings(toy.SETTINGS), False, lambda text: None)
+
+
+def test_what_was_allowed_to_change_is_compared_with_nothing_of_before(saved):
+    run = start(saved, beta=0.3)
+    assert restore(run, saved / "checkpoints" / "000006", allow_changes=True)
+    assert (run.at.evaluations, run.at.baseline, run.at.epoch) == ({}, {}, 3)
+    same = start(saved)
+    assert not restore(same, saved / "checkpoints" / "000006", allow_changes=True)
+    assert same.at.evaluations
 
 
 @pytest.fixture
@@ -211,8 +248,7 @@ def test_names_decide_which_is_newest_and_no_clock(saved):
 def test_what_is_kept(last, best, left, tmp_path):
     for step in (2, 4, 6, 8):
         (tmp_path / "checkpoints" / f"{step:06d}").mkdir(parents=True)
-    progress = Progress(evaluations={2: 0.5, 4: 0.9, 6: 0.1, 8: 0.2})
-    assert progress.best == 4
+    progress = Progress(step=8, evaluations={2: 0.5, 4: 0.9, 6: 0.1, 8: 0.2})
     prune(tmp_path, progress, last, best)
     assert " ".join(sorted(p.name for p in (tmp_path / "checkpoints").iterdir())) == left
 

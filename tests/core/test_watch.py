@@ -1,5 +1,7 @@
 """What the watch notices: each warning from a run, or a record, in which that very thing goes wrong."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -27,6 +29,7 @@ def evaluation(mean):
     [
         ({"nonfinite_steps": 2}, "nonfinite_steps", "2 gradient steps were not finite"),
         ({"x0_rms": 1.6}, "x0_rms", "1.60 times the norm of the first epoch's"),
+        ({"x0_rms": None}, "x0_finite", "some latents are not finite"),
         ({"old_gap": 0.6}, "old_gap", "0.60 of its size away from the old one's"),
         ({"drift": 0.0}, "drift", "the weights do not move"),
         ({"flat_groups": 0.95}, "flat_groups", "in 95% of the groups"),
@@ -131,3 +134,46 @@ def test_figures_of_a_healthy_run(tmp_path):
     assert all(r["warnings"] == {} for r in found)
     assert all(0 < r["x0_rms"] < 3 and r["nonfinite_steps"] == 0 for r in epochs)
     assert all(0 < r["old_gap"] < 0.5 for r in epochs)
+
+
+def test_strict_at_an_evaluation_is_not_repeated_by_a_resume(tmp_path):
+    run = make(tmp_path, strict=True, eval_every=1, watch_reward=0.5)
+    reward, calls = run.reward, iter(range(100))
+
+    def falling(batch):
+        scores = reward(batch)
+        return Scores(scores.values - 100 * (next(calls) > 1), scores.valid)
+
+    run.reward = falling
+    with pytest.raises(NftError, match="Stopped by --strict: the held-out reward has fallen"):
+        train(run)
+    assert (run.at.epoch, run.at.evaluated) == (1, True)
+
+
+def test_a_resume_after_too_many_steps_that_are_not_finite_counts_anew(tmp_path):
+    run = make(tmp_path, max_nonfinite=2)
+    spoil(run, lambda update: True)
+    with pytest.raises(NftError, match="2 gradient steps in a row"):
+        train(run)
+    assert run.at.nonfinite == 0
+
+
+def test_latents_that_are_not_finite(tmp_path):
+    """Warned of, and never in a checkpoint, which could not be read again."""
+    run = make(tmp_path, epochs=1)
+    found = records(run)
+    solver = run.sampler.solver
+
+    class OneIsLost:
+        def solve(self, *arguments):
+            x_0 = solver.solve(*arguments)
+            x_0[0] = torch.nan
+            return x_0
+
+    run.sampler = replace(run.sampler, solver=OneIsLost())
+    run.reward = lambda batch: Scores.of(batch.images.mean((1, 2, 3)))
+    train(run)
+    (epoch,) = (r for r in found if r["event"] == "epoch")
+    assert epoch["x0_rms"] is None
+    assert "x0_finite" in epoch["warnings"]
+    assert "x0_rms" not in run.at.baseline

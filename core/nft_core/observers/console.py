@@ -29,7 +29,7 @@ class Console:
     @hookimpl
     def nft_run_started(self, run: Run) -> None:
         self.say(f"Writing to {run.folder}")
-        self.base = next((r for r in read(run.folder) if r["event"] == "eval"), None)
+        self.base = next((r for r in read(run.folder) if (r["event"], r["epoch"]) == ("eval", 0)), None)
         if self.terminal.is_terminal:
             columns = (
                 TextColumn("{task.description:<10}"),
@@ -62,9 +62,10 @@ class Console:
 
     @hookimpl
     def nft_eval_finished(self, run: Run, record: Mapping[str, Any]) -> None:
-        self.base = self.base or record
+        if not record["epoch"]:
+            self.base = record
         self.latest = record
-        change = f"  (base {means(self.base)})" if record is not self.base else ""
+        change = f"  (base {means(self.base)})" if self.base not in (None, record) else ""
         self.say(f"eval at epoch {record['epoch']}: {means(record)}{change}")
         self.warn(record)
 
@@ -78,7 +79,7 @@ class Console:
             self.bars.stop()
         if self.base and self.latest and (self.latest is not self.base or not error):
             self.terminal.print(comparison(self.base, self.latest))
-        if self.base:
+        if self.latest:
             self.say(f"Pictures: {run.folder / 'samples'}    figures: {run.folder / 'metrics.jsonl'}")
         if self.checkpoint:
             self.say(f"Weights:  {self.checkpoint}")

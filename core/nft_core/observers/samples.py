@@ -45,9 +45,9 @@ class Samples:
         if epoch and not self.base:  # This run goes on from a checkpoint.
             self.base = read(folder / NAME.format(0))
         save(grid([chosen], [f"epoch {epoch}"]), folder / NAME.format(epoch), chosen)
-        if not self.base:
+        if not epoch:
             self.base = chosen
-        else:
+        elif self.base:
             every = -(-len(chosen) // ROW)
             both = grid([self.base[::every], chosen[::every]], ["base model", f"epoch {epoch}"])
             save(both, folder / "before-after.png")

@@ -27,7 +27,7 @@ class TensorBoard:
     def nft_run_started(self, run: Run) -> None:
         place = f"{self.folder}/{run.folder.name}" if self.folder else str(run.folder / "tensorboard")
         # What a killed process wrote of later epochs is left out: they come again.
-        self.writer = self.open(place, purge_step=run.epoch + 1 if run.epoch else None)
+        self.writer = self.open(place, purge_step=run.epoch + 1)
         rows = [f"| {name} | {value} |" for name, value in run.settings.items()]
         self.writer.add_text("settings", "\n".join(["| setting | value |", "|---|---|", *rows]))
 
