@@ -155,7 +155,10 @@ def test_a_failure_that_a_run_survives(run, how, policy):
     result, out = run
     (record,) = records(out)
     figures = record["rewards"][title(how, policy)]
-    assert (figures["valid"], figures["invalid"], figures["masked"], figures["retried"]) == (12, 4, 4, 0)
+    # The third of four batches fails; a skipped reward, out of the epoch then, is not asked for the fourth.
+    lost = 4 if policy == "mask" else 8
+    counts = [figures[name] for name in ("valid", "invalid", "masked", "retried")]
+    assert counts == [16 - lost, lost, lost, 0]
     # Nothing took the place of what failed: the others scored 5, all of them.
     assert (figures["mean"], figures["std"]) == (5.0, 0.0)
     assert record["details"][f"{title(how, policy)}/size"] == 5.0
@@ -184,7 +187,7 @@ def test_what_the_total_makes_of_it(run):
     total, jpeg = record["rewards"]["total"], record["rewards"]["jpeg_compressibility"]
     # The images of the batch that was masked, of which one is invalid too; skipped rewards take none away.
     assert (total["valid"], total["invalid"]) == (12, 4)
-    assert (total["masked"], total["retried"]) == (4 * 2 * len(CAUSES), len(CAUSES) - 1)
+    assert (total["masked"], total["retried"]) == ((4 + 8) * len(CAUSES), len(CAUSES) - 1)
     # 9 masked, 2 with one invalid sample and 8 that were tried again count; 9 that were skipped do not.
     assert total["mean"] == pytest.approx(jpeg["mean"] + 0.5 * (9 + 2 + 8), abs=1e-3)
     assert jpeg["valid"] == 16
