@@ -161,6 +161,13 @@ def run(
 @main.command("resume")
 @click.argument("folder", metavar="RUN", type=click.Path(path_type=Path))
 @click.option("--epochs", type=int, metavar="N", help="Train up to this epoch.")
+@click.option(
+    "--reward",
+    "rewards_",
+    metavar="SPEC",
+    multiple=True,
+    help="The rewards anew, such as with another on_error, retry or max_seconds; repeatable.",
+)
 @click.option("--device", metavar="NAME", help="auto, cpu, cuda or cuda:N")
 @click.option(
     "--set", "assignments", metavar="KEY=VALUE", multiple=True, help="Another value of a setting; repeatable."
@@ -168,7 +175,13 @@ def run(
 @click.option(
     "--allow-changes", is_flag=True, help="Go on even with settings or prompts that change what is learned."
 )
-def go_on(folder: Path, assignments: tuple[str, ...], allow_changes: bool, **options: Any) -> None:
+def go_on(
+    folder: Path,
+    rewards_: tuple[str, ...],
+    assignments: tuple[str, ...],
+    allow_changes: bool,
+    **options: Any,
+) -> None:
     """Go on with a run from its newest whole checkpoint.
 
     RUN is its folder. On a CPU it goes on, bit for bit, as if it had never ended.
@@ -178,6 +191,8 @@ def go_on(folder: Path, assignments: tuple[str, ...], allow_changes: bool, **opt
     from .settings import make_settings, parse_assignment
 
     given = {name: value for name, value in options.items() if value is not None}
+    if rewards_:
+        given["rewards"] = list(rewards_)
     settings = make_settings(settings_of(folder), dict(parse_assignment(a) for a in assignments), given)
     start(settings, folder, load_host(), True, allow_changes)
 

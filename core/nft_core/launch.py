@@ -198,7 +198,7 @@ def told() -> Iterator[Callable[[], int]]:
             raise KeyboardInterrupt
         if not noted and first():
             # Not print(), which may be what was interrupted.
-            os.write(2, b"Ending after this step, and saving. Ctrl-C once more ends at once, without.\n")
+            os.write(2, b"\nEnding after this step, and saving. Ctrl-C once more ends at once, unsaved.\n")
         noted = noted or number
 
     if threading.current_thread() is not threading.main_thread():  # Signals come to the main thread alone.

@@ -48,13 +48,13 @@ KINDS = (
         "reward",
         "The reward $name for nft-hub.",
         "rewards",
-        ("nft run --tiny --reward $name --epochs 2",),
+        ("nft run --tiny --reward $name --epochs 2 --set eval_images=1",),
     ),
     Kind(
         "solver",
         "The solver $name for nft-hub.",
         "solvers",
-        ("nft run --tiny --reward jpeg_incompressibility --solver $name --epochs 2",),
+        ("nft run --tiny --reward jpeg_incompressibility --solver $name --epochs 2 --set eval_images=1",),
     ),
     Kind(
         "model",

@@ -5,14 +5,17 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import shlex
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .errors import CheckpointError, NftError, UsageError
 from .prompts import Prompt
 from .settings import Settings, make_settings, read_toml
+from .specs import Policy, RewardSpec, parse_reward
 
 if TYPE_CHECKING:
     from .train import Training
@@ -21,8 +24,8 @@ if TYPE_CHECKING:
 #: goes, not what is learned. Sizes of batches and the number of processes change results by rounding alone.
 FREE = {
     *("epochs", "device", "processes", "rollout_batch", "microbatch", "observers", "peer_timeout"),
-    *("eval_every", "checkpoint_every", "keep_last", "keep_best", "max_nonfinite", "max_skips"),
-    *("strict", "watch_x0", "watch_gap", "watch_flat_groups", "watch_reward"),
+    *("eval_every", "eval_images", "eval_steps", "checkpoint_every", "keep_last", "keep_best"),
+    *("max_nonfinite", "max_skips", "strict", "watch_x0", "watch_gap", "watch_flat_groups", "watch_reward"),
 }
 
 
@@ -65,12 +68,15 @@ def find(folder: Path, settings: Settings, allow_changes: bool, tell: Callable[[
             f"{folder / 'checkpoints'} to begin anew."
         )
     if path is None:
-        tell(f"{folder} has no whole checkpoint: the run begins anew.")
+        check_changes(settings_of(folder), settings, allow_changes, tell)
+        tell(f"{folder} has no checkpoint yet: the run begins anew.")
         return None
     progress, before = read_state(path)
     check_changes(before, settings, allow_changes, tell)
     update = f", {progress.update} steps into epoch {progress.epoch + 1}" if progress.update else ""
     tell(f"Going on from {path}: epoch {progress.epoch} of {settings.epochs}{update}.")
+    if progress.epoch >= settings.epochs:
+        tell(f"The run is finished. To train further: nft resume {shlex.quote(str(folder))} --epochs N")
     return path
 
 
@@ -95,9 +101,16 @@ def changes(before: Mapping[str, Any], settings: Settings) -> tuple[list[str], l
     said = {n: f"{n} ({before[n]!r} before, {now[n]!r} now)" for n in sorted(now) if now[n] != before[n]}
     free = FREE
     if settings.lr_schedule == "cosine" and "epochs" in said:
-        said["epochs"] += ", over which lr_schedule = cosine falls to 0"
+        said["epochs"] += ", over which lr_schedule = cosine, which --tiny has, falls to 0"
         free = FREE - {"epochs"}
+    if "rewards" in said and unguarded(before["rewards"]) == unguarded(now["rewards"]):
+        free = free | {"rewards"}
     return [said[n] for n in said if n not in free], [said[n] for n in said if n in free]
+
+
+def unguarded(rewards: Sequence[Any]) -> list[RewardSpec]:
+    """Rewards without what is done where they fail, which may change."""
+    return [replace(parse_reward(given), guard=Policy()) for given in rewards]
 
 
 def digest(prompts: Sequence[Prompt], held_out: Sequence[Prompt]) -> str:
@@ -120,9 +133,10 @@ def restore(training: Training, path: Path, allow_changes: bool) -> bool:
             "same with --allow-changes."
         )
     load_checkpoint(path, training.policy, training.optimizer)
-    other = bool(changes(before, training.settings)[0]) or progress.prompts != training.at.prompts
-    if other:  # Rewards of another kind, or of other images, are not compared with.
-        progress.evaluations.clear()
+    grave, free = changes(before, training.settings)
+    other = bool(grave) or progress.prompts != training.at.prompts
+    if other or any(words.startswith(("eval_images", "eval_steps")) for words in free):
+        progress.evaluations.clear()  # Rewards of another kind, or of other images, are not compared with.
         progress.baseline.clear()
     progress.prompts = training.at.prompts
     training.at = progress

@@ -113,6 +113,7 @@ def run(
             training.save()
         observe("nft_run_started")
         error: BaseException | None = None
+        said: list[str] = []
         try:
             with told() as training.told:
                 train(training)
@@ -121,10 +122,12 @@ def run(
             # Not for a second Ctrl-C, which means at once.
             if isinstance(caught, Exception) and not isinstance(caught, SaveError):
                 with nullcontext() if isinstance(caught, Stopped) else told():
-                    rescue(training, folder, tell)
+                    rescue(training, folder, said.append)
             raise
         finally:
             observe("nft_run_finished", error=error)
+            for text in said:  # Now that nothing draws bars over it.
+                tell(text)
 
 
 def prepare(settings: Settings, host: Host) -> tuple[list[RewardSpec], Solver, list[Prompt], list[Prompt]]:
@@ -153,6 +156,8 @@ def rescue(training: Training, folder: Path, tell: Callable[[str], None]) -> Non
     at = training.at
     if training.torn:
         tell("The error came in the middle of a step: what was trained since the last checkpoint is lost.")
+    elif not (at.step or at.update):
+        tell("Nothing was trained yet, so nothing is saved: `nft resume` begins anew.")
     if training.torn or not (at.step or at.update):
         return
     with undisturbed():

@@ -136,7 +136,11 @@ def sample(run: Training, epoch: int) -> Rollout:
     draws = Draws(run.prompts, indices, s.group_size, s.seed, "rollout", epoch)
     rollout = roll_out(run.sampler, draws, run.condition, run.reward, run.progress, run.phase, stop=run.stop)
     if not rollout.scores.valid.any():
-        raise NftError(f"Epoch {epoch}: not one of {len(draws)} images could be scored.")
+        raise NftError(
+            f"Epoch {epoch}: not one of {len(draws)} images could be scored. With on_error=mask a call that "
+            "fails takes all its images out: on_error=skip goes on with the other rewards, retry=N tries "
+            "again, and a smaller rollout_batch makes smaller calls."
+        )
     if s.shuffle_rewards:
         source = generator(s.seed, "shuffle", epoch)
         scores = shuffled_within_groups(rollout.scores, rollout.groups, source)
@@ -344,6 +348,8 @@ def evaluate(run: Training) -> dict[str, str]:
         at.baseline.setdefault("reward", total["mean"])
         at.baseline.setdefault("reward_std", total["std"])
     record["skipped"] = list(rollout.skipped)
+    if not whole:
+        total.update(mean=None, std=None)
     record["warnings"] = warnings(record, at.baseline, s) if whole else {}
     if distributed.rank() == 0:  # Observers are there alone.
         batch = draws.batch(torch.arange(len(draws)), images.float() / 255)

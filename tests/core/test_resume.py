@@ -9,11 +9,13 @@ from safetensors.torch import load_file, save_file
 
 from nft_core import run as runs
 from nft_core.checkpoint import checkpoints, newest, prune, read_manifest, read_state, verify
+from nft_core.composer import compose
 from nft_core.errors import CheckpointError, NftError, SaveError, Stopped, UsageError
 from nft_core.observers.metrics import append, read, trim
 from nft_core.progress import Progress
 from nft_core.resume import check_changes, digest, find, locked, restore
-from nft_core.settings import make_settings
+from nft_core.settings import make_settings, to_toml
+from nft_core.specs import Policy, RewardSpec
 from nft_core.train import train
 from nft_solvers.euler import Euler
 
@@ -131,6 +133,40 @@ def test_all_of_them_damaged_is_no_reason_to_begin_anew(saved):
         damage(path, "tampered")
     with pytest.raises(CheckpointError, match="None of the checkpoints"):
         find(saved, make_settings(toy.SETTINGS), False, lambda text: None)
+
+
+def test_one_without_a_checkpoint_is_held_to_its_settings_too(tmp_path):
+    settings = make_settings(toy.SETTINGS)
+    (tmp_path / "run.toml").write_text(to_toml(settings))
+    with pytest.raises(UsageError, match="seed"):
+        find(tmp_path, make_settings(toy.SETTINGS, {"seed": 5}), False, pytest.fail)
+    said = []
+    assert find(tmp_path, settings, False, said.append) is None
+    assert "begins anew" in said[0]
+
+
+def test_an_evaluation_without_one_of_its_rewards_has_no_total(tmp_path):
+    """It would be compared with totals of all of them."""
+    run = start(tmp_path, epochs=1)
+    whole, calls = run.reward, iter(range(100))
+    run.reward = composed(whole, lambda: next(calls) >= 2)
+    train(run)
+    first, _, last = read(tmp_path)
+    assert (first["skipped"], last["skipped"]) == ([], ["moody"])
+    assert last["rewards"]["total"]["mean"] is None
+    assert last["rewards"]["redness"]["mean"] is not None
+    assert list(run.at.evaluations) == [0]
+
+
+def composed(reward, fails):
+    """That reward and one that raises where `fails()`."""
+
+    def moody(batch):
+        if fails():
+            raise RuntimeError("out of sorts")
+        return reward(batch)
+
+    return compose([reward, RewardSpec(moody, guard=Policy("skip"))])
 
 
 def test_what_was_allowed_to_change_is_compared_with_nothing_of_before(saved):
@@ -306,6 +342,12 @@ def test_other_settings(saved):
     assert "epochs (3 before, 9 now)" in said[0]
     check_changes(before, make_settings(before, {"keep_last": 9}), False, said.append)
     assert "keep_last" in said[1]
+    # What is done where a reward fails is no part of what is learned.
+    guarded = {**before, "rewards": ["redness,retry=2"]}
+    check_changes(guarded, make_settings(guarded, {"rewards": ["redness,on_error=mask"]}), False, said.append)
+    assert "redness,on_error=mask" in said[2]
+    with pytest.raises(UsageError, match="rewards"):
+        check_changes(guarded, make_settings(guarded, {"rewards": ["redness=2,retry=2"]}), False, pytest.fail)
     # A longer run is another cosine.
     cosine = {**before, "lr_schedule": "cosine"}
     with pytest.raises(UsageError, match="epochs"):

@@ -86,7 +86,8 @@ class Console:
 
     def warn(self, record: Mapping[str, Any]) -> None:
         """Say each warning once, and again where it comes back."""
-        kinds = {f"{record['event']} {kind}": text for kind, text in record["warnings"].items()}
+        found = {**record["warnings"], **failures(record)}
+        kinds = {f"{record['event']} {kind}": text for kind, text in found.items()}
         for kind, text in kinds.items():
             if kind not in self.warned:
                 self.say(f"Warning at epoch {record['epoch']}: {text}")
@@ -94,6 +95,15 @@ class Console:
 
     def say(self, text: str) -> None:
         (self.bars.console if self.bars else self.terminal).print(text, markup=False)
+
+
+def failures(record: Mapping[str, Any]) -> dict[str, str]:
+    """What failing rewards have cost, in words."""
+    return {
+        f"{name} failed": f"{name} failed: {r['retried']} calls were made again, {r['masked']} images lost."
+        for name, r in record["rewards"].items()
+        if name != "total" and (r.get("retried") or r.get("masked"))
+    }
 
 
 def comparison(base: Mapping[str, Any], latest: Mapping[str, Any]) -> Table:
