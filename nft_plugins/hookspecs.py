@@ -18,6 +18,14 @@ ENTRY_POINT_GROUP = "nft_plugins"
 #: `CONTRACT = "1.0"`, and works with every later 1.x: minor versions add, and only a major one takes away,
 #: after a minor one has warned of it.
 CONTRACT = "1.0"
+#: Hooks that offer something: the kind of their cards.
+OFFERS: dict[str, type] = {
+    "nft_register_rewards": RewardInfo,
+    "nft_register_solvers": SolverInfo,
+    "nft_register_models": ModelInfo,
+    "nft_register_observers": ObserverInfo,
+    "nft_register_presets": Preset,
+}
 
 
 class ContractDeprecation(DeprecationWarning):

@@ -26,19 +26,12 @@ from nft_plugins import (
     SolverInfo,
     hookspecs,
 )
+from nft_plugins.hookspecs import OFFERS
 
 #: The distribution whose plug-ins are the built-ins.
 OWN = "nft-hub"
 NAME = re.compile(r"[a-z0-9][a-z0-9_-]*:?")
 Info = TypeVar("Info", RewardInfo, SolverInfo, ModelInfo, ObserverInfo, Preset)
-#: Hooks that offer something: the kind of their cards.
-OFFERS: dict[str, type] = {
-    "nft_register_rewards": RewardInfo,
-    "nft_register_solvers": SolverInfo,
-    "nft_register_models": ModelInfo,
-    "nft_register_observers": ObserverInfo,
-    "nft_register_presets": Preset,
-}
 
 
 class Found(NamedTuple):

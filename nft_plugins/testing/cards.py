@@ -14,19 +14,11 @@ import pluggy
 
 from .. import hookspecs
 from ..cards import Factory, ModelInfo, ObserverInfo, Preset, RewardInfo, SolverInfo
-from ..hookspecs import CONTRACT, PROJECT
+from ..hookspecs import CONTRACT, OFFERS, PROJECT
 from .rules import Broken, hold, may_not_raise
 
 Card: TypeAlias = RewardInfo | SolverInfo | ModelInfo | ObserverInfo | Preset
 
-#: Hooks that offer something: the kind of their cards.
-OFFERS: dict[str, type] = {
-    "nft_register_rewards": RewardInfo,
-    "nft_register_solvers": SolverInfo,
-    "nft_register_models": ModelInfo,
-    "nft_register_observers": ObserverInfo,
-    "nft_register_presets": Preset,
-}
 #: What factories are given if they take it, and so is no option.
 OFFERED = ("device", "make_reward")
 #: Words of every reward's spec, which the host keeps to itself.
