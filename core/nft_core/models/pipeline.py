@@ -1,0 +1,190 @@
+"""What all families share: a diffusers pipeline as a `FlowModel`. A family adds what is its own.
+
+Text encoding, scheduler, VAE and LoRA format are diffusers' own. The text encoders are loaded when prompts
+are encoded, and can be given up afterwards: of a large model they are half of the memory.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, ClassVar
+
+import diffusers
+import torch
+from torch import Tensor
+
+from nft_plugins import Condition
+
+from .checks import check_part, check_parts, empty_part
+
+#: Prompts a pass of the text encoders.
+ENCODED_AT_ONCE = 32
+#: Starts of the names of parts that are there for the prompts alone.
+OF_TEXT = ("text_encoder", "tokenizer")
+
+
+class PipelineModel:
+    """A `FlowModel` over a diffusers pipeline of one class.
+
+    checkpoint: hub id or local folder, safetensors only.
+    device: `meta` makes a model without numbers, by its configs alone, to count sizes and operations with.
+    dtype: of the transformer; the text encoders share it, the VAE stays in float32.
+    max_sequence_length: tokens of a prompt.
+    Raises OSError where the checkpoint cannot be read or is not safe.
+
+    A family must define `pipeline_class`, `encode_texts` and `velocity`, and may override what differs.
+    """
+
+    pipeline_class: ClassVar[str]
+    lora_targets: Sequence[str]
+    #: Side in pixels that runs use by default: of the published ones, not the largest possible.
+    default_side: ClassVar[int] = 512
+
+    def __init__(
+        self,
+        checkpoint: str,
+        *,
+        device: torch.device | str = "cpu",
+        dtype: torch.dtype = torch.float32,
+        max_sequence_length: int = 128,
+    ) -> None:
+        self.name = checkpoint
+        self.device = torch.device(device)
+        self.dtype = dtype
+        self.max_sequence_length = max_sequence_length
+        self.index = self._class().load_config(checkpoint)
+        check_parts(self.index)
+        for part, kind in self._parts().items():  # Of a hub id, diffusers itself takes safetensors alone.
+            if (Path(checkpoint) / part).is_dir():
+                check_part(Path(checkpoint) / part, *kind)
+        self.pipeline = self._load(lambda name: not name.startswith(OF_TEXT), {})
+        self._texts: Any = None
+        self.transformer: torch.nn.Module = self.pipeline.transformer.to(self.device)
+        self.pipeline.vae.to(self.device)
+        side = self._side()
+        self.resolution = (side, side)
+
+    def _class(self) -> Any:
+        return getattr(diffusers, self.pipeline_class)
+
+    def _parts(self) -> dict[str, tuple[str, str]]:
+        """`(library, class)` of each part that the pipeline was saved with."""
+        kinds = {n: k for n, k in self.index.items() if isinstance(k, list) and not n.startswith("_")}
+        return {name: (kind[0], kind[1]) for name, kind in kinds.items() if kind != [None, None]}
+
+    def _load(self, wanted: Callable[[str], bool], having: Mapping[str, Any]) -> Any:
+        """A pipeline of the parts that are wanted, frozen, and of those that there are already."""
+        parts = [name for name in self._parts() if wanted(name)]
+        # diffusers wants to be told of each part that is not to be loaded.
+        given = {n: None for n, kind in self.index.items() if isinstance(kind, list) and n not in parts}
+        given |= having
+        if self.device.type == "meta":
+            given |= {name: self.empty(name) for name in parts if name != "scheduler"}
+        pipeline = self._class().from_pretrained(
+            self.name,
+            dtype={"default": self.dtype, "vae": torch.float32},
+            use_safetensors=True,
+            trust_remote_code=False,
+            **given,
+        )
+        pipeline.set_progress_bar_config(disable=True)
+        for name in parts:  # Not what there was already, which may be in training.
+            if isinstance(part := pipeline.components[name], torch.nn.Module):
+                part.requires_grad_(False).eval()
+        return pipeline
+
+    def empty(self, part: str) -> torch.nn.Module:
+        """A part by its config alone, on the meta device, in the dtype that it would be loaded in."""
+        folder = Path(self.name) / part
+        where = {} if folder.is_dir() else {"subfolder": part}
+        module = empty_part(str(folder) if folder.is_dir() else self.name, *self._parts()[part], **where)
+        return module.to(torch.float32 if part == "vae" else self.dtype)
+
+    def _side(self) -> int:
+        """The default image side."""
+        return self.default_side
+
+    @torch.no_grad()
+    def encode(self, prompts: Sequence[str]) -> Condition:
+        """Rows on the CPU. The text encoders visit the device for this alone: a T5 takes 9 GB of it."""
+        if self._texts is None:
+            rest = {n: p for n, p in self.pipeline.components.items() if not n.startswith(OF_TEXT)}
+            self._texts = self._load(lambda name: name.startswith(OF_TEXT), rest)
+        encoders = [e for n, e in self._texts.components.items() if n.startswith("text_encoder") and e]
+        for encoder in encoders:
+            encoder.to(self.device)
+        condition: dict[str, Tensor] = {}
+        for start in range(0, len(prompts), ENCODED_AT_ONCE):
+            encoded = self.encode_texts(self._texts, list(prompts[start : start + ENCODED_AT_ONCE]))
+            for name, rows in encoded.items():
+                # In place, since gathering rows in a list first would need the memory twice.
+                whole = condition.setdefault(name, rows.new_empty(len(prompts), *rows.shape[1:], device="cpu"))
+                whole[start : start + len(rows)] = rows.cpu()
+        for encoder in encoders:
+            encoder.to("cpu")
+        return condition
+
+    def release(self) -> None:
+        """Give up the text encoders; `encode` loads them again."""
+        self._texts = None
+
+    def encode_texts(self, pipeline: Any, prompts: list[str]) -> dict[str, Tensor]:
+        """The condition of a few prompts, by a pipeline that is whole.
+
+        Rows must not depend on the other prompts: pad to `max_sequence_length`, not to the longest.
+        """
+        raise TypeError(f"{type(self).__name__} must define encode_texts(pipeline, prompts)")
+
+    def velocity(self, x_t: Tensor, t: Tensor, condition: Condition) -> Tensor:
+        raise TypeError(f"{type(self).__name__} must define velocity(x_t, t, condition)")
+
+    @torch.no_grad()
+    def decode(self, x_0: Tensor) -> Tensor:
+        vae = self.pipeline.vae
+        (images,) = vae.decode(self.unscaled(x_0).to(vae.dtype), return_dict=False)
+        return (images.float() / 2 + 0.5).clamp(0, 1)
+
+    def unscaled(self, x_0: Tensor) -> Tensor:
+        """Latents as the VAE itself has them."""
+        vae = self.pipeline.vae.config
+        return x_0 / vae.scaling_factor + (getattr(vae, "shift_factor", None) or 0.0)
+
+    @property
+    def multiple(self) -> int:
+        """Sides of images in pixels must be multiples of it."""
+        return int(self.pipeline.vae_scale_factor * 2)
+
+    @property
+    def channels(self) -> int:
+        """Of the latents."""
+        return int(self.pipeline.vae.config.latent_channels)
+
+    def latent_shape(self, height: int, width: int) -> tuple[int, ...]:
+        multiple = self.multiple
+        if height % multiple or width % multiple:
+            near = [max(round(side / multiple), 1) * multiple for side in (height, width)]
+            raise ValueError(
+                f"{self.name} makes images whose sides are multiples of {multiple} px, got "
+                f"{height} x {width}; the nearest possible size is {near[0]} x {near[1]}"
+            )
+        factor = self.pipeline.vae_scale_factor
+        return (self.channels, height // factor, width // factor)
+
+    def times(self, steps: int, height: int, width: int) -> tuple[float, ...]:
+        """As the pipeline sets its scheduler: evenly spaced, and shifted by the image's size where it says so."""
+        scheduler = type(self.pipeline.scheduler).from_config(self.pipeline.scheduler.config)
+        config = scheduler.config
+        options: dict[str, Any] = {}
+        if config.get("use_dynamic_shifting"):
+            factor = self.multiple
+            tokens = (height // factor) * (width // factor)
+            few, many = config.get("base_image_seq_len", 256), config.get("max_image_seq_len", 4096)
+            low, high = config.get("base_shift", 0.5), config.get("max_shift", 1.15)
+            options["mu"] = low + (high - low) * (tokens - few) / (many - few)
+        scheduler.set_timesteps(sigmas=[1 - i / steps for i in range(steps)], **options)
+        return tuple(scheduler.sigmas.tolist())
+
+    def save_lora(self, folder: Path, state: Mapping[str, Tensor], config: Mapping[str, Any]) -> None:
+        # Without the metadata a LoRA loads with another alpha, silently.
+        self.pipeline.save_lora_weights(folder, dict(state), transformer_lora_adapter_metadata=dict(config))
