@@ -172,7 +172,7 @@ class PipelineModel:
         return (self.channels, height // factor, width // factor)
 
     def times(self, steps: int, height: int, width: int) -> tuple[float, ...]:
-        """As the pipeline sets its scheduler: evenly spaced, and shifted by the image's size where it says so."""
+        """As the pipeline sets its scheduler: evenly spaced, then shifted by the image's size if it says so."""
         scheduler = type(self.pipeline.scheduler).from_config(self.pipeline.scheduler.config)
         config = scheduler.config
         options: dict[str, Any] = {}
