@@ -22,6 +22,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from .errors import CheckpointError, NftError, SaveError
+from .optimizers import load_moments, moments
 from .policy import Policy
 from .progress import Progress, read_progress
 
@@ -63,7 +64,7 @@ def save_checkpoint(
     """Write `folder`, whole or not at all; one that stands there is replaced.
 
     The weights by `Policy.save`; `policy.safetensors` with live, old, reference and EMA weights;
-    `optimizer.safetensors` with AdamW's moments; `state.json` with the progress and the settings.
+    `optimizer.safetensors` with the optimizer's moments; `state.json` with the progress and the settings.
     Raises SaveError where the disk will not take it.
     """
     aside, old = _aside(folder, "part"), _aside(folder, "old")
@@ -73,7 +74,7 @@ def save_checkpoint(
         aside.mkdir(parents=True)
         policy.save(aside)
         save_file({k: v.cpu().contiguous() for k, v in policy.state().items()}, aside / POLICY)
-        save_file(_moments(policy, optimizer), aside / OPTIMIZER)
+        save_file(moments(policy.names, policy.parameters, optimizer), aside / OPTIMIZER)
         (aside / STATE).write_text(json.dumps(state, allow_nan=False) + "\n", encoding="utf-8")
         files = sorted(path for path in aside.rglob("*") if path.is_file())
         manifest = Manifest(files={path.relative_to(aside).as_posix(): _entry(path) for path in files})
@@ -116,14 +117,6 @@ def _flush(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
-
-
-def _moments(policy: Policy, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    return {
-        f"{name}.{key}": torch.as_tensor(value).cpu().contiguous()
-        for name, p in zip(policy.names, policy.parameters, strict=True)
-        for key, value in optimizer.state.get(p, {}).items()
-    }
 
 
 def read_manifest(folder: Path) -> Manifest:
@@ -244,24 +237,14 @@ def read_state(folder: Path) -> tuple[Progress, dict[str, Any]]:
 def load_checkpoint(folder: Path, policy: Policy, optimizer: torch.optim.Optimizer) -> None:
     """Put a whole checkpoint's weights and moments in place. Raises CheckpointError for another model's."""
     try:
-        policy.load(_tensors(folder / POLICY))
-        moments = _tensors(folder / OPTIMIZER)
+        weights, state = _tensors(folder / POLICY), _tensors(folder / OPTIMIZER)
     except SafetensorError as error:
         raise CheckpointError(f"{folder} cannot be read: {error}") from error
-    shapes = {"step": torch.Size([])}
-    state = {}
-    for i, (name, p) in enumerate(zip(policy.names, policy.parameters, strict=True)):
-        found = {key: moments.pop(f"{name}.{key}", None) for key in ("step", "exp_avg", "exp_avg_sq")}
-        present = {key: value for key, value in found.items() if value is not None}
-        if present and (
-            len(present) < len(found) or any(v.shape != shapes.get(k, p.shape) for k, v in present.items())
-        ):
-            raise CheckpointError(f"{folder}: the optimizer's state of {name} does not fit")
-        if present:
-            state[i] = present
-    if moments:
-        raise CheckpointError(f"{folder}: the optimizer's state is of another model: {next(iter(moments))}")
-    optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
+    try:
+        policy.load(weights)
+        load_moments(policy.names, policy.parameters, optimizer, state)
+    except CheckpointError as error:
+        raise CheckpointError(f"{folder}: {error}") from error
 
 
 def _tensors(path: Path) -> dict[str, Tensor]:

@@ -53,6 +53,12 @@ def world_size() -> int:
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
+def barrier() -> None:
+    """Wait until every process is here."""
+    if world_size() > 1:
+        dist.barrier()
+
+
 def owned(count: int) -> Tensor:
     """Indices in 0..count-1 of this process: every world_size-th, so each prompt's images spread out."""
     return torch.arange(rank(), count, world_size())

@@ -8,7 +8,6 @@ import sys
 import weakref
 from collections.abc import Callable, Iterable
 from concurrent.futures import Future, wait
-from functools import partial
 from queue import SimpleQueue
 from threading import Event, Thread
 from time import sleep
@@ -116,7 +115,7 @@ class Guard:
                 raise self.busy()
         self.overdue = None
         self.worker = self.worker or Worker(f"reward {self.name}")
-        future = self.worker.submit(partial(on_device, device, score))
+        future = self.worker.submit(on_device(device, score))
         if not wait([future], limit).done:
             self.overdue = future
             raise NftError(f"The reward {self.name!r} failed: it took longer than max_seconds = {limit:g} s.")
@@ -184,11 +183,26 @@ def free_memory() -> None:
         torch.cuda.empty_cache()
 
 
-def on_device(device: torch.device, call: Callable[[], T]) -> T:
-    """What `call()` returns on another thread: which GPU is the current one is each thread's own affair."""
-    if device.type == "cuda":
+def on_device(device: torch.device, call: Callable[[], T]) -> Callable[[], T]:
+    """`call`, for another thread: on a stream of its own, after what has been queued here so far.
+
+    So a GPU works on the scores while it makes the next images. Which GPU is the current one is each thread's
+    own affair.
+    """
+    if device.type != "cuda":
+        return call
+    queued = torch.cuda.current_stream(device).record_event()
+
+    def run() -> T:
         torch.cuda.set_device(device)
-    return call()
+        stream = torch.cuda.Stream(device)
+        stream.wait_event(queued)
+        with torch.cuda.stream(stream):
+            result = call()
+        stream.synchronize()  # What it was given may go from here on, and what it gave is there.
+        return result
+
+    return run
 
 
 Job = tuple["Future[Any]", Callable[[], Any]]

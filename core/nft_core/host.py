@@ -27,7 +27,7 @@ from nft_plugins import (
 
 from .discovery import Cards, Info, Plugin, Registered, discover, hook_problem
 from .errors import NftError, UsageError, unknown, where
-from .factories import build, installed, resolve
+from .factories import annotation, build, convert, installed, resolve
 from .local import is_reference, load_object, local_reward
 from .specs import RESERVED, ObserverSpec, Policy, parse_reward, split
 
@@ -136,14 +136,23 @@ class Host:
             raise NftError(f"The factory of the {what} gave {type(made).__name__}, and {problem}.")
         return typing.cast(object, made)
 
-    def make_model(self, family: str, checkpoint: str, **options: Any) -> FlowModel:
-        """A base model of a family; options its factory does not know are left out, but device and dtype."""
+    def make_model(self, family: str, checkpoint: str, options: Mapping[str, Any], **offered: Any) -> FlowModel:
+        """A base model of a family, with the user's options, and with what is offered that its factory takes.
+
+        Raises UsageError for an option that is not in its signature or has a value of another type.
+        """
         card = self._one("model family", family, self.models)
         factory = resolve(card.info.factory)
-        known = inspect.signature(factory).parameters
+        known = dict(inspect.signature(factory).parameters)
         every = any(p.kind is p.VAR_KEYWORD for p in known.values())
-        taken = {k: v for k, v in options.items() if every or k in known or k in ("device", "dtype")}
-        made = factory(checkpoint, **taken)
+        own = {n for n, p in list(known.items())[1:] if p.kind is not p.VAR_KEYWORD} - {"device", "dtype"}
+        what = f"model family {family!r}"
+        for name in options:
+            if name not in own and not every:
+                raise unknown(f"option of the {what}", name, own)
+        given = {n: v for n, v in offered.items() if every or n in known or n in ("device", "dtype")}
+        given |= {n: convert(what, n, v, annotation(factory, n)) for n, v in options.items()}
+        made = factory(checkpoint, **given)
         if not isinstance(made, FlowModel):
             what = described("model family", card)
             raise NftError(f"The factory of the {what} gave {type(made).__name__}, not a model.")

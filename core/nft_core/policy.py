@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from peft import LoraConfig, get_peft_model_state_dict, inject_adapter_in_model
+from peft.tuners.lora import Linear
 from torch import Tensor
 from torch.nn import Parameter
 
@@ -24,12 +25,15 @@ class Policy:
     `ema()` put in their place for a while.
 
     The copies hold the trained parameters alone, whether these are a LoRA's or the whole
-    transformer's, and swapping is an exchange of pointers; the reference is what training started from.
+    transformer's, and swapping is an exchange of pointers. The reference is what training started from:
+    with a LoRA the base itself, of which no copy is needed.
 
     lora_rank: 0 trains the whole transformer.
     lora_targets: names of linear layers; `all-linear` for every one of them.
     ema_decay: 0 keeps no EMA, and `ema()` is the live policy.
     autocast: dtype for the transformer's matrix products, or None.
+    offload: keep the copies in host memory, pinned where there is a GPU; they visit the device when in place.
+    merge: let `merged()` do what it says.
     """
 
     def __init__(
@@ -42,6 +46,8 @@ class Policy:
         ema_decay: float = 0.0,
         autocast: torch.dtype | None = None,
         keep_reference: bool = True,
+        offload: bool = False,
+        merge: bool = False,
     ) -> None:
         self.model = model
         self.autocast = autocast
@@ -56,10 +62,12 @@ class Policy:
         self.parameters: list[Parameter] = [p for _, p in named]
         self.device = self.parameters[0].device
         self.ema_decay = ema_decay
+        self.offload, self.merge = offload, merge
         self._live: Weights = [p.data for p in self.parameters]
         self._old = self._copy()
-        self._reference = self._copy() if keep_reference else None
+        self._reference = self._copy() if keep_reference and not self.lora else None
         self._ema = self._copy() if ema_decay else None
+        self._keep_reference = keep_reference
 
     def velocity(self, x_t: Tensor, t: Tensor, condition: Condition) -> Tensor:
         """v `[B, C, h, w]` float32 of whichever weights are in place."""
@@ -72,9 +80,9 @@ class Policy:
 
     def reference(self) -> Any:
         """The policy that training started from; the KL term keeps the live one near it."""
-        if self._reference is None:
+        if not self._keep_reference:
             raise UsageError("this policy keeps no reference weights: its kl_weight is 0")
-        return self._in_place(self._reference)
+        return self._without_lora() if self.lora else self._in_place(self._reference)
 
     def ema(self) -> Any:
         """The exponential moving average of the live policy, or the live one where there is none."""
@@ -92,33 +100,81 @@ class Policy:
         finally:
             self._put(before)
 
+    @contextmanager
+    def _without_lora(self) -> Iterator[None]:
+        layers = [layer for layer in self._adapted() if not layer.disable_adapters]
+        try:
+            for layer in layers:
+                layer._disable_adapters = True  # enable_adapters() would change which weights are trained.
+            yield
+        finally:
+            for layer in layers:
+                layer._disable_adapters = False
+
+    def _adapted(self) -> list[Linear]:
+        return [layer for layer in self.model.transformer.modules() if isinstance(layer, Linear)]
+
+    @contextmanager
+    def merged(self) -> Iterator[None]:
+        """Inside, the LoRA in place is added to the base's weights, which saves its products in every pass.
+
+        It takes the memory of the adapted layers once more, and rounds their sum to the base's dtype: in 16
+        bits that loses most of what a LoRA learns. For passes without gradients.
+        """
+        if not (self.lora and self.merge):
+            yield
+            return
+        layers = self._adapted()
+        before = [layer.base_layer.weight.data for layer in layers]
+        try:
+            with torch.no_grad():
+                for layer, w in zip(layers, before, strict=True):
+                    layer.base_layer.weight.data = w + layer.get_delta_weight("default").to(w.dtype)
+            with self._without_lora():
+                yield
+        finally:
+            for layer, w in zip(layers, before, strict=True):
+                layer.base_layer.weight.data = w
+
     def restore(self) -> None:
         """Put the live weights in place, wherever an interrupt may have struck."""
         self._put(self._live)
 
     def _put(self, weights: Weights) -> None:
         for p, w in zip(self.parameters, weights, strict=True):
-            p.data = w
+            p.data = w.to(self.device, non_blocking=True)
 
     def _copy(self) -> Weights:
-        return [p.detach().clone() for p in self.parameters]
+        copies = [p.detach().clone() for p in self.parameters]
+        if self.offload and self.device.type == "cuda":
+            copies = [w.cpu().pin_memory() for w in copies]
+        return copies
 
     @torch.no_grad()
     def move_old(self, d: float) -> None:
         """`old <- d old + (1 - d) theta`."""
-        torch._foreach_lerp_(self._old, [p.data for p in self.parameters], 1 - d)
+        self._follow(self._old, 1 - d)
 
     @torch.no_grad()
     def move_ema(self) -> None:
         if self._ema is not None:
-            torch._foreach_lerp_(self._ema, [p.data for p in self.parameters], 1 - self.ema_decay)
+            self._follow(self._ema, 1 - self.ema_decay)
+
+    def _follow(self, weights: Weights, share: float) -> None:
+        """`weights <- weights + share (theta - weights)`."""
+        if self.offload:
+            for w, p in zip(weights, self.parameters, strict=True):
+                w.copy_(torch.lerp(w.to(p.device), p.data, share))
+        else:
+            torch._foreach_lerp_(weights, [p.data for p in self.parameters], share)
 
     @torch.no_grad()
     def drift(self) -> float:
         """RMS difference between live and old weights."""
         pairs = zip(self.parameters, self._old, strict=True)
-        total = sum(float((p.data - o).double().square().sum()) for p, o in pairs)
-        return (total / sum(p.numel() for p in self.parameters)) ** 0.5
+        # One number in the end, since each that is read waits for the device.
+        squares = [(p.data - o.to(p.device)).double().square().sum() for p, o in pairs]
+        return (float(torch.stack(squares).sum()) / sum(p.numel() for p in self.parameters)) ** 0.5
 
     def state(self) -> dict[str, Tensor]:
         """Every set of weights by `SET.PARAMETER`: live, old, and reference and ema where kept."""
@@ -195,6 +251,32 @@ def add_lora(transformer: torch.nn.Module, rank: int, alpha: float, targets: Seq
             p.data = p.data.float()
             p.requires_grad_(True)
     return config
+
+
+def checkpoint_activations(transformer: torch.nn.Module) -> None:
+    """Keep only the blocks' inputs for the backward pass, and compute the rest anew there."""
+    if not hasattr(transformer, "enable_gradient_checkpointing"):
+        raise UsageError(
+            f"gradient_checkpointing = true, but {type(transformer).__name__} has no "
+            "enable_gradient_checkpointing(): set it to false."
+        )
+    try:
+        transformer.enable_gradient_checkpointing()
+    except ValueError as error:  # diffusers' word for a class that cannot.
+        raise UsageError(f"gradient_checkpointing = true: {error}") from error
+
+
+def compile_blocks(transformer: torch.nn.Module) -> None:
+    """torch.compile the blocks that repeat, once for all of them, or the whole where none are named.
+
+    Blocks are compiled for each of: with and without gradients, with the LoRA and without. What cannot be
+    compiled runs as it is.
+    """
+    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 64)
+    if getattr(transformer, "_repeated_blocks", None):
+        transformer.compile_repeated_blocks()  # type: ignore[operator]
+    else:
+        transformer.compile()
 
 
 def lora_metadata(config: LoraConfig) -> dict[str, Any]:

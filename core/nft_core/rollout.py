@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, wait
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
@@ -16,7 +16,8 @@ from torch import Tensor
 from nft_plugins import Batch, Condition, FlowModel, Reward, Scores, Solver, Velocity, randn_like
 
 from .distributed import owned, rank, sum_values, together
-from .guard import Tally, Worker, on_device
+from .encodings import Encoded
+from .guard import Tally, Worker, free_memory, on_device
 from .pooling import concatenate, everyones_names, filled, gather_scores
 from .prompts import Prompt
 from .seeds import generator
@@ -61,31 +62,12 @@ class Draws:
         return torch.tensor(self.indices).repeat_interleave(self.images)
 
 
-@dataclass(frozen=True)
-class Encoded:
-    """Conditions of the prompts of a file. Equal texts share a row, and what is never drawn has none.
-
-    condition: tensors with a row a text. row: `[prompts]`, each prompt's row, or -1.
-    """
-
-    condition: Condition
-    row: Tensor
-
-    def of(self, prompts: Tensor, device: torch.device) -> Condition:
-        """A row for each of the prompts' indices, on `device`."""
-        return {name: c[self.row[prompts].to(c.device)].to(device) for name, c in self.condition.items()}
-
-
-def encode(model: FlowModel, prompts: Sequence[Prompt], drawn: Iterable[int]) -> Encoded:
-    """Encode the prompts at these indices."""
-    texts = list(dict.fromkeys(prompts[i].text for i in drawn))
-    row = {text: i for i, text in enumerate(texts)}
-    return Encoded(model.encode(texts), torch.tensor([row.get(p.text, -1) for p in prompts]))
-
-
-@dataclass(frozen=True)
+@dataclass
 class Sampler:
-    """Makes images: a solver on a grid of times, for one size of image."""
+    """Makes images: a solver on a grid of times, for one size of image.
+
+    batch, decode_batch: images sampled and decoded at once; halved where the device's memory does not do.
+    """
 
     model: FlowModel
     velocity: Callable[[Tensor, Tensor, Condition], Tensor]
@@ -93,7 +75,20 @@ class Sampler:
     times: Sequence[float]
     shape: tuple[int, ...]
     batch: int
+    decode_batch: int
     device: torch.device
+
+    def make(self, draws: Draws, rows: Tensor, condition: Condition) -> tuple[Tensor, Tensor]:
+        """x_0 and images `[B, 3, H, W]` of the images n in `rows`."""
+        x_0 = self.latents(condition, [draws.generator(int(n)) for n in rows])
+        # A decoder at full resolution wants more memory for an image than the transformer.
+        return x_0, torch.cat([self.model.decode(part) for part in x_0.split(self.decode_batch)])
+
+    def smaller(self) -> bool:
+        """Halve the batches, if they can be."""
+        before = self.batch, self.decode_batch
+        self.batch, self.decode_batch = max(self.batch // 2, 1), max(self.decode_batch // 2, 1)
+        return before != (self.batch, self.decode_batch)
 
     def latents(self, condition: Condition, generators: list[torch.Generator]) -> Tensor:
         """x_0 `[B, *shape]` float32 of one batch."""
@@ -161,16 +156,28 @@ def roll_out(
     tallies_of(reward)  # What a rollout that did not end has left.
     latents, images, pending, scores = [], [], [], []
     with together(sampler.device), scoring() as scorer:
-        for rows in index.split(sampler.batch):
+        todo = index
+        while len(todo):
             stop()
+            rows = todo[: sampler.batch]
             with phase("rollout"):
-                c = condition.of(groups[rows], sampler.device)
-                x_0 = sampler.latents(c, [draws.generator(int(n)) for n in rows])
-                batch = draws.batch(rows, sampler.model.decode(x_0))
+                try:
+                    c = condition.of(groups[rows], sampler.device)
+                    x_0, made = sampler.make(draws, rows, c)
+                except torch.OutOfMemoryError:
+                    if not sampler.smaller():
+                        raise
+                    made = None
+                if made is None:  # Out of the handler, where the tensors of the frames that failed are gone.
+                    free_memory()
+                    tell_smaller(sampler)
+                    continue
+            todo = todo[len(rows) :]
+            batch = draws.batch(rows, made)
             latents.append(x_0)
             if keep_images:
                 images.append(batch.uint8.cpu())
-            pending.append(scorer.submit(partial(on_device, sampler.device, partial(reward, batch))))
+            pending.append(scorer.submit(on_device(sampler.device, partial(reward, batch))))
             progress(draws.purpose, sum(map(len, latents)), len(index))
             if len(pending) > AHEAD:
                 with phase("reward"):
@@ -192,6 +199,15 @@ def roll_out(
         everyones = reward.without(everyones, skipped)
     shown = torch.cat(images) if images else None
     return Rollout(draws, index, torch.cat(latents), shown, everyones, groups, tallies, skipped)
+
+
+def tell_smaller(sampler: Sampler) -> None:
+    if rank() == 0:
+        print(
+            f"The device's memory is full: going on with rollout_batch = {sampler.batch} and decode_batch = "
+            f"{sampler.decode_batch}.",
+            file=sys.stderr,
+        )
 
 
 @contextmanager

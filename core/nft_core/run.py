@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from nft_plugins import FlowModel, Solver
 
     from .composer import Composed
+    from .policy import Policy
     from .train import Training
 
 #: Prompts with words to paint, for a run that is given none.
@@ -303,15 +304,16 @@ def load_model(settings: Settings, host: Host, device: torch.device) -> FlowMode
         ) from error
     families = {p: card.info for card in host.models.values() for p in card.info.pipelines}
     if pipeline not in families:
-        raise UsageError(
-            f"{name} is a {pipeline}, which no model plug-in handles. Known: {', '.join(sorted(families))}."
-        )
+        from .models.checks import unhandled
+
+        raise UsageError(unhandled(name, pipeline, families))
     # A LoRA's frozen base can stand in half precision; weights that are trained stay in float32.
     half = autocast_dtype(settings, device) if settings.lora_rank else None
     dtype = half or torch.float32
     options = {"max_sequence_length": settings.max_sequence_length}
     try:
-        return host.make_model(families[pipeline].name, name, device=device, dtype=dtype, **options)
+        family = families[pipeline].name
+        return host.make_model(family, name, settings.model_options, device=device, dtype=dtype, **options)
     except NftError:
         raise
     except Exception as error:  # A file cut short, too little memory, a plug-in's own mistake.
@@ -328,8 +330,9 @@ def first_line(error: BaseException) -> str:
 def autocast_dtype(settings: Settings, device: torch.device) -> torch.dtype | None:
     import torch
 
-    auto = settings.precision == "auto" and device.type == "cuda"
-    return torch.bfloat16 if auto or settings.precision == "bf16" else None
+    if settings.precision == "auto":
+        return torch.bfloat16 if device.type == "cuda" else None
+    return {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}[settings.precision]
 
 
 def make(folder: Path) -> None:
@@ -371,6 +374,24 @@ def observers(host: Host, described: Run, asked: Mapping[str, object]) -> Callab
     return lambda hook, **arguments: host.notify(hook, run=described, **arguments)
 
 
+def make_policy(s: Settings, model: FlowModel, device: torch.device) -> Policy:
+    """The weights that are trained, and their copies."""
+    from .policy import Policy
+
+    return Policy(
+        model,
+        lora_rank=s.lora_rank,
+        lora_alpha=s.lora_alpha,
+        lora_targets=s.lora_targets,
+        ema_decay=s.ema_decay,
+        autocast=autocast_dtype(s, device),
+        keep_reference=s.kl_weight > 0,
+        offload=s.offload,
+        # In 16 bits the sum would round most of what a LoRA learns away.
+        merge=s.merge_lora == "always" or (s.merge_lora == "auto" and not autocast_dtype(s, device)),
+    )
+
+
 def assemble(
     s: Settings,
     model: FlowModel,
@@ -386,20 +407,24 @@ def assemble(
 
     from .checkpoint import prune, save_checkpoint
     from .distributed import rank
-    from .policy import Policy
-    from .rollout import Sampler, encode
+    from .encodings import encode
+    from .optimizers import LOSS_SCALE, make_optimizer
+    from .policy import checkpoint_activations, compile_blocks
+    from .rollout import Sampler
     from .train import Training
 
+    cache = Path(s.cache).expanduser() if s.cache else None
+    drawn = prompts_of_run(len(prompts), s.prompts_per_epoch, s.seed, s.epochs)
+    condition = encode(model, prompts, drawn, cache)
+    eval_condition = encode(model, held_out, range(len(held_out)), cache)
+    if hasattr(model, "release"):
+        model.release()
     torch.manual_seed(s.seed)
-    policy = Policy(
-        model,
-        lora_rank=s.lora_rank,
-        lora_alpha=s.lora_alpha,
-        lora_targets=s.lora_targets,
-        ema_decay=s.ema_decay,
-        autocast=autocast_dtype(s, device),
-        keep_reference=s.kl_weight > 0,
-    )
+    policy = make_policy(s, model, device)
+    if s.gradient_checkpointing:
+        checkpoint_activations(model.transformer)
+    if s.compile:
+        compile_blocks(model.transformer)
     height, width = (s.resolution, s.resolution) if s.resolution else model.resolution
     try:
         shape = model.latent_shape(height, width)
@@ -408,7 +433,7 @@ def assemble(
 
     def sampler(steps: int) -> Sampler:
         times = model.times(steps, height, width)
-        return Sampler(model, policy.velocity, solver, times, shape, s.rollout_batch, device)
+        return Sampler(model, policy.velocity, solver, times, shape, s.rollout_batch, s.decode_batch, device)
 
     def save() -> None:
         if rank() == 0:
@@ -418,13 +443,7 @@ def assemble(
             prune(folder, at, s.keep_last, s.keep_best)
             training.observe("nft_checkpoint_saved", folder=path)
 
-    optimizer = torch.optim.AdamW(
-        policy.parameters,
-        lr=s.lr,
-        betas=(s.adam_beta1, s.adam_beta2),
-        weight_decay=s.weight_decay,
-        fused=device.type == "cuda",
-    )
+    optimizer = make_optimizer(s, policy.parameters)
     training = Training(
         settings=s,
         policy=policy,
@@ -433,11 +452,15 @@ def assemble(
         eval_sampler=sampler(s.eval_steps or s.steps),
         prompts=prompts,
         eval_prompts=held_out,
-        condition=encode(model, prompts, prompts_of_run(len(prompts), s.prompts_per_epoch, s.seed, s.epochs)),
-        eval_condition=encode(model, held_out, range(len(held_out))),
+        condition=condition,
+        eval_condition=eval_condition,
         optimizer=optimizer,
         observe=silent,
         save=save,
-        at=Progress(kl_weight=s.kl_weight, prompts=digest(prompts, held_out)),
+        at=Progress(
+            kl_weight=s.kl_weight,
+            loss_scale=LOSS_SCALE if s.precision == "fp16" else 1.0,
+            prompts=digest(prompts, held_out),
+        ),
     )
     return training

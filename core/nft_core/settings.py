@@ -28,6 +28,7 @@ class Settings(BaseModel):
 
     # What is trained, and on what.
     model: str = Field("stabilityai/stable-diffusion-3.5-medium", description="hub id or local folder")
+    model_options: dict[str, Any] = Field({}, description="options of the model's family, such as guidance=3.5")
     rewards: list[str | dict[str, Any]] = Field([], description="reward specs: NAME[=WEIGHT][,KEY=VALUE...]")
     reward_defaults: dict[str, dict[str, Any]] = Field({}, description="default options by reward name")
     combine: Combine = Field("sum", description="normalise advantages of the sum, or of each reward")
@@ -47,7 +48,14 @@ class Settings(BaseModel):
     prompts_per_epoch: Count = Field(48, description="prompts an epoch")
     resolution: Annotated[int, Field(ge=0)] = Field(0, description="image side in px; 0: the model's")
     max_sequence_length: Annotated[int, Field(ge=0, le=512)] = Field(128, description="T5 tokens a prompt")
-    rollout_batch: Count = Field(24, description="images sampled at once, a process")
+    rollout_batch: Count = Field(
+        24, description="images sampled at once, a process; halved where the device's memory is full"
+    )
+    decode_batch: Count = Field(4, description="images decoded at once, a process; halved likewise")
+    merge_lora: Literal["auto", "always", "never"] = Field(
+        "auto", description="sample with the LoRA added to the base; auto: where that is float32 and exact"
+    )
+    cache: str = Field("", description="folder that keeps encoded prompts for later runs; empty: none")
 
     # Advantages and loss.
     advantage_clip: Positive = Field(5.0, description="advantages are clipped to +- this")
@@ -89,7 +97,21 @@ class Settings(BaseModel):
     lora_targets: list[str] | Literal["all-linear"] = Field(
         [], description="layers that LoRA adapts; empty: the family's; all-linear"
     )
-    precision: Literal["auto", "fp32", "bf16"] = Field("auto", description="auto: bf16 on CUDA, else fp32")
+    optimizer: Literal["adamw", "adamw8bit"] = Field(
+        "adamw", description="adamw8bit: moments in 8 bits, by bitsandbytes"
+    )
+    gradient_checkpointing: bool = Field(
+        False, description="compute activations anew in the backward pass: less memory, a third more time"
+    )
+    offload: bool = Field(
+        False, description="keep the old, reference and EMA weights in host memory between their uses"
+    )
+    compile: bool = Field(
+        False, description="torch.compile the transformer's blocks: minutes at the start, faster from then on"
+    )
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = Field(
+        "auto", description="of matrix products and frozen weights; auto: bf16 on CUDA, else fp32"
+    )
     device: str = Field("auto", description="auto: CUDA where there is one")
     processes: Count | Literal["auto"] = Field(
         1, description="on this machine, one a GPU; auto: one a core on a CPU, 8 at most, and one on a GPU"

@@ -13,18 +13,21 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import Parameter
 
 from nft_plugins import Condition, Reward
 
 from . import distributed
 from .advantages import combined_advantages, flat_groups, optimality
+from .encodings import Encoded, sent
 from .errors import NftError, Stopped
 from .loss import kl_loss, nft_loss, noised
+from .optimizers import GROWTH
 from .policy import Policy
 from .pooling import shuffled_within_groups, statistics
 from .progress import Progress
 from .prompts import Prompt, prompts_of_epoch
-from .rollout import Draws, Encoded, Rollout, Sampler, roll_out
+from .rollout import Draws, Rollout, Sampler, roll_out
 from .schedules import lr_decay, next_kl_weight, old_decay, warmup
 from .seeds import generator, reseed
 from .settings import Settings
@@ -104,7 +107,7 @@ def train_epoch(run: Training) -> None:
     s, policy, at = run.settings, run.policy, run.at
     start = perf_counter()
     # K images of each prompt from the old policy, by any solver, without guidance; only x_0 is kept.
-    with policy.old():
+    with policy.old(), policy.merged():
         rollout = sample(run, at.epoch + 1)
     advantages = combined_advantages(rollout.scores, rollout.groups, s.combine, s.std)
     r = optimality(advantages, s.advantage_clip, s.advantage_mode)
@@ -113,17 +116,15 @@ def train_epoch(run: Training) -> None:
             reseed(s.seed, "update", at.epoch + 1, at.update, distributed.rank())
             run.optimizer.zero_grad(set_to_none=True)
             sums = torch.zeros(5, dtype=torch.float64, device=policy.device)
-            for x_0, noise, t, c, r_t in training_samples(run, rollout, images, r):
-                x_t = noised(x_0, noise, t)
-                with torch.no_grad(), policy.old():
-                    v_old = policy.velocity(x_t, t, c)
-                v_ref = reference_velocity(run, x_t, t, c)
-                v = policy.velocity(x_t, t, c)
-                policy_loss = nft_loss(v, v_old, x_t, x_0, t, r_t, s.beta, s.advantage_clip)
-                kl = kl_loss(v, v_ref) if v_ref is not None else torch.zeros_like(policy_loss)
-                loss = policy_loss + at.kl_weight * kl
-                (loss.sum() / (len(images) * s.train_times_count)).backward()
-                sums += figures(policy_loss, kl, v, v_old)
+            for x_0, x_t, t, c, r_0 in microbatches(run, rollout, images, r):
+                v_old, v_ref = frozen_velocities(run, x_t, t, c)
+                for k in range(s.train_times_count):
+                    v = policy.velocity(x_t[k], t[k], c)
+                    policy_loss = nft_loss(v, v_old[k], x_t[k], x_0, t[k], r_0, s.beta, s.advantage_clip)
+                    kl = kl_loss(v, v_ref[k]) if s.kl_weight else torch.zeros_like(policy_loss)
+                    loss = (policy_loss + at.kl_weight * kl).sum() / (len(images) * s.train_times_count)
+                    (loss * at.loss_scale).backward()
+                    sums += figures(policy_loss, kl, v, v_old[k])
             take_step(run, sums)
     finish_epoch(run, rollout, perf_counter() - start)
 
@@ -160,39 +161,53 @@ def updates(rollout: Rollout, s: Settings, epoch: int) -> Iterator[Tensor]:
             yield valid
 
 
-def training_samples(
+def microbatches(
     run: Training, rollout: Rollout, images: Tensor, r: Tensor
 ) -> Iterator[tuple[Tensor, Tensor, Tensor, Condition, Tensor]]:
-    """`(x_0, noise, t, condition, r)` of this process's part of an update, a microbatch and time at once.
+    """`(x_0 [B, ...], x_t [T, B, ...], t [T, B], condition, r [B])` of this process's part of an update.
 
-    An image's noise and times come from its own generator, so they do not depend on the microbatch.
+    An image's noise and times come from its own generator, so they do not depend on the microbatch. They are
+    drawn on the CPU while the device is still at work on the microbatch before.
     """
     s, grid = run.settings, run.sampler.times
     mine = torch.isin(rollout.index, images).nonzero().flatten()
     if not len(mine):  # A small update may have no image here, and split() would still give a batch of none.
         return
+    device = rollout.x_0.device
     for done, rows in enumerate(mine.split(s.microbatch)):
-        x_0, index = rollout.x_0[rows], rollout.index[rows]
+        x_0, index = rollout.x_0[sent(rows, device)], rollout.index[rows]
         times, noise = [], []
         for n in index.tolist():
             source = rollout.draws.generator(n, "train")
             times.append(draw_times(s.train_times, s.train_times_count, grid, s.time_shift, source))
             noise.append(torch.randn(s.train_times_count, *x_0.shape[1:], generator=source))
-        # [times, images, ...]
-        t, eps = torch.stack(times, 1).to(x_0.device), torch.stack(noise, 1).to(x_0.device)
-        c = run.condition.of(rollout.groups[index], x_0.device)
-        for k in range(s.train_times_count):
-            yield x_0, eps[k], t[k], c, r[index].to(x_0.device)
+        t, eps = sent(torch.stack(times, 1), device), sent(torch.stack(noise, 1), device)
+        x_t = torch.stack([noised(x_0, e, at) for e, at in zip(eps, t, strict=True)])
+        yield x_0, x_t, t, run.condition.of(rollout.groups[index], device), sent(r[index], device)
         run.progress("train", min((done + 1) * s.microbatch, len(mine)), len(mine))
 
 
 @torch.no_grad()
-def reference_velocity(run: Training, x_t: Tensor, t: Tensor, c: Condition) -> Tensor | None:
-    """The base model's velocity; not computed where `kl_weight` is 0."""
+def frozen_velocities(run: Training, x_t: Tensor, t: Tensor, c: Condition) -> tuple[Tensor, Tensor | None]:
+    """Of the old policy and the reference, `[T, B, ...]` each, in passes as large as a rollout's.
+
+    The reference is not asked where `kl_weight` is 0.
+    """
+
+    def velocities() -> Tensor:
+        several = max(run.sampler.batch // x_t.shape[1], 1)  # times a pass
+        parts = []
+        for x, at in zip(x_t.split(several), t.split(several), strict=True):
+            rows = {name: v.repeat(len(x), *[1] * (v.ndim - 1)) for name, v in c.items()}
+            parts.append(run.policy.velocity(x.flatten(0, 1), at.flatten(), rows).view_as(x))
+        return torch.cat(parts)
+
+    with run.policy.old():
+        v_old = velocities()
     if not run.settings.kl_weight:
-        return None
+        return v_old, None
     with run.policy.reference():
-        return run.policy.velocity(x_t, t, c)
+        return v_old, velocities()
 
 
 @torch.no_grad()
@@ -207,7 +222,8 @@ def take_step(run: Training, sums: Tensor) -> None:
     """One update of the live weights and their average; one that is not finite is left out and counted."""
     s, policy, at = run.settings, run.policy, run.at
     distributed.sum_gradients(policy.parameters)
-    norm = float(torch.nn.utils.clip_grad_norm_(policy.parameters, s.max_grad_norm))
+    norm = float(torch.nn.utils.clip_grad_norm_(policy.parameters, s.max_grad_norm * at.loss_scale))
+    norm /= at.loss_scale
     # In one message, whether a process was told to end: all end after the same step.
     *added, signal = distributed.sum_values([*sums.tolist(), run.told()], policy.device)
     if all(map(isfinite, [norm, *added])):
@@ -216,11 +232,15 @@ def take_step(run: Training, sums: Tensor) -> None:
             at.lr = s.lr * warmup(s.warmup, at.step) * decay
             for group in run.optimizer.param_groups:
                 group["lr"] = at.lr
+            unscale(policy.parameters, at)
             run.optimizer.step()
             policy.move_ema()
             at.sums = [a + b for a, b in zip(at.sums, added, strict=True)]
             at.grad_norms.append(norm)
             at.step, at.update, at.nonfinite = at.step + 1, at.update + 1, 0
+    elif at.loss_scale > 1:  # fp16's range was left, which a smaller scale mends.
+        at.loss_scale, at.scaled = at.loss_scale / 2, 0
+        at.update, at.nonfinite_steps = at.update + 1, at.nonfinite_steps + 1
     else:
         at.update, at.nonfinite, at.nonfinite_steps = at.update + 1, at.nonfinite + 1, at.nonfinite_steps + 1
         if at.nonfinite >= s.max_nonfinite:
@@ -231,6 +251,16 @@ def take_step(run: Training, sums: Tensor) -> None:
             )
     if signal:
         raise Stopped(run.told() or SIGTERM)
+
+
+def unscale(parameters: Sequence[Parameter], at: Progress) -> None:
+    """Gradients as they are without the loss scale of fp16, which grows when it has done well for long."""
+    if at.loss_scale == 1:
+        return
+    torch._foreach_mul_([p.grad for p in parameters if p.grad is not None], 1 / at.loss_scale)
+    at.scaled += 1
+    if at.scaled >= GROWTH:
+        at.loss_scale, at.scaled = at.loss_scale * 2, 0
 
 
 def finish_epoch(run: Training, rollout: Rollout, seconds: float) -> None:
@@ -327,7 +357,7 @@ def evaluate(run: Training) -> dict[str, str]:
     indices = range(len(run.eval_prompts))
     # Epoch 0 in the key whatever the epoch: before and after differ by the weights alone.
     draws = Draws(run.eval_prompts, indices, s.eval_images, s.seed, "eval", 0)
-    with run.policy.ema():
+    with run.policy.ema(), run.policy.merged():
         rollout = roll_out(
             run.eval_sampler,
             draws,

@@ -11,7 +11,7 @@ from nft_core.prompts import Prompt
 from nft_core.run import assemble
 from nft_core.seeds import generator
 from nft_core.settings import make_settings
-from nft_core.train import train, training_samples, updates
+from nft_core.train import microbatches, train, updates
 from nft_plugins import FlowModel, Scores
 from nft_solvers.euler import Euler
 
@@ -226,4 +226,4 @@ def test_a_process_without_images_of_an_update_has_no_samples(tmp_path):
     run = make(tmp_path)
     rollout = sample(run, epoch=1)
     elsewhere = replace(rollout, index=rollout.index[:2], x_0=rollout.x_0[:2])
-    assert list(training_samples(run, elsewhere, torch.tensor([5, 6]), torch.zeros(8))) == []
+    assert list(microbatches(run, elsewhere, torch.tensor([5, 6]), torch.zeros(8))) == []

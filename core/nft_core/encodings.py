@@ -1,0 +1,146 @@
+"""Conditions of prompts: encoded once, kept in memory or in a file of the cache, and handed out by rows."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import sys
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+from uuid import uuid4
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from nft_plugins import Condition, FlowModel
+
+from . import distributed
+from .prompts import Prompt
+
+#: Texts that a model encodes at once: few enough to be held in memory twice.
+AT_ONCE = 1024
+#: Beside the model's files, what an encoding depends on.
+LIBRARIES = ("torch", "transformers", "diffusers")
+#: As safetensors names dtypes.
+DTYPES = {
+    **{torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"},
+    **{torch.int64: "I64", torch.int32: "I32", torch.int16: "I16", torch.int8: "I8"},
+    **{torch.uint8: "U8", torch.bool: "BOOL"},
+}
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """Conditions of the prompts of a file. Equal texts share a row, and what is never drawn has none.
+
+    condition: tensors with a row a text. row: `[prompts]`, each prompt's row, or -1.
+    """
+
+    condition: Condition
+    row: Tensor
+
+    def of(self, prompts: Tensor, device: torch.device) -> Condition:
+        """A row for each of the prompts' indices, on `device`, each different row copied there once."""
+        rows, places = self.row[prompts].unique(return_inverse=True)
+        places = places.to(device, non_blocking=True)
+        return {name: sent(c[rows.to(c.device)], device)[places] for name, c in self.condition.items()}
+
+
+def sent(rows: Tensor, device: torch.device) -> Tensor:
+    """On the device, without waiting for it."""
+    pinned = rows.device.type == "cpu" and device.type == "cuda"
+    return (rows.pin_memory() if pinned else rows).to(device, non_blocking=True)
+
+
+def encode(
+    model: FlowModel, prompts: Sequence[Prompt], drawn: Iterable[int], cache: Path | None = None
+) -> Encoded:
+    """Encode the prompts at these indices, or read them from a folder, the cache, where they are.
+
+    Of several processes the first one of each machine writes the cache, and all of them map the same file.
+    """
+    texts = list(dict.fromkeys(prompts[i].text for i in drawn))
+    row = {text: i for i, text in enumerate(texts)}
+    rows = torch.tensor([row.get(p.text, -1) for p in prompts])
+    if cache is None or not texts:
+        return Encoded(model.encode(texts), rows)
+    file = cache / f"{key(model, texts)}.safetensors"
+    if os.environ.get("LOCAL_RANK", "0") == "0" and not file.exists():
+        write(model, texts, file)
+    distributed.barrier()
+    return Encoded(load_file(file) if file.exists() else model.encode(texts), rows)
+
+
+def key(model: FlowModel, texts: Sequence[str]) -> str:
+    """A name for encodings: another model, file, option, library or text makes another."""
+    plain = (int, float, str, torch.dtype)
+    options = {n: repr(v) for n, v in sorted(vars(model).items()) if isinstance(v, plain)}
+    files = sorted(f for f in Path(model.name).rglob("*") if f.is_file()) if Path(model.name).is_dir() else []
+    parts: list[Any] = [
+        type(model).__qualname__,
+        options,
+        # Of a hub id, the folder of the revision.
+        str(getattr(getattr(model.transformer, "config", None), "_name_or_path", "")),
+        [(str(f.resolve()), f.stat().st_size, f.stat().st_mtime_ns) for f in files],
+        str(getattr(model, "device", "")).partition(":")[0],
+        [version(name) for name in LIBRARIES],
+        list(texts),
+    ]
+    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:32]
+
+
+def write(model: FlowModel, texts: Sequence[str], file: Path) -> None:
+    """Encode texts into a file, a part at a time, so that it may be larger than the memory.
+
+    A cache is a convenience: where it cannot be written, that is told, and the run goes on without.
+    """
+    aside = file.with_name(f".{uuid4().hex}")
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        views: dict[str, Tensor] = {}
+        for start in range(0, len(texts), AT_ONCE):
+            condition = model.encode(texts[start : start + AT_ONCE])
+            views = views or empty_file(aside, condition, len(texts))
+            for name, rows in condition.items():
+                views[name][start : start + len(rows)] = rows.cpu()
+        aside.replace(file)
+    except OSError as error:
+        aside.unlink(missing_ok=True)
+        print(f"Encoded prompts are not kept in {file.parent}: {error}.", file=sys.stderr)
+
+
+def empty_file(file: Path, condition: Condition, count: int) -> dict[str, Tensor]:
+    """A safetensors file for `count` rows of each tensor, mapped: what is written to them is in the file.
+
+    Raises OSError where the disk has not the room, since writing to a map beyond it would end the process.
+    """
+    header: dict[str, Any] = {}
+    end = 0
+    # The widest numbers first, so that each begins at a multiple of its size.
+    for name, rows in sorted(condition.items(), key=lambda item: -item[1].element_size()):
+        start, end = end, end + count * rows[0].numel() * rows.element_size()
+        shape = [count, *rows.shape[1:]]
+        header[name] = {"dtype": DTYPES[rows.dtype], "shape": shape, "data_offsets": [start, end]}
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 64 + 56)  # So that the numbers begin at a multiple of 64 bytes.
+    free = shutil.disk_usage(file.parent).free
+    if end > free:
+        raise OSError(f"they take {end / 1e9:.1f} GB, and the disk has {free / 1e9:.1f} GB left")
+    with file.open("wb") as opened:
+        opened.write(len(text).to_bytes(8, "little") + text)
+        begin = opened.tell()
+        opened.truncate(begin + end)
+        if hasattr(os, "posix_fallocate") and end:  # The room is ours from here on.
+            os.posix_fallocate(opened.fileno(), begin, end)
+    whole = torch.from_file(str(file), shared=True, size=begin + end, dtype=torch.uint8)[begin:]
+    views = {}
+    for name, rows in condition.items():
+        start, end = header[name]["data_offsets"]
+        views[name] = whole[start:end].view(rows.dtype).view(header[name]["shape"])
+    return views
