@@ -8,6 +8,7 @@ import os
 import shutil
 import sys
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -111,8 +112,10 @@ def write(model: FlowModel, texts: Sequence[str], file: Path) -> None:
                 views[name][start : start + len(rows)] = rows.cpu()
         aside.replace(file)
     except OSError as error:
-        aside.unlink(missing_ok=True)
         print(f"Encoded prompts are not kept in {file.parent}: {error}.", file=sys.stderr)
+    finally:
+        with suppress(OSError):  # Of an interrupt, too.
+            aside.unlink()
 
 
 def empty_file(file: Path, condition: Condition, count: int) -> dict[str, Tensor]:

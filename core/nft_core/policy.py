@@ -266,17 +266,17 @@ def checkpoint_activations(transformer: torch.nn.Module) -> None:
         raise UsageError(f"gradient_checkpointing = true: {error}") from error
 
 
-def compile_blocks(transformer: torch.nn.Module) -> None:
+def compile_blocks(transformer: torch.nn.Module, **options: Any) -> None:
     """torch.compile the blocks that repeat, once for all of them, or the whole where none are named.
 
-    Blocks are compiled for each of: with and without gradients, with the LoRA and without. What cannot be
-    compiled runs as it is.
+    Blocks are compiled for each of: with and without gradients, with the LoRA and without.
+    options: of `torch.compile`.
     """
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 64)
     if getattr(transformer, "_repeated_blocks", None):
-        transformer.compile_repeated_blocks()  # type: ignore[operator]
+        transformer.compile_repeated_blocks(**options)  # type: ignore[operator]
     else:
-        transformer.compile()
+        transformer.compile(**options)
 
 
 def lora_metadata(config: LoraConfig) -> dict[str, Any]:

@@ -12,7 +12,7 @@ import torch
 from nft_core.composer import Composed, Term
 from nft_core.distributed import process_group, rank
 from nft_core.prompts import Prompt
-from nft_core.run import assemble
+from nft_core.run import assemble, autocast_dtype
 from nft_core.settings import make_settings, parse_assignment
 from nft_core.train import train
 from nft_plugins import Scores
@@ -35,11 +35,11 @@ def ranked():
     return Composed((Term("rank", 1.0, rank), Term("brightness", 0.5, brightness)))
 
 
-def main(folder, out, *assignments):
-    torch.set_num_threads(1)
+def short_run(folder, out, *assignments):
+    """The records and the policy of a run in this process, or in each of several."""
     settings = make_settings(
         {
-            "model": folder,
+            "model": str(folder),
             "rewards": ["brightness"],
             "epochs": 2,
             "steps": 3,
@@ -65,16 +65,23 @@ def main(folder, out, *assignments):
     prompts = [Prompt(f"{a} {b}", {}) for a in LETTERS[:3] for b in LETTERS[3:6]]
     held_out = [Prompt(f"{a} a", {}) for a in LETTERS[6:]]
     device = torch.device("cpu")
-    with process_group(device, 600):
-        from nft_core.models.sd3 import SD3
+    from nft_core.models.sd3 import SD3
 
-        model = SD3(folder, max_sequence_length=8)
-        reward = ranked() if settings.rewards == ["ranked"] else brightness
-        training = assemble(settings, model, reward, SDE(), prompts, held_out, device, Path(out).parent)
-        training.observe, training.save = observe, lambda: None
-        train(training)
+    dtype = autocast_dtype(settings, device) if settings.lora_rank else None
+    model = SD3(str(folder), max_sequence_length=8, dtype=dtype or torch.float32)
+    reward = ranked() if settings.rewards == ["ranked"] else brightness
+    training = assemble(settings, model, reward, SDE(), prompts, held_out, device, Path(out))
+    training.observe, training.save = observe, lambda: None
+    train(training)
+    return records, training.policy
+
+
+def main(folder, out, *assignments):
+    torch.set_num_threads(1)
+    with process_group(torch.device("cpu"), 600):
+        records, policy = short_run(folder, Path(out).parent, *assignments)
         if rank() == 0:
-            weights = [float(p.double().sum()) for p in training.policy.parameters]
+            weights = [float(p.double().sum()) for p in policy.parameters]
             Path(out).write_text(json.dumps({"records": records, "weights": weights}))
 
 
