@@ -49,7 +49,7 @@ class Encoded:
     def of(self, prompts: Tensor, device: torch.device) -> Condition:
         """A row for each of the prompts' indices, on `device`, each different row copied there once."""
         rows, places = self.row[prompts].unique(return_inverse=True)
-        places = places.to(device, non_blocking=True)
+        places = sent(places, device)
         return {name: sent(c[rows.to(c.device)], device)[places] for name, c in self.condition.items()}
 
 

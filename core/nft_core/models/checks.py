@@ -7,11 +7,12 @@ import math
 import os
 import shlex
 import subprocess
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
 
 import torch
+from diffusers import FlowMatchEulerDiscreteScheduler
 from safetensors import SafetensorError, safe_open
 
 #: Libraries that a pipeline's parts may be of.
@@ -102,4 +103,25 @@ def refusal(pickles: Sequence[Path], target: Path) -> OSError:
     return OSError(
         f"{', '.join(paths[1:])}: pickled weights can run code when they are read, so safetensors are read "
         f'alone. This converts tensors and refuses anything else: python -c "{CONVERT}" {files}'
+    )
+
+
+def unhandled(source: str, pipeline: str, known: Iterable[str]) -> str:
+    """Why a pipeline of a class that is not known cannot be trained, and what can be done."""
+    try:  # Whatever its class: the files of all schedulers are read alike.
+        scheduler = FlowMatchEulerDiscreteScheduler.load_config(source, subfolder="scheduler")
+    except (OSError, ValueError):
+        scheduler = {}
+    # Old files leave out what was the only thing to predict then.
+    of_flow = "FlowMatch" in scheduler.get("_class_name", "FlowMatch") or scheduler.get("use_flow_sigmas")
+    predicts = "flow_prediction" if of_flow else scheduler.get("prediction_type", "epsilon")
+    names = ", ".join(sorted(known))
+    if predicts != "flow_prediction":
+        return (
+            f"{source} is a {pipeline}, which is not a flow-matching model: its {scheduler['_class_name']} "
+            f"takes it to predict {predicts}. Only flow-matching models can be trained, those of: {names}."
+        )
+    return (
+        f"{source} is a {pipeline}, which no model plug-in handles. Known: {names}. For another flow-matching "
+        "pipeline an adapter is a short class in a plug-in package; docs/models.md shows one."
     )

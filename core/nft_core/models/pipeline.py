@@ -8,10 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
 import diffusers
 import torch
+import torch.nn.functional as F
+from diffusers import FlowMatchEulerDiscreteScheduler
 from torch import Tensor
 
 from nft_plugins import Condition
@@ -29,7 +31,8 @@ class PipelineModel:
 
     checkpoint: hub id or local folder, safetensors only.
     device: `meta` makes a model without numbers, by its configs alone, to count sizes and operations with.
-    dtype: of the transformer; the text encoders share it, the VAE stays in float32.
+    dtype: of the transformer. The text encoders share it, but take bfloat16 for float16, which is too narrow
+        for some; the VAE stays in float32.
     max_sequence_length: tokens of a prompt.
     Raises OSError where the checkpoint cannot be read or is not safe.
 
@@ -37,9 +40,12 @@ class PipelineModel:
     """
 
     pipeline_class: ClassVar[str]
-    lora_targets: Sequence[str]
+    #: Those of diffusers' own training scripts, where these adapt attention alone.
+    lora_targets: Sequence[str] = ("to_q", "to_k", "to_v", "to_out.0")
     #: Side in pixels that runs use by default: of the published ones, not the largest possible.
     default_side: ClassVar[int] = 512
+    #: Whether the pipeline hands its scheduler evenly spaced sigmas. Others hand it the number of steps.
+    even_sigmas: ClassVar[bool] = True
 
     def __init__(
         self,
@@ -83,7 +89,7 @@ class PipelineModel:
             given |= {name: self.empty(name) for name in parts if name != "scheduler"}
         pipeline = self._class().from_pretrained(
             self.name,
-            dtype={"default": self.dtype, "vae": torch.float32},
+            dtype={"default": self._dtype("")} | {name: self._dtype(name) for name in parts},
             use_safetensors=True,
             trust_remote_code=False,
             **given,
@@ -94,16 +100,22 @@ class PipelineModel:
                 part.requires_grad_(False).eval()
         return pipeline
 
+    def _dtype(self, part: str) -> torch.dtype:
+        if part == "vae":
+            return torch.float32
+        narrow = self.dtype == torch.float16 and part.startswith(OF_TEXT)
+        return torch.bfloat16 if narrow else self.dtype
+
     def empty(self, part: str) -> torch.nn.Module:
         """A part by its config alone, on the meta device, in the dtype that it would be loaded in."""
         folder = Path(self.name) / part
         where = {} if folder.is_dir() else {"subfolder": part}
         module = empty_part(str(folder) if folder.is_dir() else self.name, *self._parts()[part], **where)
-        return module.to(torch.float32 if part == "vae" else self.dtype)
+        return module.to(self._dtype(part))
 
     def _side(self) -> int:
         """The default image side."""
-        return self.default_side
+        return min(self.default_side, self.largest or self.default_side)
 
     @torch.no_grad()
     def encode(self, prompts: Sequence[str]) -> Condition:
@@ -118,6 +130,7 @@ class PipelineModel:
         for start in range(0, len(prompts), ENCODED_AT_ONCE):
             encoded = self.encode_texts(self._texts, list(prompts[start : start + ENCODED_AT_ONCE]))
             for name, rows in encoded.items():
+                rows = rows.to(self.dtype) if rows.is_floating_point() else rows
                 # In place, since gathering rows in a list first would need the memory twice.
                 whole = condition.setdefault(name, rows.new_empty(len(prompts), *rows.shape[1:], device="cpu"))
                 whole[start : start + len(rows)] = rows.cpu()
@@ -143,6 +156,7 @@ class PipelineModel:
     def decode(self, x_0: Tensor) -> Tensor:
         vae = self.pipeline.vae
         (images,) = vae.decode(self.unscaled(x_0).to(vae.dtype), return_dict=False)
+        images = images.reshape(len(images), 3, *images.shape[-2:])  # A video's VAE makes one frame.
         return (images.float() / 2 + 0.5).clamp(0, 1)
 
     def unscaled(self, x_0: Tensor) -> Tensor:
@@ -152,8 +166,13 @@ class PipelineModel:
 
     @property
     def multiple(self) -> int:
-        """Sides of images in pixels must be multiples of it."""
+        """Sides of images in pixels must be multiples of it: the side of what is one token."""
         return int(self.pipeline.vae_scale_factor * 2)
+
+    @property
+    def largest(self) -> int | None:
+        """The largest side in pixels, where positions end."""
+        return None
 
     @property
     def channels(self) -> int:
@@ -161,30 +180,62 @@ class PipelineModel:
         return int(self.pipeline.vae.config.latent_channels)
 
     def latent_shape(self, height: int, width: int) -> tuple[int, ...]:
-        multiple = self.multiple
-        if height % multiple or width % multiple:
-            near = [max(round(side / multiple), 1) * multiple for side in (height, width)]
+        multiple, largest = self.multiple, self.largest
+        most = largest // multiple if largest else max(height, width)
+        near = [min(max(round(side / multiple), 1), most) * multiple for side in (height, width)]
+        if [height, width] != near:
+            limit = f" up to {most * multiple}" if largest else ""
             raise ValueError(
-                f"{self.name} makes images whose sides are multiples of {multiple} px, got "
+                f"{self.name} makes images whose sides are multiples of {multiple} px{limit}, got "
                 f"{height} x {width}; the nearest possible size is {near[0]} x {near[1]}"
             )
         factor = self.pipeline.vae_scale_factor
         return (self.channels, height // factor, width // factor)
 
     def times(self, steps: int, height: int, width: int) -> tuple[float, ...]:
-        """As the pipeline sets its scheduler: evenly spaced, then shifted by the image's size if it says so."""
-        scheduler = type(self.pipeline.scheduler).from_config(self.pipeline.scheduler.config)
-        config = scheduler.config
-        options: dict[str, Any] = {}
-        if config.get("use_dynamic_shifting"):
-            factor = self.multiple
-            tokens = (height // factor) * (width // factor)
-            few, many = config.get("base_image_seq_len", 256), config.get("max_image_seq_len", 4096)
-            low, high = config.get("base_shift", 0.5), config.get("max_shift", 1.15)
-            options["mu"] = low + (high - low) * (tokens - few) / (many - few)
-        scheduler.set_timesteps(sigmas=[1 - i / steps for i in range(steps)], **options)
-        return tuple(scheduler.sigmas.tolist())
+        """As the pipeline's scheduler: evenly spaced, then shifted, by the image's size if it says so."""
+        config = self.pipeline.scheduler.config
+        if config.get("use_flow_sigmas"):  # A multistep scheduler, whose own grid begins a little below 1.
+            scheduler = FlowMatchEulerDiscreteScheduler(shift=config.flow_shift)
+        else:
+            scheduler = FlowMatchEulerDiscreteScheduler.from_config(config)
+        even = {"sigmas": [1 - i / steps for i in range(steps)]}
+        given = even if self.even_sigmas else {"num_inference_steps": steps}
+        tokens = (height // self.multiple) * (width // self.multiple)
+        scheduler.set_timesteps(**given, mu=self.shift(tokens, steps))
+        # The first is 1 but for rounding, and for 0 / 0 where one step is to be stretched between two ends.
+        return (1.0, *scheduler.sigmas.tolist()[1:])
+
+    def shift(self, tokens: int, steps: int) -> float:
+        """The scheduler's `mu` for an image of that many tokens, where its shift depends on the size."""
+        config = self.pipeline.scheduler.config
+        few, many = config.get("base_image_seq_len", 256), config.get("max_image_seq_len", 4096)
+        low, high = config.get("base_shift", 0.5), config.get("max_shift", 1.15)
+        return float(low + (high - low) * (tokens - few) / (many - few))
 
     def save_lora(self, folder: Path, state: Mapping[str, Tensor], config: Mapping[str, Any]) -> None:
         # Without the metadata a LoRA loads with another alpha, silently.
         self.pipeline.save_lora_weights(folder, dict(state), transformer_lora_adapter_metadata=dict(config))
+
+
+def packed(x: Tensor) -> Tensor:
+    """Patches of 2 x 2 latents as tokens: `[B, C, h, w]` to `[B, h w / 4, 4 C]`."""
+    return F.pixel_unshuffle(x, 2).flatten(2).transpose(1, 2)
+
+
+def unpacked(tokens: Tensor, height: int) -> Tensor:
+    """`packed` undone, for latents of that many rows."""
+    return F.pixel_shuffle(tokens.transpose(1, 2).unflatten(2, (height // 2, -1)), 2)
+
+
+def filled(embeds: Tensor, length: int) -> Tensor:
+    """`[B, n, D]` with zeros up to `[B, length, D]`."""
+    return F.pad(embeds, (0, 0, 0, length - embeds.shape[1]))
+
+
+def lengths(condition: Condition) -> list[int]:
+    """Each prompt's tokens. On the meta device, which holds no numbers, as many as there is room for."""
+    embeds = condition["embeds"]
+    if embeds.device.type == "meta":
+        return [embeds.shape[1]] * len(embeds)
+    return cast(list[int], condition["length"].tolist())

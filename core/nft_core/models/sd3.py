@@ -21,6 +21,7 @@ class SD3(PipelineModel):
     """
 
     pipeline_class = "StableDiffusion3Pipeline"
+    even_sigmas = False
     lora_targets = (
         *("attn.to_q", "attn.to_k", "attn.to_v", "attn.to_out.0"),
         *("attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj", "attn.to_add_out"),
@@ -71,17 +72,5 @@ class SD3(PipelineModel):
         return int(self.pipeline.vae_scale_factor * self.pipeline.patch_size)
 
     @property
-    def channels(self) -> int:
-        return int(self.pipeline.transformer.config.in_channels)
-
-    def latent_shape(self, height: int, width: int) -> tuple[int, ...]:
-        shape = super().latent_shape(height, width)
-        largest = self.pipeline.transformer.config.pos_embed_max_size * self.multiple
-        if max(height, width) > largest:
-            raise ValueError(f"{self.name} makes images of at most {largest} px a side, got {height} x {width}")
-        return shape
-
-    def times(self, steps: int, height: int, width: int) -> tuple[float, ...]:
-        scheduler = type(self.pipeline.scheduler).from_config(self.pipeline.scheduler.config)
-        scheduler.set_timesteps(steps)  # As the pipeline does, which gives it no sigmas.
-        return tuple(scheduler.sigmas.tolist())
+    def largest(self) -> int:
+        return int(self.pipeline.transformer.config.pos_embed_max_size * self.multiple)

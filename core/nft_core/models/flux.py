@@ -1,0 +1,60 @@
+"""FLUX.1 (Black Forest Labs, 2024): dev, whose guidance is distilled into it, and schnell."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from nft_plugins import Condition
+
+from .pipeline import PipelineModel, packed, unpacked
+from .sd3 import SD3
+
+
+class Flux(PipelineModel):
+    """A `FlowModel` over a FluxPipeline.
+
+    guidance: the scale that dev is told, in rollouts and in training alike; one pass each, as without it.
+        Schnell has no such input.
+    max_sequence_length: T5 tokens of a prompt, at most 512. Padding is attended to, so another length gives
+        other images; 512 is what the pipeline takes by itself, and 256 the most that schnell can take.
+    """
+
+    pipeline_class = "FluxPipeline"
+    lora_targets = SD3.lora_targets
+
+    def __init__(
+        self,
+        checkpoint: str,
+        *,
+        device: torch.device | str = "cpu",
+        dtype: torch.dtype = torch.float32,
+        max_sequence_length: int = 128,
+        guidance: float = 3.5,
+    ) -> None:
+        super().__init__(checkpoint, device=device, dtype=dtype, max_sequence_length=max_sequence_length)
+        self.guidance = guidance
+
+    def encode_texts(self, pipeline: Any, prompts: list[str]) -> dict[str, Tensor]:
+        embeds, pooled, _ = pipeline.encode_prompt(
+            prompts, device=self.device, max_sequence_length=self.max_sequence_length
+        )
+        return {"embeds": embeds, "pooled": pooled}
+
+    def velocity(self, x_t: Tensor, t: Tensor, condition: Condition) -> Tensor:
+        embeds = condition["embeds"]
+        rows, columns = (torch.arange(side // 2, device=x_t.device) for side in x_t.shape[-2:])
+        guided = self.pipeline.transformer.config.guidance_embeds
+        (v,) = self.transformer(
+            hidden_states=packed(x_t).to(embeds.dtype),
+            encoder_hidden_states=embeds,
+            pooled_projections=condition["pooled"],
+            timestep=t,
+            guidance=torch.full_like(t, self.guidance) if guided else None,
+            txt_ids=torch.zeros(embeds.shape[1], 3, dtype=torch.long, device=x_t.device),
+            img_ids=torch.cartesian_prod(rows.new_zeros(1), rows, columns),
+            return_dict=False,
+        )
+        return unpacked(v, x_t.shape[-2]).to(x_t.dtype)

@@ -1,0 +1,72 @@
+"""SANA 1.0 and 1.5 (arXiv 2410.10629, 2501.18427): linear attention on latents of 32 x 32 pixels."""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+import torch
+from diffusers.models.attention_processor import SanaLinearAttnProcessor2_0
+from torch import Tensor
+
+from nft_plugins import Condition
+
+from .pipeline import PipelineModel
+
+
+class Sana(PipelineModel):
+    """A `FlowModel` over a SanaPipeline.
+
+    max_sequence_length: Gemma's tokens of a prompt; what the pipeline puts before every prompt, its
+        `complex_human_instruction`, comes on top.
+    """
+
+    pipeline_class = "SanaPipeline"
+    lora_targets = ("to_q", "to_k", "to_v")
+
+    def __init__(
+        self,
+        checkpoint: str,
+        *,
+        device: torch.device | str = "cpu",
+        dtype: torch.dtype = torch.float32,
+        max_sequence_length: int = 128,
+    ) -> None:
+        super().__init__(checkpoint, device=device, dtype=dtype, max_sequence_length=max_sequence_length)
+        if self.device.type != "meta":  # Which has no autocast.
+            for block in self.pipeline.transformer.transformer_blocks:
+                block.attn1.set_processor(WideLinearAttention())
+
+    def encode_texts(self, pipeline: Any, prompts: list[str]) -> dict[str, Tensor]:
+        # The model has learned with the instruction, which is a default of the pipeline's call alone.
+        call = inspect.signature(pipeline.__call__).parameters
+        embeds, mask, _, _ = pipeline.encode_prompt(
+            prompts,
+            do_classifier_free_guidance=False,
+            device=self.device,
+            max_sequence_length=self.max_sequence_length,
+            complex_human_instruction=call["complex_human_instruction"].default,
+        )
+        return {"embeds": embeds, "mask": mask}
+
+    def velocity(self, x_t: Tensor, t: Tensor, condition: Condition) -> Tensor:
+        (v,) = self.transformer(
+            hidden_states=x_t.to(condition["embeds"].dtype),
+            encoder_hidden_states=condition["embeds"],
+            encoder_attention_mask=condition["mask"],
+            timestep=t * 1000 * self.pipeline.transformer.config.timestep_scale,
+            return_dict=False,
+        )
+        return v.to(x_t.dtype)
+
+    @property
+    def multiple(self) -> int:
+        return int(self.pipeline.vae_scale_factor * self.pipeline.transformer.config.patch_size)
+
+
+class WideLinearAttention(SanaLinearAttnProcessor2_0):
+    """Sums over all tokens in float32, as the model has them; autocast's float16 makes infinities and 0 / 0."""
+
+    def __call__(self, attn: Any, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        with torch.autocast(hidden_states.device.type, enabled=False):
+            return super().__call__(attn, hidden_states.to(attn.to_q.weight.dtype), *args, **kwargs)
