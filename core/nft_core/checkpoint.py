@@ -21,6 +21,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from .distributed import rank
 from .errors import CheckpointError, NftError, SaveError
 from .optimizers import load_moments, moments
 from .policy import Policy
@@ -65,15 +66,22 @@ def save_checkpoint(
 
     The weights by `Policy.save`; `policy.safetensors` with live, old, reference and EMA weights;
     `optimizer.safetensors` with the optimizer's moments; `state.json` with the progress and the settings.
+    Where the policy is sharded, all processes must call this, and the first one writes.
     Raises SaveError where the disk will not take it.
     """
+    if rank() != 0:
+        policy.state()
+        moments(policy.names, policy.parameters, optimizer)
+        return
     aside, old = _aside(folder, "part"), _aside(folder, "old")
     state = {"progress": progress.model_dump(mode="json"), "settings": dict(settings)}
     try:
         shutil.rmtree(aside, ignore_errors=True)
         aside.mkdir(parents=True)
-        policy.save(aside)
-        save_file({k: v.cpu().contiguous() for k, v in policy.state().items()}, aside / POLICY)
+        weights = policy.state()
+        policy.save(aside, weights)
+        save_file({k: v.cpu().contiguous() for k, v in weights.items()}, aside / POLICY)
+        del weights
         save_file(moments(policy.names, policy.parameters, optimizer), aside / OPTIMIZER)
         (aside / STATE).write_text(json.dumps(state, allow_nan=False) + "\n", encoding="utf-8")
         files = sorted(path for path in aside.rglob("*") if path.is_file())

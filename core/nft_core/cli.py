@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from datetime import datetime
 from pathlib import Path
@@ -117,6 +118,19 @@ for command in (info, check):
 @click.option(
     "--allow-changes", is_flag=True, help="Go on even with settings or prompts that change what is learned."
 )
+@click.option(
+    "--plan", is_flag=True, help="Train nothing: print the memory and the operations that it would take."
+)
+@click.option(
+    "--card", type=click.FloatRange(min=1), metavar="GIB", help="With --plan: for a GPU of that memory."
+)
+@click.option(
+    "--peak-tflops",
+    type=click.FloatRange(min=0, min_open=True),
+    metavar="N",
+    help="With --plan: the least time that it takes at that speed.",
+)
+@click.option("--profile", is_flag=True, help="Trace a part of the second epoch, and say what takes the time.")
 def run(
     rewards_: tuple[str, ...],
     observers: tuple[str, ...],
@@ -127,12 +141,18 @@ def run(
     assignments: tuple[str, ...],
     resume: str,
     allow_changes: bool,
+    plan: bool,
+    card: float | None,
+    peak_tflops: float | None,
+    profile: bool,
     **options: Any,
 ) -> None:
     """Train a model on rewards.
 
     What is said later wins: preset, --config, --set, then the other options.
     """
+    if profile:  # torch reads it when it is imported, and its profiler would say when it starts and stops.
+        os.environ.setdefault("KINETO_LOG_LEVEL", "6")
     from . import run as runs
     from .host import load_host
     from .settings import parse_assignment, read_toml
@@ -152,10 +172,17 @@ def run(
         dict(parse_assignment(a) for a in assignments),
         given,
     )
+    if plan:
+        from .plan_command import show_plan
+
+        show_plan(settings, host, card, peak_tflops)
+        return
+    if card or peak_tflops:
+        raise UsageError("--card and --peak-tflops belong to --plan, which trains nothing: give that too.")
     if resume == "auto" and not out:
         raise UsageError("--resume auto needs --out, the folder of the run to go on with.")
     folder = out or default_folder([parse_reward(r).title for r in settings.rewards])
-    start(settings, folder, host, resume == "auto", allow_changes)
+    start(settings, folder, host, resume == "auto", allow_changes, profile)
 
 
 @main.command("resume")
@@ -197,7 +224,9 @@ def go_on(
     start(settings, folder, load_host(), True, allow_changes)
 
 
-def start(settings: Settings, folder: Path, host: Host, resume: bool, allow_changes: bool) -> None:
+def start(
+    settings: Settings, folder: Path, host: Host, resume: bool, allow_changes: bool, profile: bool = False
+) -> None:
     """Train in this process, or in several that it starts."""
     from . import launch
     from . import run as runs
@@ -207,13 +236,14 @@ def start(settings: Settings, folder: Path, host: Host, resume: bool, allow_chan
     launch.end_when_told()
     processes = 1 if launch.started() else launch.count(settings.processes, settings.device)
     if processes == 1:
-        runs.run(settings, folder, host, click.echo, resume, allow_changes)
+        runs.run(settings, folder, host, click.echo, resume, allow_changes, profile)
         return
     runs.prepare(settings, host)
-    more = ["--resume", "auto", *(["--allow-changes"] if allow_changes else [])]
+    again = ["--resume", "auto", *(["--allow-changes"] if allow_changes else [])]
     if not (resume and runs.holds_a_run(folder)):
         runs.claim(folder)
-    sys.exit(launch.launch(to_toml(settings), folder, processes, more if resume else ()))
+    more = [*(again if resume else []), *(["--profile"] if profile else [])]
+    sys.exit(launch.launch(to_toml(settings), folder, processes, more))
 
 
 def default_folder(rewards: list[str]) -> Path:

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
 from zlib import crc32
@@ -13,27 +12,30 @@ import torch.distributed as dist
 from torch import Tensor
 
 from .errors import PeerError, Stopped
-from .launch import RENDEZVOUS
+from .rendezvous import announced, connecting, meet, warnings
 
 
 @contextmanager
-def process_group(device: torch.device, patience: float) -> Iterator[None]:
-    """Join the group that torchrun or `launch` announces in the environment, and leave it at the end.
+def process_group(device: torch.device, patience: float, join: float = 600.0) -> Iterator[list[str]]:
+    """Join the group that the environment announces, and leave it at the end; gives warnings about it.
 
     patience: seconds that a process waits for another. That one has died is the launcher's to notice.
+    join: seconds that all processes have to come, and then to connect.
+    Raises PeerError where another one fails, or does not come, and UsageError where they do not fit together.
     """
-    size = int(os.environ.get("WORLD_SIZE", "1"))
+    rank, size = announced()
     if size == 1:
-        yield
+        yield []
         return
-    backend, wait = "nccl" if device.type == "cuda" else "gloo", timedelta(seconds=patience)
-    if RENDEZVOUS in os.environ:
-        file = f"file://{os.environ[RENDEZVOUS]}"
-        dist.init_process_group(backend, file, wait, world_size=size, rank=int(os.environ["RANK"]))
-    else:
-        dist.init_process_group(backend, timeout=wait)
+    store, members = meet(device, rank, size, join)
+    wait = timedelta(seconds=patience)
+    store.set_timeout(wait)
     try:
-        yield
+        with connecting(rank, size, join):
+            backend = "nccl" if device.type == "cuda" else "gloo"
+            dist.init_process_group(backend, timeout=wait, store=store, rank=rank, world_size=size)
+            sum_value(1.0, device)  # NCCL connects when it is first needed.
+        yield warnings(members)
     except RuntimeError as error:
         if isinstance(error, dist.DistError) or "gloo" in str(error):
             raise PeerError(
@@ -42,7 +44,8 @@ def process_group(device: torch.device, patience: float) -> Iterator[None]:
             ) from error
         raise
     finally:
-        dist.destroy_process_group()
+        if dist.is_initialized():
+            dist.destroy_process_group()
 
 
 def rank() -> int:
@@ -62,6 +65,11 @@ def barrier() -> None:
 def owned(count: int) -> Tensor:
     """Indices in 0..count-1 of this process: every world_size-th, so each prompt's images spread out."""
     return torch.arange(rank(), count, world_size())
+
+
+def largest_share(indices: Tensor) -> int:
+    """How many of these the process owns that owns the most of them."""
+    return int((indices % world_size()).bincount().max())
 
 
 def gather_rows(rows: Tensor, index: Tensor, count: int, device: torch.device) -> Tensor:
@@ -94,16 +102,20 @@ def sum_gradients(parameters: Iterable[torch.nn.Parameter]) -> None:
 
 
 @contextmanager
-def together(device: torch.device) -> Iterator[None]:
+def together(device: torch.device, finish: Callable[[], None] = lambda: None) -> Iterator[None]:
     """What fails inside in one process fails in all, so that none waits for another for ever.
 
     Inside there may be no other exchange between processes: the one that failed would not take part.
+
+    finish: what this process still has to do for others, when it is through or has failed. What that raises
+        ends this process alone.
     """
     failure: Exception | None = None
     try:
         yield
     except Exception as error:
         failure = error
+    finish()
     stopped = failure.signal if isinstance(failure, Stopped) else 0
     failed, signal = sum_values([float(bool(failure) and not stopped), float(stopped)], device)
     if failed and (stopped or not failure):

@@ -10,6 +10,7 @@ from torch.nn import Parameter
 
 from .errors import CheckpointError, NftError
 from .settings import Settings
+from .sharding import split, whole
 
 #: A fp16 run's first loss scale, and the steps after which it is doubled (as torch's GradScaler does).
 LOSS_SCALE, GROWTH = 2.0**16, 2000
@@ -35,9 +36,9 @@ def make_optimizer(s: Settings, parameters: Sequence[Parameter]) -> torch.optim.
 def moments(
     names: Sequence[str], parameters: Sequence[Parameter], optimizer: torch.optim.Optimizer
 ) -> dict[str, Tensor]:
-    """The optimizer's state by `PARAMETER.KEY`."""
+    """The optimizer's state by `PARAMETER.KEY`, on the CPU; of sharded parameters for all processes to call."""
     return {
-        f"{name}.{key}": torch.as_tensor(value).cpu().contiguous()
+        f"{name}.{key}": whole(torch.as_tensor(value)).cpu().contiguous()
         for name, p in zip(names, parameters, strict=True)
         for key, value in optimizer.state.get(p, {}).items()
     }
@@ -66,7 +67,11 @@ def load_moments(
         if lacking or any(v.shape != p.shape for k, v in entries.items() if k in MOMENTS):
             raise CheckpointError(f"the optimizer's state of {name} does not fit {type(optimizer).__name__}")
     if isinstance(optimizer, torch.optim.AdamW):
-        numbered = {i: found[name] for i, name in enumerate(names) if found[name]}
+        numbered = {
+            i: {k: split(v, p) if k in MOMENTS else v for k, v in found[name].items()}
+            for i, (name, p) in enumerate(zip(names, parameters, strict=True))
+            if found[name]
+        }
         groups = optimizer.state_dict()["param_groups"]
         optimizer.load_state_dict({"state": numbered, "param_groups": groups})
         return

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,9 @@ from torch.nn import Parameter
 
 from nft_plugins import Condition, FlowModel
 
+from .distributed import sum_value
 from .errors import CheckpointError, UsageError
+from .sharding import blocks, like, local, shard, split, whole, whole_copy
 
 Weights = list[Tensor]
 
@@ -28,12 +30,17 @@ class Policy:
     transformer's, and swapping is an exchange of pointers. The reference is what training started from:
     with a LoRA the base itself, of which no copy is needed.
 
+    Where the processes share the transformer (`fsdp`), all must ask for a velocity at the same time. Where they
+    share what is trained (`sharded`), the copies are parts too, and `state`, `save` and `drift` are for all
+    processes to call.
+
     lora_rank: 0 trains the whole transformer.
     lora_targets: names of linear layers; `all-linear` for every one of them.
     ema_decay: 0 keeps no EMA, and `ema()` is the live policy.
     autocast: dtype for the transformer's matrix products, or None.
     offload: keep the copies in host memory, pinned where there is a GPU; they visit the device when in place.
-    merge: let `merged()` do what it says.
+    merge: let `merged()` do what it says; with `fsdp` it does nothing.
+    fsdp: share the transformer's weights, but for a LoRA's, with the other processes.
     """
 
     def __init__(
@@ -48,6 +55,7 @@ class Policy:
         keep_reference: bool = True,
         offload: bool = False,
         merge: bool = False,
+        fsdp: bool = False,
     ) -> None:
         self.model = model
         self.autocast = autocast
@@ -57,13 +65,20 @@ class Policy:
             self.lora = add_lora(model.transformer, lora_rank, lora_alpha, targets)
         else:
             model.transformer.float().requires_grad_(True)
+        self.fsdp, self.sharded = fsdp, fsdp and not lora_rank
+        if fsdp:
+            trained = [p for p in model.transformer.parameters() if p.requires_grad]
+            shard(model.transformer, whole=trained if lora_rank else ())
         named = [(name, p) for name, p in model.transformer.named_parameters() if p.requires_grad]
         self.names = [name for name, _ in named]
         self.parameters: list[Parameter] = [p for _, p in named]
         self.device = self.parameters[0].device
         self.ema_decay = ema_decay
-        self.offload, self.merge = offload, merge
-        self._live: Weights = [p.data for p in self.parameters]
+        self.offload, self.merge = offload, merge and not fsdp
+        #: The live weights; of sharded ones a copy, while others stand in FSDP's own memory in their place.
+        self._live: Weights | None = None if self.sharded else [p.data for p in self.parameters]
+        #: The weights in place; None: the live ones.
+        self._placed: Weights | None = None
         self._old = self._copy()
         self._reference = self._copy() if keep_reference and not self.lora else None
         self._ema = self._copy() if ema_decay else None
@@ -93,7 +108,7 @@ class Policy:
         if weights is None:
             yield
             return
-        before = [p.data for p in self.parameters]
+        before = self._placed
         try:
             self._put(weights)
             yield
@@ -118,8 +133,9 @@ class Policy:
     def merged(self) -> Iterator[None]:
         """Inside, the LoRA in place is added to the base's weights, which saves its products in every pass.
 
-        It takes the memory of the adapted layers once more, and rounds their sum to the base's dtype: in 16
-        bits that loses most of what a LoRA learns. For passes without gradients.
+        It takes the memory of the adapted layers once more, and rounds their sum to the base's dtype. In bf16
+        that drowns what a LoRA has learned so far: two thirds of it at entries of B of 1e-4, a tenth at 1e-3,
+        beside weights of 0.02. For passes without gradients.
         """
         if not (self.lora and self.merge):
             yield
@@ -138,14 +154,23 @@ class Policy:
 
     def restore(self) -> None:
         """Put the live weights in place, wherever an interrupt may have struck."""
-        self._put(self._live)
+        self._put(None)
 
-    def _put(self, weights: Weights) -> None:
-        for p, w in zip(self.parameters, weights, strict=True):
-            p.data = w.to(self.device, non_blocking=True)
+    def _put(self, weights: Weights | None) -> None:
+        """Put weights in place; None: the live ones."""
+        if self._live is None:  # They are in place. An interrupt leaves them there, or leaves a copy.
+            self._live = [local(p).clone() for p in self.parameters]
+        for p, w in zip(self.parameters, weights or self._live, strict=True):
+            if self.sharded:
+                local(p).copy_(w, non_blocking=True)
+            else:
+                p.data = w.to(self.device, non_blocking=True)
+        self._placed = weights
+        if self.sharded and weights is None:
+            self._live = None
 
     def _copy(self) -> Weights:
-        copies = [p.detach().clone() for p in self.parameters]
+        copies = [local(p).clone() for p in self.parameters]
         if self.offload and self.device.type == "cuda":
             copies = [w.cpu().pin_memory() for w in copies]
         return copies
@@ -164,32 +189,40 @@ class Policy:
         """`weights <- weights + share (theta - weights)`."""
         if self.offload:
             for w, p in zip(weights, self.parameters, strict=True):
-                w.copy_(torch.lerp(w.to(p.device), p.data, share))
+                w.copy_(torch.lerp(w.to(p.device), local(p), share))
         else:
-            torch._foreach_lerp_(weights, [p.data for p in self.parameters], share)
+            torch._foreach_lerp_(weights, [local(p) for p in self.parameters], share)
 
     @torch.no_grad()
     def drift(self) -> float:
         """RMS difference between live and old weights."""
         pairs = zip(self.parameters, self._old, strict=True)
         # One number in the end, since each that is read waits for the device.
-        squares = [(p.data - o.to(p.device)).double().square().sum() for p, o in pairs]
-        return (float(torch.stack(squares).sum()) / sum(p.numel() for p in self.parameters)) ** 0.5
+        squares = [(local(p) - o.to(p.device)).double().square().sum() for p, o in pairs]
+        total = float(torch.stack(squares).sum())
+        if self.sharded:
+            total = sum_value(total, self.device)
+        return (total / sum(p.numel() for p in self.parameters)) ** 0.5
 
     def state(self) -> dict[str, Tensor]:
-        """Every set of weights by `SET.PARAMETER`: live, old, and reference and ema where kept."""
+        """Every set of weights by `SET.PARAMETER`: live, old, and reference and ema where kept.
+
+        Of weights that are sharded the first process has the whole, in host memory, and the others nothing.
+        """
+        return {name: whole(like(w, p)) for name, p, w in self._sets()}
+
+    def _sets(self) -> Iterator[tuple[str, Parameter, Tensor]]:
+        """`SET.PARAMETER`, the parameter, and what this process holds of the set's."""
         sets = {
-            "live": self._live,
+            "live": self._live or [local(p) for p in self.parameters],
             "old": self._old,
             "reference": self._reference,
             "ema": self._ema,
         }
-        return {
-            f"{kind}.{name}": w
-            for kind, weights in sets.items()
-            if weights is not None
-            for name, w in zip(self.names, weights, strict=True)
-        }
+        for kind, weights in sets.items():
+            if weights is not None:
+                for name, p, w in zip(self.names, self.parameters, weights, strict=True):
+                    yield f"{kind}.{name}", p, w
 
     @torch.no_grad()
     def load(self, state: Mapping[str, Tensor]) -> None:
@@ -197,32 +230,37 @@ class Policy:
 
         A set that was not kept then: the reference stays what it is at the start, the EMA begins anew.
         """
-        own = self.state()
         kept = {name.partition(".")[0] for name in state}
-        for name, w in own.items():
+        for name, p, _ in self._sets():
             kind = name.partition(".")[0]
             if kind in ("reference", "ema") and kind not in kept:
                 continue
             there = list(state[name].shape) if name in state else "missing"
-            if there != list(w.shape):
+            if there != list(p.shape):
                 raise CheckpointError(
-                    f"its weights are of another model: {name} is {there}, not {list(w.shape)}"
+                    f"its weights are of another model: {name} is {there}, not {list(p.shape)}"
                 )
-        for name, w in own.items():
+        for name, p, w in self._sets():
             kind, _, parameter = name.partition(".")
             if kind == "ema" and kind not in kept:
-                w.copy_(state[f"live.{parameter}"])
-            elif kind in kept:
-                w.copy_(state[name])
+                name = f"live.{parameter}"
+            elif kind not in kept:
+                continue
+            w.copy_(local(split(state[name], p)))
 
-    def save(self, folder: Path) -> None:
+    def save(self, folder: Path, state: Mapping[str, Tensor]) -> None:
         """Write the EMA weights (live ones where there is no EMA) in diffusers' own format.
 
         A LoRA as `folder/pytorch_lora_weights.safetensors`, for `pipeline.load_lora_weights`; a
         whole transformer as `folder/transformer`, for `from_pretrained`.
+
+        state: what `state()` gave.
         """
-        with self.ema():
+        with self.ema() if not self.sharded else nullcontext():
             transformer = self.model.transformer
+            if self.sharded:
+                kind = "ema" if self._ema else "live"
+                transformer = whole_copy(transformer, {n: state[f"{kind}.{n}"] for n in self.names})
             if self.lora is None:
                 transformer.save_pretrained(folder / "transformer", safe_serialization=True)  # type: ignore[operator]
                 return
@@ -273,10 +311,9 @@ def compile_blocks(transformer: torch.nn.Module, **options: Any) -> None:
     options: of `torch.compile`.
     """
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 64)
-    if getattr(transformer, "_repeated_blocks", None):
-        transformer.compile_repeated_blocks(**options)  # type: ignore[operator]
-    else:
-        transformer.compile(**options)
+    named = getattr(transformer, "_repeated_blocks", None)
+    for module in blocks(transformer) if named else [transformer]:  # diffusers' own does not know sharded ones.
+        module.compile(**options)
 
 
 def lora_metadata(config: LoraConfig) -> dict[str, Any]:

@@ -23,8 +23,8 @@ if TYPE_CHECKING:
 #: Settings that a run may go on with at another value: they change how far, how fast and how closely watched it
 #: goes, not what is learned. Sizes of batches and the number of processes change results by rounding alone.
 FREE = {
-    *("epochs", "device", "processes", "rollout_batch", "decode_batch", "microbatch", "observers"),
-    *("peer_timeout", "merge_lora", "cache", "gradient_checkpointing", "offload", "compile"),
+    *("epochs", "device", "processes", "parallel", "rollout_batch", "decode_batch", "microbatch", "observers"),
+    *("join_timeout", "peer_timeout", "merge_lora", "cache", "gradient_checkpointing", "offload", "compile"),
     *("eval_every", "eval_images", "eval_steps", "checkpoint_every", "keep_last", "keep_best"),
     *("max_nonfinite", "max_skips", "strict", "watch_x0", "watch_gap", "watch_flat_groups", "watch_reward"),
 }

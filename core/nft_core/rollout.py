@@ -21,6 +21,7 @@ from .guard import Tally, Worker, free_memory, on_device
 from .pooling import concatenate, everyones_names, filled, gather_scores
 from .prompts import Prompt
 from .seeds import generator
+from .sharding import InStep
 
 
 @dataclass(frozen=True)
@@ -67,6 +68,7 @@ class Sampler:
     """Makes images: a solver on a grid of times, for one size of image.
 
     batch, decode_batch: images sampled and decoded at once; halved where the device's memory does not do.
+    in_step: where the processes share the transformer.
     """
 
     model: FlowModel
@@ -77,6 +79,7 @@ class Sampler:
     batch: int
     decode_batch: int
     device: torch.device
+    in_step: InStep | None = None
 
     def make(self, draws: Draws, rows: Tensor, condition: Condition) -> tuple[Tensor, Tensor]:
         """x_0 and images `[B, 3, H, W]` of the images n in `rows`."""
@@ -86,6 +89,8 @@ class Sampler:
 
     def smaller(self) -> bool:
         """Halve the batches, if they can be."""
+        if self.in_step:  # Other processes are in the middle of a pass, or have other batches.
+            return False
         before = self.batch, self.decode_batch
         self.batch, self.decode_batch = max(self.batch // 2, 1), max(self.decode_batch // 2, 1)
         return before != (self.batch, self.decode_batch)
@@ -95,10 +100,18 @@ class Sampler:
         size = len(generators)
         noise = randn_like(torch.empty(size, *self.shape, device=self.device), generators)
 
+        asked = self.in_step.velocity if self.in_step else self.velocity
+
         def velocity(x_t: Tensor, t: float) -> Tensor:
-            return self.velocity(x_t, torch.full((size,), t, device=self.device), condition)
+            return asked(x_t, torch.full((size,), t, device=self.device), condition)
 
         return self.solver.solve(_checked(velocity), noise, self.times, generators).float()
+
+    def finish(self, condition: Condition) -> None:
+        """Take part in the passes that other processes still have to make, with a prompt of any kind."""
+        if self.in_step:
+            nothing = torch.zeros(1, *self.shape, device=self.device)
+            self.in_step.finish(nothing, torch.ones(1, device=self.device), condition)
 
 
 def _checked(velocity: Velocity) -> Velocity:
@@ -155,7 +168,11 @@ def roll_out(
     groups = draws.groups()
     tallies_of(reward)  # What a rollout that did not end has left.
     latents, images, pending, scores = [], [], [], []
-    with together(sampler.device), scoring() as scorer:
+
+    def finish() -> None:
+        sampler.finish(condition.of(groups[:1], sampler.device))
+
+    with together(sampler.device, finish), scoring() as scorer:
         todo = index
         while len(todo):
             stop()

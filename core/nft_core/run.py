@@ -2,22 +2,24 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shlex
+import socket
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from nft_plugins import Run
 
-from .errors import NftError, SaveError, Stopped, UsageError, unknown
+from .errors import CheckpointError, NftError, SaveError, Stopped, UsageError, unknown
 from .host import Host
 from .launch import told, undisturbed
 from .observers.metrics import trim
 from .progress import Progress
 from .prompts import Prompt, prompts_of_run, read_prompts, scorable
-from .resume import digest, find, holds_a_run, locked, restore
+from .resume import FREE, digest, find, holds_a_run, locked, restore
 from .settings import Settings, make_settings, to_toml
 from .specs import RewardSpec, parse_observer, parse_reward
 
@@ -60,11 +62,13 @@ def run(
     say: Callable[[str], None] = print,
     resume: bool = False,
     allow_changes: bool = False,
+    profile: bool = False,
 ) -> None:
     """Train, in this process or in each that a launcher started, and write everything to `folder`.
 
     resume: go on from the folder's newest whole checkpoint, where it holds a run.
     allow_changes: even with settings or prompts that change what is learned.
+    profile: write a trace of a part of an epoch to `folder/profile`, and say what takes the time.
     Raises UsageError for what can be told from the settings and files alone, before anything heavy is
     loaded or written, and NftError for what fails later.
     """
@@ -82,22 +86,30 @@ def run(
         elif first:
             claim(folder)
 
-        from .distributed import agree, process_group, rank
+        from .distributed import agree, barrier, process_group, rank, same_everywhere
         from .quiet import quiet
         from .train import train
 
         quiet("diffusers", "transformers")
         device = pick_device(settings.device)
-        stack.enter_context(process_group(device, settings.peer_timeout))
+        for warning in stack.enter_context(process_group(device, settings.peer_timeout, settings.join_timeout)):
+            tell(warning)
         stack.enter_context(memory_errors())
         stack.enter_context(host.guests())
         # All processes go on from the same checkpoint, or none does.
         number = agree(int(found.name) if found else -1, device)
         path = folder / "checkpoints" / f"{number:06d}" if number >= 0 else None
+        check_alike(settings, path, device)
         reward = load_rewards(specs, host, device, settings.reward_defaults)
         prompts, held_out = usable(prompts, held_out, reward.check_prompt, settings.unscorable, tell)
         check_sizes(settings, len(prompts), len(held_out))
+        if not same_everywhere(digest(prompts, held_out), device):
+            raise UsageError("The prompts of this run's processes differ: give the same files on every node.")
         model = load_model(settings, host, device)
+        if device.type == "cuda" and settings.parallel == "ddp":  # What is shared is not planned for.
+            from .plan import check_memory
+
+            check_memory(settings, host, device, tell)
         training = assemble(settings, model, reward, solver, prompts, held_out, device, folder)
         other = bool(path) and restore(training, path, allow_changes)
         observe: Callable[..., None] = silent
@@ -116,7 +128,7 @@ def run(
         error: BaseException | None = None
         said: list[str] = []
         try:
-            with told() as training.told:
+            with told() as training.told, profiling(training, folder, host, profile and rank() == 0):
                 train(training)
         except BaseException as caught:
             error = caught
@@ -124,6 +136,9 @@ def run(
             if isinstance(caught, Exception) and not isinstance(caught, SaveError):
                 with nullcontext() if isinstance(caught, Stopped) else told():
                     rescue(training, folder, said.append)
+            if isinstance(caught, Stopped):
+                with undisturbed():
+                    barrier()  # torchrun kills the first, which saves, 30 seconds after another has ended.
             raise
         finally:
             observe("nft_run_finished", error=error)
@@ -140,6 +155,14 @@ def prepare(settings: Settings, host: Host) -> tuple[list[RewardSpec], Solver, l
     return specs, solver, *both_files(settings)
 
 
+def profiling(training: Training, folder: Path, host: Host, wanted: bool) -> AbstractContextManager[None]:
+    if not wanted:
+        return nullcontext()
+    from .profile import profiled
+
+    return profiled(training, folder / "profile", host)
+
+
 @contextmanager
 def memory_errors() -> Iterator[None]:
     """A GPU's full memory in one sentence with what helps."""
@@ -148,7 +171,10 @@ def memory_errors() -> Iterator[None]:
     try:
         yield
     except torch.OutOfMemoryError as error:
-        raise NftError(f"{first_line(error)} Lower rollout_batch, microbatch or resolution.") from error
+        raise NftError(
+            f"{first_line(error)} Lower rollout_batch, microbatch or resolution; the same command with --plan "
+            "says what takes the memory, and which settings would fit."
+        ) from error
 
 
 def rescue(training: Training, folder: Path, tell: Callable[[str], None]) -> None:
@@ -160,6 +186,13 @@ def rescue(training: Training, folder: Path, tell: Callable[[str], None]) -> Non
     elif not (at.step or at.update):
         tell("Nothing was trained yet, so nothing is saved: `nft resume` begins anew.")
     if training.torn or not (at.step or at.update):
+        return
+    in_step = training.sampler.in_step
+    if training.policy.sharded and in_step and not in_step.all_here():
+        tell(
+            "Another process, which holds a part of the weights, has ended or hangs: what was trained since "
+            "the last checkpoint is lost."
+        )
         return
     with undisturbed():
         try:
@@ -262,6 +295,35 @@ def check_sizes(settings: Settings, prompts: int, held_out: int) -> None:
         )
 
 
+def check_alike(settings: Settings, path: Path | None, device: torch.device) -> None:
+    """Raise UsageError where a process was started otherwise than the first.
+
+    path: the checkpoint to go on from; CheckpointError where this process cannot see it.
+    """
+    from .distributed import gather_texts, rank
+
+    # Where files lie may differ from node to node.
+    places = {"model", "model_options", "prompts", "eval_prompts", "reward_defaults"}
+    mine = settings.model_dump(mode="json", exclude=FREE | places)
+    first, *others = map(json.loads, gather_texts(json.dumps(mine), device))
+    for number, other in enumerate(others, 1):
+        differ = [
+            f"{n} ({first[n]!r} in process 0, {other[n]!r} in process {number})"
+            for n in first
+            if other[n] != first[n]
+        ]
+        if differ:
+            raise UsageError(
+                f"The run's processes were started with different settings: {'; '.join(differ)}. Give the same "
+                "command on every node."
+            )
+    if path and not path.exists():
+        raise CheckpointError(
+            f"Process {rank()}, on {socket.gethostname()}, does not see {path.absolute()}, from which process 0 "
+            "goes on: a run's folder must be on a file system that all nodes share."
+        )
+
+
 def pick_device(name: str) -> torch.device:
     """The device by name; `auto` is this process's GPU where there is one."""
     import torch
@@ -281,7 +343,14 @@ def pick_device(name: str) -> torch.device:
         raise UsageError(f"--device {name}: each of several processes takes a GPU of its own; use cuda.")
     number = int(index or local)
     if number >= count:
-        raise UsageError(f"--device {name}: process {local} needs GPU {number}, and this machine has {count}.")
+        several = (
+            f" for LOCAL_RANK = {local}: start no more processes on this machine, or, where each sees its own "
+            "GPU alone (srun --gpus-per-task), set LOCAL_RANK=0 for all"
+        )
+        raise UsageError(
+            f"--device {name}: the GPUs here are counted from 0 to {count - 1}, and there is none of number "
+            f"{number}{several if 'LOCAL_RANK' in os.environ else ''}."
+        )
     device = torch.device("cuda", number)
     torch.cuda.set_device(device)
     return device
@@ -376,6 +445,7 @@ def observers(host: Host, described: Run, asked: Mapping[str, object]) -> Callab
 
 def make_policy(s: Settings, model: FlowModel, device: torch.device) -> Policy:
     """The weights that are trained, and their copies."""
+    from .distributed import world_size
     from .policy import Policy
 
     return Policy(
@@ -387,8 +457,10 @@ def make_policy(s: Settings, model: FlowModel, device: torch.device) -> Policy:
         autocast=autocast_dtype(s, device),
         keep_reference=s.kl_weight > 0,
         offload=s.offload,
-        # In 16 bits the sum would round most of what a LoRA learns away.
+        # In 16 bits the sum would round away what a LoRA learns at first.
         merge=s.merge_lora == "always" or (s.merge_lora == "auto" and not autocast_dtype(s, device)),
+        # One process has nobody to share with, and the meta device nothing to share.
+        fsdp=s.parallel == "fsdp" and world_size() > 1 and device.type != "meta",
     )
 
 
@@ -411,6 +483,7 @@ def assemble(
     from .optimizers import LOSS_SCALE, make_optimizer
     from .policy import checkpoint_activations, compile_blocks
     from .rollout import Sampler
+    from .sharding import InStep
     from .train import Training
 
     cache = Path(s.cache).expanduser() if s.cache else None
@@ -431,15 +504,20 @@ def assemble(
     except ValueError as error:
         raise UsageError(f"Setting resolution: {error}.") from error
 
+    in_step = InStep(policy.velocity, s.peer_timeout, s.join_timeout) if policy.fsdp else None
+
     def sampler(steps: int) -> Sampler:
         times = model.times(steps, height, width)
-        return Sampler(model, policy.velocity, solver, times, shape, s.rollout_batch, s.decode_batch, device)
+        return Sampler(
+            model, policy.velocity, solver, times, shape, s.rollout_batch, s.decode_batch, device, in_step
+        )
 
     def save() -> None:
-        if rank() == 0:
-            at = training.at.model_copy(update={"seconds": training.seconds()})
-            path = folder / "checkpoints" / f"{at.step:06d}"
+        at = training.at.model_copy(update={"seconds": training.seconds()})
+        path = folder / "checkpoints" / f"{at.step:06d}"
+        if rank() == 0 or policy.sharded:
             save_checkpoint(path, policy, optimizer, at, s.model_dump(mode="json"))
+        if rank() == 0:
             prune(folder, at, s.keep_last, s.keep_best)
             training.observe("nft_checkpoint_saved", folder=path)
 

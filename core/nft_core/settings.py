@@ -47,7 +47,9 @@ class Settings(BaseModel):
     group_size: Annotated[int, Field(ge=2)] = Field(24, description="images a prompt (K)")
     prompts_per_epoch: Count = Field(48, description="prompts an epoch")
     resolution: Annotated[int, Field(ge=0)] = Field(0, description="image side in px; 0: the model's")
-    max_sequence_length: Annotated[int, Field(ge=0, le=512)] = Field(128, description="T5 tokens a prompt")
+    max_sequence_length: Annotated[int, Field(ge=0, le=512)] = Field(
+        128, description="tokens of a prompt that the long text encoder reads"
+    )
     rollout_batch: Count = Field(
         24, description="images sampled at once, a process; halved where the device's memory is full"
     )
@@ -116,6 +118,9 @@ class Settings(BaseModel):
     processes: Count | Literal["auto"] = Field(
         1, description="on this machine, one a GPU; auto: one a core on a CPU, 8 at most, and one on a GPU"
     )
+    parallel: Literal["ddp", "fsdp"] = Field(
+        "ddp", description="what several processes share: ddp: gradients; fsdp: weights and their moments too"
+    )
 
     # Evaluation and saving.
     eval_every: Annotated[int, Field(ge=0)] = Field(10, description="epochs; 0: before and after only")
@@ -142,6 +147,7 @@ class Settings(BaseModel):
     max_skips: Annotated[int, Field(ge=0)] = Field(
         10, description="epochs in which a reward with on_error=skip may be left out"
     )
+    join_timeout: Positive = Field(600, description="seconds that all processes have to come together")
     peer_timeout: Positive = Field(7200, description="seconds that a process waits for another")
 
     @field_validator("old_decay")
@@ -157,6 +163,15 @@ class Settings(BaseModel):
     def _kl_is_measured(self) -> Settings:
         if self.kl_target and not self.kl_weight:
             raise ValueError("kl_target raises kl_weight, and 0 stays 0: give a kl_weight, or set kl_target=0")
+        return self
+
+    @model_validator(mode="after")
+    def _moments_can_be_shared(self) -> Settings:
+        if self.parallel == "fsdp" and self.optimizer == "adamw8bit" and not self.lora_rank:
+            raise ValueError(
+                "bitsandbytes cannot train weights that processes share: with parallel=fsdp and lora_rank=0 "
+                "use optimizer=adamw, whose moments are shared too"
+            )
         return self
 
     @model_validator(mode="after")

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from itertools import islice
-from math import isfinite
+from math import ceil, isfinite
 from signal import SIGTERM
 from time import perf_counter
 from typing import Any
@@ -31,6 +31,7 @@ from .rollout import Draws, Rollout, Sampler, roll_out
 from .schedules import lr_decay, next_kl_weight, old_decay, warmup
 from .seeds import generator, reseed
 from .settings import Settings
+from .sharding import clip_gradients, local
 from .times import draw_times
 from .watch import warnings
 
@@ -116,15 +117,15 @@ def train_epoch(run: Training) -> None:
             reseed(s.seed, "update", at.epoch + 1, at.update, distributed.rank())
             run.optimizer.zero_grad(set_to_none=True)
             sums = torch.zeros(5, dtype=torch.float64, device=policy.device)
-            for x_0, x_t, t, c, r_0 in microbatches(run, rollout, images, r):
+            for x_0, x_t, t, c, r_0, weight in microbatches(run, rollout, images, r):
                 v_old, v_ref = frozen_velocities(run, x_t, t, c)
                 for k in range(s.train_times_count):
                     v = policy.velocity(x_t[k], t[k], c)
                     policy_loss = nft_loss(v, v_old[k], x_t[k], x_0, t[k], r_0, s.beta, s.advantage_clip)
                     kl = kl_loss(v, v_ref[k]) if s.kl_weight else torch.zeros_like(policy_loss)
                     loss = (policy_loss + at.kl_weight * kl).sum() / (len(images) * s.train_times_count)
-                    (loss * at.loss_scale).backward()
-                    sums += figures(policy_loss, kl, v, v_old[k])
+                    (weight * loss * at.loss_scale).backward()
+                    sums += weight * figures(policy_loss, kl, v, v_old[k])
             take_step(run, sums)
     finish_epoch(run, rollout, perf_counter() - start)
 
@@ -163,19 +164,25 @@ def updates(rollout: Rollout, s: Settings, epoch: int) -> Iterator[Tensor]:
 
 def microbatches(
     run: Training, rollout: Rollout, images: Tensor, r: Tensor
-) -> Iterator[tuple[Tensor, Tensor, Tensor, Condition, Tensor]]:
-    """`(x_0 [B, ...], x_t [T, B, ...], t [T, B], condition, r [B])` of this process's part of an update.
+) -> Iterator[tuple[Tensor, Tensor, Tensor, Condition, Tensor, float]]:
+    """`(x_0 [B, ...], x_t [T, B, ...], t [T, B], condition, r [B], weight)` of this process's part of a step.
 
     An image's noise and times come from its own generator, so they do not depend on the microbatch. They are
-    drawn on the CPU while the device is still at work on the microbatch before.
+    drawn on the CPU while the device is still at work on the microbatch before. Where the processes share the
+    transformer all make as many passes: one with fewer images goes on with others, of weight 0.
     """
     s, grid = run.settings, run.sampler.times
     mine = torch.isin(rollout.index, images).nonzero().flatten()
-    if not len(mine):  # A small update may have no image here, and split() would still give a batch of none.
-        return
+    # A small update may have no image here, and split() would still give a batch of none.
+    parts = [(rows, 1.0) for rows in mine.split(s.microbatch) if len(rows)]
+    if run.policy.fsdp:
+        most = ceil(distributed.largest_share(images) / s.microbatch)
+        parts += [(torch.tensor([0]), 0.0)] * (most - len(parts))
     device = rollout.x_0.device
-    for done, rows in enumerate(mine.split(s.microbatch)):
+    for done, (rows, weight) in enumerate(parts):
         x_0, index = rollout.x_0[sent(rows, device)], rollout.index[rows]
+        if not weight:  # What could not be scored may be no number, which no weight makes nothing of.
+            x_0 = torch.zeros_like(x_0)
         times, noise = [], []
         for n in index.tolist():
             source = rollout.draws.generator(n, "train")
@@ -183,7 +190,7 @@ def microbatches(
             noise.append(torch.randn(s.train_times_count, *x_0.shape[1:], generator=source))
         t, eps = sent(torch.stack(times, 1), device), sent(torch.stack(noise, 1), device)
         x_t = torch.stack([noised(x_0, e, at) for e, at in zip(eps, t, strict=True)])
-        yield x_0, x_t, t, run.condition.of(rollout.groups[index], device), sent(r[index], device)
+        yield x_0, x_t, t, run.condition.of(rollout.groups[index], device), sent(r[index], device), weight
         run.progress("train", min((done + 1) * s.microbatch, len(mine)), len(mine))
 
 
@@ -195,7 +202,8 @@ def frozen_velocities(run: Training, x_t: Tensor, t: Tensor, c: Condition) -> tu
     """
 
     def velocities() -> Tensor:
-        several = max(run.sampler.batch // x_t.shape[1], 1)  # times a pass
+        # times a pass, as many in every process, whatever its last microbatch
+        several = max(run.sampler.batch // run.settings.microbatch, 1)
         parts = []
         for x, at in zip(x_t.split(several), t.split(several), strict=True):
             rows = {name: v.repeat(len(x), *[1] * (v.ndim - 1)) for name, v in c.items()}
@@ -221,9 +229,9 @@ def figures(policy_loss: Tensor, kl: Tensor, v: Tensor, v_old: Tensor) -> Tensor
 def take_step(run: Training, sums: Tensor) -> None:
     """One update of the live weights and their average; one that is not finite is left out and counted."""
     s, policy, at = run.settings, run.policy, run.at
-    distributed.sum_gradients(policy.parameters)
-    norm = float(torch.nn.utils.clip_grad_norm_(policy.parameters, s.max_grad_norm * at.loss_scale))
-    norm /= at.loss_scale
+    if not policy.sharded:  # FSDP has done so in the backward passes.
+        distributed.sum_gradients(policy.parameters)
+    norm = clip_gradients(policy.parameters, s.max_grad_norm * at.loss_scale) / at.loss_scale
     # In one message, whether a process was told to end: all end after the same step.
     *added, signal = distributed.sum_values([*sums.tolist(), run.told()], policy.device)
     if all(map(isfinite, [norm, *added])):
@@ -257,7 +265,7 @@ def unscale(parameters: Sequence[Parameter], at: Progress) -> None:
     """Gradients as they are without the loss scale of fp16, which grows when it has done well for long."""
     if at.loss_scale == 1:
         return
-    torch._foreach_mul_([p.grad for p in parameters if p.grad is not None], 1 / at.loss_scale)
+    torch._foreach_mul_([local(p.grad) for p in parameters if p.grad is not None], 1 / at.loss_scale)
     at.scaled += 1
     if at.scaled >= GROWTH:
         at.loss_scale, at.scaled = at.loss_scale * 2, 0

@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import tiny_run
 import torch
 
 from nft_core.errors import NftError
@@ -74,6 +75,24 @@ def test_ranks_are_of_whole_groups(sd3_folder, tmp_path):
         for ours, theirs in zip(other["records"], runs[0]["records"], strict=True):
             assert ours["rewards"]["rank"] == pytest.approx(theirs["rewards"]["rank"])
             assert ours["details"] == pytest.approx(theirs["details"], rel=1e-4)
+
+
+@pytest.mark.parametrize("trained", ["lora_rank=4", "lora_rank=0"])
+def test_processes_that_share_the_weights_learn_the_same(trained, sd3_folder, tmp_path):
+    """15 images for two processes, so that one always has a batch more."""
+    sizes = ["group_size=3", "prompts_per_epoch=5", "updates_per_epoch=1", "microbatch=1", "rollout_batch=7"]
+    tiny_run.main(sd3_folder, tmp_path / "alone.json", *sizes, trained)
+    alone = json.loads((tmp_path / "alone.json").read_text())
+    options = ["parallel=fsdp", "gradient_checkpointing=true"]
+    shared = run(tmp_path, sd3_folder, "shared", *sizes, trained, *options, processes=2)
+    assert figures(shared) == pytest.approx(figures(alone), rel=1e-4, abs=1e-6)
+    assert any(r["rewards"]["total"]["valid"] % 2 for r in shared["records"] if r["event"] == "epoch")
+    ours, whole = shared["held"], alone["held"]
+    if trained == "lora_rank=0":
+        assert all(2 * ours[name] < 1.01 * whole[name] for name in whole)  # Moments have a number for all.
+    else:
+        lora = whole["copies"] // 2  # Of the old and the EMA weights.
+        assert 2 * (ours["transformer"] - lora) == whole["transformer"] - lora
 
 
 def test_the_figures_notice_a_difference(reference, sd3_folder, tmp_path):

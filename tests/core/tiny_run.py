@@ -14,6 +14,7 @@ from nft_core.distributed import process_group, rank
 from nft_core.prompts import Prompt
 from nft_core.run import assemble, autocast_dtype
 from nft_core.settings import make_settings, parse_assignment
+from nft_core.sharding import local
 from nft_core.train import train
 from nft_plugins import Scores
 from nft_rewards.rank import Rank
@@ -37,6 +38,13 @@ def ranked():
 
 def short_run(folder, out, *assignments):
     """The records and the policy of a run in this process, or in each of several."""
+    records, training = start(folder, out, *assignments)
+    train(training)
+    return records, training.policy
+
+
+def start(folder, out, *assignments):
+    """The records and the loop's parts, before the first epoch."""
     settings = make_settings(
         {
             "model": str(folder),
@@ -72,17 +80,33 @@ def short_run(folder, out, *assignments):
     reward = ranked() if settings.rewards == ["ranked"] else brightness
     training = assemble(settings, model, reward, SDE(), prompts, held_out, device, Path(out))
     training.observe, training.save = observe, lambda: None
-    train(training)
-    return records, training.policy
+    return records, training
+
+
+def held(training):
+    """Bytes of this process's weights, by what they are."""
+    policy, optimizer = training.policy, training.optimizer
+
+    def size(tensors):
+        return sum(local(x).nbytes for x in tensors if isinstance(x, torch.Tensor))
+
+    return {
+        "transformer": size(policy.model.transformer.parameters()),
+        "copies": size([*policy._old, *(policy._ema or ()), *(policy._reference or ())]),
+        "moments": size(v for p in policy.parameters for v in optimizer.state[p].values()),
+    }
 
 
 def main(folder, out, *assignments):
     torch.set_num_threads(1)
     with process_group(torch.device("cpu"), 600):
-        records, policy = short_run(folder, Path(out).parent, *assignments)
+        records, training = start(folder, Path(out).parent, *assignments)
+        train(training)
+        state = training.policy.state()
         if rank() == 0:
-            weights = [float(p.double().sum()) for p in policy.parameters]
-            Path(out).write_text(json.dumps({"records": records, "weights": weights}))
+            weights = [float(w.double().sum()) for name, w in state.items() if name.startswith("live.")]
+            result = {"records": records, "weights": weights, "held": held(training)}
+            Path(out).write_text(json.dumps(result))
 
 
 if __name__ == "__main__":
