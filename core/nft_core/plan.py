@@ -96,9 +96,11 @@ def phases(s: Settings, f: Footprint, rewards: Mapping[str, int]) -> Phases:
 
 def processes(s: Settings) -> int:
     """That the run's images are shared by."""
+    if size := os.environ.get("WORLD_SIZE"):
+        return int(size)
     if s.processes == "auto":
         return launch.count("auto", s.device) if s.device == "cpu" else 1
-    return int(os.environ.get("WORLD_SIZE", s.processes))
+    return s.processes
 
 
 def shared(s: Settings) -> bool:
@@ -206,36 +208,31 @@ def proposal(s: Settings, f: Footprint, rewards: Mapping[str, int], room: int) -
             continue
         options = {"gradient_checkpointing": again, "offload": offload, "optimizer": optimizer}
         tried = s.model_copy(update=options)
-        if fitting := largest(tried, f, rewards, room):
-            found.append((optimizer != s.optimizer, seconds(fitting, f), fitting))
-        else:
-            smallest = tried.model_copy(
-                update=dict.fromkeys(("rollout_batch", "decode_batch", "microbatch"), 1)
-            )
-            lacking.append(need(phases(smallest, f, rewards)) - room)
+        found += [(optimizer != s.optimizer, seconds(x, f), x) for x in fitting(tried, f, rewards, room)]
+        smallest = tried.model_copy(update=dict.fromkeys(("rollout_batch", "decode_batch", "microbatch"), 1))
+        lacking.append(need(phases(smallest, f, rewards)) - room)
     if not found:
         return None, min(lacking)
     return min(found, key=lambda item: item[:2])[2], 0
 
 
-def largest(s: Settings, f: Footprint, rewards: Mapping[str, int], room: int) -> Settings | None:
-    """The settings with the largest batches that fit, or None."""
+def fitting(s: Settings, f: Footprint, rewards: Mapping[str, int], room: int) -> Iterator[Settings]:
+    """For each rollout batch, the settings with the largest others that fit."""
 
     def fits(s: Settings, *names: str) -> bool:
         table = phases(s, f, rewards)
         return need({name: table[name] for name in names}) <= room
 
-    if not fits(s, "encode"):
-        return None
-    for rollout, decode in product(halvings(s.rollout_batch), halvings(s.decode_batch)):
-        sampling = s.model_copy(update={"rollout_batch": rollout, "decode_batch": decode})
-        if fits(sampling, "rollout", "decode", "reward"):
-            for micro in halvings(s.microbatch):
-                training = sampling.model_copy(update={"microbatch": micro})
-                if fits(training, "train"):
-                    return training
-            return None
-    return None
+    def largest(s: Settings, batch: str, *names: str) -> Settings | None:
+        tried = (s.model_copy(update={batch: n}) for n in halvings(getattr(s, batch)))
+        return next((x for x in tried if fits(x, *names)), None)
+
+    if fits(s, "encode"):
+        for n in halvings(s.rollout_batch):
+            batch = s.model_copy(update={"rollout_batch": n})
+            sampling = largest(batch, "decode_batch", "rollout", "decode", "reward")
+            if sampling and (training := largest(sampling, "microbatch", "train")):
+                yield training
 
 
 def halvings(n: int) -> Iterator[int]:
@@ -280,9 +277,9 @@ def check_memory(s: Settings, host: Host, device: torch.device, tell: Callable[[
     wanted = round(sum(train.values()) * (1 + SLACK))
     if wanted <= room:
         return
-    fitting, _ = proposal(s, footprint(s, host, device, both=True), rewards, room + CONTEXT)  # Which is taken.
+    mended, _ = proposal(s, footprint(s, host, device, both=True), rewards, room + CONTEXT)  # Which is taken.
     advice = (
-        f"This would fit: {changes(s, fitting)}." if fitting else "No setting would mend it: take a larger GPU."
+        f"This would fit: {changes(s, mended)}." if mended else "No setting would mend it: take a larger GPU."
     )
     message = (
         f"Training will want about {wanted / GIB:.1f} GiB of this GPU's memory, and finds {room / GIB:.1f}. "

@@ -107,12 +107,6 @@ class Sampler:
 
         return self.solver.solve(_checked(velocity), noise, self.times, generators).float()
 
-    def finish(self, condition: Condition) -> None:
-        """Take part in the passes that other processes still have to make, with a prompt of any kind."""
-        if self.in_step:
-            nothing = torch.zeros(1, *self.shape, device=self.device)
-            self.in_step.finish(nothing, torch.ones(1, device=self.device), condition)
-
 
 def _checked(velocity: Velocity) -> Velocity:
     """The velocity of a black-box solver: float32 in and out, whatever the solver computes in."""
@@ -170,7 +164,10 @@ def roll_out(
     latents, images, pending, scores = [], [], [], []
 
     def finish() -> None:
-        sampler.finish(condition.of(groups[:1], sampler.device))
+        if sampler.in_step:
+            nothing = torch.zeros(1, *sampler.shape, device=sampler.device)
+            t, c = torch.ones(1, device=sampler.device), condition.of(groups[:1], sampler.device)
+            sampler.in_step.finish(nothing, t, c)
 
     with together(sampler.device, finish), scoring() as scorer:
         todo = index

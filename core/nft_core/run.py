@@ -106,7 +106,7 @@ def run(
         if not same_everywhere(digest(prompts, held_out), device):
             raise UsageError("The prompts of this run's processes differ: give the same files on every node.")
         model = load_model(settings, host, device)
-        if device.type == "cuda" and settings.parallel == "ddp":  # What is shared is not planned for.
+        if device.type == "cuda":
             from .plan import check_memory
 
             check_memory(settings, host, device, tell)

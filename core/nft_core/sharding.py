@@ -84,7 +84,7 @@ def split(full: Tensor, p: Tensor) -> Tensor:
 
 
 def whole(x: Tensor) -> Tensor:
-    """A sharded tensor, gathered in the first process's host memory. The others must call this too, for nothing."""
+    """A sharded tensor, gathered in the first process's host memory; the others call this too, for nothing."""
     if not isinstance(x, DTensor):
         return x
     full = x.full_tensor()

@@ -45,6 +45,7 @@ def nft_register_presets(register: Callable[[Preset], None]) -> None:
                 "processes": "auto",
                 "microbatch": 24,
                 "rollout_batch": 24,
+                "decode_batch": 24,
                 "eval_images": 11,
                 # Four times a rollout's, as in published runs.
                 "eval_steps": 32,

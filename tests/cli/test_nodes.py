@@ -35,10 +35,22 @@ def free_port():
                 return port
 
 
+#: It leaves a file of its process's rank.
+REWARD = """
+import os
+from pathlib import Path
+
+
+def light(images):
+    Path(__file__).with_name("rank" + os.environ.get("RANK", "")).touch()
+    return images.mean((1, 2, 3))
+"""
+
+
 @pytest.fixture
 def arguments(tmp_path):
     """Of `nft run`, for a run that goes on for long."""
-    (tmp_path / "light.py").write_text("def light(images):\n    return images.mean((1, 2, 3))\n")
+    (tmp_path / "light.py").write_text(REWARD)
     (tmp_path / "prompts.txt").write_text("a red circle\na blue square\n")
     settings = SETTINGS | {"prompts": tmp_path / "prompts.txt", "eval_prompts": tmp_path / "prompts.txt"}
     words = [word for key, value in settings.items() for word in ("--set", f"{key}={value}")]
@@ -62,7 +74,9 @@ def trained(folder, process, epochs, seconds=150):
 #: What of Slurm the script calls, of a cluster of two nodes. A step's signals reach its processes at once.
 SLURM = {
     "scontrol": """
-        if [[ $1 == show ]]; then printf 'localhost\\nlocalhost\\n'; else echo "$@" > "$FAKE/requeued"; fi""",
+        if [[ $1 == show ]]; then printf 'localhost\\nlocalhost\\n'; exit; fi
+        kill -0 $(< "$FAKE/step") 2>/dev/null && echo "while it runs" >> "$FAKE/requeued"
+        echo "$@" >> "$FAKE"/requeued""",
     "scancel": """
         echo "$@" > "$FAKE/cancelled"; kill -TERM $(< "$FAKE/step")""",
     "srun": """
@@ -107,6 +121,7 @@ def test_slurm_saves_and_queues_the_run_again(arguments, tmp_path):
     (saved,) = (folder / "checkpoints").iterdir()
     verify(saved)
     assert "Saved at epoch" in said
+    assert (tmp_path / "rank0").exists() and (tmp_path / "rank1").exists()
 
     one = tmp_path / "one"
     alone = [sys.executable, "-m", "nft_core", "run", *arguments, "--epochs", "2", "--out", str(one)]

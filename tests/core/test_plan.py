@@ -100,7 +100,9 @@ def work_of(s, host, device):
 
 
 def test_live_counts_what_is_alive():
+    outside = torch.ones(50)
     with Live("cpu") as live:
+        outside.view(5, 10).mul_(2)  # nothing
         a = torch.ones(100)  # 400 bytes
         b = a.view(10, 10)  # nothing
         c = b + 1  # 400
@@ -586,13 +588,15 @@ def test_check_at_the_start(taken, host, gpu, monkeypatch):
     gpu.free = wanted - gpu.reserved
     check_memory(s, host, CUDA, said.append)
     assert said == []
+    gpu.free -= 1
+    check_memory(s, host, CUDA, said.append)
     gpu.free -= sum(rows.values()) // 4
     check_memory(s, host, CUDA, said.append)
-    assert len(said) == 1 and "This would fit: --set microbatch=4." in said[0] and "--plan" in said[0]
+    assert len(said) == 2 and "This would fit: --set microbatch=4." in said[1] and "--plan" in said[1]
     with pytest.raises(NftError, match="--set microbatch=4"):
         check_memory(s.model_copy(update={"strict": True}), host, CUDA, said.append)
     gpu.free = sum(rows.values()) - rows["activations"] - gpu.reserved - 1
     with pytest.raises(NftError, match="take a larger GPU"):
         check_memory(s, host, CUDA, said.append)
     check_memory(s, host, CPU, said.append)
-    assert len(said) == 1
+    assert len(said) == 2

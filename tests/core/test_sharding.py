@@ -107,7 +107,7 @@ def passes():
 
 
 def failures(folder, out):
-    """The second process fails in its second batch of three, the first one samples to the end, and both save."""
+    """The second process fails in its second batch, the first one samples to the end, and both save."""
     run = fresh(folder)
     run.sampler.batch = 3
     calls = []
