@@ -319,8 +319,8 @@ def check_alike(settings: Settings, path: Path | None, device: torch.device) -> 
             )
     if path and not path.exists():
         raise CheckpointError(
-            f"Process {rank()}, on {socket.gethostname()}, does not see {path.absolute()}, from which process 0 "
-            "goes on: a run's folder must be on a file system that all nodes share."
+            f"Process {rank()}, on {socket.gethostname()}, does not see {path.absolute()}, from which process "
+            "0 goes on: a run's folder must be on a file system that all nodes share."
         )
 
 
