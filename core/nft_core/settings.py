@@ -103,7 +103,7 @@ class Settings(BaseModel):
         "adamw", description="adamw8bit: moments in 8 bits, by bitsandbytes"
     )
     gradient_checkpointing: bool = Field(
-        False, description="compute activations anew in the backward pass: less memory, a third more time"
+        False, description="compute activations anew in the backward pass: less memory, more time"
     )
     offload: bool = Field(
         False, description="keep the old, reference and EMA weights in host memory between their uses"
