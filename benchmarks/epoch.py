@@ -257,7 +257,7 @@ def summary(loop: dict[str, Any], warmup: int) -> dict[str, Any]:
     return loop
 
 
-def rows(name: str, loop: Mapping[str, Any]) -> list[tuple[str, str]]:
+def rows(loop: Mapping[str, Any]) -> list[tuple[str, str]]:
     """Names and figures for a table."""
     cpu = "cuda" not in loop["machine"]
     phases = [(f"{p}, s", shown(loop["phases"][p])) for p in PHASES if p in loop["phases"]]
@@ -304,7 +304,7 @@ def compare(options: argparse.Namespace, model: str | None, settings: Mapping[st
     full = loops["ours"]["dtype"] == loops["published"]["dtype"] == "torch.float32"
     tolerance = options.tolerance or (measures.TOLERANCE if full else None)
     found |= {"tolerance": tolerance, "agree": measures.agree(found["apart"], tolerance)}
-    both = zip(rows("ours", loops["ours"]), rows("published", loops["published"]), strict=True)
+    both = zip(rows(loops["ours"]), rows(loops["published"]), strict=True)
     ratios = {name: shown(ratio) for name, ratio in found["ratios"].items()}
     lines = [[name, mine, theirs, ratios.get(name, "")] for (name, mine), (_, theirs) in both]
     print(table(["median (least to most)", "ours", "published", "published / ours"], lines))
@@ -322,7 +322,7 @@ def sweep(options: argparse.Namespace, model: str | None, settings: Mapping[str,
         layer = {**settings, **dict([parse_assignment(f"{name}={value}")])}
         job = job_of("ours", options, model, layer, folder)
         found[value] = measure([job], options.warmup)["ours"]
-    columns = [dict(rows("ours", loop)) for loop in found.values()]
+    columns = [dict(rows(loop)) for loop in found.values()]
     lines = [[row, *(column.get(row, "") for column in columns)] for row in columns[0]]
     print(table([name, *found], lines))
     return {"setting": name, "values": found}

@@ -150,7 +150,8 @@ def kill(place: Path, count: int, epochs: int, draw: random.Random) -> dict[str,
     kills: Counter[str] = Counter()
     differing: list[str] = []
     compared = attempts = stuck = 0
-    while sum(kills.values()) < count or folder.exists():
+    # To the end of a run, even where every kill came before its folder did.
+    while sum(kills.values()) < count or not compared or folder.exists():
         enough = sum(kills.values()) >= count
         status, where = attempt(command(folder, prompts, epochs), folder, log, 1e9 if enough else longest, draw)
         attempts += 1

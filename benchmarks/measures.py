@@ -40,7 +40,7 @@ class Clock:
     A phase inside another takes its share out of it, so phases add up to the epoch. They are the main thread's:
     what rewards do on a thread of their own is seen as the wait for it, and in `cpu`, the seconds of all
     threads. `busy` are the main thread's seconds on the CPU, which other programs lengthen less than those on
-    the clock. At each change of phase the device is waited for.
+    the clock. At each change of phase what the main thread has asked of the device is waited for.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -64,6 +64,7 @@ class Clock:
         self.last, self.worked, self.cpu = perf_counter(), thread_time(), -process_time()
         with self.counter or nullcontext():
             yield
+            synchronize(self.device)
             self.mark()
         self.cpu += process_time() - self.busy.get(NOT_COUNTED, 0.0)
         self.stack, self.counter = [], None
@@ -92,7 +93,9 @@ class Clock:
 
     def mark(self) -> None:
         """Put what has passed since the last mark down to the phase that it was."""
-        synchronize(self.device)
+        if self.device.type == "cuda":
+            # Not of the whole device: rewards on a stream of their own go on meanwhile, as they do in a run.
+            torch.cuda.current_stream(self.device).synchronize()
         name = self.stack[-1] if self.stack else "other"
         now, worked = perf_counter(), thread_time()
         self.seconds[name] = self.seconds.get(name, 0.0) + now - self.last
