@@ -7,7 +7,8 @@
 `ours` is nft_core's own loop, put together as `nft run` does it. `published` is published.py, which says in
 what the two differ. Both have the same settings, initial weights, prompts, noise, times and rewards. Each
 lives in a process of its own, and they take turns, an epoch each, the first of a turn last in the next; the
-first epoch, in which operations are counted, is not timed.
+first epoch, in which operations are counted, is not timed. With `--set compile=true` neither is the second, in
+which it compiles.
 
 Every run compares what they learned: losses and gradient norms of the first epochs, before rounding has come
 back through the images, and the trained weights at the end. In float32 it fails where these differ by more
@@ -390,7 +391,9 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as place:
         folder = Path(place)
         benchmark = sweep if options.sweep else compare
-        measured = benchmark(options, model_of(options, folder), given(options), folder)
+        settings = given(options)
+        options.warmup += bool(settings.get("compile"))  # Which is done in the epoch after the counted one.
+        measured = benchmark(options, model_of(options, folder), settings, folder)
     if options.out:
         options.out.write_text(json.dumps({"benchmark": "epoch", "world": options.world, **measured}, indent=1))
     if measured.get("agree") is False:

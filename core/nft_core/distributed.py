@@ -87,18 +87,21 @@ def gather_rows(rows: Tensor, index: Tensor, count: int, device: torch.device) -
 
 
 def sum_gradients(parameters: Iterable[torch.nn.Parameter]) -> None:
-    """Add up all processes' gradients, once an update, as one flat message."""
+    """Add up all processes' gradients, once an update, as one flat message.
+
+    A process that owned no image of the update has none. A parameter that has none in any keeps none, so that
+    the optimizer leaves it alone, as it does in one process.
+    """
     if world_size() == 1:
         return
-    grads = []
-    for p in parameters:
-        if p.grad is None:  # A process that owned no image of this update.
-            p.grad = torch.zeros_like(p)
-        grads.append(p.grad)
-    flat = torch.cat([g.flatten() for g in grads])
+    parameters = list(parameters)
+    there = [p.grad is not None for p in parameters]
+    grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
+    flat = torch.cat([*(g.flatten() for g in grads), torch.tensor(there, device=grads[0].device)])
     dist.all_reduce(flat)
-    for g, part in zip(grads, flat.split([g.numel() for g in grads]), strict=True):
-        g.copy_(part.view_as(g))
+    *sums, anywhere = flat.split([*(g.numel() for g in grads), len(there)])
+    for p, g, total, used in zip(parameters, grads, sums, anywhere.tolist(), strict=True):
+        p.grad = g.copy_(total.view_as(g)) if used else None
 
 
 @contextmanager

@@ -59,7 +59,6 @@ def phases(s: Settings, f: Footprint, rewards: Mapping[str, int]) -> Phases:
     beside = {**f.others, **{f"reward {name}": n for name, n in rewards.items()}}
     policy = {
         "LoRA, float32": trained if f.lora else 0,
-        "gradients": trained,  # Those of the last step stay until the next.
         f"moments, {s.optimizer}": moments(s, f),
         **({} if s.offload else copies(s, f)),
     }
@@ -88,6 +87,7 @@ def phases(s: Settings, f: Footprint, rewards: Mapping[str, int]) -> Phases:
         "reward": {**whole, "latents and images": latents + waiting + batch * f.image},
         "train": {
             **whole,
+            "gradients": trained,
             "activations": max(frozen, step.peak(micro), exchange),
             "latents and images": latents,
         },

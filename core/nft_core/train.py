@@ -127,6 +127,7 @@ def train_epoch(run: Training) -> None:
                     (weight * loss * at.loss_scale).backward()
                     sums += weight * figures(policy_loss, kl, v, v_old[k])
             take_step(run, sums)
+        run.optimizer.zero_grad(set_to_none=True)  # Or the gradients would stay through the next rollout.
     finish_epoch(run, rollout, perf_counter() - start)
 
 

@@ -142,6 +142,25 @@ def test_what_fails_or_differs_in_one_process_is_told_in_all(tmp_path):
         ]
 
 
+def test_gradients_are_summed(tmp_path):
+    """Of a parameter that one process has none for, and of one that nobody has, which keeps none."""
+    script = tmp_path / "gradients.py"
+    script.write_text(
+        "import torch\n"
+        "from nft_core.distributed import process_group, rank, sum_gradients\n"
+        "with process_group(torch.device('cpu'), 60):\n"
+        "    both, one, none = (torch.nn.Parameter(torch.zeros(2, n)) for n in (1, 2, 3))\n"
+        "    both.grad = torch.full_like(both, 1.5 + rank())\n"
+        "    one.grad = torch.arange(4.0).view(2, 2) if rank() else None\n"
+        "    sum_gradients(iter([both, none, one]))\n"
+        "    assert both.grad.tolist() == [[4], [4]] and one.grad.tolist() == [[0, 1], [2, 3]]\n"
+        "    assert none.grad is None\n"
+    )
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    done = subprocess.run([*launcher, str(script)], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr[-3000:]
+
+
 def test_details_differ_between_batches():
     some, none = Scores.of(torch.ones(1), a=torch.ones(1)), Scores.of(torch.ones(1))
     for batches in ([some, none], [none, some]):

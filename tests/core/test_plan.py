@@ -456,6 +456,7 @@ def test_what_is_in_a_plan(taken):
     numbers = sum(f.trained)
     assert table["train"]["gradients"] == table["train"]["old policy"] == table["train"]["EMA"] == 4 * numbers
     assert table["train"]["moments, adamw"] == 8 * numbers
+    assert [p for p, rows in table.items() if "gradients" in rows] == ["train"]
     assert table["train"]["reference"] == 0  # The base itself.
     assert [p for p, rows in table.items() if rows.get("text encoders")] == ["encode"]
     assert all(rows["reward judge"] == 3 for rows in table.values())

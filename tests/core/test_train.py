@@ -209,6 +209,20 @@ def test_drift_is_from_the_weights_that_made_the_images(tmp_path):
     assert told["drift"] > 1e-3
 
 
+def test_no_gradients_stay_through_the_next_rollout(tmp_path):
+    """They take as much memory as the weights that are trained."""
+    run, held = make(tmp_path), []
+    judge = run.reward
+
+    def look(batch):
+        held.extend(p.grad for p in run.policy.parameters)
+        return judge(batch)
+
+    run.reward = look
+    train(run)
+    assert len(held) > 3 and not any(grad is not None for grad in held)
+
+
 def test_updates_hold_the_valid_images_alone(tmp_path):
     from nft_core.train import sample
 
