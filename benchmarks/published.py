@@ -173,7 +173,7 @@ class Published:
     @torch.no_grad()
     def trajectory(self, noise: Tensor, c: Condition, generators: list[torch.Generator]) -> Tensor:
         """`[B, steps + 1, C, h, w]`, from the noise to x_0."""
-        with self.policy("old") as transformer:
+        with self.policy("old") as transformer, self.cast():
 
             def velocity(x_t: Tensor, t: float) -> Tensor:
                 return self.velocity(transformer, x_t, torch.full((len(x_t),), t, device=self.device), c)
@@ -218,15 +218,18 @@ class Published:
         return self.reward(batch)
 
     def drawn(self, draws: Draws, rows: Tensor) -> tuple[Tensor, Tensor]:
-        """Training times `[times, B]` and noise `[times, B, C, h, w]`."""
+        """Training times `[times, B]` and noise `[times, B, C, h, w]`, in host memory."""
         s = self.settings
         times, noise = [], []
-        with self.clock.phase(NOT_COUNTED):
-            for n in rows.tolist():
-                source = draws.generator(n, "train")
-                times.append(draw_times(s.train_times, s.train_times_count, self.times, s.time_shift, source))
-                noise.append(torch.randn(s.train_times_count, *self.shape, generator=source))
-            return torch.stack(times, 1).to(self.device), torch.stack(noise, 1).to(self.device)
+        for n in rows.tolist():
+            source = draws.generator(n, "train")
+            times.append(draw_times(s.train_times, s.train_times_count, self.times, s.time_shift, source))
+            noise.append(torch.randn(s.train_times_count, *self.shape, generator=source))
+        return torch.stack(times, 1), torch.stack(noise, 1)
+
+    def sent(self, x: Tensor) -> Tensor:
+        """On the device, without waiting for it."""
+        return (x.pin_memory() if self.device.type == "cuda" else x).to(self.device, non_blocking=True)
 
     def epoch(self, number: int) -> dict[str, float]:
         """Sample, score and train, from epoch 1 on; returns the mean losses and gradient norm."""
@@ -242,9 +245,11 @@ class Published:
             for images in order.chunk(s.updates_per_epoch):
                 valid = images[scores.valid[images]]
                 samples = len(valid) * s.train_times_count
-                for rows in valid.split(s.microbatch):
-                    times, noise = self.drawn(draws, rows)
-                    there = rows.to(self.device)
+                parts = valid.split(s.microbatch)
+                with self.clock.phase(NOT_COUNTED):  # Once an update, since the clock waits for the device.
+                    drawn = [self.drawn(draws, rows) for rows in parts]
+                for rows, (times, noise) in zip(parts, drawn, strict=True):
+                    times, noise, there = self.sent(times), self.sent(noise), self.sent(rows)
                     x, c, r_x = x_0[there], {name: e[there] for name, e in condition.items()}, r[there]
                     for t, eps in zip(times, noise, strict=True):
                         sums += self.backward(x, t, eps, c, r_x, samples)
@@ -266,11 +271,12 @@ class Published:
         """Gradients of a microbatch at one time; returns the sums of its losses, and its size."""
         s = self.settings
         x_t = noised(x_0, noise, t)
-        with torch.no_grad(), self.policy("old") as transformer:
-            v_old = self.velocity(transformer, x_t, t, c)
-        v = self.velocity(self.transformer, x_t, t, c)
-        with torch.no_grad(), self.policy("reference") as transformer:
-            v_ref = self.velocity(transformer, x_t, t, c)
+        with self.cast():  # One for all three, as published.
+            with torch.no_grad(), self.policy("old") as transformer:
+                v_old = self.velocity(transformer, x_t, t, c)
+            v = self.velocity(self.transformer, x_t, t, c)
+            with torch.no_grad(), self.policy("reference") as transformer:
+                v_ref = self.velocity(transformer, x_t, t, c)
         policy_loss = nft_loss(v, v_old, x_t, x_0, t, r, s.beta, s.advantage_clip)
         kl = kl_loss(v, v_ref)
         loss = (policy_loss + self.kl_weight * kl).sum() / samples

@@ -40,6 +40,7 @@ class Footprint:
     precision: of matrix products. weights: bytes of the transformer as it is loaded, by dtype; tables: those of
         them that are no parameters, and which processes do not share. gathered: bytes of what is whole at once
         where they share the rest: what is around the blocks, one of these, and the next.
+    casts: bytes of the trained weights in 16 bits, which autocast holds during a pass.
     trained: numbers of each parameter that is trained. merged: bytes of the layers that a LoRA is added to for
         rollouts.
     others: bytes of the VAE and the like. texts: of the text encoders, by part; encode: bytes that are alive at
@@ -55,6 +56,7 @@ class Footprint:
     weights: Mapping[str, int]
     tables: int
     gathered: int
+    casts: int
     trained: Sequence[int]
     lora: bool
     merged: int
@@ -104,6 +106,8 @@ def counted(s: Settings, host: Host, model: FlowModel, both: bool) -> Footprint:
     for x in tensors_of(model.transformer):
         weights[str(x.dtype).removeprefix("torch.")] += size(x)
     gathered = largest_units(model.transformer)
+    if not s.lora_rank and s.precision != "fp32":  # Trained weights are put together in 16 bits.
+        gathered //= 2
     condition, texts, encode = conditions(model)
     with META:  # A LoRA's weights are made there too.
         policy = make_policy(s, model, META)
@@ -118,6 +122,7 @@ def counted(s: Settings, host: Host, model: FlowModel, both: bool) -> Footprint:
         weights=dict(weights),
         tables=sum(map(size, model.transformer.buffers())),
         gathered=gathered,
+        casts=work.casts,
         trained=[p.numel() for p in policy.parameters],
         lora=policy.lora is not None,
         merged=sum(size(adapted_weight(layer)) for layer in policy._adapted()) if policy.merge else 0,
@@ -153,6 +158,8 @@ class Work:
     ) -> None:
         self.policy, self.autocast, self.shape, self.condition, self.s = policy, autocast, shape, condition, s
         self.device = policy.device
+        #: Bytes of the trained weights in 16 bits, which autocast holds to the end of a pass.
+        self.casts = 0
         for p in policy.parameters:
             p.grad = torch.empty_like(p)  # As the microbatch before leaves it.
 
@@ -167,8 +174,10 @@ class Work:
         """As the policy's own, which cannot ask torch for autocast here."""
         t = torch.empty(len(x_t), device=self.device)
         c = self.conditions(len(x_t))
-        with AsOnGpu(self.autocast):
-            return self.policy.model.velocity(x_t, t, c).float()
+        with AsOnGpu(self.autocast) as mode:
+            v = self.policy.model.velocity(x_t, t, c).float()
+            self.casts = sum(map(size, mode.casts.values()))
+        return v
 
     @torch.no_grad()
     def old(self, images: int, mark: object) -> Tensor:

@@ -8,8 +8,9 @@ import sys
 import weakref
 from collections.abc import Callable, Iterable
 from concurrent.futures import Future, wait
+from functools import cache
 from queue import SimpleQueue
-from threading import Event, Thread
+from threading import Event, Thread, current_thread
 from time import sleep
 from typing import Any, NamedTuple, TypeVar
 
@@ -195,7 +196,7 @@ def on_device(device: torch.device, call: Callable[[], T]) -> Callable[[], T]:
 
     def run() -> T:
         torch.cuda.set_device(device)
-        stream = torch.cuda.Stream(device)
+        stream = side_stream(device, current_thread().name)
         stream.wait_event(queued)
         with torch.cuda.stream(stream):
             result = call()
@@ -203,6 +204,12 @@ def on_device(device: torch.device, call: Callable[[], T]) -> Callable[[], T]:
         return result
 
     return run
+
+
+@cache
+def side_stream(device: torch.device, thread: str) -> torch.cuda.Stream:
+    """One for all threads of a name, which take turns: the allocator keeps free memory by stream."""
+    return torch.cuda.Stream(device)
 
 
 Job = tuple["Future[Any]", Callable[[], Any]]

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
 from itertools import product
 from math import ceil
 from typing import NamedTuple
@@ -68,10 +69,12 @@ def phases(s: Settings, f: Footprint, rewards: Mapping[str, int]) -> Phases:
     whole = {**fixed, **policy, **beside}
     latents = images * f.latent
     waiting = AHEAD * batch * f.image
-    sampling = f.forward.peak(batch) + batch * f.state + merged + visitor
+    # FSDP has weights in 16 bits a block at a time, as `gathered` says.
+    spared = f.casts if shared(s) and not f.lora else 0
+    sampling = f.forward.peak(batch) - spared + batch * f.state + merged + visitor
     # Decoded parts wait for the last one, and are then put together.
     decoding = batch * f.latent + max((batch - decoded) * f.image + f.decode.peak(decoded), 2 * batch * f.image)
-    frozen = f.forward.peak(together(s, micro)) + visitor
+    frozen = f.forward.peak(together(s, micro)) - spared + visitor
     step = f.recomputed if s.gradient_checkpointing else f.step
     if step is None:
         raise NftError("The footprint was taken with another gradient_checkpointing: take it with both.")
@@ -88,7 +91,7 @@ def phases(s: Settings, f: Footprint, rewards: Mapping[str, int]) -> Phases:
         "train": {
             **whole,
             "gradients": trained,
-            "activations": max(frozen, step.peak(micro), exchange),
+            "activations": max(frozen, step.peak(micro) - spared, exchange),
             "latents and images": latents,
         },
     }
@@ -277,7 +280,9 @@ def check_memory(s: Settings, host: Host, device: torch.device, tell: Callable[[
     wanted = round(sum(train.values()) * (1 + SLACK))
     if wanted <= room:
         return
-    mended, _ = proposal(s, footprint(s, host, device, both=True), rewards, room + CONTEXT)  # Which is taken.
+    with suppress(NftError):
+        f = footprint(s, host, device, both=True)
+    mended, _ = proposal(s, f, rewards, room + CONTEXT)  # Which is taken.
     advice = (
         f"This would fit: {changes(s, mended)}." if mended else "No setting would mend it: take a larger GPU."
     )

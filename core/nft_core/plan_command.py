@@ -33,7 +33,7 @@ from .plan import (
 )
 from .prompts import Prompt, prompts_of_run
 from .quiet import quiet
-from .run import prepare
+from .run import pick_device, prepare
 from .settings import Settings
 from .specs import RewardSpec
 
@@ -46,7 +46,9 @@ def show_plan(s: Settings, host: Host, card: float | None, rate: float | None) -
     """
     quiet("diffusers", "transformers")
     specs, _, prompts, held_out = prepare(s, host)
-    device = torch.device("cpu" if s.device == "cpu" else "cuda")
+    # A plan for GPUs needs none.
+    there = s.device == "cpu" or torch.cuda.is_available()
+    device = pick_device(s.device) if there else torch.device("cuda")
     rewards, unknown = reward_bytes(specs, host, device.type)
     f = footprint(s, host, device, both=True)
     table = phases(s, f, rewards)
@@ -159,7 +161,7 @@ def memory(device: torch.device, card: float | None) -> tuple[str, int] | None:
         return "this machine", os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     if not torch.cuda.is_available():
         return None
-    here = torch.cuda.get_device_properties(0)
+    here = torch.cuda.get_device_properties(device)
     return here.name, here.total_memory
 
 

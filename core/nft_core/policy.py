@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from peft import LoraConfig, get_peft_model_state_dict, inject_adapter_in_model
-from peft.tuners.lora import Linear
+from peft.tuners.lora import Linear, LoraLayer
 from torch import Tensor
 from torch.nn import Parameter
 
@@ -68,7 +68,10 @@ class Policy:
         self.fsdp, self.sharded = fsdp, fsdp and not lora_rank
         if fsdp:
             trained = [p for p in model.transformer.parameters() if p.requires_grad]
-            shard(model.transformer, whole=trained if lora_rank else ())
+            if lora_rank:
+                shard(model.transformer, whole=trained)
+            else:
+                shard(model.transformer, dtype=autocast)
         named = [(name, p) for name, p in model.transformer.named_parameters() if p.requires_grad]
         self.names = [name for name, _ in named]
         self.parameters: list[Parameter] = [p for _, p in named]
@@ -283,6 +286,15 @@ def add_lora(transformer: torch.nn.Module, rank: int, alpha: float, targets: Seq
             f"lora_targets names no linear layer of {type(transformer).__name__}: {list(targets)}. "
             "Give names as they end in transformer.named_modules(), or all-linear."
         ) from error
+    others = [
+        n for n, m in transformer.named_modules() if isinstance(m, LoraLayer) and not isinstance(m, Linear)
+    ]
+    if others:
+        raise UsageError(
+            f"lora_targets {list(targets)} takes in layers of {type(transformer).__name__} that are not "
+            f"linear: {', '.join(others[:4])}. Give longer names, as they end in transformer.named_modules(), "
+            "or all-linear."
+        )
     transformer._hf_peft_config_loaded = True
     for name, p in transformer.named_parameters():
         if "lora_" in name:

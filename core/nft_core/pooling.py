@@ -101,6 +101,12 @@ def gather_scores(scores: Scores, index: Tensor, count: int, device: torch.devic
     return map_scores(scores, gather)
 
 
+def withheld(scores: Scores, kept: Tensor) -> Scores:
+    """The scores, none of which is valid, with all its parts, where `kept` `[N]` is False."""
+    parts = {name: Part(w, withheld(part, kept)) for name, (w, part) in scores.parts.items()}
+    return Scores(scores.values.where(kept, 0), scores.valid & kept, scores.details, parts)
+
+
 def shuffled_within_groups(scores: Scores, groups: Tensor, source: torch.Generator) -> Scores:
     """Scores that have changed places within each group, whole samples at a time."""
     order = torch.arange(len(groups))

@@ -23,7 +23,8 @@ class Progress(BaseModel):
     evaluated: whether the evaluation that is due after `epoch` is done.
     evaluations: mean total reward by gradient step, of the evaluations so far.
     kl_weight: now; `kl_target` may have raised it. lr: of the latest step.
-    loss_scale: what the loss is multiplied by before gradients are taken, in fp16. scaled: steps since then.
+    loss_scale: what the loss is multiplied by before gradients are taken, in fp16. scaled: steps since it
+        changed.
     nonfinite, nonfinite_steps: gradient steps left out since the last good one, and in this epoch.
     skips: epochs in which a reward was left out.
     baseline: of the first epoch and the first evaluation, what the watch compares with.

@@ -15,10 +15,10 @@ from torch import Tensor
 
 from nft_plugins import Batch, Condition, FlowModel, Reward, Scores, Solver, Velocity, randn_like
 
-from .distributed import owned, rank, sum_values, together
-from .encodings import Encoded
+from .distributed import gather_rows, owned, rank, sum_values, together, world_size
+from .encodings import Encoded, sent
 from .guard import Tally, Worker, free_memory, on_device
-from .pooling import concatenate, everyones_names, filled, gather_scores
+from .pooling import concatenate, everyones_names, filled, gather_scores, withheld
 from .prompts import Prompt
 from .seeds import generator
 from .sharding import InStep
@@ -52,7 +52,7 @@ class Draws:
     def batch(self, rows: Tensor, images: Tensor) -> Batch:
         """Images n in `rows` with what they were made for."""
         prompts = [self.prompt(int(n)) for n in rows]
-        groups = self.groups()[rows].to(images.device)
+        groups = sent(self.groups()[rows], images.device)
         return Batch(images, [p.text for p in prompts], [p.metadata for p in prompts], groups)
 
     def metadata(self) -> list[Mapping[str, Any]]:
@@ -205,6 +205,10 @@ def roll_out(
     if any(t.masked for t in tallies.values()):
         mine = filled(mine, everyones_names(mine, sampler.device))
     everyones = gather_scores(mine, index, len(draws), sampler.device)
+    x_0 = torch.cat(latents)
+    # An image of what is no number may have a score all the same, and must not be trained on.
+    finite = gather_rows(x_0.isfinite().flatten(1).all(1).float(), index, len(draws), sampler.device)
+    everyones = withheld(everyones, finite.bool())
     if hasattr(reward, "regroup"):  # A group's images were spread over batches and processes until here.
         everyones = reward.regroup(everyones, groups)
     skipped = tuple(name for name, t in tallies.items() if t.skipped)
@@ -212,16 +216,16 @@ def roll_out(
         tell_skipped(skipped, tallies, draws)
         everyones = reward.without(everyones, skipped)
     shown = torch.cat(images) if images else None
-    return Rollout(draws, index, torch.cat(latents), shown, everyones, groups, tallies, skipped)
+    return Rollout(draws, index, x_0, shown, everyones, groups, tallies, skipped)
 
 
 def tell_smaller(sampler: Sampler) -> None:
-    if rank() == 0:
-        print(
-            f"The device's memory is full: going on with rollout_batch = {sampler.batch} and decode_batch = "
-            f"{sampler.decode_batch}.",
-            file=sys.stderr,
-        )
+    whose = f" of process {rank()}" if world_size() > 1 else ""
+    print(
+        f"The memory of the device{whose} is full: going on with rollout_batch = {sampler.batch} and "
+        f"decode_batch = {sampler.decode_batch}.",
+        file=sys.stderr,
+    )
 
 
 @contextmanager

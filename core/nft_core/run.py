@@ -479,7 +479,8 @@ def assemble(
 
     from .checkpoint import prune, save_checkpoint
     from .distributed import rank
-    from .encodings import encode
+    from .encodings import Encoded, encode
+    from .guard import free_memory
     from .optimizers import LOSS_SCALE, make_optimizer
     from .policy import checkpoint_activations, compile_blocks
     from .rollout import Sampler
@@ -488,10 +489,15 @@ def assemble(
 
     cache = Path(s.cache).expanduser() if s.cache else None
     drawn = prompts_of_run(len(prompts), s.prompts_per_epoch, s.seed, s.epochs)
-    condition = encode(model, prompts, drawn, cache)
-    eval_condition = encode(model, held_out, range(len(held_out)), cache)
+    # In one go, for which the text encoders are loaded once.
+    everyones = [*prompts, *held_out]
+    encoded = encode(model, everyones, [*drawn, *range(len(prompts), len(everyones))], cache)
+    condition, eval_condition = (
+        Encoded(encoded.condition, r) for r in encoded.row.split([len(prompts), len(held_out)])
+    )
     if hasattr(model, "release"):
         model.release()
+        free_memory()  # What they took is for any stream from here on.
     torch.manual_seed(s.seed)
     policy = make_policy(s, model, device)
     if s.gradient_checkpointing:

@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn import Module, Parameter
 
@@ -37,20 +37,30 @@ def blocks(transformer: Module) -> list[Module]:
     return [m for m in reversed(list(transformer.modules())) if m is not transformer and named(m)]
 
 
-def shard(transformer: Module, whole: Sequence[Parameter] = ()) -> None:
+def shard(transformer: Module, whole: Sequence[Parameter] = (), dtype: torch.dtype | None = None) -> None:
     """Leave to each process its part of the weights. A block is whole while it works, as is what is around.
 
     whole: parameters that stay whole in every process. A LoRA's do: a part of what is small would save little,
         and FSDP would send its gradients around in every backward pass.
+    dtype: that blocks are put together in; None: as they are. autocast alone would keep all blocks' weights in
+        16 bits to the end of a pass. Gradients are summed in float32.
     Raises UsageError for what FSDP does not take.
     """
     # Of views that are changed in place, which a velocity is not.
     warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view tensor")
+    reduced = torch.float32 if dtype else None
+    precision = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=reduced, cast_forward_inputs=False)
     mesh = init_device_mesh(next(transformer.parameters()).device.type, (world_size(),))
     for module in (*blocks(transformer), transformer):
         try:
             # The outermost too: it would stay whole between two passes, and not see that weights were swapped.
-            shared = fully_shard(module, mesh=mesh, reshard_after_forward=True, ignored_params=set(whole))
+            shared = fully_shard(
+                module,
+                mesh=mesh,
+                reshard_after_forward=True,
+                mp_policy=precision,
+                ignored_params=set(whole),
+            )
         except (ValueError, NotImplementedError) as error:  # A parameter without dimensions, for one.
             raise UsageError(
                 f"parallel = fsdp: {type(transformer).__name__} cannot be shared by processes: {error}"

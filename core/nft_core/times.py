@@ -21,9 +21,9 @@ def draw_times(
 ) -> Tensor:
     """`count` training times for one image, `[count]` float32 in (0, 1].
 
-    `grid` takes them from the solver's grid without the last time before 0 (as published, where
-    little is left to learn), each at most once more often than another; `uniform` and
-    `logit_normal` draw them, then shift them.
+    `grid` takes them from the solver's grid without the last time before 0, where little is left to
+    learn, each at most once more often than another (the published script takes 9 of 10 at random);
+    `uniform` and `logit_normal` draw them, then shift them.
     """
     if kind == "grid":
         inner = torch.tensor(list(grid[:-2]) or list(grid[:1]))

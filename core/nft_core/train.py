@@ -241,15 +241,16 @@ def take_step(run: Training, sums: Tensor) -> None:
             at.lr = s.lr * warmup(s.warmup, at.step) * decay
             for group in run.optimizer.param_groups:
                 group["lr"] = at.lr
-            unscale(policy.parameters, at)
+            if s.precision == "fp16":
+                unscale(policy.parameters, at)
             run.optimizer.step()
             policy.move_ema()
             at.sums = [a + b for a, b in zip(at.sums, added, strict=True)]
             at.grad_norms.append(norm)
             at.step, at.update, at.nonfinite = at.step + 1, at.update + 1, 0
-    elif at.loss_scale > 1:  # fp16's range was left, which a smaller scale mends.
-        at.loss_scale, at.scaled = at.loss_scale / 2, 0
-        at.update, at.nonfinite_steps = at.update + 1, at.nonfinite_steps + 1
+    elif at.loss_scale > 1 and all(map(isfinite, added)):
+        # The gradients left fp16's range, and nothing else did: how the largest scale that does is found.
+        at.loss_scale, at.scaled, at.update = at.loss_scale / 2, 0, at.update + 1
     else:
         at.update, at.nonfinite, at.nonfinite_steps = at.update + 1, at.nonfinite + 1, at.nonfinite_steps + 1
         if at.nonfinite >= s.max_nonfinite:
@@ -264,8 +265,6 @@ def take_step(run: Training, sums: Tensor) -> None:
 
 def unscale(parameters: Sequence[Parameter], at: Progress) -> None:
     """Gradients as they are without the loss scale of fp16, which grows when it has done well for long."""
-    if at.loss_scale == 1:
-        return
     torch._foreach_mul_([local(p.grad) for p in parameters if p.grad is not None], 1 / at.loss_scale)
     at.scaled += 1
     if at.scaled >= GROWTH:
@@ -276,9 +275,8 @@ def finish_epoch(run: Training, rollout: Rollout, seconds: float) -> None:
     """Say how the epoch went, and let the old policy follow."""
     s, policy, at, scores = run.settings, run.policy, run.at, rollout.scores
     epoch, means = at.epoch + 1, epoch_means(at)
-    square, count = distributed.sum_values(
-        [float(rollout.x_0.double().square().sum()), rollout.x_0.numel()], policy.device
-    )
+    norm = float(torch.linalg.vector_norm(rollout.x_0, dtype=torch.float64))
+    square, count = distributed.sum_values([norm**2, rollout.x_0.numel()], policy.device)
     phases = dict(run.phases)
     phases["other"] = seconds - sum(phases.values())
     record = run.record(
@@ -296,6 +294,7 @@ def finish_epoch(run: Training, rollout: Rollout, seconds: float) -> None:
         x0_rms=(square / count) ** 0.5 if isfinite(square) else None,
         flat_groups=flat_groups(scores.values, scores.valid, rollout.groups),
         nonfinite_steps=at.nonfinite_steps,
+        **({"loss_scale": at.loss_scale} if s.precision == "fp16" else {}),
         skipped=list(rollout.skipped),
         phases=phases,
     )

@@ -6,7 +6,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from test_train import Toy, make
-from tiny_run import short_run
+from tiny_run import short_run, start
 
 from nft_core.checkpoint import load_checkpoint, save_checkpoint
 from nft_core.encodings import encode
@@ -67,6 +67,24 @@ def test_compiled_blocks_follow_the_weights(sd3_folder):
         torch._dynamo.reset()
 
 
+def test_compiled_blocks_learn_the_same(sd3_folder, tmp_path):
+    """Under autocast, through swaps, and backwards; with the code that a real backend compiles, unfused."""
+
+    def learned():
+        _, run = start(sd3_folder, tmp_path, "precision=bf16", "epochs=1", "eval_every=0")
+        return run
+
+    usual, compiled = learned(), learned()
+    compile_blocks(compiled.policy.model.transformer, backend="aot_eager")
+    try:
+        for run in (usual, compiled):
+            train(run)
+    finally:
+        torch._dynamo.reset()
+    for name, w in usual.policy.state().items():
+        torch.testing.assert_close(compiled.policy.state()[name], w, rtol=1e-3, atol=1e-5)
+
+
 def test_merging_puts_the_base_back_exactly(sd3_folder):
     policy = Policy(SD3(str(sd3_folder)), lora_rank=4, merge=True)
     with torch.no_grad():
@@ -90,7 +108,8 @@ def test_only_what_can_checkpoint_activations_is_asked_to(tmp_path):
 
 
 def test_a_loss_scale_changes_no_step(tmp_path):
-    usual, scaled = make(tmp_path), make(tmp_path)
+    usual, scaled = (make(tmp_path, precision=precision) for precision in ("fp32", "fp16"))
+    scaled.policy.autocast = None
     scaled.at.loss_scale = 2.0**10  # a power of two, so that not even rounding differs
     for run in (usual, scaled):
         train(run)
@@ -107,13 +126,16 @@ def test_a_loss_scale_falls_where_gradients_overflow_and_grows_again(tmp_path):
     for p in run.policy.parameters:
         p.grad = torch.full_like(p, torch.inf)
     take_step(run, torch.zeros(5))
-    assert (run.at.loss_scale, run.at.step, run.at.nonfinite_steps) == (2.0**15, 0, 1)
+    assert (run.at.loss_scale, run.at.step, run.at.update, run.at.nonfinite_steps) == (2.0**15, 0, 1, 0)
     assert all(torch.equal(a, b) for a, b in zip(run.policy.parameters, before, strict=True))
     run.at.scaled = GROWTH - 1
     for p in run.policy.parameters:
         p.grad = torch.ones_like(p)
     take_step(run, torch.zeros(5))
     assert (run.at.loss_scale, run.at.scaled, run.at.step) == (2.0**16, 0, 1)
+    with pytest.raises(NftError, match="not finite"):  # A loss that is no number, whatever the scale.
+        take_step(run, torch.full((5,), torch.nan))
+    assert (run.at.loss_scale, run.at.nonfinite_steps) == (2.0**16, 1)
     run.at.loss_scale = 1.0  # Here no scale is to blame any more.
     for p in run.policy.parameters:
         p.grad = torch.full_like(p, torch.inf)

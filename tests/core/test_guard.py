@@ -5,7 +5,9 @@ import subprocess
 import sys
 import threading
 from concurrent.futures import CancelledError, wait
+from contextlib import nullcontext
 from time import monotonic
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -396,3 +398,25 @@ def test_a_process_that_ends_while_a_reward_is_at_work_keeps_its_exit_code():
     )
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
     assert (result.returncode, result.stderr) == (3, "")
+
+
+def test_threads_of_a_name_share_a_stream(monkeypatch):
+    """The allocator keeps free memory apart for each, so that one a call would hoard what a reward takes."""
+    made, waited = [], []
+
+    def stream(device):
+        made.append(device)
+        return SimpleNamespace(wait_event=waited.append, synchronize=lambda: waited.append("scores"))
+
+    monkeypatch.setattr(torch.cuda, "Stream", stream)
+    monkeypatch.setattr(torch.cuda, "stream", lambda stream: nullcontext())
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
+    here = SimpleNamespace(record_event=lambda: "images")
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: here)
+    guard.side_stream.cache_clear()
+    gpu = torch.device("cuda", 0)
+    for name in ("reward", "reward", "reward ocr"):
+        assert Worker(name).submit(guard.on_device(gpu, lambda: 5)).result() == 5
+    assert made == [gpu] * 2
+    assert waited == ["images", "scores"] * 3
+    guard.side_stream.cache_clear()

@@ -100,3 +100,6 @@ def test_lora_targets(sd3_folder):
     assert any("proj_out" in name for name in every.names)
     with pytest.raises(UsageError, match="no linear layer"):
         Policy(SD3(str(sd3_folder)), lora_rank=2, lora_targets=["no_such_layer"])
+    # pos_embed.proj is a convolution, which the reference would keep its LoRA of.
+    with pytest.raises(UsageError, match="not linear: pos_embed.proj"):
+        Policy(SD3(str(sd3_folder)), lora_rank=2, lora_targets=["proj", "to_q"])

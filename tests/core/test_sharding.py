@@ -87,6 +87,26 @@ def swaps(folder):
         assert old.shape == local(p).shape
 
 
+def half_precision(folder):
+    """Weights are put together in 16 bits, a block at a time; masters and gradients stay as they are."""
+    shared, plain = (
+        Policy(SD3(folder), lora_rank=0, autocast=torch.bfloat16, fsdp=shares) for shares in (True, False)
+    )
+    grads = []
+    for policy in (shared, plain):
+        v = velocity(policy)
+        x = torch.linspace(-1, 1, 4 * 64).reshape(1, 4, 8, 8)
+        c = policy.model.encode(["a b"])
+        policy.velocity(x, torch.tensor([0.5]), c).square().sum().backward()
+        assert all(p.dtype == p.grad.dtype == torch.float32 for p in policy.parameters if p.grad is not None)
+        grads.append({n: p.grad for n, p in zip(policy.names, policy.parameters, strict=True)})
+        policy.made = v
+    torch.testing.assert_close(shared.made, plain.made, rtol=0.03, atol=0.03 * float(plain.made.abs().max()))
+    for name in ("proj_out.weight", "transformer_blocks.0.attn.to_q.weight"):
+        ours, theirs = grads[0][name].full_tensor() / 2, grads[1][name]  # Both processes see the same image.
+        assert (ours - theirs).norm() < 0.05 * theirs.norm(), name
+
+
 def passes():
     """Each process makes as many as the one that has the most."""
     made = []
@@ -167,6 +187,7 @@ def main(folder, out):
     torch.set_num_threads(1)
     with process_group(CPU, 60):
         swaps(folder)
+        half_precision(folder)
         passes()
         failures(folder, Path(out))
         checkpoints(folder, Path(out))

@@ -2,6 +2,7 @@
 
 import copy
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -232,6 +233,26 @@ def test_updates_hold_the_valid_images_alone(tmp_path):
     assert sorted(torch.cat(parts).tolist()) == [0, 2, 3, 4, 6, 7]
     nothing = replace(rollout, scores=Scores(rollout.scores.values, torch.zeros(8, dtype=torch.bool)))
     assert list(updates(nothing, run.settings, epoch=1)) == []
+
+
+def test_an_image_that_is_no_number_is_not_trained_on(tmp_path):
+    """Pixels of it may well have a score: as 8 bits they are black."""
+    run = make(tmp_path, epochs=1)
+    run.reward = lambda batch: Scores.of(batch.uint8.float().mean((1, 2, 3)))
+    solve = run.sampler.solver.solve
+
+    def spoilt(velocity, noise, times, generators):
+        x = solve(velocity, noise, times, generators)
+        x[3] = torch.nan
+        return x
+
+    run.sampler.solver = SimpleNamespace(solve=spoilt)
+    told = {}
+    run.observe = lambda hook, **arguments: hook == "nft_epoch_finished" and told.update(arguments["record"])
+    train(run)
+    assert (run.at.step, told["nonfinite_steps"]) == (2, 0)
+    assert (told["rewards"]["total"]["valid"], told["rewards"]["total"]["invalid"]) == (7, 1)
+    assert "x0_finite" in told["warnings"]
 
 
 def test_a_process_without_images_of_an_update_has_no_samples(tmp_path):
