@@ -140,4 +140,6 @@ def randn_like(x: Tensor, generator: Generator) -> Tensor:
         noise = torch.stack([draw(x.shape[1:], source) for source in generator])
     else:
         noise = draw(x.shape, generator)
-    return noise.to(x)
+    if x.is_cuda and not noise.is_cuda:
+        noise = noise.pin_memory()  # Or the copy would wait for all that the GPU has to do.
+    return noise.to(x, non_blocking=x.is_cuda)
