@@ -40,9 +40,9 @@ from nft_core.models.sd3 import SD3
 from nft_core.prompts import Prompt, prompts_of_epoch
 from nft_core.rollout import Draws
 from nft_core.schedules import lr_decay, next_kl_weight, old_decay, warmup
-from nft_core.seeds import generator
 from nft_core.settings import Settings
 from nft_core.times import draw_times
+from nft_core.train import split_images
 from nft_plugins import Batch, Reward, Scores, SteppedSolver, randn_like
 
 THREADS = 8
@@ -239,10 +239,9 @@ class Published:
         x_0, condition, scores = self.sample(draws)
         advantages = combined_advantages(scores, draws.groups(), s.combine, s.std)
         r = optimality(advantages, s.advantage_clip, s.advantage_mode).to(self.device)
-        order = torch.randperm(len(draws), generator=generator(s.seed, "updates", number))
         sums, norms = torch.zeros(3, device=self.device), []
         with self.clock.phase("train"):
-            for images in order.chunk(s.updates_per_epoch):
+            for images in split_images(len(draws), s.updates_per_epoch, s.seed, number):
                 valid = images[scores.valid[images]]
                 samples = len(valid) * s.train_times_count
                 parts = valid.split(s.microbatch)

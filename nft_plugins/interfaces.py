@@ -85,8 +85,12 @@ class FlowModel(Protocol):
     lora_targets: names of the transformer's linear layers that LoRA adapts by default.
     resolution: the default image height and width in pixels.
 
-    A model may also define `release()`, which gives up what `encode` alone needs. A run calls it when all
-    prompts are encoded; an `encode` after it loads that again.
+    A model may also define
+
+    - `release()`, which gives up what `encode` alone needs. A run calls it when all prompts are encoded; an
+      `encode` after it loads that again.
+    - `decode_in(dtype)`, after which `decode` computes in that dtype; its images stay float32.
+    - `needs_autocast = False`, where `velocity` works on a transformer of bfloat16 without `torch.autocast`.
     """
 
     name: str

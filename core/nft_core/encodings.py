@@ -6,7 +6,9 @@ import hashlib
 import json
 import os
 import shutil
+import socket
 import sys
+import tempfile
 from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -24,6 +26,9 @@ from nft_plugins import Condition, FlowModel
 from . import distributed
 from .prompts import Prompt
 
+CPU = torch.device("cpu")
+#: Bytes of encodings that each process may hold in memory.
+MOST_HELD = 2 * 2**30
 #: Texts that a model encodes at once: few enough to be held in memory twice.
 AT_ONCE = 1024
 #: Beside the model's files, what an encoding depends on.
@@ -60,22 +65,61 @@ def sent(rows: Tensor, device: torch.device) -> Tensor:
 
 
 def encode(
-    model: FlowModel, prompts: Sequence[Prompt], drawn: Iterable[int], cache: Path | None = None
+    model: FlowModel,
+    prompts: Sequence[Prompt],
+    drawn: Iterable[int],
+    cache: Path | None = None,
+    device: torch.device = CPU,
 ) -> Encoded:
     """Encode the prompts at these indices, or read them from a folder, the cache, where they are.
 
-    Of several processes the first one of each machine writes the cache, and all of them map the same file.
+    Of several processes the first one of each machine writes the cache, and all of them map the same file. More
+    than MOST_HELD bytes go to such a file without a cache too: 25,000 prompts of a model with a T5 are 40 GB,
+    which each process would hold. Once all have mapped that file its name is removed: it goes with the run.
+
+    device: by which processes speak to one another.
     """
     texts = list(dict.fromkeys(prompts[i].text for i in drawn))
     row = {text: i for i, text in enumerate(texts)}
     rows = torch.tensor([row.get(p.text, -1) for p in prompts])
-    if cache is None or not texts:
+    if not texts:
         return Encoded(model.encode(texts), rows)
-    file = cache / f"{key(model, texts)}.safetensors"
-    if os.environ.get("LOCAL_RANK", "0") == "0" and not file.exists():
+    if cache is not None:
+        return Encoded(encode_to_file(model, texts, cache), rows)
+    one = model.encode(texts[:1])
+    if len(texts) * sum(r.nbytes for r in one.values()) <= MOST_HELD:
+        return Encoded(model.encode(texts), rows)
+    folder = make_scratch(device)
+    try:
+        condition = encode_to_file(model, texts, folder)
+        distributed.barrier()
+    finally:
+        if is_first_here():
+            shutil.rmtree(folder, ignore_errors=True)
+    return Encoded(condition, rows)
+
+
+def encode_to_file(model: FlowModel, texts: Sequence[str], folder: Path) -> Condition:
+    """The encodings in a file of the folder, mapped; in memory where the file could not be written."""
+    file = folder / f"{key(model, texts)}.safetensors"
+    if is_first_here() and not file.exists():
         write(model, texts, file)
     distributed.barrier()
-    return Encoded(load_file(file) if file.exists() else model.encode(texts), rows)
+    return load_file(file) if file.exists() else model.encode(texts)
+
+
+def is_first_here() -> bool:
+    """Whether this is the first process of its machine."""
+    return os.environ.get("LOCAL_RANK", "0") == "0"
+
+
+def make_scratch(device: torch.device) -> Path:
+    """A new folder among the machine's temporary files, the same for all processes of a machine."""
+    folder = tempfile.mkdtemp(prefix="nft-encoded-") if is_first_here() else ""
+    mine = json.dumps([socket.gethostname(), folder])
+    everyones = [json.loads(text) for text in distributed.gather_texts(mine, device)]
+    here = [path for host, path in everyones if host == socket.gethostname() and path]
+    return Path(here[0] if here else tempfile.gettempdir())
 
 
 def key(model: FlowModel, texts: Sequence[str]) -> str:

@@ -21,16 +21,17 @@ from nft_plugins import Condition, FlowModel, Solver
 
 from .errors import NftError, UsageError
 from .host import Host
+from .lora import adapted_layers
 from .loss import kl_loss, nft_loss
 from .measure import FEW, AsOnGpu, Growth, Live, growth, recompute_as_on_gpu
 from .models.pipeline import ENCODED_AT_ONCE, OF_TEXT, PipelineModel
 from .policy import Policy, checkpoint_activations
-from .run import autocast_dtype, first_line, load_model, make_policy
+from .run import autocast_dtype, decode_dtype, first_line, load_model, make_policy
 from .settings import Settings
 from .sharding import blocks
 
 META = torch.device("meta")
-PRECISIONS = {None: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
+PRECISIONS = {None: "fp32", torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
 
 
 @dataclass(frozen=True)
@@ -81,8 +82,11 @@ def footprint(s: Settings, host: Host, device: torch.device, both: bool = False)
     both: with gradient checkpointing and without, and not only as it is set.
     Raises NftError where the model or its tokenizers cannot be loaded, or do not work without numbers.
     """
-    precision = PRECISIONS[autocast_dtype(s, device)]
-    s = s.model_copy(update={"precision": precision})
+    update = {
+        "precision": PRECISIONS[autocast_dtype(s, device)],
+        "decode_precision": PRECISIONS[decode_dtype(s, device)],
+    }
+    s = s.model_copy(update=update)
     model = load_model(s, host, META)
     try:
         return counted(s, host, model, both)
@@ -96,7 +100,7 @@ def footprint(s: Settings, host: Host, device: torch.device, both: bool = False)
 
 
 def counted(s: Settings, host: Host, model: FlowModel, both: bool) -> Footprint:
-    """Of a model on the meta device. The settings' precision is not auto."""
+    """Of a model on the meta device. None of the settings' precisions is auto."""
     height, width = (s.resolution, s.resolution) if s.resolution else model.resolution
     try:
         shape = model.latent_shape(height, width)
@@ -109,11 +113,13 @@ def counted(s: Settings, host: Host, model: FlowModel, both: bool) -> Footprint:
     if not s.lora_rank and s.precision != "fp32":  # Trained weights are put together in 16 bits.
         gathered //= 2
     condition, texts, encode = conditions(model)
+    if hasattr(model, "decode_in"):
+        model.decode_in(decode_dtype(s, META))
     with META:  # A LoRA's weights are made there too.
         policy = make_policy(s, model, META)
     solver = host.make_solver(s.solver, s.solver_options)
     passes, state = solved(solver, model.times(s.steps, height, width), shape)
-    work = Work(policy, autocast_dtype(s, META), shape, condition, s)
+    work = Work(policy, shape, condition, s)
     forward, decode = growth(work.old), growth(work.decode)
     step = growth(work.step) if both or not s.gradient_checkpointing else None
     recomputed = growth(work.step) if (both or s.gradient_checkpointing) and work.recompute() else None
@@ -125,7 +131,9 @@ def counted(s: Settings, host: Host, model: FlowModel, both: bool) -> Footprint:
         casts=work.casts,
         trained=[p.numel() for p in policy.parameters],
         lora=policy.lora is not None,
-        merged=sum(size(adapted_weight(layer)) for layer in policy._adapted()) if policy.merge else 0,
+        merged=sum(size(adapted_weight(layer)) for layer in adapted_layers(model.transformer))
+        if policy.merge
+        else 0,
         others={name: sum(map(size, tensors_of(module))) for name, module in other_modules(model)},
         texts=texts,
         encode=encode,
@@ -145,18 +153,18 @@ def counted(s: Settings, host: Host, model: FlowModel, both: bool) -> Footprint:
 class Work:
     """The run's computations on meta tensors, for `growth`.
 
-    autocast: the dtype of matrix products, or None. condition: a row or more, to make others like.
+    condition: a row or more, to make others like.
     """
 
     def __init__(
         self,
         policy: Policy,
-        autocast: torch.dtype | None,
         shape: Sequence[int],
         condition: Condition,
         s: Settings,
     ) -> None:
-        self.policy, self.autocast, self.shape, self.condition, self.s = policy, autocast, shape, condition, s
+        self.policy, self.shape, self.condition, self.s = policy, shape, condition, s
+        self.autocast = policy.autocast
         self.device = policy.device
         #: Bytes of the trained weights in 16 bits, which autocast holds to the end of a pass.
         self.casts = 0

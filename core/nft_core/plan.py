@@ -260,18 +260,19 @@ def changes(asked: Settings, proposed: Settings) -> str:
     return " ".join(f"--set {name}={value}" for name, value in values.items())
 
 
-def check_memory(s: Settings, host: Host, device: torch.device, tell: Callable[[str], None]) -> None:
+def count_operations(s: Settings, f: Footprint) -> float:
+    """The floating-point operations of the whole run."""
+    return s.epochs * sum(work.total for work in works(s, f))
+
+
+def check_memory(
+    s: Settings, f: Footprint, host: Host, device: torch.device, tell: Callable[[str], None]
+) -> None:
     """Warn, now that rewards and model are loaded, where the GPU's memory will not do for what comes.
 
     Rollouts mend themselves, with smaller batches; training cannot.
     Raises NftError with `strict`, and where the weights and what belongs to them do not even fit alone.
     """
-    if device.type != "cuda":
-        return
-    try:
-        f = footprint(s, host, device)
-    except NftError:  # What cannot be counted may do all the same.
-        return
     there = torch.cuda.memory_allocated(device)
     rewards = {"rewards": max(there - sum(f.weights.values()) - sum(f.others.values()), 0)}
     room = torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device)

@@ -117,7 +117,7 @@ def remarks(
         yield "Rewards are as their cards say, weights alone: what they take while they score is not counted."
     if unknown:
         yield f"Of these rewards nothing is known: {', '.join(unknown)}."
-    if s.compile:
+    if s.compile is not False:
         yield "What torch.compile saves and takes is not counted."
 
 

@@ -8,16 +8,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import LoraConfig, get_peft_model_state_dict, inject_adapter_in_model
-from peft.tuners.lora import Linear, LoraLayer
+from peft import LoraConfig, get_peft_model_state_dict
 from torch import Tensor
 from torch.nn import Parameter
 
 from nft_plugins import Condition, FlowModel
 
+from .attention import Attention, attention_kernel
 from .distributed import sum_value
 from .errors import CheckpointError, UsageError
-from .sharding import blocks, like, local, shard, split, whole, whole_copy
+from .lora import ADAPTER, adapted_layers, add_lora, lora_metadata
+from .sharding import like, local, shard, split, whole, whole_copy
 
 Weights = list[Tensor]
 
@@ -37,7 +38,8 @@ class Policy:
     lora_rank: 0 trains the whole transformer.
     lora_targets: names of linear layers; `all-linear` for every one of them.
     ema_decay: 0 keeps no EMA, and `ema()` is the live policy.
-    autocast: dtype for the transformer's matrix products, or None.
+    autocast: dtype of torch.autocast around the transformer, or None for its own dtype.
+    attention: the kernel of attention, one of `ATTENTION`.
     offload: keep the copies in host memory, pinned where there is a GPU; they visit the device when in place.
     merge: let `merged()` do what it says; with `fsdp` it does nothing.
     fsdp: share the transformer's weights, but for a LoRA's, with the other processes.
@@ -52,6 +54,7 @@ class Policy:
         lora_targets: Sequence[str] | str = (),
         ema_decay: float = 0.0,
         autocast: torch.dtype | None = None,
+        attention: Attention = "auto",
         keep_reference: bool = True,
         offload: bool = False,
         merge: bool = False,
@@ -59,6 +62,9 @@ class Policy:
     ) -> None:
         self.model = model
         self.autocast = autocast
+        self.attention = attention
+        #: Of the transformer's matrix products.
+        self.dtype = autocast or next(model.transformer.parameters()).dtype
         self.lora: LoraConfig | None = None
         if lora_rank:
             targets = lora_targets or model.lora_targets
@@ -89,7 +95,8 @@ class Policy:
 
     def velocity(self, x_t: Tensor, t: Tensor, condition: Condition) -> Tensor:
         """v `[B, C, h, w]` float32 of whichever weights are in place."""
-        with torch.autocast(self.device.type, self.autocast, enabled=self.autocast is not None):
+        autocast = torch.autocast(self.device.type, self.autocast, enabled=self.autocast is not None)
+        with autocast, attention_kernel(self.attention):
             return self.model.velocity(x_t, t, condition).float()
 
     def old(self) -> Any:
@@ -120,7 +127,7 @@ class Policy:
 
     @contextmanager
     def _without_lora(self) -> Iterator[None]:
-        layers = [layer for layer in self._adapted() if not layer.disable_adapters]
+        layers = [layer for layer in adapted_layers(self.model.transformer) if not layer.disable_adapters]
         try:
             for layer in layers:
                 layer._disable_adapters = True  # enable_adapters() would change which weights are trained.
@@ -128,9 +135,6 @@ class Policy:
         finally:
             for layer in layers:
                 layer._disable_adapters = False
-
-    def _adapted(self) -> list[Linear]:
-        return [layer for layer in self.model.transformer.modules() if isinstance(layer, Linear)]
 
     @contextmanager
     def merged(self) -> Iterator[None]:
@@ -143,12 +147,12 @@ class Policy:
         if not (self.lora and self.merge):
             yield
             return
-        layers = self._adapted()
+        layers = adapted_layers(self.model.transformer)
         before = [layer.base_layer.weight.data for layer in layers]
         try:
             with torch.no_grad():
                 for layer, w in zip(layers, before, strict=True):
-                    layer.base_layer.weight.data = w + layer.get_delta_weight("default").to(w.dtype)
+                    layer.base_layer.weight.data = w + layer.get_delta_weight(ADAPTER).to(w.dtype)
             with self._without_lora():
                 yield
         finally:
@@ -267,40 +271,9 @@ class Policy:
             if self.lora is None:
                 transformer.save_pretrained(folder / "transformer", safe_serialization=True)  # type: ignore[operator]
                 return
-            state = get_peft_model_state_dict(transformer, adapter_name="default")
+            state = get_peft_model_state_dict(transformer, adapter_name=ADAPTER)
             state = {name.removeprefix("base_model.model."): w for name, w in state.items()}
             self.model.save_lora(folder, state, lora_metadata(self.lora))
-
-
-def add_lora(transformer: torch.nn.Module, rank: int, alpha: float, targets: Sequence[str] | str) -> LoraConfig:
-    """Add a LoRA that starts as no change at all (B = 0), float32, and freeze everything else."""
-    if targets == "all-linear" or list(targets) == ["all-linear"]:
-        layers = transformer.named_modules()
-        targets = [name for name, layer in layers if isinstance(layer, torch.nn.Linear)]
-    config = LoraConfig(r=rank, lora_alpha=alpha, target_modules=list(targets), init_lora_weights="gaussian")
-    transformer.requires_grad_(False)
-    try:
-        inject_adapter_in_model(config, transformer, adapter_name="default")
-    except ValueError as error:
-        raise UsageError(
-            f"lora_targets names no linear layer of {type(transformer).__name__}: {list(targets)}. "
-            "Give names as they end in transformer.named_modules(), or all-linear."
-        ) from error
-    others = [
-        n for n, m in transformer.named_modules() if isinstance(m, LoraLayer) and not isinstance(m, Linear)
-    ]
-    if others:
-        raise UsageError(
-            f"lora_targets {list(targets)} takes in layers of {type(transformer).__name__} that are not "
-            f"linear: {', '.join(others[:4])}. Give longer names, as they end in transformer.named_modules(), "
-            "or all-linear."
-        )
-    transformer._hf_peft_config_loaded = True
-    for name, p in transformer.named_parameters():
-        if "lora_" in name:
-            p.data = p.data.float()
-            p.requires_grad_(True)
-    return config
 
 
 def checkpoint_activations(transformer: torch.nn.Module) -> None:
@@ -314,24 +287,3 @@ def checkpoint_activations(transformer: torch.nn.Module) -> None:
         transformer.enable_gradient_checkpointing()
     except ValueError as error:  # diffusers' word for a class that cannot.
         raise UsageError(f"gradient_checkpointing = true: {error}") from error
-
-
-def compile_blocks(transformer: torch.nn.Module, **options: Any) -> None:
-    """torch.compile the blocks that repeat, once for all of them, or the whole where none are named.
-
-    Blocks are compiled for each of: with and without gradients, with the LoRA and without.
-    options: of `torch.compile`.
-    """
-    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 64)
-    named = getattr(transformer, "_repeated_blocks", None)
-    for module in blocks(transformer) if named else [transformer]:  # diffusers' own does not know sharded ones.
-        module.compile(**options)
-
-
-def lora_metadata(config: LoraConfig) -> dict[str, Any]:
-    """The config as JSON can hold it; diffusers writes it beside the weights."""
-    return {
-        name: sorted(value) if isinstance(value, set) else value
-        for name, value in config.to_dict().items()
-        if value is None or isinstance(value, (str, int, float, bool, list, set, dict))
-    }

@@ -144,7 +144,7 @@ class Probe:
         except NftError as error:
             yield f"FLOPs are not known. {error}"
             return
-        dtype = self.run.policy.autocast or torch.float32
+        dtype = self.run.policy.dtype
         side, most = SIDES[self.device.type], product_speed(self.device, dtype)
         for stretch in filter(None, [self.sampled, self.trained]):
             yield speed(stretch, counted, self.run, most)

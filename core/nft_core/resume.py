@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 FREE = {
     *("epochs", "device", "processes", "parallel", "rollout_batch", "decode_batch", "microbatch", "observers"),
     *("join_timeout", "peer_timeout", "merge_lora", "cache", "gradient_checkpointing", "offload", "compile"),
+    *("attention",),
     *("eval_every", "eval_images", "eval_steps", "checkpoint_every", "keep_last", "keep_best"),
     *("max_nonfinite", "max_skips", "strict", "watch_x0", "watch_gap", "watch_flat_groups", "watch_reward"),
 }

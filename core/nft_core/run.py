@@ -86,6 +86,7 @@ def run(
         elif first:
             claim(folder)
 
+        from .compiling import should_compile, warm_up
         from .distributed import agree, barrier, process_group, rank, same_everywhere
         from .quiet import quiet
         from .train import train
@@ -106,12 +107,12 @@ def run(
         if not same_everywhere(digest(prompts, held_out), device):
             raise UsageError("The prompts of this run's processes differ: give the same files on every node.")
         model = load_model(settings, host, device)
-        if device.type == "cuda":
-            from .plan import check_memory
-
-            check_memory(settings, host, device, tell)
-        training = assemble(settings, model, reward, solver, prompts, held_out, device, folder)
+        operations = count_on_gpu(settings, host, device, tell) if device.type == "cuda" else None
+        compiled = should_compile(settings.compile, device, operations)
+        training = assemble(settings, model, reward, solver, prompts, held_out, device, folder, compiled)
         other = bool(path) and restore(training, path, allow_changes)
+        if compiled:
+            warm_up(training, tell)
         observe: Callable[..., None] = silent
         if rank() == 0:
             described = Run(folder, settings.model_dump(), settings.epochs, training.at.epoch)
@@ -153,6 +154,21 @@ def prepare(settings: Settings, host: Host) -> tuple[list[RewardSpec], Solver, l
     if not any(spec.weight for spec in specs):
         raise UsageError("Every reward has the weight 0, so nothing would be learned: give one another weight.")
     return specs, solver, *both_files(settings)
+
+
+def count_on_gpu(
+    settings: Settings, host: Host, device: torch.device, tell: Callable[[str], None]
+) -> float | None:
+    """The run's floating-point operations, or None where they cannot be counted; warns of too little memory."""
+    from .footprint import footprint
+    from .plan import check_memory, count_operations
+
+    try:
+        counted = footprint(settings, host, device)
+    except NftError:  # What cannot be counted may fit all the same.
+        return None
+    check_memory(settings, counted, host, device, tell)
+    return count_operations(settings, counted)
 
 
 def profiling(training: Training, folder: Path, host: Host, wanted: bool) -> AbstractContextManager[None]:
@@ -404,6 +420,16 @@ def autocast_dtype(settings: Settings, device: torch.device) -> torch.dtype | No
     return {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}[settings.precision]
 
 
+def decode_dtype(settings: Settings, device: torch.device) -> torch.dtype:
+    """The dtype that the VAE decodes in."""
+    import torch
+
+    names = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+    if settings.decode_precision == "auto":
+        return torch.bfloat16 if device.type == "cuda" else torch.float32
+    return names[settings.decode_precision]
+
+
 def make(folder: Path) -> None:
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -445,20 +471,28 @@ def observers(host: Host, described: Run, asked: Mapping[str, object]) -> Callab
 
 def make_policy(s: Settings, model: FlowModel, device: torch.device) -> Policy:
     """The weights that are trained, and their copies."""
+    import torch
+
     from .distributed import world_size
     from .policy import Policy
 
+    dtype = autocast_dtype(s, device)
+    # Where only a LoRA is trained, the transformer can compute in bfloat16 as diffusers' pipelines do: under
+    # autocast its norms and all that lies between the products are float32, which costs more than the products.
+    # In float16 that would overflow, and weights that are trained are float32 themselves.
+    native = s.lora_rank > 0 and dtype == torch.bfloat16 and not getattr(model, "needs_autocast", True)
     return Policy(
         model,
         lora_rank=s.lora_rank,
         lora_alpha=s.lora_alpha,
         lora_targets=s.lora_targets,
         ema_decay=s.ema_decay,
-        autocast=autocast_dtype(s, device),
+        autocast=None if native else dtype,
+        attention=s.attention,
         keep_reference=s.kl_weight > 0,
         offload=s.offload,
         # In 16 bits the sum would round away what a LoRA learns at first.
-        merge=s.merge_lora == "always" or (s.merge_lora == "auto" and not autocast_dtype(s, device)),
+        merge=s.merge_lora == "always" or (s.merge_lora == "auto" and not dtype),
         # One process has nobody to share with, and the meta device nothing to share.
         fsdp=s.parallel == "fsdp" and world_size() > 1 and device.type != "meta",
     )
@@ -473,16 +507,22 @@ def assemble(
     held_out: list[Prompt],
     device: torch.device,
     folder: Path,
+    compiled: bool = False,
 ) -> Training:
-    """The loop's parts, put together."""
+    """The loop's parts, put together.
+
+    compiled: whether the transformer's blocks are to be compiled.
+    """
     import torch
 
+    from .attention import activate_attention
     from .checkpoint import prune, save_checkpoint
+    from .compiling import compile_blocks
     from .distributed import rank
     from .encodings import Encoded, encode
     from .guard import free_memory
     from .optimizers import LOSS_SCALE, make_optimizer
-    from .policy import checkpoint_activations, compile_blocks
+    from .policy import checkpoint_activations
     from .rollout import Sampler
     from .sharding import InStep
     from .train import Training
@@ -491,7 +531,7 @@ def assemble(
     drawn = prompts_of_run(len(prompts), s.prompts_per_epoch, s.seed, s.epochs)
     # In one go, for which the text encoders are loaded once.
     everyones = [*prompts, *held_out]
-    encoded = encode(model, everyones, [*drawn, *range(len(prompts), len(everyones))], cache)
+    encoded = encode(model, everyones, [*drawn, *range(len(prompts), len(everyones))], cache, device)
     condition, eval_condition = (
         Encoded(encoded.condition, r) for r in encoded.row.split([len(prompts), len(held_out)])
     )
@@ -502,8 +542,11 @@ def assemble(
     policy = make_policy(s, model, device)
     if s.gradient_checkpointing:
         checkpoint_activations(model.transformer)
-    if s.compile:
+    if compiled:
         compile_blocks(model.transformer)
+    activate_attention(s.attention)
+    if hasattr(model, "decode_in"):
+        model.decode_in(decode_dtype(s, device))
     height, width = (s.resolution, s.resolution) if s.resolution else model.resolution
     try:
         shape = model.latent_shape(height, width)

@@ -12,6 +12,7 @@ import tomli_w
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from .advantages import AdvantageMode, Combine, Std
+from .attention import Attention
 from .errors import UsageError, unknown
 from .schedules import OLD_DECAY, LrSchedule
 from .times import TrainTimes
@@ -108,11 +109,21 @@ class Settings(BaseModel):
     offload: bool = Field(
         False, description="keep the old, reference and EMA weights in host memory between their uses"
     )
-    compile: bool = Field(
-        False, description="torch.compile the transformer's blocks: minutes at the start, faster from then on"
+    compile: bool | Literal["auto"] = Field(
+        "auto",
+        description="torch.compile the transformer's blocks: one or two minutes at the start, faster from then "
+        "on; auto: on CUDA, where the run is long enough to gain by it",
+    )
+    attention: Attention = Field(
+        "auto",
+        description="kernel of attention that is tried first: cudnn, flash, flash3 (a package of its own), "
+        "efficient or math; auto: torch's own choice",
     )
     precision: Literal["auto", "fp32", "bf16", "fp16"] = Field(
         "auto", description="of matrix products and frozen weights; auto: bf16 on CUDA, else fp32"
+    )
+    decode_precision: Literal["auto", "fp32", "bf16", "fp16"] = Field(
+        "auto", description="of the VAE, which makes images of latents; auto: bf16 on CUDA, else fp32"
     )
     device: str = Field("auto", description="auto: CUDA where there is one")
     processes: Count | Literal["auto"] = Field(

@@ -152,15 +152,23 @@ def sample(run: Training, epoch: int) -> Rollout:
 
 
 def updates(rollout: Rollout, s: Settings, epoch: int) -> Iterator[Tensor]:
-    """The images of each gradient step: a random split of all processes' images, the valid ones of each.
-
-    A sample that could not be scored takes no part in the loss.
-    """
-    order = torch.randperm(len(rollout.groups), generator=generator(s.seed, "updates", epoch))
-    for images in order.chunk(s.updates_per_epoch):
+    """The images of each gradient step, of all processes: those that could be scored."""
+    for images in split_images(len(rollout.groups), s.updates_per_epoch, s.seed, epoch):
         valid = images[rollout.scores.valid[images]]
         if len(valid):
             yield valid
+
+
+def split_images(count: int, steps: int, seed: int, epoch: int) -> Tensor:
+    """A random split of images 0..count-1 into gradient steps, `[steps, count / steps]`.
+
+    Of the images n, n + count / steps, n + 2 count / steps, ... each goes to another step. They belong to the
+    same process where the number of processes divides count / steps, so that all have as many images of a step
+    and none waits for another; and the split is the same for any number of processes.
+    """
+    each = count // steps
+    order = torch.rand(each, steps, dtype=torch.float64, generator=generator(seed, "updates", epoch)).argsort(1)
+    return torch.arange(each) + each * order.T
 
 
 def microbatches(

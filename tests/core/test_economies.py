@@ -9,11 +9,12 @@ from test_train import Toy, make
 from tiny_run import short_run, start
 
 from nft_core.checkpoint import load_checkpoint, save_checkpoint
+from nft_core.compiling import compile_blocks
 from nft_core.encodings import encode
 from nft_core.errors import CheckpointError, NftError, UsageError
 from nft_core.models.sd3 import SD3
 from nft_core.optimizers import GROWTH
-from nft_core.policy import Policy, compile_blocks
+from nft_core.policy import Policy
 from nft_core.progress import Progress
 from nft_core.prompts import Prompt
 from nft_core.train import sample, take_step, train, train_epoch
@@ -245,6 +246,20 @@ def test_encodings_are_read_from_the_cache(tmp_path, monkeypatch):
     model.scale = 2.0  # another option of the model
     encode(model, TEXTS[:2], range(2), tmp_path / "cache")
     assert len(model.encoded) == 5 + 2 + 2
+
+
+def test_many_encodings_go_to_a_file_that_goes_with_the_run(tmp_path, monkeypatch):
+    monkeypatch.setattr("nft_core.encodings.AT_ONCE", 2)
+    plain = encode(Counting(), TEXTS, range(6))
+    monkeypatch.setattr("nft_core.encodings.MOST_HELD", 0)
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    seen = []
+    monkeypatch.setattr("nft_core.encodings.load_file", lambda file: seen.append(file) or load_file(file))
+    found = encode(Counting(), TEXTS, range(6))
+    everything, device = torch.arange(6), torch.device("cpu")
+    for name, rows in found.of(everything, device).items():
+        assert torch.equal(rows, plain.of(everything, device)[name]), name
+    assert seen[0].is_relative_to(tmp_path) and list(tmp_path.iterdir()) == []
 
 
 def test_a_cache_that_cannot_be_written_is_told_of(tmp_path, monkeypatch, capsys):

@@ -12,7 +12,7 @@ from nft_core.prompts import Prompt
 from nft_core.run import assemble
 from nft_core.seeds import generator
 from nft_core.settings import make_settings
-from nft_core.train import microbatches, train, updates
+from nft_core.train import microbatches, split_images, train, updates
 from nft_plugins import FlowModel, Scores
 from nft_solvers.euler import Euler
 
@@ -121,9 +121,11 @@ def algorithm_1(s, kl_weights=None):
         for i in images:
             a = i["A"] / (float(rewards.std(correction=0)) + 1e-4)
             i["r"] = 0.5 + min(max(a, -s.advantage_clip), s.advantage_clip) / (2 * s.advantage_clip)
-        order = torch.randperm(len(images), generator=generator(s.seed, "updates", epoch)).tolist()
-        half = len(order) // 2
-        for part in (order[:half], order[half:]):
+        half, source = len(images) // 2, generator(s.seed, "updates", epoch)
+        # Of two images half an epoch apart, which is trained on first.
+        order = torch.rand(half, 2, dtype=torch.float64, generator=source).argsort(1)
+        for which in (0, 1):
+            part = [n + half * int(order[n, which]) for n in range(half)]
             chosen = [images[n] for n in part if images[n]["ok"]]
             total = torch.zeros(())
             for i in chosen:
@@ -233,6 +235,23 @@ def test_updates_hold_the_valid_images_alone(tmp_path):
     assert sorted(torch.cat(parts).tolist()) == [0, 2, 3, 4, 6, 7]
     nothing = replace(rollout, scores=Scores(rollout.scores.values, torch.zeros(8, dtype=torch.bool)))
     assert list(updates(nothing, run.settings, epoch=1)) == []
+
+
+@pytest.mark.parametrize(("count", "steps"), [(1152, 2), (96, 4), (7, 1), (6, 6)])
+def test_a_split_gives_all_processes_as_much(count, steps):
+    split = split_images(count, steps, seed=0, epoch=1)
+    assert split.shape == (steps, count // steps)
+    assert sorted(split.flatten().tolist()) == list(range(count))
+    for processes in (n for n in (2, 4, 8, 16, 32) if count // steps % n == 0):
+        for images in split:  # A process owns every n-th image.
+            assert (images % processes).bincount().tolist() == [count // steps // processes] * processes
+
+
+def test_a_split_is_random():
+    first = [split_images(96, 2, seed=0, epoch=epoch)[0] for epoch in range(1, 201)]
+    shares = torch.stack([torch.zeros(96).index_fill(0, images, 1) for images in first]).mean(0)
+    assert shares.min() > 0.35 and shares.max() < 0.65  # A half, to four deviations.
+    assert not torch.equal(first[0], split_images(96, 2, seed=1, epoch=1)[0])
 
 
 def test_an_image_that_is_no_number_is_not_trained_on(tmp_path):
