@@ -1,7 +1,9 @@
 """Checkpoints of the published forms and sizes with random weights, for the other benchmarks."""
 
 import importlib.util
+import json
 import math
+import string
 
 import torch
 
@@ -105,4 +107,22 @@ def mask2former(folder, size="full"):
     model = Mask2FormerForUniversalSegmentation(config)
     model.class_predictor.weight.data.mul_(60)
     model.save_pretrained(folder)
+    return str(folder)
+
+
+def imagereward(folder, size="full"):
+    """ImageReward's weights under their published names, and a tokenizer that knows letters. Gives the folder."""
+    from nft_rewards.blip import MED_CONFIG, SAFETENSORS, TEXT, VISION, BLIPScore, published_name
+
+    less = {"num_hidden_layers": 2} if size == "small" else {}
+    config = TEXT | less | {"vision": VISION | less}
+    model = randomise(BLIPScore(VISION | less, TEXT | less))
+    folder.mkdir(parents=True, exist_ok=True)
+    save_file({published_name(name): w for name, w in model.state_dict().items()}, folder / SAFETENSORS)
+    (folder / MED_CONFIG).write_text(json.dumps(config))
+    letters = [*string.ascii_lowercase, *(f"##{letter}" for letter in string.ascii_lowercase)]
+    vocab = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *letters]
+    vocab += [f"[unused{i}]" for i in range(TEXT["vocab_size"] - 2 - len(vocab))]
+    (folder / "vocab.txt").write_text("\n".join(vocab) + "\n")
+    (folder / "tokenizer_config.json").write_text('{"do_lower_case": true}')
     return str(folder)

@@ -1,7 +1,7 @@
 """A whole epoch of nft_core's loop and of the published script's, side by side, or of nft_core's as sizes grow.
 
     python benchmarks/epoch.py [--world tiny] [--repeats 5] [--scale prompts=8,group=6] [--set KEY=VALUE]
-    python benchmarks/epoch.py --world sd35m --device cuda [--no-t5] [--model FOLDER]
+    python benchmarks/epoch.py --world sd35m --device cuda
     python benchmarks/epoch.py --sweep steps=4,8,16
 
 `ours` is nft_core's own loop, put together as `nft run` does it. `published` is published.py, which says in
@@ -25,9 +25,8 @@ GPU in a timed epoch, and a process's largest resident memory on a CPU.
 Precision: on a GPU each loop has its own default, bfloat16 here and float16 under autocast as published.
 `--precision bf16`, `fp16` or `fp32` gives both the same. On a CPU it is float32. What only ours can do, such as
 `--set compile=true` or `--set merge_lora=never`, leaves the other as it is.
-Worlds: `tiny` is the embedded one; `sd35m` has SD3.5-medium's shape with random weights, which are written to
-`--model FOLDER`, or for the time of the run to a temporary one (16 GB; with `--no-t5` 7 GB); `sd35m-small` is
-for trying the latter's code.
+Worlds: `tiny` is the embedded one; `sd35m` has SD3.5-medium's shape with random weights, and random conditions
+in place of text encoders; `sd35m-small` is for trying the latter's code.
 """
 
 from __future__ import annotations
@@ -47,9 +46,10 @@ import measures
 import torch
 from measures import Clock, shown, spread, table
 from safetensors.torch import load_file, save_file
-from worlds import WORLDS, build, settings_of
+from worlds import WORLDS, is_made_here, load_pipeline, load_world, settings_of, write_configs
 
 from nft_core import run as runs
+from nft_core.compiling import warm_up
 from nft_core.host import load_host
 from nft_core.prompts import Prompt
 from nft_core.quiet import quiet
@@ -65,6 +65,8 @@ SCALE = {
     "microbatch": "microbatch",
     "rollout_batch": "rollout_batch",
 }
+#: Tells a worker to end before its last epoch.
+STOP = "stop"
 PHASES = ("encode", "rollout", "decode", "reward", "train")
 #: Of which the main thread's seconds on the CPU are told too, where there is no GPU.
 BUSY = ("rollout", "decode", "train")
@@ -72,7 +74,11 @@ BUSY = ("rollout", "decode", "train")
 
 @dataclass(frozen=True)
 class Job:
-    """What a worker is to do. folder: where it leaves weights for others to read."""
+    """What a worker is to do.
+
+    folder: where it leaves weights for others to read. count: whether operations are counted, in an eager first
+    epoch; otherwise what is to be compiled is compiled before it.
+    """
 
     loop: str
     world: str
@@ -82,6 +88,7 @@ class Job:
     epochs: int
     settings: Mapping[str, Any]
     folder: Path
+    count: bool = True
 
 
 @dataclass
@@ -119,15 +126,26 @@ class Ours:
     def __init__(self, job: Job, world: Prepared) -> None:
         s, clock = world.settings, world.clock
         self.autocast = runs.autocast_dtype(s, world.device)
-        model: Any = runs.load_model(s, world.host, world.device)
+        model: Any = load_world(s, world.host, world.device)
         model.encode(["a"])  # Loads the text encoders, which the other loop has loaded too.
         model.encode = clock.timed("encode", model.encode)
         model.decode = clock.timed("decode", model.decode)
         with clock.epoch():
             self.run = runs.assemble(
-                s, model, world.reward, world.solver, world.prompts, world.held_out, world.device, job.folder
+                s,
+                model,
+                world.reward,
+                world.solver,
+                world.prompts,
+                world.held_out,
+                world.device,
+                job.folder,
+                s.compile is True,
             )
         self.encoding = clock.seconds["encode"]
+        self.said: list[str] = []
+        if s.compile is True and not job.count:
+            warm_up(self.run, self.said.append)
         self.run.phase = clock.phase  # type: ignore[method-assign]
         self.run.observe = self.observe
         self.record: dict[str, Any] = {}
@@ -171,6 +189,7 @@ class Theirs:
             self.autocast,
             load_file(job.folder / "initial.safetensors"),
             world.clock,
+            load_pipeline(s, world.device) if is_made_here(s) else None,
         )
 
     def epoch(self, number: int) -> dict[str, float]:
@@ -187,10 +206,12 @@ def work(job: Job, pipe: Connection) -> None:
     loop = Ours(job, world) if job.loop == "ours" else Theirs(job, world)
     dtype = loop.autocast or torch.float32
     peak = measures.matrix_product_peak(world.device, dtype)
-    pipe.send({"settings": world.settings.model_dump(mode="json"), "machine": measures.machine(world.device)})
+    settings, machine = world.settings.model_dump(mode="json"), measures.machine(world.device)
+    pipe.send({"settings": settings, "machine": machine, "said": getattr(loop, "said", [])})
     for number in range(1, job.epochs + 1):
-        pipe.recv()
-        with world.clock.epoch(count_flops=number == 1):
+        if pipe.recv() == STOP:
+            break
+        with world.clock.epoch(count_flops=job.count and number == 1):
             learned = loop.epoch(number)
         figures = world.clock.figures()
         # Before the run, once for all epochs.
@@ -346,8 +367,6 @@ def scaled(text: str) -> tuple[str, Any]:
 def add_options(parser: argparse.ArgumentParser, repeats: int) -> None:
     """Those of both benchmarks of training."""
     parser.add_argument("--world", choices=list(WORLDS), default="tiny")
-    parser.add_argument("--model", type=Path, help="folder of the pipeline: made where it is missing, and kept")
-    parser.add_argument("--no-t5", action="store_true", help="make it without the T5")
     parser.add_argument("--device", default="cpu", help="cpu or cuda")
     parser.add_argument("--precision", default="auto", choices=["auto", "fp32", "bf16", "fp16"])
     parser.add_argument("--scale", default="", metavar="NAME=N,...", help=", ".join(SCALE))
@@ -367,19 +386,10 @@ def given(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def model_of(options: argparse.Namespace, folder: Path) -> str | None:
-    """The world's pipeline, made where it is missing, in a process whose memory is gone afterwards."""
+    """The world's model, as a folder of configs; None for the embedded world's own."""
     if options.world == "tiny":
         return None
-    place = options.model or folder / "pipeline"
-    if not (place / "model_index.json").exists():
-        size = "small" if options.world.endswith("small") else "full"
-        arguments = (place, size, torch.device(options.device), not options.no_t5)
-        process = multiprocessing.get_context("spawn").Process(target=build, args=arguments)
-        process.start()
-        process.join()
-        if process.exitcode:
-            raise SystemExit("The pipeline could not be made; what was said of it stands above.")
-    return str(place)
+    return write_configs(folder / "pipeline", "small" if options.world.endswith("small") else "full")
 
 
 def main() -> None:

@@ -52,6 +52,7 @@ Condition = Mapping[str, Tensor]
 class Published:
     """The loop and what it trains.
 
+    pipeline: a StableDiffusion3Pipeline in float32 on the device, or None for that of the settings.
     initial: the weights to start from, by the names that nft_core's policy gives them.
     autocast: dtype of the matrix products; None for float32 without autocast.
     """
@@ -66,20 +67,12 @@ class Published:
         autocast: torch.dtype | None,
         initial: Mapping[str, Tensor],
         clock: Clock,
+        pipeline: Any = None,
     ) -> None:
         s = self.settings = settings
         self.reward, self.solver, self.prompts, self.clock = reward, solver, prompts, clock
         self.device, self.autocast = device, autocast
-        half = autocast or torch.float32
-        encoders = {f"text_encoder{n}": half for n in ("", "_2", "_3")}
-        index = StableDiffusion3Pipeline.load_config(s.model)
-        self.pipeline = StableDiffusion3Pipeline.from_pretrained(
-            s.model,
-            dtype={"default": torch.float32, **encoders},
-            use_safetensors=True,
-            **{name: None for name, kind in index.items() if kind == [None, None]},
-        )
-        self.pipeline.to(device)
+        self.pipeline = pipeline or load_published(s.model, device, autocast or torch.float32)
         for part in self.pipeline.components.values():
             if isinstance(part, torch.nn.Module):
                 part.requires_grad_(False).eval()
@@ -298,3 +291,16 @@ class Published:
                 torch._foreach_lerp_(self.ema, self.parameters, 1 - s.ema_decay)
         self.step += 1
         return norm
+
+
+def load_published(model: str, device: torch.device, half: torch.dtype) -> Any:
+    """The pipeline on the device: float32 but for the text encoders."""
+    encoders = {f"text_encoder{n}": half for n in ("", "_2", "_3")}
+    index = StableDiffusion3Pipeline.load_config(model)
+    pipeline = StableDiffusion3Pipeline.from_pretrained(
+        model,
+        dtype={"default": torch.float32, **encoders},
+        use_safetensors=True,
+        **{name: None for name, kind in index.items() if kind == [None, None]},
+    )
+    return pipeline.to(device)

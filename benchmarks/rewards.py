@@ -3,11 +3,11 @@
 python benchmarks/rewards.py [NAME ...] [--size full|small] [--device cuda] [--images 96] [--epochs 2]
     [--precision auto|bf16|fp32]
 
-Names: pickscore, hpsv2, clipscore, geneval, shared, memory; all without one. Checkpoints are made here with
+Names: pickscore, hpsv2, clipscore, imagereward, geneval, shared, memory; all without one. Checkpoints are made here with
 random weights and the published sizes (`full`), so nothing is downloaded. The straightforward way is that of
 published training code: images to PIL and the model's own preprocessing, every image's prompt through the text
-tower, float32, and a model of its own for each reward; geneval one image after the other, and one object after
-the other for its colour. A second epoch has the same prompts, as training does. `shared` scores pickscore and
+tower, float32, and a model of its own for each reward; imagereward one pair after the other, as its package;
+geneval one image after the other, and one object after the other for its colour. A second epoch has the same prompts, as training does. `shared` scores pickscore and
 clipscore together on one CLIP. `memory` is the peak of a process that holds pickscore, hpsv2 and clipscore and
 scores two images. `precision` is that of the rewards here. hpsv2 needs open_clip and torchvision.
 """
@@ -22,6 +22,7 @@ from pathlib import Path
 from time import perf_counter
 
 import checkpoints
+import numpy as np
 import torch
 from transformers import CLIPModel, CLIPProcessor, Mask2FormerForUniversalSegmentation
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
@@ -32,6 +33,7 @@ from nft_rewards import hpsv2 as hpsv2_module
 from nft_rewards.clipscore import CLIPScore
 from nft_rewards.colours import COLORS, GREY, TEMPLATES
 from nft_rewards.geneval import GenEval, color_matters, evaluate
+from nft_rewards.imagereward import ImageReward
 from nft_rewards.mask2former import CLASSES, COCO, objects
 from nft_rewards.pickscore import PickScore
 
@@ -92,6 +94,21 @@ class HPSv2Theirs:
         )
         text = self.model.encode_text(self.tokenizer(list(batch.prompts)).to(self.device), True)
         return (image * text).sum(-1).tolist()
+
+
+class ImageRewardTheirs:
+    """A pair at a time, float32."""
+
+    def __init__(self, folder, device):
+        self.reward = ImageReward(folder, tokenizer=folder, precision="fp32", device=device)
+
+    def __call__(self, batch):
+        rows = zip(batch.pil, batch.prompts, strict=True)
+        return [self.score(image, prompt) for image, prompt in rows]
+
+    def score(self, image, prompt):
+        pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1)[None] / 255
+        return float(self.reward(Batch(pixels, [prompt], [{}], torch.zeros(1, dtype=torch.long))).values)
 
 
 class GenEvalTheirs:
@@ -179,6 +196,10 @@ def cases(place, args):
         "pickscore": (lambda: [CLIPTheirs(vit_h, device)], lambda: [PickScore(str(vit_h), **one)]),
         "hpsv2": (lambda: [HPSv2Theirs(hps, device)], lambda: [hpsv2_module.HPSv2(str(hps), **one)]),
         "clipscore": (lambda: [CLIPTheirs(vit_l, device)], lambda: [CLIPScore(str(vit_l), **one)]),
+        "imagereward": (
+            lambda: [ImageRewardTheirs(str(place / "imagereward"), device)],
+            lambda: [ImageReward(str(place / "imagereward"), tokenizer=str(place / "imagereward"), **one)],
+        ),
         "geneval": (
             lambda: [GenEvalTheirs(detector, vit_l, device)],
             lambda: [GenEval(checkpoint=str(detector), clip=str(vit_l), **one)],
@@ -210,6 +231,7 @@ def make(place, names, size):
         "pickscore": {"vit-h"},
         "hpsv2": {"hpsv2"},
         "clipscore": {"vit-l"},
+        "imagereward": {"imagereward"},
         "geneval": {"mask2former", "vit-l"},
         "shared": {"vit-l"},
         "memory": {"vit-h", "hpsv2", "vit-l"},
@@ -222,7 +244,7 @@ def make(place, names, size):
 
 
 def main():
-    names = ["pickscore", "hpsv2", "clipscore", "geneval", "shared", "memory"]
+    names = ["pickscore", "hpsv2", "clipscore", "imagereward", "geneval", "shared", "memory"]
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("names", nargs="*", metavar="NAME")
     parser.add_argument("--size", choices=checkpoints.CLIPS, default="full")

@@ -32,6 +32,7 @@ import torch
 from epoch import Job, add_options, given, model_of, prepared
 from measures import shown, spread, table
 from safetensors.torch import load_file, save_file
+from worlds import load_world
 
 from nft_core import run as runs
 from nft_core.distributed import process_group, rank, sum_values
@@ -48,7 +49,7 @@ def work(job: Job) -> None:
     with process_group(runs.pick_device(job.device), 600):
         world = prepared(job)
         s, device = world.settings, world.device
-        model = runs.load_model(s, world.host, device)
+        model = load_world(s, world.host, device)
         run = runs.assemble(
             s, model, world.reward, world.solver, world.prompts, world.held_out, device, job.folder
         )

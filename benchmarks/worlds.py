@@ -1,23 +1,28 @@
-"""What the benchmarks of training train: the embedded world, or a pipeline of SD3.5-medium's shape.
+"""What the benchmarks of training train: the embedded world, or a model of SD3.5-medium's shape.
 
-The latter has random weights, made here from the published configs, so that nothing is downloaded: what a
-loop costs does not depend on them. Its tokenizers know letters alone, and pad prompts to the published
-lengths.
+The latter has random weights, made on the device from the published configs, so that nothing is downloaded and
+no file of gigabytes is written: what a loop costs does not depend on them.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
+from zlib import crc32
 
 import torch
 
+from nft_core import run as runs
 from nft_core.host import Host
+from nft_core.models.sd3 import SD3
+from nft_core.quiet import quiet
 from nft_core.run import resolve
 from nft_core.settings import Settings
+from nft_plugins import Condition, FlowModel
 
+#: Modules of fewer parameters have the same random numbers on every device.
+SAME_EVERYWHERE = 10**8
 #: Two real rewards that need no download, on the embedded world's CLIP. They are smooth: where a pixel that is
 #: rounded the other way moves a score by a step, as it does a JPEG's size, loops that differ by rounding part.
 REWARDS = ["pickscore", "clipscore"]
@@ -97,7 +102,7 @@ def settings_of(
 ) -> Settings:
     """Those of a run in this world, later layers first in rank.
 
-    model: the folder of a pipeline that was built; None for the embedded world's own.
+    model: the folder that `write_configs` has written; None for the embedded world's own.
     """
     tiny = host.presets["tiny"].info
     base = {"rewards": REWARDS, "epochs": epochs, "device": device, "processes": 1, "eval_images": 1}
@@ -106,8 +111,8 @@ def settings_of(
     return resolve(host, "tiny" if world == "tiny" else None, base, WORLDS[world], *layers)
 
 
-def build(folder: Path, size: str, device: torch.device, with_t5: bool) -> None:
-    """Write a pipeline of SD3.5-medium's shape: 16 GB at full size, 7 GB without the T5."""
+def write_configs(folder: Path, size: str) -> str:
+    """Write a pipeline of SD3.5-medium's shape, configs and tokenizers and no weights; returns the folder."""
     from diffusers import (
         AutoencoderKL,
         FlowMatchEulerDiscreteScheduler,
@@ -123,14 +128,15 @@ def build(folder: Path, size: str, device: torch.device, with_t5: bool) -> None:
         T5Tokenizer,
     )
 
-    from nft_core.quiet import quiet
-
     quiet("diffusers", "transformers")
     shapes = SHAPES[size]
     parts: dict[str, Any] = {"scheduler": FlowMatchEulerDiscreteScheduler(shift=3.0)}
     letters = [c + end for c in "abcdefghijklmnopqrstuvwxyz" for end in ("", "</w>")]
     vocabulary = {token: i for i, token in enumerate(["<|startoftext|>", "<|endoftext|>", *letters])}
-    with made_on(device, torch.bfloat16):
+    t5 = T5Config(vocab_size=32128, d_kv=64, feed_forward_proj="gated-gelu", **shapes["text_encoder_3"])
+    pieces = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), ("▁", -1.0)]
+    pieces += [(c, -2.0) for c in "abcdefghijklmnopqrstuvwxyz"]
+    with torch.device("meta"):
         parts["transformer"] = SD3Transformer2DModel(
             patch_size=2,
             in_channels=16,
@@ -164,37 +170,93 @@ def build(folder: Path, size: str, device: torch.device, with_t5: bool) -> None:
                 **shape,
             )
             parts[f"text_encoder{number}"] = CLIPTextModelWithProjection(config)
-            parts[f"tokenizer{number}"] = CLIPTokenizer(vocab=vocabulary, merges=[], model_max_length=77)
-        parts["text_encoder_3"] = parts["tokenizer_3"] = None
-        if with_t5:
-            t5 = T5Config(vocab_size=32128, d_kv=64, feed_forward_proj="gated-gelu", **shapes["text_encoder_3"])
-            pieces = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), ("▁", -1.0)]
-            pieces += [(c, -2.0) for c in "abcdefghijklmnopqrstuvwxyz"]
-            parts["text_encoder_3"] = T5EncoderModel(t5)
-            parts["tokenizer_3"] = T5Tokenizer(vocab=pieces, extra_ids=0)
-        for part in parts.values():
-            if isinstance(part, torch.nn.Module):
-                randomise(part)
+        parts["text_encoder_3"] = T5EncoderModel(t5)
+    for number in ("", "_2"):
+        parts[f"tokenizer{number}"] = CLIPTokenizer(vocab=vocabulary, merges=[], model_max_length=77)
+    parts["tokenizer_3"] = T5Tokenizer(vocab=pieces, extra_ids=0)
     pipeline: Any = StableDiffusion3Pipeline(**parts)
-    pipeline.save_pretrained(folder)
+    pipeline.save_config(folder)
+    for name, part in parts.items():
+        if name.startswith(("text_encoder", "tokenizer")):
+            (part.config if name.startswith("text_encoder") else part).save_pretrained(folder / name)
+        else:
+            part.save_config(folder / name)
+    return str(folder)
 
 
-@contextmanager
-def made_on(device: torch.device, dtype: torch.dtype) -> Iterator[None]:
-    """Modules that are made inside are made there, and in that dtype."""
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(dtype)
-    try:
-        with device:
-            yield
-    finally:
-        torch.set_default_dtype(before)
+class RandomSD3(SD3):
+    """An SD3 of a folder of configs alone, whose weights are random numbers made on the device.
+
+    In place of text encoders it has random conditions of their outputs' shape, the same for the same text: what
+    a loop costs depends on neither.
+    """
+
+    def _load(self, wanted: Callable[[str], bool], having: Mapping[str, Any]) -> Any:
+        modules = [name for name in ("transformer", "vae") if wanted(name)]
+        made = {name: self.empty(name).requires_grad_(False).eval() for name in modules}
+        return super()._load(lambda name: wanted(name) and name not in made, {**having, **made})
+
+    def empty(self, part: str) -> torch.nn.Module:
+        module = super().empty(part)
+        if self.device.type == "meta":
+            return module
+        return randomise(module.to_empty(device=self.device))
+
+    def encode(self, prompts: Sequence[str]) -> Condition:
+        config: Any = self.transformer.config
+        tokens = 77 + self.max_sequence_length
+        rows = []
+        for text in prompts:
+            source = torch.Generator().manual_seed(crc32(text.encode()))
+            embeds = torch.randn(tokens, config.joint_attention_dim, generator=source)
+            rows.append((embeds, torch.randn(config.pooled_projection_dim, generator=source)))
+        embeds, pooled = (torch.stack(part).to(self.dtype) for part in zip(*rows, strict=True))
+        return {"embeds": embeds, "pooled": pooled}
+
+
+def load_world(s: Settings, host: Host, device: torch.device) -> FlowModel:
+    """The world's model as a run loads it, or a random one where its folder has no weights."""
+    if not is_made_here(s):
+        return runs.load_model(s, host, device)
+    half = runs.autocast_dtype(s, device) if s.lora_rank else None
+    return RandomSD3(
+        s.model, device=device, dtype=half or torch.float32, max_sequence_length=s.max_sequence_length
+    )
+
+
+def is_made_here(s: Settings) -> bool:
+    """Whether the model's folder is one of configs alone."""
+    transformer = Path(s.model) / "transformer"
+    return transformer.is_dir() and not list(transformer.glob("*.safetensors"))
+
+
+def load_pipeline(s: Settings, device: torch.device) -> Any:
+    """The random model as a diffusers pipeline in float32, which encodes prompts as `RandomSD3` does."""
+    model = RandomSD3(s.model, device=device, max_sequence_length=s.max_sequence_length)
+
+    def encode_prompt(texts: Sequence[str], *given: Any, **options: Any) -> Any:
+        condition = model.encode(texts)
+        return condition["embeds"].to(device), None, condition["pooled"].to(device), None
+
+    model.pipeline.encode_prompt = encode_prompt
+    return model.pipeline
 
 
 @torch.no_grad()
-def randomise(module: torch.nn.Module) -> None:
-    """Matrices that keep the size of what they multiply: a fresh SD3 ends in zeros, and would learn nothing."""
-    torch.manual_seed(0)
-    for p in module.parameters():
+def randomise(module: torch.nn.Module) -> torch.nn.Module:
+    """Fill a module that was made empty: matrices that keep the size of what they multiply, and no bias.
+
+    The numbers are drawn in float32, so that a module in 16 bits has the same ones, rounded.
+    """
+    device = next(module.parameters()).device
+    small = sum(p.numel() for p in module.parameters()) < SAME_EVERYWHERE
+    source = torch.Generator("cpu" if small else device).manual_seed(0)
+    for name, p in module.named_parameters():
         if p.ndim > 1:
-            p.normal_(0, p[0].numel() ** -0.5)
+            drawn = torch.randn(p.shape, generator=source, dtype=torch.float32, device=source.device)
+            p.copy_(drawn * p[0].numel() ** -0.5)
+        else:
+            p.fill_(0.0 if name.endswith("bias") else 1.0)
+    for buffer in module.buffers():
+        buffer.zero_()
+    return module

@@ -37,8 +37,7 @@ def test_both_loops_learn_the_same(world, settings, modules, tmp_path):
     epoch, measures = modules("epoch"), modules("measures")
     model = None
     if world != "tiny":
-        model = str(tmp_path / "pipeline")
-        modules("worlds").build(Path(model), "small", torch.device("cpu"), True)
+        model = modules("worlds").write_configs(tmp_path / "pipeline", "small")
     jobs = [
         epoch.Job(loop, world, model, "cpu", 1, 2, {**SMALL, **settings}, tmp_path)
         for loop in ("ours", "published")
