@@ -3,14 +3,14 @@
 python benchmarks/rewards.py [NAME ...] [--size full|small] [--device cuda] [--images 96] [--epochs 2]
     [--precision auto|bf16|fp32]
 
-Names: pickscore, hpsv2, clipscore, imagereward, geneval, shared, memory; all without one. Checkpoints are made
-here with random weights and the published sizes (`full`), so nothing is downloaded. The straightforward way is
-that of published training code: images to PIL and the model's own preprocessing, every image's prompt through the
-text tower, float32, and a model of its own for each reward; imagereward one pair after the other, as its package;
-geneval one image after the other, and one object after the other for its colour. A second epoch has the same
-prompts, as training does. `shared` scores pickscore and clipscore together on one CLIP. `memory` is the peak of a
-process that holds pickscore, hpsv2 and clipscore and scores two images. `precision` is that of the rewards here.
-hpsv2 needs open_clip and torchvision.
+Names: pickscore, hpsv2, clipscore, imagereward, geneval, shared, memory; all without one. Checkpoints are
+made here with random weights and the published sizes (`full`), so nothing is downloaded. The
+straightforward way is that of published training code: images to PIL and the model's own preprocessing,
+every image's prompt through the text tower, float32, and a model of its own for each reward; imagereward
+one pair after the other, as its package; geneval one image after the other, and one object after the other
+for its colour. A second epoch has the same prompts, as training does. `shared` scores pickscore and
+clipscore together on one CLIP. `memory` is the peak of a process that holds pickscore, hpsv2 and clipscore
+and scores two images. `precision` is that of the rewards here. hpsv2 needs open_clip and torchvision.
 """
 
 import argparse
