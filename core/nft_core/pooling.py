@@ -132,10 +132,11 @@ def statistics(
     valid = {f"{n}/{d}": part.scores.valid for n, part in scores.parts.items() for d in part.scores.details}
     finite = {n: (d, valid.get(n, scores.valid) & d.isfinite()) for n, d in scores.details.items()}
     details = {name: _mean(*figure) for name, figure in finite.items()}
-    tags = sorted({str(m["tag"]) for m in metadata if "tag" in m})
+    # None as well where files say null, and NaN, which is unlike itself.
+    tags = [None if (tag := m.get("tag")) is None or tag != tag else str(tag) for m in metadata]
     by_tag = {}
-    for tag in tags:
-        members = torch.tensor([str(m.get("tag")) == tag for m in metadata])
+    for tag in sorted({tag for tag in tags if tag is not None}):
+        members = torch.tensor([t == tag for t in tags])
         figures = {n: _mean(s.values, s.valid & members) for n, s in everything.items()}
         figures |= {n: _mean(d, valid & members) for n, (d, valid) in finite.items()}
         by_tag[tag] = figures

@@ -162,7 +162,7 @@ def find_prompt(image: Path, prompt: str | None, line: Prompt | None) -> Item:
         more = read_metadata(extra)
         if "prompt" in more:
             sources[str(extra)] = more.pop("prompt")
-        if twice := sorted(metadata.keys() & more.keys()):
+        if twice := sorted(key for key in metadata.keys() & more.keys() if metadata[key] is not None):
             raise UsageError(f"{image}: {', '.join(twice)} stands in {line and line.where} and in {extra}.")
         metadata |= more
     if len(sources) > 1:
@@ -214,6 +214,7 @@ def read_metadata(path: Path) -> dict[str, Any]:
         raise UsageError(f"{path} is not JSON: {error}.") from error
     if not isinstance(record, dict):
         raise UsageError(f"{path}: expected a JSON object with metadata of the image of that name.")
+    record = {key: value for key, value in record.items() if value is not None}
     prompt = record.get("prompt", "...")
     if not isinstance(prompt, str) or not prompt.strip() or not is_text(prompt):
         raise UsageError(f"{path}: prompt must be a text that is not empty, got {prompt!r}.")

@@ -11,6 +11,7 @@ import importlib
 import inspect
 from collections.abc import Iterator, Mapping, Sequence
 from difflib import get_close_matches
+from types import NoneType
 from typing import Any, Literal, NamedTuple, Protocol
 
 import torch
@@ -19,6 +20,7 @@ from torch import Tensor
 from nft_plugins import Batch, PromptError, Scores
 
 from .clip import Precision
+from .fields import decoded, field, whole_number
 from .pixels import finite
 
 DETECTOR = "nft_rewards.photographs:PhotoDetector"
@@ -62,35 +64,58 @@ class Outcome(NamedTuple):
 UNSCORED = Outcome(*[float("nan")] * 3)
 
 
-def check_metadata(metadata: Mapping[str, Any]) -> None:
-    """Raise PromptError for metadata that is not GenEval's."""
-    include = metadata.get("include")
+def read_metadata(metadata: Mapping[str, Any]) -> dict[str, Any]:
+    """GenEval's metadata without its null fields, and with the lists that stand there as text.
+
+    Raises PromptError for metadata that is not GenEval's.
+    """
+    include, exclude = (decoded(field(metadata, name)) for name in ("include", "exclude"))
     if not isinstance(include, (list, tuple)) or not include:
-        raise PromptError('needs metadata include: [{"class": ..., "count": ...}, ...]')
-    for i, clause in enumerate([*include, *metadata.get("exclude", ())]):
-        if not isinstance(clause, Mapping) or not isinstance(clause.get("class"), str):
-            raise PromptError(f"clause {i} of include and exclude needs a class, got {clause!r}")
-        if type(clause.get("count")) is not int or clause["count"] < 1:
-            raise PromptError(f"clause {i} needs a count of 1 or more, got {clause!r}")
-        if "position" in clause:
-            relation, target = clause["position"]
-            if relation not in RELATIONS or not 0 <= target < i:
-                raise PromptError(
-                    f"clause {i}: position is [relation, index of an earlier clause] with a relation of "
-                    f"{', '.join(RELATIONS)}, got {clause['position']!r}"
-                )
+        raise PromptError(f'needs metadata include: [{{"class": ..., "count": ...}}, ...], got {include!r}')
+    if not isinstance(exclude, (list, tuple, NoneType)):
+        raise PromptError(f"exclude must be a list of clauses like those of include, got {exclude!r}")
+    clauses = [read_clause(decoded(clause), i) for i, clause in enumerate([*include, *(exclude or ())])]
+    return {
+        "include": clauses[: len(include)],
+        "exclude": clauses[len(include) :],
+        "tag": field(metadata, "tag"),
+    }
 
 
-def check_names(metadata: Mapping[str, Any], detector: Detector) -> None:
+def read_clause(clause: Any, i: int) -> dict[str, Any]:
+    """The i-th clause of include and exclude. Raises PromptError for what is none."""
+    if not isinstance(clause, Mapping) or not isinstance(clause.get("class"), str):
+        raise PromptError(f"clause {i} of include and exclude needs a class, got {clause!r}")
+    count = whole_number(clause.get("count"))
+    if count is None or count < 1:
+        raise PromptError(f"clause {i} needs a count of 1 or more, got {clause!r}")
+    read = {"class": clause["class"], "count": count}
+    if (color := field(clause, "color")) is not None:
+        if not isinstance(color, str):
+            raise PromptError(f"clause {i}: {color!r} is no color's name")
+        read["color"] = color
+    if (position := decoded(field(clause, "position"))) is not None:
+        pair = position if isinstance(position, (list, tuple)) and len(position) == 2 else (None, None)
+        target = whole_number(pair[1])
+        if pair[0] not in RELATIONS or target is None or not 0 <= target < i:
+            raise PromptError(
+                f"clause {i}: position is [relation, index of an earlier clause] with a relation of "
+                f"{', '.join(RELATIONS)}, got {position!r}"
+            )
+        read["position"] = (pair[0], target)
+    return read
+
+
+def check_names(wanted: Mapping[str, Any], detector: Detector) -> None:
     """Raise PromptError for a class or colour that the detector says it cannot find."""
     for kind, attribute in (("class", "classes"), ("color", "colors")):
         known = getattr(detector, attribute, None)
         if known is None:
             continue
-        for clause in [*metadata["include"], *metadata.get("exclude", ())]:
+        for clause in [*wanted["include"], *wanted["exclude"]]:
             name = clause.get(kind)
             if name is not None and name not in known:
-                raise PromptError(f"the detector knows no {kind} {name!r}; {nearest(str(name), known)}")
+                raise PromptError(f"the detector knows no {kind} {name!r}; {nearest(name, known)}")
 
 
 def nearest(name: str, known: Sequence[str]) -> str:
@@ -128,14 +153,15 @@ def by_class(detections: Sequence[Detected], threshold: float) -> dict[str, list
     return classes
 
 
-def threshold(metadata: Mapping[str, Any]) -> float:
-    return COUNTING_THRESHOLD if metadata.get("tag") == "counting" else THRESHOLD
+def threshold(wanted: Mapping[str, Any]) -> float:
+    return COUNTING_THRESHOLD if wanted["tag"] == "counting" else THRESHOLD
 
 
 def color_matters(detections: Sequence[Detected], metadata: Mapping[str, Any]) -> Iterator[Detected]:
     """Objects whose colour `evaluate` looks at: a clause's best `count`, where there are as many."""
-    classes = by_class(detections, threshold(metadata))
-    for clause in metadata["include"]:
+    wanted = read_metadata(metadata)
+    classes = by_class(detections, threshold(wanted))
+    for clause in wanted["include"]:
         found = classes.get(clause["class"], [])
         if "color" in clause and len(found) >= clause["count"]:
             yield from found[: clause["count"]]
@@ -146,14 +172,15 @@ def evaluate(
     metadata: Mapping[str, Any],
     variant: Literal["corrected", "nft"] = "corrected",
 ) -> Outcome:
-    """One image's outcome.
+    """One image's outcome. metadata: as it comes, or as `read_metadata` gives it.
 
     variant of the soft score: `nft` is the published one, whose count term has no floor and in which a
     wrong relation adds a 0 and then a 1; `corrected` floors the term at 0 and counts the relation once.
     """
-    classes = by_class(detections, threshold(metadata))
-    soft, strict = _soft_and_strict(classes, metadata["include"], variant)
-    return Outcome(strict, float(_lenient(classes, metadata)), soft)
+    wanted = read_metadata(metadata)
+    classes = by_class(detections, threshold(wanted))
+    soft, strict = _soft_and_strict(classes, wanted["include"], variant)
+    return Outcome(strict, float(_lenient(classes, wanted)), soft)
 
 
 def _soft_and_strict(
@@ -193,11 +220,11 @@ def _placed(
     return bool(others) and all(relation in relations(d, o) for d in found for o in others)
 
 
-def _lenient(classes: Mapping[str, Sequence[Detected]], metadata: Mapping[str, Any]) -> bool:
+def _lenient(classes: Mapping[str, Sequence[Detected]], wanted: Mapping[str, Any]) -> bool:
     """The benchmark's own rule: at least `count` objects, of which the best `count` are looked at."""
     correct = True
     matched: list[Sequence[Detected]] = []
-    for clause in metadata["include"]:
+    for clause in wanted["include"]:
         found = classes.get(clause["class"], [])[: clause["count"]]
         right = len(found) == clause["count"]
         if right and "color" in clause:
@@ -206,7 +233,7 @@ def _lenient(classes: Mapping[str, Sequence[Detected]], metadata: Mapping[str, A
             right = _placed(found, clause["position"], matched)
         correct &= right
         matched.append(found if right else ())
-    for clause in metadata.get("exclude", ()):
+    for clause in wanted["exclude"]:
         correct &= len(classes.get(clause["class"], ())) < clause["count"]
     return correct
 
@@ -241,15 +268,13 @@ class GenEval:
 
     def check_prompt(self, prompt: str, metadata: Mapping[str, Any]) -> None:
         try:
-            check_metadata(metadata)
-            check_names(metadata, self.detector)
-        except (TypeError, ValueError) as error:
+            check_names(read_metadata(metadata), self.detector)
+        except PromptError as error:
             raise PromptError(f"{error} (prompt {prompt!r})") from error
 
     def __call__(self, batch: Batch) -> Scores:
         for metadata in batch.metadata:
-            check_metadata(metadata)
-            check_names(metadata, self.detector)
+            check_names(read_metadata(metadata), self.detector)
         # Bytes hide NaN pixels: such an image is not scored.
         outcomes = [
             evaluate(found, metadata, self.variant) if whole and found is not None else UNSCORED

@@ -9,9 +9,7 @@ from __future__ import annotations
 
 import logging
 import os
-import re
-import unicodedata
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from queue import SimpleQueue
 from typing import Any, Literal, NamedTuple
@@ -22,47 +20,10 @@ from PIL import Image
 
 from nft_plugins import Batch, PromptError, Scores
 
-from .ocr_engines import Engine, EngineName, make_engine
+from .fields import field
+from .ocr_engines import EngineName, cause_of, make_engine
 from .pixels import finite
-
-#: Straight, typographic and low-high double quotes, and guillemets.
-QUOTED = re.compile('["“”„‟«](.*?)["“”‟»]')
-APOSTROPHES = str.maketrans("‘’‚‛`´", "''''''")
-
-
-def target_text(prompt: str, metadata: Mapping[str, Any]) -> str:
-    """The words to be read: metadata `text`, or else all quoted words of the prompt, in order.
-
-    Raises PromptError where there are none, and where a straight quote has no partner or may be an inch mark,
-    as in `a 12" pipe`.
-    """
-    if "text" in metadata:
-        text = metadata["text"]
-        if not isinstance(text, str) or not text.strip():
-            raise PromptError(f"metadata text must be a string that is not empty, got {text!r}")
-        return text
-    for quoted in QUOTED.finditer(prompt):
-        if quoted[0].startswith('"') and prompt[: quoted.start()][-1:].isdigit():
-            raise PromptError(
-                f"{quoted[0]} begins right after a number, so its quote may be an inch mark; put a space "
-                f"before it or give metadata text: {prompt!r}"
-            )
-    if '"' in QUOTED.sub("", prompt):
-        raise PromptError(
-            f"a double quote without a partner leaves the words to read open; give metadata text: {prompt!r}"
-        )
-    text = " ".join(part.strip() for part in QUOTED.findall(prompt))
-    if not text.strip():
-        raise PromptError(f"no words to read: expected metadata text or words in double quotes, got {prompt!r}")
-    return text
-
-
-def folded(text: str, normalise: bool) -> str:
-    """Without white space and in lower case; compatibility forms and apostrophes made alike if `normalise`."""
-    if normalise:
-        # Before as well: NFKC takes an acute accent that stands alone apart into a space and an accent.
-        text = unicodedata.normalize("NFKC", text.translate(APOSTROPHES)).translate(APOSTROPHES)
-    return "".join(text.split()).lower()
+from .words import folded, target_text, unknown_letters
 
 
 class Match(NamedTuple):
@@ -91,9 +52,11 @@ class OCR:
     engine: `rapidocr`, whose models come in its wheel, or `paddle`, PaddleOCR 3. Neither has the models of the
         published runs (PaddleOCR 2.9), so absolute scores differ.
     detector, recogniser: local models in place of the engine's own: for rapidocr an `.onnx` file or a folder
-        with one, for paddle a folder with an `inference.yml`.
+        with one, for paddle a folder with an `inference.yml`. A recogniser's letters stand in the model, in
+        `inference.yml` or in a `.txt` file beside it. Words with other letters are refused.
     variant: `nft`, the published rule; `strict` gives no full marks to a target among other letters.
-    normalise: fold Unicode forms (NFKC) and apostrophes before comparing.
+    normalise: fold Unicode forms (NFKC), apostrophes, quotes and dashes, and leave out what cannot be seen,
+        before comparing.
     upscale: enlarge images before reading; small letters need it.
     spam_penalty: 0 as published; above, letters beyond the target cost that share of its length each.
     workers: engines that read side by side; 0: one for each of this process's cores.
@@ -119,19 +82,36 @@ class OCR:
         self.upscale, self.spam_penalty = upscale, spam_penalty
         self.workers = workers or cores_of_this_process()
         # An engine is not safe to share between threads; onnxruntime frees the interpreter while it reads.
-        self.engines: SimpleQueue[Engine] = SimpleQueue()
+        self.engines: SimpleQueue[Callable[[np.ndarray], str]] = SimpleQueue()
         for _ in range(self.workers):
-            self.engines.put(make_engine(engine, detector, recogniser))
+            self.engines.put(one := make_engine(engine, detector, recogniser))
+        #: What the engine can read, folded; None where it does not say.
+        self.known = (
+            None if one.letters is None else frozenset(c for a in one.letters for c in folded(a, normalise))
+        )
         self.pool = ThreadPoolExecutor(self.workers, "ocr")
 
     def check_prompt(self, prompt: str, metadata: Mapping[str, Any]) -> None:
-        if not folded(target_text(prompt, metadata), self.normalise):
+        self.target(prompt, metadata)
+
+    def target(self, prompt: str, metadata: Mapping[str, Any]) -> str:
+        """The words to be read, folded. Raises PromptError where there are none that the engine can read."""
+        words = target_text(prompt, metadata)
+        if not (text := folded(words, self.normalise)):
             raise PromptError(f"no words to read in {prompt!r}")
+        unknown = unknown_letters(words, self.known, self.normalise) if self.known is not None else []
+        if unknown:
+            some = ", ".join(map(repr, unknown[:8])) + ", ..." * (len(unknown) > 8)
+            raise PromptError(
+                f"the recogniser does not know {some} of {words!r}, so that no picture could score 1; "
+                "recogniser=PATH takes one that does"
+            )
+        return text
 
     def __call__(self, batch: Batch) -> Scores:
         targets = [
             # A prompt is read where it has to be: images may come with metadata alone.
-            folded(target_text("" if "text" in metadata else batch.prompts[i], metadata), self.normalise)
+            self.target("" if field(metadata, "text") is not None else batch.prompts[i], metadata)
             for i, metadata in enumerate(batch.metadata)
         ]
         texts = list(self.pool.map(self.read, batch.uint8.permute(0, 2, 3, 1).cpu().numpy()))
@@ -160,7 +140,9 @@ class OCR:
             # Engines take OpenCV's order of channels.
             return engine(np.ascontiguousarray(image[..., ::-1]))
         except Exception as error:
-            logging.getLogger(__name__).warning("OCR failed on an image, which is marked invalid: %s", error)
+            logging.getLogger(__name__).warning(
+                "OCR failed on an image, which is marked invalid: %s", cause_of(error)
+            )
             return None
         finally:
             self.engines.put(engine)

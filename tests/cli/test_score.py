@@ -280,7 +280,7 @@ def test_the_preset_brings_options_and_the_sidecar_metadata(folder):
     assert "Loading" not in result.stderr
     (folder / "shape.txt").unlink()  # What reads the metadata alone needs no prompt.
     text(folder / "word.png", "STOP")
-    (folder / "word.json").write_text('{"text": "STOP"}')
+    (folder / "word.json").write_text('{"text": "STOP", "prompt": null}')
     alone = [
         json.loads(nft(f"{image}.png", "--tiny", "--reward", name, "--json").stdout)[0]["values"]
         for image, name in (("shape", "geneval"), ("word", "ocr,upscale=1"))

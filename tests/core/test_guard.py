@@ -331,6 +331,12 @@ def test_statistics_count_what_was_lost():
     assert rewards["y"] == {"mean": 1.0, "std": 0.0, "valid": 6, "invalid": 0, "masked": 0, "retried": 0}
 
 
+def test_a_tag_that_is_null_is_no_tag():
+    scores = concatenate([composed(raises(ValueError("bad")), Policy("mask"))(batch())] * 2)
+    tags = [{"tag": None}, {"tag": "a"}, {}, {"tag": float("nan")}, {"tag": "a"}, {"tag": "b"}]
+    assert list(statistics(scores, tags)["tags"]) == ["a", "b"]
+
+
 def test_pauses_double_up_to_a_bound(monkeypatch):
     monkeypatch.setattr(guard, "BACKOFF", 0.5)
     assert [pause(n) for n in (1, 2, 3, 7, 8, 1000)] == [0.5, 1.0, 2.0, 30.0, 30.0, 30.0]

@@ -163,6 +163,35 @@ def test_overlapping_boxes_are_two_objects():
     assert evaluate([at("cat", 0, 0), at("cat", 1, 1)], wants(clause("cat", 2))).strict == 1
 
 
+NULLS = clause("cat", color=None, position=None, shape=None)
+
+
+@pytest.mark.parametrize(
+    "metadata",
+    [
+        wants(NULLS, exclude=None, tag=None),
+        wants(NULLS, exclude=float("nan"), tag=float("nan")),
+        wants(clause("cat", 1.0, color=float("nan"))),
+        wants(clause("cat", "1")),
+        {"include": '[{"class": "cat", "count": 1, "color": null}]', "exclude": "[]"},
+        {"include": ['{"class": "cat", "count": 1}']},
+        {"include": "[{'class': 'cat', 'count': 1, 'color': None}]"},
+    ],
+)
+def test_null_is_absent_and_text_is_the_list_that_it_says(metadata):
+    cat, dog = at("cat", 0, 0, color="red"), at("dog", 30, 0)
+    assert evaluate([cat, dog], metadata) == (1, 1, 1)
+    assert evaluate([dog], metadata) == (0, 0, 0)
+    assert list(color_matters([cat], metadata)) == []
+
+
+def test_positions_as_text():
+    for position in (["left of", "0"], ["left of", 0.0], '["left of", 0]'):
+        wanted = wants(clause("dog"), clause("cat", position=position))
+        assert evaluate([at("cat", 0, 0), at("dog", 30, 0)], wanted) == (1, 1, 1)
+        assert evaluate([at("dog", 0, 0), at("cat", 30, 0)], wanted).strict == 0
+
+
 @pytest.fixture(scope="module")
 def reward():
     return GenEval("nft_tiny.detector:ShapeDetector")
@@ -181,6 +210,13 @@ def reward():
         {"include": [{"class": "cat", "count": 1, "position": ["near", 0]}]},
         {"include": [{"class": "cat", "count": 1, "position": ["above", 0]}]},
         {"include": [{"class": "cat", "count": 1, "position": 3}]},
+        {"include": [{"class": "cat", "count": 1, "position": "above"}]},
+        {"include": [{"class": "cat", "count": 1.5}]},
+        {"include": [{"class": "cat", "count": 1, "color": 3}]},
+        {"include": [None]},
+        {"include": "[not JSON"},
+        {"include": {"class": "cat", "count": 1}},
+        {"include": [{"class": "circle", "count": 1}], "exclude": "circle"},
     ],
 )
 def test_bad_metadata(reward, metadata):

@@ -78,6 +78,19 @@ def test_an_engine_that_fails_makes_the_sample_invalid(monkeypatch):
         ("a sign «OPEN»", {}, "OPEN"),
         ('"OPEN" above "LATE"', {}, "OPEN LATE"),
         ('a sign "OPEN 24"', {}, "OPEN 24"),
+        ("„OPEN” ‹LATE› ›A‹ »B« ”C”", {}, "OPEN LATE A B C"),
+        ("「開」と『店』と＂OPEN＂", {}, "開 店 OPEN"),
+        ("「a『b』「c」」", {}, "a『b』「c」"),
+        ('“he said "hi"” and «a „b“»', {}, 'he said "hi" a „b“'),
+        ('"he said "hi" to me"', {}, 'he said "hi" to me'),
+        ('"don\'t walk" “don’t walk”', {}, "don't walk"),  # alike, so they count once
+        ('a sign "Keep it!". It says "KEEP IT!", "now"', {}, "Keep it! now"),
+        (r"says \"OPEN\"", {}, "OPEN"),
+        ('a sign "OPEN"', {"text": None}, "OPEN"),
+        ('a sign "OPEN"', {"text": float("nan")}, "OPEN"),
+        ("", {"text": ["NO", "NO", "WAY"]}, "NO NO WAY"),
+        ("", {"text": '["NO", "WAY"]'}, "NO WAY"),
+        ("", {"text": "[EXIT]"}, "[EXIT]"),
         ('a sign "OPEN"', {"text": "SHUT"}, "SHUT"),
         ('a 12" pipe that says "CAT"', {"text": "CAT"}, "CAT"),
         ("no quotes", {"text": "SHUT"}, "SHUT"),
@@ -98,6 +111,14 @@ def test_targets(prompt, metadata, expected):
         ('a 12" pipe and a 5" pipe', {}),
         ('"A"', {"text": ""}),
         ("", {"text": 3}),
+        ("", {"text": []}),
+        ("", {"text": ["A", ""]}),
+        ("", {"text": ["A", 3]}),
+        ('“A"', {}),
+        ("A”", {}),
+        ("5” pipe”", {}),
+        ('"A and "B"', {}),
+        ('"\u200b\u00ad"', {}),
     ],
 )
 def test_a_prompt_without_words_is_an_error(ocr, prompt, metadata):
@@ -122,6 +143,39 @@ def test_folding():
     assert folded("O₂ it’s", True) == "o2it's"
     assert folded("don´t it｀s", True) == "don'tit's"
     assert folded("O₂", False) == "o₂"
+    assert folded("A\u200bB\u00adC\ufeffD\u200eE\u2060F\x08G♥\ufe0f", True) == "abcdefg♥"
+    assert folded("“x” «y» — – − ‐ 5′6″", True) == folded('"x" "y" - - - - 5\'6"', True)
+    assert folded("1⁄2 ½ 〜 ΟΔΟΣ οδος", True) == "1/21/2~οδοσοδοσ"
+    assert folded("a\u200bb", False) == "a\u200bb"
+
+
+@pytest.mark.parametrize(
+    ("text", "unknown"),
+    [
+        ("ПРИВЕТ", "П"),
+        ("Hello мир", "м"),
+        ("שלום", "ש"),
+        ("سلام", "س"),
+        ("สวัสดี", "ส"),
+        ("안녕", "안"),
+        ("OK 🦄", "🦄"),
+    ],
+)
+def test_letters_that_the_recogniser_does_not_know_are_refused(ocr, text, unknown):
+    for prompt, metadata in ((f'"{text}"', {}), ("p", {"text": text})):
+        with pytest.raises(PromptError, match=f"the recogniser does not know '{unknown}'.*recogniser=PATH"):
+            ocr.check_prompt(prompt, metadata)
+    with pytest.raises(PromptError, match="does not know"):
+        ocr(batch_of([picture("A")], [f'"{text}"']))
+
+
+def test_letters_that_fold_to_known_ones_are_known(ocr):
+    ocr.check_prompt('"Cafe\u0301 Größe — ½ ﬁne ΟΔΟΣ ٣ 日本 «x»"'.replace("٣", "③"), {})
+
+
+def test_what_a_prompt_quotes_twice_is_written_once(ocr):
+    prompt = 'a man with a sign that has text: "Keep it". The sign says "Keep it".'
+    assert ocr(batch_of([picture("Keep it")], [prompt], [{"text": None}])).values.tolist() == [1.0]
 
 
 def test_bad_options():

@@ -2,6 +2,7 @@
 (benchmarks/ocr.py writes some)."""
 
 import importlib.util
+import json
 import os
 import shutil
 from pathlib import Path
@@ -11,7 +12,7 @@ import pytest
 from PIL import Image, ImageDraw, ImageFont
 
 from nft_rewards.ocr import OCR
-from nft_rewards.ocr_engines import make_engine
+from nft_rewards.ocr_engines import cause_of, letters_of, make_engine
 
 MODELS = Path(os.environ.get("NFT_PADDLE_MODELS", ""))
 needs_paddle = pytest.mark.skipif(
@@ -36,6 +37,70 @@ def test_rapidocr_reads_with_local_models(tmp_path):
     engine = make_engine("rapidocr", str(tmp_path / "det"), str(tmp_path / "rec" / "mine.rec.onnx"))
     assert engine(picture("HELLO 42")) == "HELLO 42"
     assert engine(picture("")) == ""
+
+
+@pytest.fixture(scope="module")
+def nameless(tmp_path_factory):
+    """A folder with the wheel's recogniser, whose metadata `character` has another name, and its letters."""
+    import rapidocr
+
+    folder = tmp_path_factory.mktemp("nameless")
+    (model,) = (Path(rapidocr.__file__).parent / "models").glob("*_rec_*.onnx")
+    (folder / "rec.onnx").write_bytes(model.read_bytes().replace(b"\tcharacter", b"\tcharacteR"))
+    return folder, letters_of(model)
+
+
+@pytest.mark.parametrize("kind", ["one a line", "with the blank and the space", "inference.yml"])
+def test_rapidocr_reads_with_letters_from_a_file(nameless, kind, tmp_path):
+    folder, letters = nameless
+    (tmp_path / "rec.onnx").symlink_to(folder / "rec.onnx")
+    (tmp_path / "README.txt").write_text("A model.")
+    if kind == "inference.yml":
+        listed = "\n".join("  - " + json.dumps(a, ensure_ascii=False) for a in letters)
+        text = f"Global:\n  model_name: x\nPostProcess:\n  character_dict:\n{listed}\n"
+        (tmp_path / "inference.yml").write_text(text, encoding="utf-8")
+    else:
+        lines = letters if kind == "one a line" else ["blank", *letters, " "]
+        (tmp_path / "dict.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    engine = make_engine("rapidocr", recogniser=str(tmp_path))
+    assert engine(picture("HELLO 42")) == "HELLO 42"
+    assert engine.letters == {*letters, " "}
+
+
+def test_letters_of_another_recogniser_are_an_error(nameless, tmp_path):
+    folder, letters = nameless
+    (tmp_path / "rec.onnx").symlink_to(folder / "rec.onnx")
+    (tmp_path / "dict.txt").write_text("\n".join(letters[:-2]), encoding="utf-8")
+    with pytest.raises(OSError, match=f"fits its {len(letters) + 2} classes; found none"):
+        make_engine("rapidocr", recogniser=str(tmp_path))
+    for name, some in (("a.txt", letters), ("b.txt", letters[::-1])):
+        (tmp_path / name).write_text("\n".join(some), encoding="utf-8")
+    with pytest.raises(OSError, match="found a.txt and b.txt"):
+        make_engine("rapidocr", recogniser=str(tmp_path))
+
+
+def test_a_model_of_another_kind_is_an_error_before_an_image_comes():
+    import rapidocr
+
+    models = Path(rapidocr.__file__).parent / "models"
+    with pytest.raises(OSError, match="RapidOCR did not start with .*_rec_.* and its own recogniser: .*ONNX"):
+        make_engine("rapidocr", detector=str(next(models.glob("*_rec_*.onnx"))))
+
+
+def test_the_cause_of_a_failure_is_shown():
+    def failed(message, cause):
+        try:
+            try:
+                raise KeyError("shape") from cause
+            except KeyError as error:
+                raise RuntimeError(message) from error
+        except RuntimeError as error:
+            return error
+
+    assert cause_of(ValueError("no\nmodel")) == "no model"
+    assert cause_of(failed("see the manual", OSError("disk"))) == "see the manual (OSError: disk)"
+    assert cause_of(failed("Traceback (most recent call last):\n ...", OSError("disk"))) == "disk"
+    assert cause_of(failed("no disk left", OSError("disk"))) == "no disk left"
 
 
 def test_other_onnx_files_are_an_error(tmp_path):

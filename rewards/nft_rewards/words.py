@@ -1,0 +1,117 @@
+"""The words that a prompt asks to be written, and what makes two texts alike."""
+
+from __future__ import annotations
+
+import unicodedata
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from nft_plugins import PromptError
+
+from .fields import decoded, field
+
+#: What closes each opening quote. Straight quotes close themselves, as do Swedish ones; German guillemets
+#: point inwards.
+CLOSING = {
+    **{'"': '"', "＂": "＂", "“": "”", "”": "”", "„": "“”", "‟": "”", "❝": "❞", "〝": "〞〟"},
+    **{"«": "»", "»": "«»", "‹": "›", "›": "‹›"},
+    **{"「": "」", "『": "』", "｢": "｣", "﹁": "﹂", "﹃": "﹄"},
+}
+QUOTES = {*CLOSING, *"".join(CLOSING.values())}
+
+#: Signs that a picture cannot tell apart, or that few recognisers know.
+ALIKE = str.maketrans(
+    dict.fromkeys("‘’‚‛`´′ʼʹ‹›", "'")
+    | dict.fromkeys("“”„‟«»″〝〞〟❝❞", '"')
+    | dict.fromkeys("‐‑‒–—―−⁃˗﹘﹣", "-")
+    | {"〜": "~", "⁄": "/", "∕": "/", "ς": "σ"}
+)
+#: Characters without a picture of their own that Unicode does not count among controls and formats:
+#: joiners, variation selectors, fillers.
+UNSEEN = {*map(chr, [0x34F, 0x115F, 0x1160, 0x17B4, 0x17B5, 0x2800, 0x3164, 0xFFA0])} | {
+    chr(c)
+    for first, last in ((0x180B, 0x180F), (0xFE00, 0xFE0F), (0xE0100, 0xE01EF))
+    for c in range(first, last + 1)
+}
+
+
+def target_text(prompt: str, metadata: Mapping[str, Any]) -> str:
+    """The words to be read: metadata `text`, or else all quoted words of the prompt, in order.
+
+    A list of texts is joined; what a prompt quotes again counts once. Raises PromptError where there are no
+    words, and where a quote has no partner or may be an inch mark, as in `a 12" pipe`.
+    """
+    given = field(metadata, "text")
+    if given is not None:
+        many = decoded(given)
+        texts = many if isinstance(many, (list, tuple)) and all(isinstance(t, str) for t in many) else [given]
+        if not texts or not all(isinstance(t, str) and t.strip() for t in texts):
+            raise PromptError(f"metadata text must be a text or a list of texts, none empty, got {given!r}")
+        return " ".join(texts)
+    once: dict[str, str] = {}
+    for words in quoted(prompt):
+        once.setdefault(folded(words, normalise=True), words)
+    text = " ".join(once.values())
+    if not text.strip():
+        raise PromptError(f"no words to read: expected metadata text or words in double quotes, got {prompt!r}")
+    return text
+
+
+def quoted(prompt: str) -> Iterator[str]:
+    """The texts between quotes, outermost ones only.
+
+    Raises PromptError for a quote without a partner, and for one right after a number.
+    """
+    # Prompts that were cut out of JSON keep its backslashes.
+    prompt, i = prompt.replace('\\"', '"'), 0
+    while i < len(prompt):
+        if prompt[i] in QUOTES:
+            end = find_closing(prompt, i)
+            if prompt[i] in '"”＂' and prompt[:i][-1:].isdigit():
+                raise PromptError(
+                    f"{prompt[i : end and end + 1]} begins right after a number, so it may be an inch mark; "
+                    f"put a space before it or give metadata text: {prompt!r}"
+                )
+            if end is None:
+                raise PromptError(
+                    f"a double quote without a partner, {prompt[i]}, leaves the words to read open; give "
+                    f"metadata text: {prompt!r}"
+                )
+            yield prompt[i + 1 : end].strip()
+            i = end
+        i += 1
+
+
+def find_closing(prompt: str, start: int) -> int | None:
+    """Where the quote that opens at `start` is closed, past others of its kind inside; None where it is not."""
+    opening, depth = prompt[start], 0
+    for i in range(start + 1, len(prompt)):
+        mark = prompt[i]
+        # A sign that opens and closes opens where it stands before a word and after a space.
+        opens = mark == opening and prompt[i - 1].isspace() and prompt[i + 1 : i + 2].isalnum()
+        if mark in CLOSING.get(opening, "") and not opens:
+            if depth == 0:
+                return i
+            depth -= 1
+        elif mark == opening:
+            depth += 1
+    return None
+
+
+def folded(text: str, normalise: bool) -> str:
+    """Without white space and in lower case. normalise: signs that look alike are made alike (NFKC forms,
+    apostrophes, quotes, dashes), and those that cannot be seen are left out.
+    """
+    if normalise:
+        # Before NFKC as well, which takes an acute accent that stands alone apart into a space and an accent.
+        text = unicodedata.normalize("NFKC", text.translate(ALIKE)).lower().translate(ALIKE)
+        text = "".join(c for c in text if unicodedata.category(c) not in ("Cc", "Cf") and c not in UNSEEN)
+    return "".join(text.split()).lower()
+
+
+def unknown_letters(text: str, known: frozenset[str], normalise: bool) -> list[str]:
+    """Letters of the text that cannot be read, each once. known: letters that can, folded."""
+    if normalise:
+        # Whole, so that a letter and its accents become one.
+        text = unicodedata.normalize("NFKC", text)
+    return list(dict.fromkeys(c for c in text if not known.issuperset(folded(c, normalise))))
