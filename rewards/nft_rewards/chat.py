@@ -6,14 +6,18 @@ import asyncio
 import json
 import os
 import random
+import re
+from base64 import b64encode
 from collections.abc import Awaitable, Callable, Coroutine, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
 from functools import cache
+from html import escape
 from threading import Thread
+from types import NoneType
 from typing import Any, TypeVar
-from urllib.parse import urlsplit
+from urllib.parse import quote, quote_plus, urlsplit
 
 try:  # huggingface_hub brings one of the two; httpx2 is the same client, continued.
     import httpx2 as httpx
@@ -63,13 +67,14 @@ class ChatServer:
 
     def __post_init__(self) -> None:
         parts = urlsplit(self.url)
-        if parts.scheme not in ("http", "https") or not parts.hostname or parts.port == 0:
-            raise ValueError(f"url must be like http://127.0.0.1:8000/v1, got {self.url!r}")
-        if "@" in parts.netloc or parts.query or parts.fragment:
+        # First, so that no other message shows what may be a password.
+        if "@" in (parts.netloc or self.url) or parts.query or parts.fragment:
             raise ValueError(
                 "url must hold no user, password, ? or #, for it is written to the run's settings; "
                 "api_key_env=NAME takes a key from an environment variable"
             )
+        if parts.scheme not in ("http", "https") or not parts.hostname or parts.port == 0:
+            raise ValueError(f"url must be like http://127.0.0.1:8000/v1, got {self.url!r}")
         if self.concurrency < 1 or self.retries < 0 or not (self.timeout > 0 and self.deadline > 0):
             raise ValueError("concurrency must be at least 1, retries 0, timeout and deadline above 0")
         self.key()
@@ -77,16 +82,29 @@ class ChatServer:
     def key(self) -> str:
         if not self.key_env:
             return ""
+        # What does not look like a name may be the key itself, which no message shows.
+        name = repr(self.key_env) if re.fullmatch("[A-Z][A-Z0-9_]{,40}", self.key_env) else "..."
         if not (key := os.environ.get(self.key_env, "").strip()):
-            raise ValueError(f"api_key_env={self.key_env!r}: no such environment variable, or it is empty")
+            raise ValueError(
+                f"api_key_env={name}: no such environment variable, or it is empty; it takes the name of one, "
+                "not the key"
+            )
         if not (key.isascii() and key.isprintable()):
-            raise ValueError(f"api_key_env={self.key_env!r}: a key is one line of ASCII")
+            raise ValueError(f"api_key_env={name}: a key is one line of ASCII")
         return key
 
-    def redacted(self, text: str) -> str:
-        """Without the key, which a server may send back."""
+    def redacted(self, reply: Any) -> Any:
+        """A reply, or the Failed that came of it, without the key, which a server may send back."""
         key = self.key()
-        return text.replace(key, "***") if key else text
+        if not key or isinstance(reply, (int, float, NoneType)):
+            return reply
+        if isinstance(reply, str):
+            return shapes_of(key).sub("***", reply)
+        if isinstance(reply, Failed):
+            return type(reply)(self.redacted(reply.cause), self.redacted(reply.example))
+        if isinstance(reply, dict):
+            return {self.redacted(name): self.redacted(value) for name, value in reply.items()}
+        return [self.redacted(value) for value in reply]
 
     def ask_all(self, questions: Sequence[Callable[[], Awaitable[dict[str, Any]]]]) -> list[Any]:
         """The decoded reply to each question, in order, or the Failed that came of it.
@@ -110,6 +128,13 @@ class ChatServer:
         ) as client:
 
             async def one(question: Callable[[], Awaitable[dict[str, Any]]]) -> Any:
+                # Here, before anything is cut: half a key is a secret too.
+                try:
+                    return self.redacted(await answer(question))
+                except RecursionError:
+                    return Failed("a reply of another form")
+
+            async def answer(question: Callable[[], Awaitable[dict[str, Any]]]) -> Any:
                 last: list[Failed] = []
                 try:
                     async with asyncio.timeout_at(end), turn:
@@ -160,6 +185,25 @@ class ChatServer:
                 if len(content) > LARGEST_REPLY:
                     raise Failed(f"a reply of more than {LARGEST_REPLY} bytes")
             return response.status_code, response.headers, content
+
+
+@cache
+def shapes_of(key: str) -> re.Pattern[str]:
+    """Whatever shows a key: plain, escaped or in base64, and of a long one its first eight letters."""
+    shapes = set()
+    for text in (key, key.split()[-1]):  # "Bearer KEY" may have been given as the key.
+        shapes |= {text, quote(text, safe=""), quote_plus(text), escape(text), repr(text)[1:-1]}
+        shapes |= {json.dumps(text)[1:-1], json.dumps(text)[1:-1].replace("/", r"\/")}
+        # Base64 of a text with the key in it has one of three looks, by where the key begins. The letters at
+        # its ends belong to what stands beside it too.
+        for before in range(3):
+            code = b64encode(bytes(before) + text.encode()).decode()
+            inner = code[-(-before * 8 // 6) : (before + len(text)) * 8 // 6]
+            codes = (inner, inner.translate(str.maketrans("+/", "-_")), text.encode().hex())
+            shapes |= {s for s in codes if len(s) > 4}
+    whole = sorted(shapes, key=len, reverse=True)
+    cut = [re.escape(shape[:8]) + r"[^\s\"'<>&,;]*" for shape in whole if len(shape) >= 12]
+    return re.compile("|".join([*map(re.escape, whole), *cut]), re.IGNORECASE)
 
 
 def decoded(content: bytes) -> Any:

@@ -1,6 +1,7 @@
 """VLM judge: a vision-language model behind an OpenAI-compatible server says how well image and prompt agree.
 
-`preset="unified"`: UnifiedReward's pointwise question; the number x from 1 to 5 after `Final Score:`, as x / 5.
+`preset="unified"`: UnifiedReward's pointwise question; the number x from 1 to 5 after the last `Final Score:`,
+as x / 5.
 `preset="yes_no"`: P(yes) / (P(yes) + P(no)) of the reply's first token, after VQAScore, which takes P(yes).
 Servers and their versions differ a little from one another, also at temperature 0.
 Sources: arXiv 2503.05236, CodeGoat24/UnifiedReward-7b-v1.5; VQAScore, arXiv 2404.01291.
@@ -14,11 +15,11 @@ import logging
 import math
 import re
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from io import BytesIO
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import torch
 from PIL import Image
@@ -27,6 +28,7 @@ from nft_plugins import Batch, Scores
 
 from .chat import ChatServer, Failed, Refused, Unreachable
 from .pixels import finite
+from .replies import TOP, Answer, Found, final_score, last_match, last_number, yes_or_no
 
 log = logging.getLogger(__name__)
 
@@ -46,17 +48,6 @@ Text Caption: [{prompt}]"""
 
 YES_NO = 'Does this figure show "{prompt}"? Please answer yes or no.'
 
-#: As published, but for the digits: `[1-5](\.\d+)?` would read 45 as 4 and accept 5.9.
-FINAL_SCORE = r"Final Score:\s*(-?\d+(?:\.\d+)?)"
-
-#: The most alternatives that OpenAI's protocol gives for a token.
-TOP = 20
-
-
-class Answer(NamedTuple):
-    value: float
-    figure: float
-
 
 class VLMJudge:
     """Values in [low / high, 1], 0.2 to 1 by default; in [0, 1] for `preset="yes_no"`.
@@ -64,8 +55,9 @@ class VLMJudge:
     Details: `score`, the number as the reply gives it; for `yes_no` `mass`, P(yes) + P(no).
     url, model: of the server; model has a default for `unified` only.
     template: the question, a text with `{prompt}` or a text file with such a one, instead of the preset's.
-    pattern: a regular expression whose first group is the number; low, high: where it must lie. The value is
-        the number / high. Not for `yes_no`.
+    pattern: a regular expression whose first group is the number, of which the last match outside the thinking
+        counts; empty: the number after `Final Score:`. low, high: where it must lie. The value is the
+        number / high. Not for `yes_no`.
     api_key_env: the name of an environment variable with the key.
     concurrency: requests at once. timeout: seconds for a request; deadline: for a whole batch.
     retries: after a lost connection, 429 or 5xx, ever later, and not before the server's Retry-After.
@@ -83,7 +75,7 @@ class VLMJudge:
         url: str = "http://127.0.0.1:8000/v1",
         model: str = "",
         template: str = "",
-        pattern: str = FINAL_SCORE,
+        pattern: str = "",
         low: float = 1.0,
         high: float = 5.0,
         api_key_env: str = "",
@@ -98,7 +90,7 @@ class VLMJudge:
         yes_no = preset == "yes_no"
         if not model and (yes_no or template):
             raise ValueError(f"model=NAME is needed, one of those that {url}/models lists")
-        if yes_no and (pattern, low, high) != (FINAL_SCORE, 1.0, 5.0):
+        if yes_no and (pattern, low, high) != ("", 1.0, 5.0):
             raise ValueError("pattern, low and high are for replies with a number, which yes_no has not")
         if not (math.isfinite(low) and math.isfinite(high) and low < high and high > 0):
             raise ValueError(f"low must be less than high, and high above 0, got {low} and {high}")
@@ -109,7 +101,7 @@ class VLMJudge:
         self.template = read_template(template) if template else YES_NO if yes_no else UNIFIED
         self.figure = "mass" if yes_no else "score"
         self.read: Callable[[Any], Answer] = (
-            yes_or_no if yes_no else partial(first_number, pattern=compiled(pattern), low=low, high=high)
+            yes_or_no if yes_no else partial(last_number, find=finder(pattern), low=low, high=high)
         )
         self.options: dict[str, Any] = {"temperature": 0, "max_tokens": max_tokens or (1 if yes_no else 1024)}
         if yes_no:
@@ -122,7 +114,7 @@ class VLMJudge:
         asked = [i for i, ok in enumerate(whole) if ok]
         replies = self.server.ask_all([partial(self.body, batch.prompts[i], images[i]) for i in asked])
         if replies and all(isinstance(r, (Unreachable, Refused)) for r in replies):
-            raise ConnectionError(self.server.redacted(self.remedy(replies[0])))
+            raise ConnectionError(self.remedy(replies[0]))
         answers: list[Answer | Failed] = [Failed("pixels that are not finite")] * len(batch)
         for i, reply in zip(asked, replies, strict=True):
             answers[i] = self.answer(reply)
@@ -162,7 +154,7 @@ class VLMJudge:
             "vlm_judge: %d of %d images could not be scored and are marked invalid: %s",
             len(failures),
             len(answers),
-            self.server.redacted("; ".join(causes)),
+            "; ".join(causes),
         )
 
     def remedy(self, failure: Failed) -> str:
@@ -193,14 +185,17 @@ def read_template(given: str) -> str:
     return text.strip()
 
 
-def compiled(pattern: str) -> re.Pattern[str]:
+def finder(pattern: str) -> Callable[[str], Found | None]:
+    """What finds the number in a reply. Raises ValueError for a pattern that cannot."""
+    if not pattern:
+        return final_score
     try:
         expression = re.compile(pattern)
     except re.error as error:
         raise ValueError(f"pattern={pattern!r} is no regular expression: {error}") from error
     if not expression.groups:
         raise ValueError(f"pattern={pattern!r} needs a group (...) around the number")
-    return expression
+    return last_match(expression)
 
 
 def encoded(image: Image.Image, image_format: ImageFormat, longest: int) -> str:
@@ -215,40 +210,3 @@ def encoded(image: Image.Image, image_format: ImageFormat, longest: int) -> str:
         buffer, format=image_format, **({"compress_level": 1} if image_format == "png" else {"quality": 95})
     )
     return base64.b64encode(buffer.getvalue()).decode()
-
-
-def first_number(choice: Mapping[str, Any], pattern: re.Pattern[str], low: float, high: float) -> Answer:
-    """The first number that the pattern finds in the reply."""
-    message = choice["message"]
-    if message.get("refusal") or choice.get("finish_reason") == "content_filter":
-        raise Failed("a refusal", str(message.get("refusal") or message.get("content") or ""))
-    text = message["content"]
-    match = pattern.search(text)
-    if match is None or match[1] is None:
-        cut = ", cut at max_tokens" if choice.get("finish_reason") == "length" else ""
-        raise Failed(f"no number in the reply{cut}", text[-100:])
-    try:
-        x = float(match[1])
-    except ValueError:
-        raise Failed("no number in the reply", match[0]) from None
-    if not low <= x <= high:
-        raise Failed(f"a number that is not from {low:g} to {high:g}", match[0])
-    return Answer(x / high, x)
-
-
-def yes_or_no(choice: Mapping[str, Any]) -> Answer:
-    """P(yes) / (P(yes) + P(no)) among the first token's alternatives, whatever their case and leading space."""
-    if not choice.get("logprobs") or not choice["logprobs"].get("content"):
-        raise Failed("no log-probabilities in the reply")
-    chances = {"yes": 0.0, "no": 0.0}
-    for alternative in choice["logprobs"]["content"][0]["top_logprobs"]:
-        word = alternative["token"].strip(" \t\n▁Ġ").lower()
-        if word in chances:
-            # Rounded figures may add up to a little over 1; beyond that they are no probabilities.
-            chances[word] += math.exp(min(alternative["logprob"], 1.0))
-    mass = sum(chances.values())
-    if mass > 1.01:
-        raise Failed("log-probabilities that are none", str(chances))
-    if not mass > 0:
-        raise Failed("neither yes nor no among the likely answers", str(choice["message"].get("content")))
-    return Answer(chances["yes"] / mass, mass)

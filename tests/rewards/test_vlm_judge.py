@@ -2,13 +2,16 @@
 
 import asyncio
 import base64
+import html
 import json
 import logging
 import math
+import re
 import threading
 import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from io import BytesIO
+from urllib.parse import quote, quote_plus
 
 import numpy as np
 import pytest
@@ -342,6 +345,68 @@ def test_the_key_comes_from_the_environment(server, monkeypatch):
     monkeypatch.delenv("JUDGE_KEY")
     with pytest.raises(ValueError, match="JUDGE_KEY.*no such environment variable"):
         VLMJudge(url=server.url, api_key_env="JUDGE_KEY")
+
+
+KEY = "sk-proj-Q7+x/9Zk_w2<&>Lm4TtB"
+
+
+@pytest.mark.parametrize(
+    "sent",
+    [
+        KEY,
+        KEY.upper(),
+        base64.b64encode(KEY.encode()).decode(),
+        base64.b64encode(f"Bearer {KEY}".encode()).decode().removeprefix("QmVhcmVyI"),
+        base64.urlsafe_b64encode(f":{KEY}".encode()).decode(),
+        quote(KEY, safe=""),
+        quote_plus(KEY),
+        KEY.encode().hex(),
+        html.escape(KEY),
+        json.dumps(KEY).replace("/", r"\/"),
+        KEY[:14] + "****",
+        quote(KEY, safe="")[:20],
+    ],
+)
+def test_the_key_is_known_in_every_shape(monkeypatch, sent):
+    monkeypatch.setenv("JUDGE_KEY", KEY)
+    server = VLMJudge(api_key_env="JUDGE_KEY").server
+    # Base64 keeps a letter or two at its ends, which belong to what stands there too.
+    assert re.fullmatch(r"got .{,2}\*\*\*.{,3}, no", server.redacted(f"got {sent}, no"))
+    monkeypatch.setenv("JUDGE_KEY", f"Bearer {KEY}")
+    assert re.fullmatch(r"got .{,2}\*\*\*.{,3}, no", server.redacted(f"got {sent}, no"))
+
+
+def test_a_key_that_is_sent_back_is_not_logged(server, monkeypatch, caplog):
+    monkeypatch.setenv("JUDGE_KEY", KEY)
+    headers = f"{'Connection: keep-alive ' * 4} Authorization: Bearer {KEY}"
+    server.respond = by_prompt(
+        {
+            "status": (400, {}, headers.encode()),
+            "html": (200, {}, f"<pre>{html.escape(headers)}</pre>".encode()),
+            "tail": good(f"{headers} {'.' * 90}"),
+            "odd": (200, {}, json.dumps({headers: [headers]}).encode()),
+            "good": good("Final Score: 4"),
+        }
+    )
+    with caplog.at_level(logging.WARNING):
+        VLMJudge(url=server.url, api_key_env="JUDGE_KEY", retries=0)(
+            batch_of("status", "html", "tail", "odd", "good")
+        )
+    assert "***" in caplog.text
+    assert not [KEY[i : i + 4] for i in range(8, len(KEY) - 3) if KEY[i : i + 4] in caplog.text]
+
+
+def test_a_key_in_the_place_of_its_name_is_not_shown():
+    for options in ({"api_key_env": KEY}, {"url": f"user:{KEY}@host/v1"}, {"url": f"http://host/v1?key={KEY}"}):
+        with pytest.raises(ValueError, match="api_key_env") as caught:
+            VLMJudge(**options)
+        assert "Q7+x" not in str(caught.value)
+
+
+def test_the_last_match_of_a_pattern_counts(server):
+    server.respond = lambda n, text: good("<think>rate 1</think> rate 30, no: rate 70")
+    judge = VLMJudge(url=server.url, model="m", template="{prompt}", pattern=r"rate (\d+)", low=0, high=100)
+    close(judge(batch_of("a")).values, [0.7])
 
 
 def test_inside_a_running_loop(server):
