@@ -10,8 +10,13 @@ from typing import Any
 
 
 def field(record: Mapping[str, Any], name: str) -> Any:
-    """The value of a field, or None where it is absent, null or NaN, which is what pandas makes of null."""
+    """The value of a field, or None where it is absent, null or NaN, which is what pandas makes of null.
+
+    Arrays of numpy's become lists.
+    """
     value = record.get(name)
+    if hasattr(value, "tolist"):
+        value = value.tolist()
     return None if isinstance(value, float) and value != value else value
 
 

@@ -86,7 +86,7 @@ def read_clause(clause: Any, i: int) -> dict[str, Any]:
     """The i-th clause of include and exclude. Raises PromptError for what is none."""
     if not isinstance(clause, Mapping) or not isinstance(clause.get("class"), str):
         raise PromptError(f"clause {i} of include and exclude needs a class, got {clause!r}")
-    count = whole_number(clause.get("count"))
+    count = whole_number(field(clause, "count"))
     if count is None or count < 1:
         raise PromptError(f"clause {i} needs a count of 1 or more, got {clause!r}")
     read = {"class": clause["class"], "count": count}

@@ -50,7 +50,9 @@ def target_text(prompt: str, metadata: Mapping[str, Any]) -> str:
         return " ".join(texts)
     once: dict[str, str] = {}
     for words in quoted(prompt):
-        once.setdefault(folded(words, normalise=True), words)
+        # American English puts commas and full stops before the closing quote.
+        letters = folded(words, normalise=True)
+        once.setdefault(letters.rstrip(".,;:") or letters, words)
     text = " ".join(once.values())
     if not text.strip():
         raise PromptError(f"no words to read: expected metadata text or words in double quotes, got {prompt!r}")

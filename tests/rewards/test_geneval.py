@@ -176,6 +176,7 @@ NULLS = clause("cat", color=None, position=None, shape=None)
         {"include": '[{"class": "cat", "count": 1, "color": null}]', "exclude": "[]"},
         {"include": ['{"class": "cat", "count": 1}']},
         {"include": "[{'class': 'cat', 'count': 1, 'color': None}]"},
+        {"include": np.array([clause("cat", np.int64(1), color=np.float64("nan"))]), "exclude": np.array([])},
     ],
 )
 def test_null_is_absent_and_text_is_the_list_that_it_says(metadata):
@@ -186,7 +187,7 @@ def test_null_is_absent_and_text_is_the_list_that_it_says(metadata):
 
 
 def test_positions_as_text():
-    for position in (["left of", "0"], ["left of", 0.0], '["left of", 0]'):
+    for position in (["left of", "0"], ["left of", 0.0], np.array(["left of", 0], object), '["left of", 0]'):
         wanted = wants(clause("dog"), clause("cat", position=position))
         assert evaluate([at("cat", 0, 0), at("dog", 30, 0)], wanted) == (1, 1, 1)
         assert evaluate([at("dog", 0, 0), at("cat", 30, 0)], wanted).strict == 0

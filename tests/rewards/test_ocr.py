@@ -85,6 +85,7 @@ def test_an_engine_that_fails_makes_the_sample_invalid(monkeypatch):
         ('"he said "hi" to me"', {}, 'he said "hi" to me'),
         ('"don\'t walk" “don’t walk”', {}, "don't walk"),  # alike, so they count once
         ('a sign "Keep it!". It says "KEEP IT!", "now"', {}, "Keep it! now"),
+        ('the words "Hello," and then "hello" and "C", "C++"', {}, "Hello, C C++"),
         (r"says \"OPEN\"", {}, "OPEN"),
         ('a sign "OPEN"', {"text": None}, "OPEN"),
         ('a sign "OPEN"', {"text": float("nan")}, "OPEN"),
