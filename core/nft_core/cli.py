@@ -77,8 +77,8 @@ for command in (info, check):
     help="How rewards are joined.  [default: sum]",
 )
 @click.option("--solver", metavar="NAME", help="Solver of the rollouts; see `nft solvers`.  [default: dpm2]")
-@click.option("--prompts", metavar="FILE", help="Training prompts, .txt or .jsonl.")
-@click.option("--eval-prompts", metavar="FILE", help="Held-out prompts, .txt or .jsonl.")
+@click.option("--prompts", metavar="FILE", help="Training prompts, .txt, .jsonl or .json.")
+@click.option("--eval-prompts", metavar="FILE", help="Held-out prompts, .txt, .jsonl or .json.")
 @click.option("--epochs", type=int, help="Rollouts followed by updates.")
 @click.option("--seed", type=int, help="Of everything random in the run.  [default: 0]")
 @click.option("--device", metavar="NAME", help="cpu, cuda, cuda:N or auto.  [default: auto]")

@@ -1,9 +1,9 @@
-"""Prompt files: `.txt`, one prompt a line, or `.jsonl`, one object a line with `prompt` and metadata."""
+"""Prompt files: `.txt`, one prompt a line, or JSON, a list or one object a line, with `prompt` and metadata."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -13,6 +13,11 @@ from nft_plugins import PromptError
 
 from .errors import UsageError
 from .seeds import generator
+
+#: Suffixes of prompt files, in lower case. A file without one, such as a pipe, is text.
+TEXT, JSON = (".txt", ""), (".jsonl", ".ndjson", ".json")
+#: How pandas reads tables, by suffix.
+TABLES = {".csv": "read_csv(FILE)", ".tsv": r"read_csv(FILE, sep='\t')", ".parquet": "read_parquet(FILE)"}
 
 
 class Prompt(NamedTuple):
@@ -26,40 +31,139 @@ class Prompt(NamedTuple):
 def read_prompts(path: Path) -> list[Prompt]:
     """The prompts of a file; blank lines are skipped.
 
-    Raises UsageError with file and line for a file that cannot be read, a line that is no JSON
-    object with a non-empty string `prompt`, or a file without prompts.
+    Raises UsageError, with file and line, for a file of another kind or one that cannot be read, for a record
+    without a `prompt` that is a string and not empty, and for a file without prompts.
     """
+    suffix = path.suffix.lower()
+    if suffix not in TEXT + JSON:
+        raise UsageError(refusal(path))
     try:
-        # Not splitlines(), which also cuts at characters that JSON and prompts may hold.
-        lines = path.read_text(encoding="utf-8-sig").split("\n")
+        text = path.read_text(encoding="utf-8-sig")
     except (OSError, ValueError) as error:  # ValueError: no UTF-8, or a path that no file can have.
-        raise UsageError(f"Cannot read the prompt file {path}: {error}.") from error
-    parse = _parse_json if path.suffix in {".jsonl", ".json"} else _parse_text
-    prompts = [parse(line.strip(), f"{path}:{i}") for i, line in enumerate(lines, 1) if line.strip()]
+        what = "; expected text in UTF-8" if isinstance(error, UnicodeDecodeError) else ""
+        raise UsageError(f"Cannot read the prompt file {path}: {error}{what}.") from error
+    if "\0" in text:  # UTF-16 without its mark, or no text at all.
+        raise UsageError(f"Cannot read the prompt file {path}: it holds null bytes; expected text in UTF-8.")
+    if suffix in JSON:
+        prompts = [make_prompt(record, where) for record, where in read_records(text, path)]
+    elif is_json(text):
+        raise UsageError(f"The prompt file {path} holds JSON: give it a name that ends in .jsonl.")
+    else:
+        prompts = [Prompt(line, {}, where) for line, where in split_lines(text, path)]
     if not prompts:
         raise UsageError(f"The prompt file {path} holds no prompt: expected one a line.")
     return prompts
 
 
-def _parse_text(line: str, where: str) -> Prompt:
-    return Prompt(line, {}, where)
-
-
-def _parse_json(line: str, where: str) -> Prompt:
-    try:
-        record = json.loads(line)
-    except (ValueError, RecursionError) as error:
-        raise UsageError(f"{where}: not a line of JSON: {error}.") from error
-    if not isinstance(record, dict) or not isinstance(record.get("prompt"), str):
-        raise UsageError(
-            f'{where}: expected an object with a "prompt", such as {{"prompt": "a cat"}}, got {line[:80]}'
+def refusal(path: Path) -> str:
+    """Why a file of that name is no prompt file, and what to do."""
+    table = TABLES.get(path.suffix.lower())
+    advice = "If it is one of these, let its name end so."
+    if table:
+        advice = (
+            f"pandas makes one of it: {table}.rename(columns={{COLUMN: 'prompt'}})"
+            ".to_json('prompts.jsonl', orient='records', lines=True)."
         )
-    text = record.pop("prompt").strip()
+    return (
+        f"The prompt file {path} is of a kind that is not read: expected .txt, one prompt a line, or .jsonl, "
+        f'.ndjson or .json, with objects such as {{"prompt": "a cat"}}. {advice}'
+    )
+
+
+def split_lines(text: str, path: Path) -> Iterator[tuple[str, str]]:
+    """The lines that are not blank, each with where it stands."""
+    # Not splitlines(), which also cuts at characters that JSON and prompts may hold.
+    for number, line in enumerate(text.split("\n"), 1):
+        if line.strip():
+            yield line.strip(), f"{path}:{number}"
+
+
+def read_records(text: str, path: Path) -> Iterator[tuple[Any, str]]:
+    """Values in JSON, those of a list or one a line, each with where it stands."""
+    try:
+        whole = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        if text.lstrip().startswith("["):
+            raise UsageError(f"{path}: not a list in JSON: {error}.") from error
+        whole = None
+    if isinstance(whole, list):
+        yield from ((record, f"{path}, item {i}") for i, record in enumerate(whole, 1))
+    elif whole is not None:
+        yield whole, f"{path}:1"
+    else:
+        for line, where in split_lines(text, path):
+            try:
+                yield json.loads(line), where
+            except (ValueError, RecursionError) as error:
+                raise UsageError(f"{where}: not a line of JSON: {error}.") from error
+
+
+def is_json(text: str) -> bool:
+    """Whether a text or its first line is an object or a list in JSON, which no prompt is."""
+    start = text.lstrip()
+    return start.startswith(("{", "[")) and any(
+        parse_json(part) is not None for part in (start, start.partition("\n")[0])
+    )
+
+
+def parse_json(text: str) -> Any:
+    """The value of a text in JSON; None where it is not."""
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError):
+        return None
+
+
+def make_prompt(record: Any, where: str) -> Prompt:
+    """A prompt from a string, or from an object with `prompt` and metadata. Raises UsageError."""
+    try:
+        got = json.dumps(record, ensure_ascii=False).encode(errors="backslashreplace").decode()[:80]
+        fields = read_fields({"prompt": record} if isinstance(record, str) else record)
+    except RecursionError as error:
+        raise UsageError(f"{where}: it is nested too deeply.") from error
+    if not isinstance(fields.get("prompt"), str):
+        raise UsageError(
+            f'{where}: expected an object with a "prompt", such as {{"prompt": "a cat"}}, got {got}. If '
+            'another field holds the prompt, call it "prompt".'
+        )
+    text = fields.pop("prompt").strip()
     if not text:
         raise UsageError(f"{where}: the prompt is empty.")
     if not is_text(text):
-        raise UsageError(f"{where}: the prompt holds half a surrogate pair, which is no character: {line[:80]}")
-    return Prompt(text, record, where)
+        raise UsageError(f"{where}: the prompt holds half a surrogate pair, which is no character: {got}")
+    return Prompt(text, fields, where)
+
+
+def read_fields(record: Any) -> dict[str, Any]:
+    """The fields of an object, and those of its `metadata`, `geneval_metadata` and the like beside them.
+
+    null is absent, and a text that is itself an object or a list in JSON, as tables hold it, is that. Empty
+    for what is no object.
+    """
+    if not isinstance(record, dict):
+        return {}
+    fields = read_value(record)
+    # In `nft rewards check --expect` it is the value of an image that cannot be scored.
+    if "value" in record:
+        fields["value"] = record["value"]
+    for name, value in list(fields.items()):
+        if f"_{name}".endswith("_metadata") and isinstance(value, dict):
+            fields = value | fields
+    return fields
+
+
+def read_value(value: Any) -> Any:
+    """A value in JSON without nulls, and with texts that are JSON read."""
+    if isinstance(value, dict):
+        return {key: read_value(inner) for key, inner in value.items() if inner is not None}
+    if isinstance(value, list):
+        return [read_value(inner) for inner in value]
+    if isinstance(value, str) and value.lstrip().startswith(("{", "[")):
+        inner = parse_json(value)
+        texts = isinstance(inner, list) and all(isinstance(i, str | dict) for i in inner)
+        if texts or isinstance(inner, dict):  # Not [1], which a sign may read.
+            return read_value(inner)
+    return value
 
 
 def is_text(text: str) -> bool:

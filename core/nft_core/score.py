@@ -1,55 +1,46 @@
-"""Scores of image files: find them, find what each was made for, decode them, score them by size.
-
-Decoding: PNG, JPEG or WebP, whatever the file is called; the first frame; turned as EXIF says; alpha is
-composited on white; no colour management; more pixels than Pillow's limit against decompression bombs, or
-more than 8 bits a channel, is an error.
-"""
+"""Scores of images: find what each was made for, decode them, score them by size."""
 
 from __future__ import annotations
 
 import json
 import math
-import warnings
+import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
 
-import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import Image
 from torch import Tensor
 
 from nft_plugins import Batch, PromptError, Scores
 
 from .composer import Composed, Given, checked, compose
 from .errors import NftError, UsageError
+from .image_files import UNREADABLE, decode, size_of
 from .pooling import concatenate
-from .prompts import Prompt, is_text, read_prompts
+from .prompts import Prompt, is_text, read_fields, read_prompts
 from .specs import RewardSpec
 
-SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
-#: No others: Pillow would hand some formats to programs of their own.
-FORMATS = ("PNG", "JPEG", "WEBP")
 #: Pixels in a batch, whatever its number of images: 400 MB in float32.
 PIXELS = 2**25
 #: Bytes of a file beside an image.
 SIDECAR = 2**20
-ORIENTATION = 0x0112
-#: The size of an image that cannot be read.
-UNREADABLE = (0, 0)
 
 
 @dataclass(frozen=True)
 class Item:
-    """An image file, its height and width, and what it was made for; `prompt` is None where nobody said.
+    """An image, its height and width, and what it was made for; `prompt` is None where nobody said.
 
+    path: of its file as it was given, or what an image without a file is called.
+    source: the whole path, which a reward that changes the folder does not move, or the image itself.
     size: (0, 0) where the file cannot be read; decoding it will say why.
     """
 
     path: Path
+    source: Path | Image.Image
     size: tuple[int, int]
     prompt: str | None = None
     metadata: Mapping[str, Any] = field(default_factory=dict)
@@ -83,11 +74,12 @@ class NoPrompt(UsageError):
 
     def __init__(self, path: Path, reward: str = "") -> None:
         self.path = path
-        line = json.dumps({"image": path.name, "prompt": "..."})
+        line = json.dumps({"image": path.name, "prompt": "..."}, ensure_ascii=False)
+        folders = path.parent / "metadata.jsonl"  # as the datasets library has it
+        file = f"{folders if folders.is_file() else 'FILE.jsonl'} with a line such as {line}"
         super().__init__(
             f"{path} has no prompt, and the reward {reward!r} reads it. Give --prompt TEXT for all images, "
-            f"--prompts FILE.jsonl with a line such as {line}, or a file {path.with_suffix('.txt').name} "
-            "beside the image."
+            f"--prompts {file}, or a file {path.with_suffix('.txt').name} beside the image."
         )
 
 
@@ -107,46 +99,31 @@ class NoPrompts(Sequence[str]):
         raise NoPrompt(self.paths[index if isinstance(index, int) else 0])
 
 
-def find_images(paths: Iterable[Path]) -> list[Path]:
-    """Image files as given, and those in folders, at any depth and sorted, each once.
-
-    Hidden files and folders inside a folder are left out. Raises UsageError for a path that is not
-    there or is no image, and for a folder without images.
-    """
-    found: dict[Path, Path] = {}
-    for path in map(Path, paths):
-        if path.is_dir():
-            files = sorted(f for f in path.rglob("*") if is_image(f.relative_to(path)) and f.is_file())
-            if not files:
-                raise UsageError(f"The folder {path} holds no image: expected {', '.join(SUFFIXES)}.")
-        elif not path.exists():
-            raise UsageError(f"There is no {path}: expected image files or folders of them.")
-        elif path.suffix.lower() not in SUFFIXES:
-            raise UsageError(f"{path} is no image that can be read: expected {', '.join(SUFFIXES)}.")
-        else:
-            files = [path]
-        for file in files:
-            found.setdefault(file.resolve(), file)
-    return list(found.values())
-
-
-def is_image(inside: Path) -> bool:
-    return inside.suffix.lower() in SUFFIXES and not any(part.startswith(".") for part in inside.parts)
-
-
 def find_prompts(images: Iterable[Path], prompt: str | None = None, file: Path | None = None) -> list[Item]:
     """Images with their prompts: `prompt` for all, a line of `file`, or the sidecars `NAME.txt` and
-    `NAME.json`, beside the image; the last brings metadata and may bring the `prompt`.
+    `NAME.json`, beside the image; the last brings metadata and may bring the `prompt`. Of GenEval's own
+    folders, `metadata.jsonl` is for the images of `samples` beside it.
 
     Raises UsageError where an image has more than one prompt, or a file of prompts or no image can be read.
     """
     if prompt is not None and not prompt.strip():
         raise UsageError("--prompt is empty: give the text that the images were made for.")
+    images = list(images)
     lines = read_lines(file) if file else {}
-    items = [find_prompt(image, prompt, lines.get(image.resolve())) for image in images]
+    samples = {image.parent: read_samples_line(image.parent) for image in images}
+    items = [find_prompt(i, prompt, lines.get(i.resolve()) or samples[i.parent]) for i in images]
     if items and not any(item.size != UNREADABLE for item in items):
         decode(items[0].path)  # to say why
     return items
+
+
+def read_samples_line(folder: Path) -> Prompt | None:
+    """The one line of `metadata.jsonl` beside a folder `samples`, where GenEval's script has written both."""
+    file = folder.parent / "metadata.jsonl"
+    if folder.name != "samples" or not file.is_file():
+        return None
+    line, *others = read_prompts(file)
+    return None if others or image_name(dict(line.metadata)) else line
 
 
 def find_prompt(image: Path, prompt: str | None, line: Prompt | None) -> Item:
@@ -170,7 +147,7 @@ def find_prompt(image: Path, prompt: str | None, line: Prompt | None) -> Item:
             f"{image} has more than one prompt: {', '.join(sources)}. Leave one of them; it is never guessed "
             "which is meant."
         )
-    return Item(image, size_of(image), next(iter(sources.values()), None), metadata)
+    return Item(image, image.absolute(), size_of(image), next(iter(sources.values()), None), metadata)
 
 
 def read_lines(file: Path) -> dict[Path, Prompt]:
@@ -178,7 +155,7 @@ def read_lines(file: Path) -> dict[Path, Prompt]:
     lines: dict[Path, Prompt] = {}
     for prompt in read_prompts(file):
         metadata = dict(prompt.metadata)
-        name = metadata.pop("image", None)
+        name = image_name(metadata)
         if not isinstance(name, str):
             raise UsageError(
                 f'{prompt.where}: expected {{"image": PATH, "prompt": TEXT}} in a .jsonl file, with the path '
@@ -192,6 +169,12 @@ def read_lines(file: Path) -> dict[Path, Prompt]:
             raise UsageError(f"{prompt.where}: {name} has a line already, {lines[path].where}.")
         lines[path] = Prompt(prompt.text, metadata, prompt.where)
     return lines
+
+
+def image_name(metadata: dict[str, Any]) -> Any:
+    """The image that a line is of, taken out of its metadata; `file_name` is the datasets library's word."""
+    names = [metadata.pop(key, None) for key in ("image", "file_name")]
+    return names[0] or names[1]
 
 
 def read_sidecar(path: Path) -> str:
@@ -210,62 +193,19 @@ def read_sidecar(path: Path) -> str:
 def read_metadata(path: Path) -> dict[str, Any]:
     try:
         record = json.loads(read_sidecar(path))
+        fields = read_fields(record)
     except (ValueError, RecursionError) as error:
         raise UsageError(f"{path} is not JSON: {error}.") from error
     if not isinstance(record, dict):
         raise UsageError(f"{path}: expected a JSON object with metadata of the image of that name.")
-    record = {key: value for key, value in record.items() if value is not None}
-    prompt = record.get("prompt", "...")
+    prompt = fields.get("prompt", "...")
     if not isinstance(prompt, str) or not prompt.strip() or not is_text(prompt):
         raise UsageError(f"{path}: prompt must be a text that is not empty, got {prompt!r}.")
-    return record
-
-
-@contextmanager
-def opened(path: Path) -> Iterator[Image.Image]:
-    """An image whose header was read. Raises UsageError, which names it, for whatever a decoder raises."""
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # such as odd EXIF
-            warnings.simplefilter("error", Image.DecompressionBombWarning)
-            with Image.open(path, formats=FORMATS) as image:
-                # Pillow opens 48-bit PNGs as RGB and cuts them; what it decodes them by says so.
-                deep = [tile for tile in image.tile if ";16" in str(tile[3])]
-                if image.mode.startswith(("I", "F")) or deep:
-                    raise ValueError("more than 8 bits a channel; convert it to 8")
-                yield image
-    except Image.UnidentifiedImageError as error:
-        raise UsageError(f"Cannot read {path}: it is no PNG, JPEG or WebP.") from error
-    except Exception as error:
-        raise UsageError(f"Cannot read {path}: {error or type(error).__name__}.") from error
-
-
-def size_of(path: Path) -> tuple[int, int]:
-    """Height and width as the image is shown, from what stands before its pixels."""
-    try:
-        with opened(path) as image:
-            width, height = image.size
-            # Pillow would decode a PNG to look for EXIF behind the pixels.
-            early = image.format != "PNG" or "exif" in image.info
-            turned = early and image.getexif().get(ORIENTATION) in (5, 6, 7, 8)
-            return (width, height) if turned else (height, width)
-    except UsageError:
-        return UNREADABLE
-
-
-def decode(path: Path) -> Tensor:
-    """`[3, H, W]` float32 in [0, 1]."""
-    with opened(path) as image:
-        upright = ImageOps.exif_transpose(image)
-        if upright.has_transparency_data:
-            layer = upright.convert("RGBA")
-            upright = Image.alpha_composite(Image.new("RGBA", layer.size, "white"), layer)
-        pixels = np.array(upright.convert("RGB"))
-    return torch.from_numpy(pixels).permute(2, 0, 1).float() / 255
+    return fields
 
 
 def score_images(
-    paths: Iterable[str | Path],
+    images: str | os.PathLike[str] | Image.Image | Iterable[str | os.PathLike[str] | Image.Image],
     prompts: str | Sequence[str] | None,
     reward: Given | Iterable[Given],
     *,
@@ -273,24 +213,41 @@ def score_images(
     batch: int = 16,
     device: str = "cpu",
 ) -> list[Scored]:
-    """Score image files, in their order: `score_images(["a.png"], "a cat", "pickscore")[0].values`.
+    """Score images, in their order: `score_images(["a.png"], "a cat", "pickscore")[0].values`.
 
+    images: paths of files, or PIL images.
     prompts: one for all images, one for each, or None for rewards that do not read them.
     reward: a reward, what `nft_core.reward` takes, or several of these.
     A file that cannot be read and a reward that fails on a batch leave their errors there.
     """
-    files = [Path(p) for p in paths]
-    texts = [prompts] * len(files) if prompts is None or isinstance(prompts, str) else list(prompts)
-    extras = list(metadata) if metadata is not None else [{} for _ in files]
-    if not len(files) == len(texts) == len(extras):
+    given = [images] if isinstance(images, str | os.PathLike | Image.Image) else list(images)
+    texts = [prompts] * len(given) if prompts is None or isinstance(prompts, str) else list(prompts)
+    if isinstance(metadata, Mapping):
+        raise UsageError("metadata must be a list with a mapping for each image, got one mapping.")
+    extras = list(metadata) if metadata is not None else [{} for _ in given]
+    if not len(given) == len(texts) == len(extras):
         raise UsageError(
-            f"{len(files)} images need as many prompts and metadata, got {len(texts)}, {len(extras)}."
+            f"{len(given)} images need as many prompts and metadata, got {len(texts)}, {len(extras)}."
         )
-    items = [Item(f, size_of(f), text, extra) for f, text, extra in zip(files, texts, extras, strict=True)]
+    items = [make_item(*row) for row in zip(range(len(given)), given, texts, extras, strict=True)]
     if not isinstance(reward, Composed):
         one = isinstance(reward, str | Mapping | RewardSpec) or callable(reward)
         reward = compose([reward] if one else reward, device=device)
     return score(items, reward, batch=batch, device=device)
+
+
+def make_item(number: int, image: Any, prompt: str | None, metadata: Mapping[str, Any]) -> Item:
+    """An item of a path or a PIL image, the `number`th of its list. Raises UsageError for anything else."""
+    if isinstance(image, Image.Image):
+        name = Path(getattr(image, "filename", "") or f"image {number}")
+        return Item(name, image, size_of(image), prompt, metadata)
+    if not isinstance(image, str | os.PathLike):
+        raise UsageError(
+            f"Image {number} is of the type {type(image).__name__}: expected the path of a file, or a PIL "
+            "image, which PIL.Image.fromarray makes of an array of bytes [H, W, 3]."
+        )
+    path = Path(image)
+    return Item(path, path.absolute(), size_of(path), prompt, metadata)
 
 
 def score(
@@ -315,7 +272,7 @@ def score(
         by_shape: dict[torch.Size, list[tuple[Scored, Tensor, int]]] = {}
         for result, group in zip([results[i] for i in indices], groups, strict=True):
             try:
-                image = decode(result.item.path)
+                image = decode(result.item.source, result.item.path)
                 by_shape.setdefault(image.shape, []).append((result, image, group))
             except UsageError as error:
                 for term in reward.terms:

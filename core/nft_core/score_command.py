@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -74,7 +76,8 @@ def score(
     The prompt of an image is --prompt, its line in --prompts, or the text of NAME.txt beside it; metadata
     such as GenEval's include may stand in NAME.json. Rewards that look at the image alone need none.
 
-    PNG, JPEG and WebP are read. Alpha is composited on white, and EXIF's orientation is applied.
+    PNG, JPEG, WebP, GIF, BMP, TIFF and AVIF are read. Alpha is composited on white, and EXIF's orientation is
+    applied. What a folder holds beside, and may be an image, is named.
     """
     from . import run as runs
 
@@ -83,11 +86,12 @@ def score(
     host = load_host()
     settings = runs.resolve(host, preset_name(tiny, preset), {"rewards": list(rewards), "device": device})
     specs = runs.reward_specs(settings, host)
-    from .score import find_images, find_prompts
+    from .image_files import find_images
+    from .score import find_prompts
     from .score import score as score_items
 
     # All that can be wrong is looked at before anything large is loaded.
-    items = find_prompts(find_images(images), prompt, prompts)
+    items = find_prompts(find_images(images, partial(click.echo, err=True)), prompt, prompts)
     place = runs.pick_device(settings.device)
     quiet("transformers")
     reward = runs.load_rewards(specs, host, place, settings.reward_defaults)
@@ -129,7 +133,7 @@ def record(result: Scored, reward: Composed) -> dict[str, Any]:
     from .score import total, weighted
 
     item = result.item
-    row = {"path": str(item.path), "prompt": item.prompt, "metadata": item.metadata}
+    row = {"path": printable(item.path), "prompt": item.prompt, "metadata": item.metadata}
     row |= {"values": result.values, "valid": result.valid, "details": result.details}
     row |= {"total": total(result, reward)} if weighted(reward) else {}
     return row | ({"errors": result.errors} if result.errors else {})
@@ -153,7 +157,7 @@ def show(results: Sequence[Scored], reward: Composed) -> None:
             number(values[i], "failed" if name in result.errors else "invalid")
             for name, values in columns.items()
         ]
-        table.add_row(escape(str(result.item.path)), *cells)
+        table.add_row(escape(printable(result.item.path)), *cells)
     if len(results) > 1:
         known = {name: [v for v in values if v is not None] for name, values in columns.items()}
         table.add_section()
@@ -161,6 +165,11 @@ def show(results: Sequence[Scored], reward: Composed) -> None:
         if any(len(v) < len(results) for v in known.values()):
             table.add_row("of", *(f"{len(v)}/{len(results)} images" for v in known.values()))
     print_table(table)
+
+
+def printable(path: Path) -> str:
+    """A path as text, where a name that is not in UTF-8 has its bytes as \\xNN."""
+    return os.fsencode(path).decode(errors="backslashreplace")
 
 
 def number(value: float | None, otherwise: str) -> str:

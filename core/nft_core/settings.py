@@ -33,8 +33,8 @@ class Settings(BaseModel):
     rewards: list[str | dict[str, Any]] = Field([], description="reward specs: NAME[=WEIGHT][,KEY=VALUE...]")
     reward_defaults: dict[str, dict[str, Any]] = Field({}, description="default options by reward name")
     combine: Combine = Field("sum", description="normalise advantages of the sum, or of each reward")
-    prompts: str = Field("", description="training prompts, .txt or .jsonl")
-    eval_prompts: str = Field("", description="held-out prompts, .txt or .jsonl")
+    prompts: str = Field("", description="training prompts, .txt, .jsonl or .json")
+    eval_prompts: str = Field("", description="held-out prompts, .txt, .jsonl or .json")
     unscorable: Literal["error", "drop"] = Field(
         "error", description="prompts that a reward cannot score: refuse the file, or leave them out"
     )

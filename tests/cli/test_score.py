@@ -11,11 +11,12 @@ from io import BytesIO
 import pytest
 import torch
 from click.testing import CliRunner
-from PIL import Image, ImageDraw
+from PIL import Image, ImageDraw, features
 
 from nft_core.cli import main
 from nft_core.errors import UsageError
-from nft_core.score import NoPrompt, decode, score_images, size_of
+from nft_core.image_files import decode, find_images, size_of
+from nft_core.score import NoPrompt, find_prompts, score_images
 from nft_plugins import Scores
 from nft_plugins.testing import words
 
@@ -217,6 +218,123 @@ def test_a_reward_that_fails_loses_nothing_else(folder, plugin):
     assert "not square" in wide["errors"]["fussy"]
 
 
+@pytest.mark.parametrize("suffix", ["png", "jpg", "jfif", "webp", "gif", "bmp", "tif", "tiff", "avif"])
+def test_kinds_of_files(tmp_path, suffix):
+    """Each kind under its own name, under another kind's, and, where it is named itself, under none."""
+    kind = {"tif": "TIFF", "jpg": "JPEG", "jfif": "JPEG"}.get(suffix, suffix.upper())
+    if kind == "AVIF" and not features.check("avif"):
+        pytest.skip("this Pillow reads no AVIF")
+    for name in (f"a.{suffix}", "b.png", "c"):
+        Image.new("RGB", (16, 8), (102,) * 3).save(tmp_path / name, kind)
+    told = []
+    found = find_images([tmp_path], told.append)
+    assert [f.name for f in found] == [f"a.{suffix}", "b.png"]
+    assert len(told) == 1 and told[0].endswith("c (another suffix; give its path to score it).")
+    assert find_images([tmp_path / "c"]) == [tmp_path / "c"]
+    for file in (*found, tmp_path / "c"):
+        assert size_of(file) == (8, 16)
+        torch.testing.assert_close(decode(file), torch.full((3, 8, 16), 0.4), atol=0.01, rtol=0)
+
+
+def test_odd_files_of_these_kinds(tmp_path):
+    image = Image.open(BytesIO(exif_png())).convert("RGB")
+    image.save(tmp_path / "turned.tiff", tiffinfo={0x0112: 6})
+    assert size_of(tmp_path / "turned.tiff") == (4, 2)
+    assert decode(tmp_path / "turned.tiff")[0, :2].eq(1).all()
+    Image.new("RGBA", (8, 8), (255, 0, 0, 0)).save(tmp_path / "clear.gif")
+    assert decode(tmp_path / "clear.gif").eq(1).all()
+    header = struct.pack("<IiiHHI", 40, 2, 1, 1, 16, 3) + struct.pack("<5i", 4, 0, 0, 0, 0)
+    masks = struct.pack("<3I", 0xF800, 0x7E0, 0x1F)  # 5, 6 and 5 bits
+    (tmp_path / "few-bits.bmp").write_bytes(
+        b"BM" + struct.pack("<IHHI", 70, 0, 0, 66) + header + masks + struct.pack("<2H", 0xF800, 0x1F)
+    )
+    assert decode(tmp_path / "few-bits.bmp")[:, 0].tolist() == [[1, 0], [0, 0], [0, 1]]
+    for mode in ("F", "I;16"):
+        Image.new(mode, (2, 2)).save(tmp_path / "deep.tiff")
+        with pytest.raises(UsageError, match="more than 8 bits a channel"):
+            decode(tmp_path / "deep.tiff")
+
+
+def test_what_a_folder_leaves_out_is_named(folder, plugin):
+    for name in ("a.png", "0/samples/0000.png", "0/grid.png", ".hidden.png"):
+        flat(folder / name, 51)
+    for name in ("b.HEIC", "c.svg", "a.txt", "notes.md"):
+        (folder / name).write_text("a")
+    (folder / "gone.png").symlink_to(folder / "nothing.png")
+    (folder / "linked").symlink_to(folder / "0")
+    result = nft(".", "--reward", "mean")
+    assert result.exit_code == 0
+    assert set(rows(result)) == {"image", "a.png", "0/samples/0000.png", "mean"}
+    kind, nothing = "a kind that is not read; convert it to PNG", "a link to nothing, or no file"
+    reasons = {"linked": "a link to a folder", "b.HEIC": kind, "c.svg": kind, "gone.png": nothing}
+    reasons["0/grid.png"] = "a sheet of the images in samples/"
+    said = ", ".join(f"{name} ({reason})" for name, reason in reasons.items())
+    assert result.stderr == f"Warning: Not scored: {said}.\n"
+
+
+def test_names_that_are_not_in_utf_8(folder, plugin):
+    """A folder may hold them; the table and the JSON show their bytes."""
+    try:
+        flat(folder / os.fsdecode(b"caf\xe9.png"), 51)
+    except OSError:
+        pytest.skip("this file system has no such names")
+    assert rows(nft(".", "--reward", "mean"))[r"caf\xe9.png"] == ["0.2"]
+    assert json.loads(nft(".", "--reward", "mean", "--json").stdout)[0]["path"] == r"caf\xe9.png"
+
+
+def test_pictures_in_memory(tmp_path):
+    """PIL images are scored as files are, also those that a file was opened as; one needs no list."""
+    image = Image.open(BytesIO(exif_png()))
+    path = flat(tmp_path / "a.png", 51)
+
+    def top(batch):
+        return Scores.of(batch.images[:, 0, 0].mean(-1))
+
+    results = score_images([image, Image.new("LA", (4, 4), (0, 0)), path, Image.open(path)], None, top)
+    assert [r.values["top"] for r in results] == pytest.approx([1, 1, 0.2, 0.2])
+    assert [str(r.item.path) for r in results] == ["image 0", "image 1", str(path), str(path)]
+    assert image.getpixel((0, 0)) == (255, 0, 0)  # still open
+    for one in (image, path, str(path)):
+        assert len(score_images(one, None, top)) == 1
+    with pytest.raises(
+        UsageError, match="Image 1 is of the type ndarray: expected the path of a file, or a PIL"
+    ):
+        score_images([image, torch.zeros(4, 4, 3).numpy()], None, top)
+    with pytest.raises(UsageError, match="metadata must be a list"):
+        score_images([image], None, top, metadata={"text": "a"})
+
+
+def test_a_reward_that_changes_the_folder(folder):
+    """The files are found all the same."""
+    flat(folder / "a.png", 51), flat(folder / "b.png", 51, (4, 4))
+
+    def mean(images):
+        os.chdir("/")
+        return images.mean((1, 2, 3))
+
+    assert not any(r.errors for r in score_images(["a.png", "b.png"], None, mean))
+
+
+def test_folders_of_geneval_and_of_datasets(folder):
+    """GenEval's N/metadata.jsonl is for the images of N/samples; the datasets library says file_name."""
+    clause = {"class": "circle", "count": 1}
+    line = {"prompt": "a circle", "include": [clause], "exclude": None}
+    image = flat(folder / "00000" / "samples" / "0000.png", 51)
+    (folder / "00000" / "metadata.jsonl").write_text(json.dumps(line))
+    (item,) = find_prompts([image])
+    assert (item.prompt, item.metadata) == ("a circle", {"include": [clause]})
+
+    images = [flat(folder / "set" / "samples" / f"{i}.png", 51) for i in range(2)]
+    lines = [{"file_name": f"samples/{i}.png", "prompt": f"{i}"} for i in range(2)]
+    (folder / "set" / "metadata.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    assert [item.prompt for item in find_prompts(images)] == [None, None]
+    assert [i.prompt for i in find_prompts(images, None, folder / "set" / "metadata.jsonl")] == ["0", "1"]
+    images[0].rename(folder / "set" / "0.png")
+    result = nft("set/0.png", "--tiny", "--reward", "pickscore")
+    assert result.exit_code == 2
+    assert "--prompts set/metadata.jsonl with a line such as" in result.stderr
+
+
 def test_a_file_cut_short_loses_nothing_else(folder, plugin):
     flat(folder / "whole.png", 51)
     Image.effect_noise((64, 64), 50).convert("RGB").save(folder / "cut.jpg")
@@ -363,9 +481,13 @@ BAD = {
     "no images": (["--reward", "mean"], 2, "Missing argument 'IMAGES...'"),
     "no such file": (["none.png", "--reward", "mean"], 2, "There is no none.png"),
     "empty folder": (["empty", "--reward", "mean"], 2, "folder empty holds no image: expected .png"),
-    "another kind": (["a.gif", "--reward", "mean"], 2, "a.gif is no image that can be read: expected .png"),
-    "unreadable": (["text.png", "--reward", "mean"], 2, "Cannot read text.png: it is no PNG, JPEG or WebP"),
-    "disguised": (["gif.png", "--reward", "mean"], 2, "Cannot read gif.png: it is no PNG, JPEG or WebP"),
+    "another kind": (["a.ppm", "--reward", "mean"], 2, "a.ppm is no image that can be read: expected .png"),
+    "only other kinds": (
+        ["others", "--reward", "mean"],
+        *(2, "holds no image: expected .png, .jpg, .jpeg, .jpe, .jfif, .webp, .gif, .bmp, .tif, .tiff"),
+    ),
+    "unreadable": (["text.png", "--reward", "mean"], 2, "Cannot read text.png: it is none of PNG, JPEG, WebP"),
+    "disguised": (["ppm.png", "--reward", "mean"], 2, "Cannot read ppm.png: it is none of PNG, JPEG, WebP"),
     "huge": (["huge.png", "--reward", "mean"], 2, "Cannot read huge.png: Image size (900000000 pixels)"),
     "large": (["large.png", "--reward", "mean"], 2, "Cannot read large.png: Image size (90000000 pixels)"),
     "deep": (["deep.png", "--reward", "mean"], 2, "Cannot read deep.png: more than 8 bits a channel"),
@@ -411,8 +533,9 @@ def test_bad_input(case, folder, plugin):
         flat(folder / f"{name}.png", 51)
     (folder / "empty").mkdir()
     (folder / "text.png").write_text("not an image")
-    Image.new("RGB", (1, 1)).save(folder / "gif.png", "GIF")
-    Image.new("RGB", (1, 1)).save(folder / "a.gif")
+    Image.new("RGB", (1, 1)).save(folder / "ppm.png", "PPM")
+    Image.new("RGB", (1, 1)).save(folder / "a.ppm")
+    flat(folder / "others" / "b.ppm", 51)
     Image.new("I;16", (1, 1)).save(folder / "deep.png")
     (folder / "deep-colours.png").write_bytes(png_of_48_bits())
     (folder / "huge.png").write_bytes(huge(30000, 30000))

@@ -33,10 +33,32 @@ def test_a_prompt_that_stands_twice_comes_twice_as_often(tmp_path):
     [
         ("p.txt", "\n \n", "holds no prompt"),
         ("p.jsonl", '{"prompt": "a"}\n{"prompt"\n', r"p.jsonl:2: not a line of JSON"),
-        ("p.jsonl", "[1]\n", r"p.jsonl:1: expected an object"),
+        ("p.jsonl", "[1]\n", r"p.jsonl, item 1: expected an object"),
+        ("p.json", '["a",\n1\n]', r"p.json, item 2: expected an object"),
+        ("p.json", '["a",\n', r"p.json: not a list in JSON: .*line 2 column 1"),
+        ("p.json", '{\n"prompts": ["a"]\n}', r"p.json:1: expected an object.*another field"),
+        ("p.jsonl", '{"prompt": null}', r"p.jsonl:1: expected an object"),
+        (
+            "p.jsonl",
+            '{"prompt": "a", "x": ' + "[" * 900 + "]" * 900 + "}",
+            r"p.jsonl:1: it is nested too deeply",
+        ),
+        # What is neither text nor JSON is no prompt line by line.
+        ("p.csv", "prompt,tag\na cat,x\n", r"p.csv is of a kind that is not read.*pandas.*read_csv\(FILE\)"),
+        ("p.TSV", "Prompt\tTag\na cat\tx\n", r"p.TSV is of a kind that is not read.*sep="),
+        ("p.parquet", "PAR1", r"p.parquet is of a kind that is not read.*read_parquet"),
+        ("p.yaml", "- a cat\n", r"p.yaml is of a kind that is not read: expected .txt, one prompt a line"),
+        (
+            "p.txt",
+            '{"prompt": "a"}\n{"prompt": "b"}\n',
+            r"p.txt holds JSON: give it a name that ends in .jsonl",
+        ),
+        ("p", '\ufeff\n[\n"a",\n"b"\n]', r"p holds JSON"),
+        ("p.txt", "a\0 \0c\0a\0t\0", r"p.txt: it holds null bytes; expected text in UTF-8"),
         ("p.jsonl", '{"text": "a"}\n', r"p.jsonl:1: expected an object"),
         ("p.jsonl", '{"prompt": " "}\n', r"p.jsonl:1: the prompt is empty"),
-        ("p.jsonl", "[" * 100_000, r"p.jsonl:1: not a line of JSON"),
+        ("p.jsonl", "[" * 100_000, r"p.jsonl: not a list in JSON"),
+        ("p.jsonl", '{"prompt": ' + "[" * 100_000, r"p.jsonl:1: not a line of JSON"),
     ],
 )
 def test_bad_files(tmp_path, name, text, message):
@@ -48,8 +70,44 @@ def test_missing_and_binary_files(tmp_path):
     with pytest.raises(UsageError, match="Cannot read the prompt file"):
         read_prompts(tmp_path / "none.txt")
     (tmp_path / "b.txt").write_bytes(b"\xff\xfe\x00")
-    with pytest.raises(UsageError, match="Cannot read the prompt file"):
+    with pytest.raises(UsageError, match="Cannot read the prompt file .*expected text in UTF-8"):
         read_prompts(tmp_path / "b.txt")
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("p.JSONL", '\ufeff{"prompt": "a cat"}\r\n\r\n{"prompt": "{a} dog"}\r\n'),
+        ("p.ndjson", '{"prompt": "a cat"}\n"{a} dog"'),
+        ("p.json", '["a cat",\n "{a} dog"]'),
+        ("p.json", '[{"prompt": "a cat"}, {"prompt": "{a} dog", "tag": null}]'),
+        ("p.jsonl", '["a cat", "{a} dog"]'),
+        ("p.TXT", "a cat\n{a} dog"),
+        ("p", "a cat\n{a} dog"),
+    ],
+)
+def test_other_names_and_shapes(tmp_path, name, text):
+    prompts = read_prompts(write(tmp_path, name, text))
+    assert [(p.text, p.metadata) for p in prompts] == [("a cat", {}), ("{a} dog", {})]
+
+
+def test_null_is_absent_and_text_in_json_is_what_it_says(tmp_path):
+    """As the datasets library and tables write GenEval's metadata; a sign may read [1]."""
+    clause = {"class": "cat", "count": 1}
+    inner = json.dumps({"prompt": "a cat", "include": [{**clause, "color": None}]})
+    lines = [
+        {"prompt": "a cat", "include": [{**clause, "color": None}], "exclude": None},
+        {"prompt": "a cat", "include": json.dumps([clause])},
+        {"geneval_metadata": inner},
+        {"prompt": "a cat", "metadata": {"include": [clause], "prompt": "another"}},
+    ]
+    found = read_prompts(write(tmp_path, "p.jsonl", "\n".join(map(json.dumps, lines))))
+    assert [p.text for p in found] == ["a cat"] * 4
+    assert [p.metadata["include"] for p in found] == [[clause]] * 4
+    assert all("exclude" not in p.metadata for p in found)
+    signs = {"prompt": "a", "text": "[1]", "more": "{a}", "words": '["A", "B"]'}
+    (found,) = read_prompts(write(tmp_path, "p.jsonl", json.dumps(signs)))
+    assert found.metadata == {"text": "[1]", "more": "{a}", "words": ["A", "B"]}
 
 
 def check(prompt, metadata):

@@ -12,7 +12,8 @@ from PIL import Image
 
 from nft_core.cli import main
 from nft_core.errors import UsageError
-from nft_core.score import decode, find_prompts, score_images, size_of
+from nft_core.image_files import decode, size_of
+from nft_core.score import find_prompts, score_images
 
 resource = pytest.importorskip("resource")  # Windows has none.
 
@@ -41,13 +42,22 @@ FILES = {
     "profile.png": png(8, 8, b"", chunk(b"iCCP", b"a\0\0" + BOMB)),
     "cut.jpg": b"\xff\xd8\xff\xe0\x00\x10JFIF",
     "empty.webp": b"",
+    "sides.gif": b"GIF89a"
+    + struct.pack("<HH", 60_000, 60_000)
+    + b"\0\0\0,"
+    + struct.pack("<4H", 0, 0, 60_000, 60_000),
+    "sides.bmp": b"BM"
+    + struct.pack("<IHHI", 54, 0, 0, 54)
+    + struct.pack("<IiiHHI", 40, 60_000, 60_000, 1, 24, 0),
+    "cut.tiff": b"II*\0\x08\0\0\0\xff\xff",
+    "cut.avif": b"\0\0\0\x1cftypavif\0\0\0\0",
 }
 
 MEASURE = """
 import resource, sys
 from pathlib import Path
 from nft_core.errors import UsageError
-from nft_core.score import decode, size_of
+from nft_core.image_files import decode, size_of
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 for path in map(Path, sys.argv[1:]):
     size_of(path)
@@ -72,19 +82,19 @@ def test_bombs_take_little_memory(tmp_path):
 
 def test_frames_after_the_first_are_not_decoded(tmp_path):
     first, *others = [Image.new("RGB", (64, 64), (level, 0, 0)) for level in range(200)]
-    for suffix in ("png", "webp"):
+    for suffix in ("png", "webp", "gif", "tiff"):
         path = tmp_path / f"moving.{suffix}"
         first.save(path, save_all=True, append_images=others, lossless=True)
         assert decode(path).shape == (3, 64, 64)
         assert decode(path).max() == 0
 
 
-@pytest.mark.parametrize("kind", ["GIF", "TIFF"])
+@pytest.mark.parametrize("kind", ["EPS", "PPM"])
 def test_other_kinds_are_refused_whatever_they_are_called(tmp_path, kind):
-    frames = [Image.new("RGB", (8, 8), (level, 0, 0)) for level in range(50)]
+    """Pillow would hand EPS to Ghostscript."""
     path = tmp_path / "disguised.png"
-    frames[0].save(path, kind, save_all=True, append_images=frames[1:])
-    with pytest.raises(UsageError, match="no PNG, JPEG or WebP"):
+    Image.new("RGB", (8, 8)).save(path, kind)
+    with pytest.raises(UsageError, match="it is none of PNG, JPEG, WebP"):
         decode(path)
 
 
