@@ -230,7 +230,11 @@ def start(
     """Train in this process, or in several that it starts."""
     from . import launch
     from . import run as runs
-    from .settings import to_toml
+    from .places import anchored
+    from .settings import make_settings, to_toml
+
+    # The run, and whoever goes on with it, may stand in another folder.
+    settings, folder = make_settings(anchored(settings.model_dump())), folder.resolve()
 
     launch.end_with_the_parent()
     launch.end_when_told()

@@ -10,6 +10,7 @@ import math
 import sys
 import typing
 from collections.abc import Callable, Mapping
+from contextlib import chdir
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
@@ -42,7 +43,8 @@ def load_object(reference: str) -> Any:
     """
     location, _, attribute = reference.rpartition(":")
     try:
-        module = import_file(Path(location)) if location.endswith(".py") else import_module(location)
+        with chdir(Path.cwd()):  # Some files change the folder when they are imported.
+            module = import_file(Path(location)) if location.endswith(".py") else import_module(location)
     except NftError:
         raise
     except (Exception, SystemExit) as error:
@@ -57,7 +59,11 @@ def load_object(reference: str) -> Any:
 def import_file(path: Path) -> ModuleType:
     """The module of a file, with the modules beside it in reach, as `python FILE.py` has them."""
     if not path.is_file():
-        raise UsageError(f"There is no file {path} in {Path.cwd()}: expected FILE.py:NAME.")
+        place = "" if path.is_absolute() else f" in {Path.cwd()}"
+        raise UsageError(
+            f"There is no file {path}{place}: expected FILE.py:NAME. If a run's file has moved, --reward says "
+            "where it is now."
+        )
     path = path.resolve()
     name = f"nft_local:{path}"
     if name not in sys.modules:

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .errors import CheckpointError, NftError, UsageError
+from .places import placeless
 from .prompts import Prompt
 from .settings import Settings, make_settings, read_toml
 from .specs import Policy, RewardSpec, parse_reward
@@ -27,6 +28,7 @@ FREE = {
     *("join_timeout", "peer_timeout", "merge_lora", "cache", "gradient_checkpointing", "offload", "compile"),
     *("attention",),
     *("eval_every", "eval_images", "eval_steps", "checkpoint_every", "keep_last", "keep_best"),
+    *("prompts", "eval_prompts"),  # What is in these files is compared.
     *("max_nonfinite", "max_skips", "strict", "watch_x0", "watch_gap", "watch_flat_groups", "watch_reward"),
 }
 
@@ -105,8 +107,10 @@ def changes(before: Mapping[str, Any], settings: Settings) -> tuple[list[str], l
     if settings.lr_schedule == "cosine" and "epochs" in said:
         said["epochs"] += ", over which lr_schedule = cosine, which --tiny has, falls to 0"
         free = FREE - {"epochs"}
-    if "rewards" in said and unguarded(before["rewards"]) == unguarded(now["rewards"]):
-        free = free | {"rewards"}
+    if said:
+        # A file may lie elsewhere now, and what is done where a reward fails may change.
+        was, is_now = (placeless(v) | {"rewards": unguarded(placeless(v)["rewards"])} for v in (before, now))
+        free = free | {n for n in said if n != "epochs" and was[n] == is_now[n]}
     return [said[n] for n in said if n not in free], [said[n] for n in said if n in free]
 
 

@@ -17,6 +17,7 @@ from .errors import CheckpointError, NftError, SaveError, Stopped, UsageError, u
 from .host import Host
 from .launch import told, undisturbed
 from .observers.metrics import trim
+from .places import placeless
 from .progress import Progress
 from .prompts import Prompt, prompts_of_run, read_prompts, scorable
 from .resume import FREE, digest, find, holds_a_run, locked, restore
@@ -72,7 +73,7 @@ def run(
     Raises UsageError for what can be told from the settings and files alone, before anything heavy is
     loaded or written, and NftError for what fails later.
     """
-    folder = folder if folder.name else folder.resolve()  # The name of `.` is empty, and observers use it.
+    folder = folder.resolve()  # A reward may change the current folder.
     first = os.environ.get("RANK", "0") == "0"
     tell = say if first else lambda text: None
     specs, solver, prompts, held_out = prepare(settings, host)
@@ -320,7 +321,7 @@ def check_alike(settings: Settings, path: Path | None, device: torch.device) -> 
 
     # Where files lie may differ from node to node.
     places = {"model", "model_options", "prompts", "eval_prompts", "reward_defaults"}
-    mine = settings.model_dump(mode="json", exclude=FREE | places)
+    mine = placeless(settings.model_dump(mode="json", exclude=FREE | places))
     first, *others = map(json.loads, gather_texts(json.dumps(mine), device))
     for number, other in enumerate(others, 1):
         differ = [

@@ -1,0 +1,107 @@
+"""A run finds its files from any folder, and after a move."""
+
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner
+
+from nft_core import run as runs
+from nft_core.cli import main
+from nft_core.errors import NftError, UsageError
+from nft_core.host import load_host
+from nft_core.local import load_object
+from nft_core.places import anchored, placeless
+from nft_core.resume import changes
+from nft_core.settings import make_settings, to_toml
+
+REWARD = """import os
+os.chdir("/")
+def warmth(images, gain=1):
+    return images.mean((1, 2, 3))
+"""
+
+
+@pytest.fixture
+def project(tmp_path, monkeypatch):
+    """The current folder, whose name no spec can hold as text: prompts, a reward that changes the folder."""
+    place = tmp_path / "lr=1,2"
+    place.mkdir()
+    (place / "mine.py").write_text(REWARD)
+    (place / "p.txt").write_text("a cat\n")
+    monkeypatch.chdir(place)
+    return place
+
+
+def test_whole_paths(project):
+    (project / "model").mkdir()
+    (project / "weights.bin").touch()
+    (project / "strict").touch()
+    before = {
+        **{"model": "model", "prompts": "p.txt", "eval_prompts": "", "cache": "none-yet", "solver": "euler"},
+        "rewards": ["mine.py:warmth=2,gain=3,on_error=mask", "mine:warmth", "ocr,variant=strict", "os:getcwd"],
+        "observers": ["tensorboard,folder=tb", "wandb"],
+        "model_options": {"lora": "weights.bin", "guidance": 3.5},
+    }
+    after = anchored(before)
+    mine = f"{project}/mine.py:warmth"
+    assert after == {
+        **{"model": f"{project}/model", "prompts": f"{project}/p.txt", "eval_prompts": ""},
+        **{"cache": f"{project}/none-yet", "solver": "euler"},
+        "rewards": [
+            {"name": mine, "weight": 2, "gain": "3", "on_error": "mask"},
+            {"name": mine, "weight": 1},
+            *("ocr,variant=strict", "os:getcwd"),
+        ],
+        "observers": [{"name": "tensorboard", "folder": f"{project}/tb"}, "wandb"],
+        "model_options": {"lora": f"{project}/weights.bin", "guidance": 3.5},
+    }
+    assert anchored(after) == after
+    assert placeless(after)["rewards"][0]["name"] == "mine.py:warmth"
+    assert anchored({"model": "stabilityai/none", "solver": "a" * 9999})["solver"] == "a" * 9999
+
+
+def test_what_has_moved_is_told_and_not_refused(project):
+    before = {"rewards": ["mine.py:warmth"], "prompts": "p.txt", "model": "/old/sd3"}
+    moved = {"rewards": ["/new/mine.py:warmth"], "prompts": "/new/p.txt", "model": "/new/sd3"}
+    for was in (before, anchored(before)):
+        grave, free = changes(was, make_settings(moved))
+        assert not grave
+        assert [words.partition(" ")[0] for words in free] == ["model", "prompts", "rewards"]
+    other = {"rewards": ["/new/other.py:warmth"], "model": "/new/flux"}
+    grave, _ = changes(anchored(before), make_settings(moved, other))
+    assert [words.partition(" ")[0] for words in grave] == ["model", "rewards"]
+
+
+def test_a_run_goes_on_from_another_folder(project, tmp_path, monkeypatch):
+    """Its prompts and its reward are found, and its own folder is a whole path, whatever the reward does."""
+    seen = []
+    monkeypatch.setattr(runs, "run", lambda settings, folder, *more: seen.append((settings, folder)))
+    given = ["--tiny", "--set", "processes=1", "--reward", "mine.py:warmth", "--prompts", "p.txt", "--out", "r"]
+    done = CliRunner().invoke(main, ["run", *given])
+    assert done.exit_code == 0, done.output
+    (project / "r").mkdir()
+    (project / "r" / "run.toml").write_text(to_toml(seen[0][0]))
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    for command in (["resume", "../lr=1,2/r"], ["run", "--config", "../lr=1,2/r/run.toml", "--out", "new"]):
+        done = CliRunner().invoke(main, command)
+        assert done.exit_code == 0, done.output
+    assert [settings for settings, _ in seen] == [seen[0][0]] * 3
+    assert [folder for _, folder in seen] == [project / "r", project / "r", tmp_path / "elsewhere" / "new"]
+    specs, _, prompts, _ = runs.prepare(seen[1][0], load_host())
+    assert specs[0].title == "warmth" and [p.text for p in prompts] == ["a cat"]
+
+
+def test_a_file_that_changes_the_folder_when_it_is_imported(project):
+    load_object("mine.py:warmth")
+    assert Path.cwd() == project
+    with pytest.raises(UsageError, match=r"There is no file /gone/mine.py: .* --reward says where it is now"):
+        load_object("/gone/mine.py:warmth")
+
+
+def test_a_folder_that_was_removed(tmp_path, monkeypatch):
+    (tmp_path / "gone").mkdir()
+    monkeypatch.chdir(tmp_path / "gone")
+    (tmp_path / "gone").rmdir()
+    with pytest.raises(NftError, match="The current folder was removed"):
+        anchored({})
