@@ -10,10 +10,12 @@ from PIL import Image
 from rich.console import Console as Terminal
 
 from nft_core.errors import NftError
+from nft_core.observers import captions
 from nft_core.observers.console import Console, clock
 from nft_core.observers.metrics import Metrics, read
 from nft_core.observers.report import Report, curve
-from nft_core.observers.samples import CELL, Samples, fitted
+from nft_core.observers.samples import CELL, Samples, caption, choose, fit, fitted
+from nft_core.observers.samples import read as read_samples
 from nft_plugins import Batch, Part, Run, Scores
 
 
@@ -86,6 +88,45 @@ def test_pictures_are_the_same_prompts_before_and_after(run):
     assert {(g, g, g) for g in first_of_each} <= colors  # before, and exact: no smoothing of tiny pictures
     count = {c: n for n, c in pixels.getcolors(pixels.width * pixels.height)}
     assert count[(51, 51, 51)] == 3 * (CELL // 32 * 32) ** 2  # after
+
+
+@pytest.fixture
+def no_fonts(monkeypatch):
+    """A system without fonts, as many containers are."""
+    monkeypatch.setattr(captions, "system_fonts", list)
+    captions._font_for.cache_clear()
+    yield
+    captions._font_for.cache_clear()
+
+
+def test_a_caption_that_no_font_can_draw_says_where_the_prompt_is(run, no_fonts):
+    prompts = ["a cat", "кот", "a cafe\u0301", "红色的\n圆圈"]
+    batch, scores = pictures(prompts, images=1)
+    chosen = choose(batch, scores)
+    assert [caption(s) for s in chosen] == ["a cat", *(f"prompt {n} of samples/prompts.txt" for n in (2, 3, 4))]
+    assert fit("кот 1", 11)[0] == r"\u043a\u043e\u0442 1"
+    Samples().nft_eval_finished(run, evaluation(0, 0.1), batch, scores)
+    lines = (run.folder / "samples" / "prompts.txt").read_text(encoding="utf-8").splitlines()
+    assert lines == ["1. a cat", "2. кот", "3. a cafe\u0301", "4. 红色的 圆圈"]
+    found = read_samples(run.folder / "samples" / "epoch-0000.png")
+    assert [(s.prompt, s.number) for s in found] == list(zip(prompts, range(1, 5), strict=True))
+
+
+@pytest.mark.parametrize("text", ["a café — 5 €", "красный круг", "a cafe\u0301", "\u200ba cat\u202e"])
+def test_captions_are_no_boxes(text):
+    text = captions.clean(text)
+    font = captions.font_for(text, 13)
+    if font is None:
+        pytest.skip("this system has no font with these letters")
+    box = captions.drawn(font, captions.MISSING)
+    assert all(captions.drawn(font, letter) != box for letter in text if letter != " ")
+    assert max(font.getlength(line) for line in captions.wrap(text * 9, font, CELL, 27)) < CELL + 14
+
+
+def test_words_without_spaces_are_wrapped():
+    font = captions.font_for("a", 13)
+    lines = captions.wrap("圆" * 60, font, 7 * font.getlength("圆"), 27)
+    assert lines == ["圆" * 7, "圆" * 4 + " ..."]
 
 
 @pytest.mark.parametrize("size", [(32, 32), (1, 1), (176, 20), (1024, 512), (3, 900)])

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import textwrap
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,20 +13,23 @@ from PIL.PngImagePlugin import PngInfo
 
 from nft_plugins import Batch, Run, Scores, hookimpl
 
+from .captions import clean, font_for, wrap
+
 #: Pictures a grid, and in a row of it.
 COUNT, ROW = 12, 6
-NAME, NOTE = "epoch-{:04d}.png", "nft-samples"
+NAME, NOTE, PROMPTS = "epoch-{:04d}.png", "nft-samples", "prompts.txt"
 CELL, MARGIN, CAPTION = 176, 14, 62
 PAPER, INK, FAINT = (255, 255, 255), (32, 33, 36), (110, 113, 120)
 
 
 @dataclass(frozen=True)
 class Sample:
-    """One picture with its prompt and its score."""
+    """One picture with its prompt and its score. number: of the prompt among those that are drawn, from 1."""
 
     image: Image.Image
     prompt: str
     score: str
+    number: int
 
 
 class Samples:
@@ -45,6 +47,9 @@ class Samples:
         if epoch and not self.base:  # This run goes on from a checkpoint.
             self.base = read(folder / NAME.format(0))
         save(grid([chosen], [f"epoch {epoch}"]), folder / NAME.format(epoch), chosen)
+        if any(caption(sample) != clean(sample.prompt) for sample in chosen):
+            lines = (f"{s.number}. {' '.join(s.prompt.split())}\n" for s in chosen)
+            (folder / PROMPTS).write_text("".join(lines), encoding="utf-8", errors="backslashreplace")
         if not epoch:
             self.base = chosen
         elif self.base:
@@ -61,10 +66,10 @@ def choose(batch: Batch, scores: Scores) -> list[Sample]:
     indices = [first[i * len(first) // count] for i in range(count)]
     parts = {name: part.scores for name, part in scores.parts.items()} or {"score": scores}
     samples = []
-    for i in indices:
+    for number, i in enumerate(indices, 1):
         pixels = (batch.images[i] * 255).round().clamp(0, 255).byte().permute(1, 2, 0).cpu().numpy()
         values = [f"{n} {float(s.values[i]):.3g}" if s.valid[i] else f"{n} invalid" for n, s in parts.items()]
-        samples.append(Sample(fitted(Image.fromarray(pixels)), batch.prompts[i], ", ".join(values)))
+        samples.append(Sample(fitted(Image.fromarray(pixels)), batch.prompts[i], ", ".join(values), number))
     return samples
 
 
@@ -91,7 +96,7 @@ def grid(rows: list[list[Sample]], titles: list[str]) -> Image.Image:
     height = MARGIN + len(lines) * (26 + CELL + CAPTION)
     sheet = Image.new("RGB", (width, height), PAPER)
     pen = ImageDraw.Draw(sheet)
-    title_font, font, small = (ImageFont.load_default(size) for size in (17, 13, 11))
+    title_font = ImageFont.load_default(17)
     y, said = MARGIN // 2, ""
     for title, row in lines:
         if title != said:
@@ -100,13 +105,26 @@ def grid(rows: list[list[Sample]], titles: list[str]) -> Image.Image:
         for column, sample in enumerate(row):
             x = MARGIN + column * (CELL + MARGIN)
             sheet.paste(sample.image, (x, y + 26))
-            text = textwrap.wrap(sample.prompt, 27)
-            text = text if len(text) <= 2 else [text[0], text[1][:24] + " ..."]
-            for i, line in enumerate(text):
+            text, font = fit(caption(sample), 13)
+            lines_of_text = wrap(text, font, CELL, 27)
+            for i, line in enumerate(lines_of_text):
                 pen.text((x, y + 30 + CELL + 15 * i), line, INK, font)
-            pen.text((x, y + 32 + CELL + 15 * len(text)), sample.score, FAINT, small)
+            score, small = fit(clean(sample.score), 11)
+            pen.text((x, y + 32 + CELL + 15 * len(lines_of_text)), score, FAINT, small)
         y += 26 + CELL + CAPTION
     return sheet
+
+
+def caption(sample: Sample) -> str:
+    """The prompt, or where it stands if no font has its letters."""
+    text = clean(sample.prompt)
+    return text if font_for(text, 13) else f"prompt {sample.number} of samples/{PROMPTS}"
+
+
+def fit(text: str, size: int) -> tuple[str, Any]:
+    """A text and a font that has its letters; other letters by number where none has."""
+    font = font_for(text, size)
+    return (text, font) if font else (ascii(text)[1:-1], ImageFont.load_default(size))
 
 
 def save(image: Image.Image, path: Path, samples: Sequence[Sample] = ()) -> None:
@@ -131,4 +149,4 @@ def read(path: Path) -> list[Sample]:
 def cut(sheet: Image.Image, i: int, prompt: str, score: str, width: int, height: int) -> Sample:
     row, column = divmod(i, ROW)
     x, y = MARGIN + column * (CELL + MARGIN), MARGIN // 2 + row * (26 + CELL + CAPTION) + 26
-    return Sample(sheet.crop((x, y, x + width, y + height)).convert("RGB"), prompt, score)
+    return Sample(sheet.crop((x, y, x + width, y + height)).convert("RGB"), prompt, score, i + 1)
