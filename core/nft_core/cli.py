@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from .doctor import doctor
-from .errors import NftError, Stopped, UsageError
+from .errors import MEMORY_FULL, NftError, Stopped, UsageError, is_memory_full
 from .listing import models, observers, plugins, rewards, solvers
 from .new import new
 from .reward_commands import check, info
@@ -27,12 +27,28 @@ class Group(click.Group):
 
     def invoke(self, ctx: click.Context) -> Any:
         try:
+            check_folder()
             return super().invoke(ctx)
         except Stopped as stopped:
             sys.exit(stopped.exit_code)
         except NftError as error:
             click.echo(f"Error: {error}", err=True)
             sys.exit(error.exit_code)
+        except Exception as error:
+            if not is_memory_full(error):
+                raise
+            click.echo(
+                f"Error: {MEMORY_FULL} ({' '.join(str(error).split())[:200] or 'MemoryError'})", err=True
+            )
+            sys.exit(NftError.exit_code)
+
+
+def check_folder() -> None:
+    """Raise NftError where there is no current folder, in which torch would end the process."""
+    try:
+        Path.cwd()
+    except OSError as error:
+        raise NftError("The current folder was removed: go to another, and start from there.") from error
 
 
 @click.group(cls=Group, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
@@ -230,11 +246,11 @@ def start(
     """Train in this process, or in several that it starts."""
     from . import launch
     from . import run as runs
-    from .places import anchored
+    from .places import anchored, anchored_folder
     from .settings import make_settings, to_toml
 
     # The run, and whoever goes on with it, may stand in another folder.
-    settings, folder = make_settings(anchored(settings.model_dump())), folder.resolve()
+    settings, folder = make_settings(anchored(settings.model_dump())), anchored_folder(folder)
 
     launch.end_with_the_parent()
     launch.end_when_told()

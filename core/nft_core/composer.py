@@ -14,7 +14,7 @@ from torch import Tensor
 from nft_plugins import Batch, Part, PromptError, Reward, Scores
 
 from .errors import NftError, UsageError, where
-from .guard import Failed, Guard, Tally, added
+from .guard import Failed, Guard, Tally, added, out_of_memory
 from .host import Host, load_host
 from .specs import Policy, RewardSpec, finite_weight, parse_reward
 
@@ -247,12 +247,12 @@ def checked(name: str, score: Callable[[], Scores], size: int) -> Scores:
             return held(name, score(), size)
     except NftError:
         raise
-    except torch.OutOfMemoryError as error:
-        raise NftError(
-            f"The reward {name!r} ran out of memory: {error} Score fewer images at once: with rollout_batch in "
-            "a run, --batch in nft score."
-        ) from error
     except (Exception, SystemExit) as error:
+        if out_of_memory(error):
+            raise NftError(
+                f"The reward {name!r} ran out of memory: {str(error) or 'MemoryError'} Score fewer images "
+                "at once: with rollout_batch in a run, --batch in nft score."
+            ) from error
         raise NftError(f"The reward {name!r} failed: {type(error).__name__}: {error}{where(error)}") from error
 
 

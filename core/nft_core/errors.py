@@ -41,6 +41,17 @@ class PeerError(NftError):
     exit_code = 75
 
 
+MEMORY_FULL = (
+    "The CPU's memory is full. Close other programs, or ask for less at once: rollout_batch, decode_batch and "
+    "microbatch in a run, --batch in nft score, or a smaller model."
+)
+
+
+def is_memory_full(error: BaseException) -> bool:
+    """Whether there was no memory of the CPU left; torch and safetensors have no error of their own for it."""
+    return isinstance(error, MemoryError) or "allocate memory" in str(error)
+
+
 def unknown(kind: str, name: str, known: Iterable[str], hint: str = "") -> UsageError:
     """A name that nobody has, with the nearest known one, the list of them all, and a hint."""
     known = sorted(known)

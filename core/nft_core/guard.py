@@ -18,7 +18,7 @@ import torch
 
 from nft_plugins import PromptError, Scores
 
-from .errors import NftError, UsageError
+from .errors import NftError, UsageError, is_memory_full
 from .specs import Policy
 
 T = TypeVar("T")
@@ -173,9 +173,8 @@ def pause(attempt: int) -> float:
 
 
 def out_of_memory(error: BaseException | None) -> bool:
-    if isinstance(error, torch.OutOfMemoryError | MemoryError):
-        return True
-    return isinstance(error, RuntimeError) and "allocate memory" in str(error)  # torch on a CPU
+    """Whether a GPU's or the CPU's memory is full."""
+    return error is not None and (isinstance(error, torch.OutOfMemoryError) or is_memory_full(error))
 
 
 def free_memory() -> None:

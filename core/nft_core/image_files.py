@@ -128,6 +128,8 @@ def opened(source: Path | Image.Image, name: Path) -> Iterator[Image.Image]:
                 yield image
     except Image.UnidentifiedImageError as error:
         raise UsageError(f"Cannot read {name}: it is none of {KINDS}.") from error
+    except MemoryError as error:
+        raise UsageError(f"Cannot read {name}: the CPU's memory is full.") from error
     except Exception as error:
         raise UsageError(f"Cannot read {name}: {error or type(error).__name__}.") from error
 

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Mapping
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from .errors import NftError
+from .errors import UsageError
 from .local import is_reference
 from .prompts import is_text
 from .specs import parse_observer, parse_reward
 
+NOT_UTF_8 = "the name is not in UTF-8, in which run files are written; rename what is called so"
 #: Settings, and options, that are always paths. Others are where a file or a folder stands there.
 PATHS = ("prompts", "eval_prompts", "cache", "folder")
 
@@ -19,15 +21,21 @@ PATHS = ("prompts", "eval_prompts", "cache", "folder")
 def anchored(values: Mapping[str, Any]) -> dict[str, Any]:
     """The settings with whole paths for those that are seen from the current folder, `FILE.py:NAME` among them.
 
-    Raises NftError where there is no current folder.
+    Raises UsageError for a path that is not in UTF-8.
     """
-    try:
-        here = Path.cwd()
-    except OSError as error:
-        raise NftError("The current folder was removed: go to another, and start from there.") from error
-    if not is_text(str(here)):  # Which no run file, in UTF-8, can hold.
-        return dict(values)
-    return with_paths(values, anchor)
+    whole = with_paths(values, anchor)
+    for name, value in whole.items():
+        if not is_text(json.dumps(value, ensure_ascii=False, default=str)):
+            raise UsageError(f"Setting {name} = {value!r}: {NOT_UTF_8}.")
+    return whole
+
+
+def anchored_folder(folder: Path) -> Path:
+    """The whole path of a run's folder. Raises UsageError where it is not in UTF-8."""
+    whole = folder.resolve()
+    if not is_text(str(whole)):
+        raise UsageError(f"The run's folder {str(whole)!r}: {NOT_UTF_8}, or choose another with --out.")
+    return whole
 
 
 def anchor(name: str, text: str) -> str:

@@ -335,6 +335,26 @@ def test_folders_of_geneval_and_of_datasets(folder):
     assert "--prompts set/metadata.jsonl with a line such as" in result.stderr
 
 
+def test_a_full_memory_is_one_sentence(folder, plugin, monkeypatch):
+    """A reward's costs its own scores; anything else's ends the command."""
+    flat(folder / "a.png", 51)
+    for take in (lambda: torch.empty(10**15), lambda: bytearray(10**15)):
+
+        def greedy(images, take=take):
+            take()
+
+        (result,) = score_images("a.png", None, ["jpeg_compressibility", greedy])
+        assert result.valid == {"jpeg_compressibility": True, "greedy": False}
+        assert "The reward 'greedy' ran out of memory: " in result.errors["greedy"]
+        with monkeypatch.context() as patch:
+            patch.setattr("nft_core.score.decode", lambda *arguments, take=take: take())
+            result = nft("a.png", "--reward", "mean")
+        assert result.exit_code == 1 and len(result.stderr.splitlines()) == 1
+        assert result.stderr.startswith(
+            "Error: The CPU's memory is full. Close other programs, or ask for less"
+        )
+
+
 def test_a_file_cut_short_loses_nothing_else(folder, plugin):
     flat(folder / "whole.png", 51)
     Image.effect_noise((64, 64), 50).convert("RGB").save(folder / "cut.jpg")

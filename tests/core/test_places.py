@@ -7,10 +7,10 @@ from click.testing import CliRunner
 
 from nft_core import run as runs
 from nft_core.cli import main
-from nft_core.errors import NftError, UsageError
+from nft_core.errors import UsageError
 from nft_core.host import load_host
 from nft_core.local import load_object
-from nft_core.places import anchored, placeless
+from nft_core.places import anchored, anchored_folder, placeless
 from nft_core.resume import changes
 from nft_core.settings import make_settings, to_toml
 
@@ -99,9 +99,32 @@ def test_a_file_that_changes_the_folder_when_it_is_imported(project):
         load_object("/gone/mine.py:warmth")
 
 
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"prompts": "\udce9.txt"}, "Setting prompts = .*udce9.txt': the name is not in UTF-8"),
+        ({"rewards": ["\udce9.py:f"]}, "Setting rewards = .*: the name is not in UTF-8"),
+        ({"observers": ["tensorboard,folder=\udce9"]}, "Setting observers = .*: the name is not in UTF-8"),
+        (
+            {"reward_defaults": {"ocr": {"x": "\udce9"}}},
+            "Setting reward_defaults = .*: the name is not in UTF-8",
+        ),
+    ],
+)
+def test_names_that_are_not_in_utf_8(settings, message, tmp_path):
+    """No run file, no report and no safetensors file can hold or have them."""
+    with pytest.raises(UsageError, match=message):
+        anchored(settings)
+    with pytest.raises(UsageError, match="The run's folder .*udce9': the name is not in UTF-8.*--out"):
+        anchored_folder(tmp_path / "\udce9")
+
+
 def test_a_folder_that_was_removed(tmp_path, monkeypatch):
     (tmp_path / "gone").mkdir()
     monkeypatch.chdir(tmp_path / "gone")
     (tmp_path / "gone").rmdir()
-    with pytest.raises(NftError, match="The current folder was removed"):
-        anchored({})
+    done = CliRunner().invoke(main, ["rewards"])
+    assert (done.exit_code, done.stderr) == (
+        1,
+        "Error: The current folder was removed: go to another, and start from there.\n",
+    )
