@@ -57,7 +57,7 @@ def find_images(paths: Iterable[Path], tell: Callable[[str], None] = lambda text
                 raise UsageError(f"The folder {path} holds no image: expected {listed(SUFFIXES)}.{names(left)}")
         elif not path.exists():
             raise UsageError(f"There is no {path}: expected image files or folders of them.")
-        elif path.suffix.lower() not in SUFFIXES and size_of(path) == UNREADABLE:
+        elif not path.is_file() or (path.suffix.lower() not in SUFFIXES and size_of(path) == UNREADABLE):
             raise UsageError(f"{path} is no image that can be read: expected {listed(SUFFIXES)}.")
         else:
             files = [path]
@@ -89,7 +89,8 @@ def walk(folder: Path, left: dict[Path, str]) -> Iterator[Path]:
 def why_left(file: Path) -> str | None:
     """None for an image that is read, the reason for one that is not, and "" for what is no image."""
     suffix = file.suffix.lower()
-    if file.name.startswith(".") or suffix in BESIDE:
+    # A pipe would be waited for.
+    if file.name.startswith(".") or suffix in BESIDE or (suffix not in SUFFIXES and not file.is_file()):
         return ""
     if suffix in SUFFIXES:
         if file.name == "grid.png" and (file.parent / "samples").is_dir():  # as GenEval's script writes it

@@ -258,7 +258,7 @@ TOML_ERRORS = (ValueError, RecursionError)
 def read_toml(path: Path) -> dict[str, Any]:
     """The settings of a run file."""
     try:
-        text = path.read_text(encoding="utf-8")
+        text = path.read_text(encoding="utf-8-sig")
     except (OSError, ValueError) as error:  # ValueError: no UTF-8, or a path that no file can have.
         raise UsageError(f"Cannot read the run file {path}: {error}.") from error
     try:

@@ -262,6 +262,9 @@ def test_what_a_folder_leaves_out_is_named(folder, plugin):
         (folder / name).write_text("a")
     (folder / "gone.png").symlink_to(folder / "nothing.png")
     (folder / "linked").symlink_to(folder / "0")
+    if hasattr(os, "mkfifo"):
+        os.mkfifo(folder / "pipe")
+        assert "pipe is no image that can be read" in nft("pipe", "--reward", "mean").stderr
     result = nft(".", "--reward", "mean")
     assert result.exit_code == 0
     assert set(rows(result)) == {"image", "a.png", "0/samples/0000.png", "mean"}
