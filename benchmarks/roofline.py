@@ -1,11 +1,12 @@
-"""What an epoch of SD3.5-medium should take on a GPU, from its operations alone: to hold beside what is measured.
+"""What an epoch of SD3.5-medium should take on a GPU, from its operations alone: to hold beside measurements.
 
     python benchmarks/roofline.py [--tflops 700] [--bandwidth 2.8] [--resolution 512]
 
 The run's own code works on the meta device, which has shapes and no numbers. Each operation takes its
-floating-point operations by `--tflops`, or the bytes that it reads and writes by `--bandwidth` (TB/s), whichever
-is longer. Compiled, whatever lies between two products is one kernel, which reads what comes from outside and
-writes what is used outside. Launches, kernels' tails and the host are left out, so nothing can be faster.
+floating-point operations by `--tflops`, or the bytes that it reads and writes by `--bandwidth` (TB/s):
+whichever is longer. Compiled, whatever lies between two products is one kernel, which reads what comes from
+outside and writes what is used outside. Launches, kernels' tails and the host are left out, so nothing can
+be faster.
 """
 
 from __future__ import annotations
