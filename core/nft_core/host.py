@@ -28,6 +28,7 @@ from nft_plugins import (
 from .discovery import Cards, Info, Plugin, Registered, discover, hook_problem
 from .errors import NftError, UsageError, unknown, where
 from .factories import annotation, build, convert, installed, resolve
+from .lending import Inside, kept
 from .local import is_reference, load_object, local_reward
 from .specs import RESERVED, ObserverSpec, Policy, parse_reward, split
 
@@ -100,10 +101,11 @@ class Host:
                     f"The reward {other.name!r} cannot be made of itself, got {spec!r}: name another."
                 )
             mine = {**split((defaults or {}).get(other.name, {}))[1], **other.options}
-            return self.make_reward(other.name, mine, device, defaults, loaded, (name, *inside))
+            return Inside(self.make_reward(other.name, mine, device, defaults, loaded, (name, *inside)))
 
         offered = {"device": device, "make_reward": make_another}
-        made = build(what, card.info.factory, (), options, offered)
+        with kept(f"The making of the {what}", making=True):
+            made = build(what, card.info.factory, (), options, offered)
         if not isinstance(made, Reward):
             raise NftError(f"The factory of the {what} gave {type(made).__name__}, not a reward.")
         loaded[key] = made

@@ -20,6 +20,7 @@ from nft_plugins import Batch, RewardInfo, Scores
 from .discovery import Registered
 from .errors import NftError, UsageError, unknown, where
 from .factories import OFFERED
+from .lending import kept
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -67,7 +68,8 @@ def import_file(path: Path) -> ModuleType:
         module = importlib.util.module_from_spec(spec)
         sys.modules[name] = module  # Before it runs: dataclasses look there.
         try:
-            spec.loader.exec_module(module)
+            with kept(f"The import of {path.name}", making=True):
+                spec.loader.exec_module(module)
         except BaseException:
             del sys.modules[name]
             raise
@@ -78,7 +80,8 @@ def import_module(name: str) -> ModuleType:
     """A module that is installed or stands in the current folder."""
     reach(Path.cwd())
     try:
-        return importlib.import_module(name)
+        with kept(f"The import of {name}", making=True):
+            return importlib.import_module(name)
     except ModuleNotFoundError as error:
         if error.name and (name == error.name or name.startswith(f"{error.name}.")):
             raise UsageError(

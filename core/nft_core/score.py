@@ -13,7 +13,6 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -24,7 +23,7 @@ from torch import Tensor
 
 from nft_plugins import Batch, PromptError, Scores
 
-from .composer import Composed, Given, checked, compose
+from .composer import Composed, Given, compose, regrouped, scored
 from .errors import NftError, UsageError
 from .pooling import concatenate
 from .prompts import Prompt, is_text, read_prompts
@@ -320,10 +319,10 @@ def score(
                 for term in reward.terms:
                     result.fail(term.name, str(error))
         for rows in by_shape.values():
-            scored, images, group_indices = zip(*rows, strict=True)
-            given = _score_batch(scored, torch.stack(images).to(device), group_indices, reward)
+            told, images, group_indices = zip(*rows, strict=True)
+            given = _score_batch(told, torch.stack(images).to(device), group_indices, reward)
             for name in groupwise.keys() & given.keys():
-                kept[name].append((scored, group_indices, given[name]))
+                kept[name].append((told, group_indices, given[name]))
         progress(len(indices))
     for name, member in groupwise.items():
         if kept[name]:  # A group's images were spread over batches until here.
@@ -331,7 +330,7 @@ def score(
             told = [result for part in rows for result in part]
             whole = torch.tensor([g for part in groups for g in part])
             try:
-                again = checked(name, partial(member.regroup, concatenate(parts), whole), len(whole))
+                again = regrouped(name, member, concatenate(parts), whole)
             except NftError as error:
                 _fail(told, name, error)
             else:
@@ -349,7 +348,7 @@ def _score_batch(
     batch = Batch(images, given, [r.item.metadata for r in results], torch.tensor(groups, device=images.device))
     for name, _, member in reward.terms:
         try:
-            scores = checked(name, partial(member, batch), len(batch))
+            scores = scored(name, member, batch)
         except NoPrompt as error:
             raise NoPrompt(error.path, name) from error
         except NftError as error:
