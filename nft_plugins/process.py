@@ -1,6 +1,7 @@
 """The state of the process and of its threads that a reward must leave as it was.
 
-No part of the contract: nft-hub puts such state back after a reward's call, and `check_reward` finds what changed it.
+No part of the contract: nft-hub puts such state back after a reward's call, and `check_reward` finds what
+changed it.
 """
 
 from __future__ import annotations
@@ -18,7 +19,8 @@ import time
 import warnings
 from collections.abc import Callable, Iterable, Mapping
 from functools import cache
-from typing import Any, NamedTuple
+from pathlib import Path
+from typing import Any, NamedTuple, cast
 
 #: Random numbers of the process. To draw moves them, so that only seeds can be told from honest use.
 RANDOM = ("torch's random numbers", "NumPy's random numbers", "Python's random numbers")
@@ -80,13 +82,20 @@ def of_a_thread() -> Places:
 @cache
 def of_the_process() -> Places:
     """What all threads share, and one can put back while others go on."""
+    return {**of_libraries(), **of_python()}
+
+
+@cache
+def of_libraries() -> Places:
+    """What of it is torch's, NumPy's, Pillow's and OpenCV's."""
     import numpy as np
     import torch
     from PIL import Image, ImageFile
 
     b = torch.backends
-    precisions = [b, b.cuda.matmul, b.cudnn, getattr(b.cudnn, "conv", b), getattr(b.cudnn, "rnn", b), b.mkldnn]
-    precisions += [getattr(b.mkldnn, name) for name in ("matmul", "conv", "rnn") if hasattr(b.mkldnn, name)]
+    parts = [getattr(m, n, None) for m in (b.cudnn, b.mkldnn) for n in ("conv", "rnn", "matmul")]
+    # Each writes to those behind it.
+    precisions = [b, b.cudnn, b.mkldnn, b.cuda.matmul, *filter(None, parts)]
     return {
         "torch's default dtype": Place(torch.get_default_dtype, torch.set_default_dtype),
         # The older way first: it writes to the newer one.
@@ -98,7 +107,10 @@ def of_the_process() -> Places:
         "torch's deterministic algorithms": Place(determinism, put_determinism),
         "torch's backends": pairs(
             *[attribute(b.cudnn, name) for name in ("enabled", "benchmark", "deterministic")],
-            *[attribute(b.cuda.matmul, f"allow_{kind}_reduced_precision_reduction") for kind in ("fp16", "bf16")],
+            *[
+                attribute(b.cuda.matmul, f"allow_{kind}_reduced_precision_reduction")
+                for kind in ("fp16", "bf16")
+            ],
             attribute(b.cuda.matmul, "allow_fp16_accumulation"),
             attribute(b.mkldnn, "enabled"),
             *[
@@ -114,28 +126,33 @@ def of_the_process() -> Places:
         "OpenCV's threads": Place(opencv_threads, put_opencv_threads),
         "torch's random numbers": Place(TorchRandom.now, TorchRandom.put),
         "NumPy's random numbers": Place(numpy_random, put_numpy_random),
+        "Pillow's limits": pairs(
+            attribute(Image, "MAX_IMAGE_PIXELS"), attribute(ImageFile, "LOAD_TRUNCATED_IMAGES")
+        ),
+        "NumPy's print options": Place(
+            lambda: {k: v for k, v in np.get_printoptions().items() if k != "override_repr"},
+            lambda value: np.set_printoptions(**value),
+        ),
+    }
+
+
+@cache
+def of_python() -> Places:
+    """What of it is Python's own, which can be looked at before anything is imported."""
+    return {
         "Python's random numbers": Place(random.getstate, random.setstate),
         "the current folder": Place(folder, put_folder),
         "the environment variables": Place(lambda: dict(os.environ), put_environment),
         "the filters of warnings": Place(lambda: (warnings.filters, [*warnings.filters]), put_filters),
-        "the level of logging": Place(
-            lambda: (logging.root.level, logging.root.manager.disable), put_logging
-        ),
+        "the level of logging": Place(lambda: (logging.root.level, logging.root.manager.disable), put_logging),
         "the locale": Place(
             lambda: locale.setlocale(locale.LC_ALL), lambda name: locale.setlocale(locale.LC_ALL, name)
-        ),
-        "Pillow's limits": pairs(
-            attribute(Image, "MAX_IMAGE_PIXELS"), attribute(ImageFile, "LOAD_TRUNCATED_IMAGES")
         ),
         "the timeout of sockets": Place(socket.getdefaulttimeout, socket.setdefaulttimeout),
         "Python's recursion limit": Place(sys.getrecursionlimit, sys.setrecursionlimit),
         "the garbage collector": Place(
             lambda: (gc.isenabled(), gc.get_threshold()),
-            lambda value: (gc.enable() if value[0] else gc.disable(), gc.set_threshold(*value[1])),
-        ),
-        "NumPy's print options": Place(
-            lambda: {k: v for k, v in np.get_printoptions().items() if k != "override_repr"},
-            lambda value: np.set_printoptions(**value),
+            put_collector,
         ),
     }
 
@@ -149,7 +166,9 @@ def of_the_main_thread() -> Places:
             lambda: [signal.getsignal(number) for number in signals],
             lambda handlers: [signal.signal(n, h) for n, h in zip(signals, handlers, strict=True) if h],
         ),
-        "the standard streams": pairs(attribute(sys, "stdout"), attribute(sys, "stderr"), attribute(sys, "stdin")),
+        "the standard streams": pairs(
+            attribute(sys, "stdout"), attribute(sys, "stderr"), attribute(sys, "stdin")
+        ),
     }
 
 
@@ -166,20 +185,22 @@ def shared_places() -> dict[str, Place]:
     return {**of_the_process(), **(of_the_main_thread() if on_main_thread() else {})}
 
 
-def getter(get: Callable[[], Any]) -> Callable[[], Any]:
-    """`get`, None where this build of torch cannot say."""
+#: In place of what this build of torch cannot say.
+UNKNOWN = "unknown"
 
+
+def getter(get: Callable[[], Any]) -> Callable[[], Any]:
     def read() -> Any:
         try:
             return get()
         except (AttributeError, RuntimeError, AssertionError):
-            return None
+            return UNKNOWN
 
     return read
 
 
 def attribute(module: Any, name: str) -> tuple[Callable[[], Any], Callable[[Any], object]]:
-    return getter(lambda: getattr(module, name, None)), lambda value: setattr(module, name, value)
+    return getter(lambda: getattr(module, name)), lambda value: setattr(module, name, value)
 
 
 def pairs(*members: tuple[Callable[[], Any], Callable[[Any], object]]) -> Place:
@@ -187,7 +208,7 @@ def pairs(*members: tuple[Callable[[], Any], Callable[[Any], object]]) -> Place:
     return Place(
         lambda: [get() for get, _ in members],
         lambda values: [
-            put(value) for (_, put), value in zip(members, values, strict=True) if value is not None
+            put(value) for (_, put), value in zip(members, values, strict=True) if value is not UNKNOWN
         ],
     )
 
@@ -223,10 +244,16 @@ def put_autocast(value: Iterable[Any]) -> None:
     torch.clear_autocast_cache()
 
 
+def gpus_in_use() -> bool:
+    import torch
+
+    return bool(torch.cuda.is_initialized())  # type: ignore[no-untyped-call]
+
+
 def current_gpu() -> int | None:
     import torch
 
-    return torch.cuda.current_device() if torch.cuda.is_initialized() else None
+    return torch.cuda.current_device() if gpus_in_use() else None
 
 
 def put_current_gpu(number: int | None) -> None:
@@ -265,8 +292,8 @@ def put_opencv_threads(number: int | None) -> None:
 class TorchRandom:
     """torch's own generators. On the main thread they are equal where nothing was drawn or seeded.
 
-    On another thread the main thread may draw meanwhile: there they are equal where nothing was seeded, since to
-    take its draws back would make it draw the same numbers again.
+    On another thread the main thread may draw meanwhile: there they are equal where nothing was seeded, since
+    to take its draws back would make it draw the same numbers again.
     """
 
     def __init__(self, generators: list[Any]) -> None:
@@ -279,7 +306,7 @@ class TorchRandom:
     def now(cls) -> TorchRandom:
         import torch
 
-        return cls([torch.default_generator, *(torch.cuda.default_generators if torch.cuda.is_initialized() else ())])
+        return cls([torch.default_generator, *(torch.cuda.default_generators if gpus_in_use() else ())])
 
     def put(self) -> None:
         for generator, state in zip(self.generators, self.states, strict=True):
@@ -300,7 +327,7 @@ class TorchRandom:
 def numpy_random() -> tuple[Any, ...]:
     import numpy as np
 
-    kind, keys, *others = np.random.get_state()
+    kind, keys, *others = cast(tuple[Any, ...], np.random.get_state())
     return (kind, keys.tobytes(), *others)
 
 
@@ -313,7 +340,7 @@ def put_numpy_random(state: tuple[Any, ...]) -> None:
 
 def folder() -> str | None:
     try:
-        return os.getcwd()
+        return str(Path.cwd())
     except OSError:  # It was removed.
         return None
 
@@ -342,6 +369,11 @@ def put_filters(before: tuple[list[Any], list[Any]]) -> None:
         filters[:] = entries
         with warnings.catch_warnings():  # Forgets which warnings the filters let pass.
             pass
+
+
+def put_collector(value: tuple[bool, tuple[int, int, int]]) -> None:
+    (gc.enable if value[0] else gc.disable)()
+    gc.set_threshold(*value[1])
 
 
 def put_logging(value: tuple[int, int]) -> None:

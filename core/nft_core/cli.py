@@ -228,10 +228,11 @@ def start(
     settings: Settings, folder: Path, host: Host, resume: bool, allow_changes: bool, profile: bool = False
 ) -> None:
     """Train in this process, or in several that it starts."""
-    from . import launch
+    from . import environment, launch
     from . import run as runs
     from .settings import to_toml
 
+    environment.check()
     launch.end_with_the_parent()
     launch.end_when_told()
     processes = 1 if launch.started() else launch.count(settings.processes, settings.device)

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from nft_plugins import Batch, Part, PromptError, Reward, Scores
 
-from .errors import NftError, UsageError, where
+from .errors import NftError, UsageError, named_error, where
 from .guard import Failed, Guard, Tally, added
 from .host import Host, load_host
 from .lending import lend, own, process_kept, thread_kept
@@ -229,6 +229,13 @@ def check_prompt(member: Any, name: str, prompt: str, metadata: Mapping[str, Any
     except PromptError as error:
         message = str(error)
         raise PromptError(message if message.startswith(name) else f"{name}: {message}") from error
+    except (NftError, KeyboardInterrupt):
+        raise
+    except BaseException as error:
+        raise NftError(
+            f"The reward {name!r} failed in check_prompt, which may raise PromptError alone: "
+            f"{named_error(error)}{where(error)}"
+        ) from error
 
 
 def advised(term: Term, batch: Batch) -> Scores:
@@ -274,7 +281,7 @@ def checked(name: str, score: Callable[[], Scores], size: int) -> Scores:
     except KeyboardInterrupt:
         raise
     except BaseException as error:  # As extensions raise in Rust or C++.
-        raise NftError(f"The reward {name!r} failed: {type(error).__name__}: {error}{where(error)}") from error
+        raise NftError(f"The reward {name!r} failed: {named_error(error)}{where(error)}") from error
 
 
 def held(name: str, scores: Any, size: int) -> Scores:

@@ -6,10 +6,11 @@ import os
 import re
 import traceback
 import warnings
-from collections.abc import Iterator, MutableMapping
+from collections.abc import Iterator, Mapping, MutableMapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
-from importlib.metadata import EntryPoint, entry_points
+from dataclasses import dataclass, field, fields
+from importlib.metadata import Distribution, EntryPoint, distributions
+from pathlib import Path
 from typing import Any, Generic, NamedTuple, TypeVar
 
 import pluggy
@@ -28,6 +29,10 @@ from nft_plugins import (
 )
 from nft_plugins.hookspecs import OFFERS
 
+from .errors import named_error
+from .lending import python_kept
+from .quiet import printing_aside
+
 #: The distribution whose plug-ins are the built-ins.
 OWN = "nft-hub"
 NAME = re.compile(r"[a-z0-9][a-z0-9_-]*:?")
@@ -35,11 +40,16 @@ Info = TypeVar("Info", RewardInfo, SolverInfo, ModelInfo, ObserverInfo, Preset)
 
 
 class Found(NamedTuple):
-    """An entry point, and the distribution that brings it."""
+    """An entry point, and the distribution that brings it; none, and a problem, where it cannot be read."""
 
-    entry: EntryPoint
+    entry: EntryPoint | None
     distribution: str
     version: str
+    problem: str = ""
+
+    @property
+    def name(self) -> str:
+        return self.entry.name if self.entry else self.distribution
 
 
 @dataclass
@@ -98,12 +108,15 @@ def discover(manager: pluggy.PluginManager, cards: Cards) -> list[Plugin]:
     """Register every plug-in that `NFT_PLUGINS` allows, and collect its cards; returns a row for each."""
     rows = []
     for found in find():
-        row = Plugin(found.entry.name, found.distribution, found.version)
+        row = Plugin(found.name, found.distribution, found.version)
         rows.append(row)
         if not allowed(row):
             row.status, row.cause = "off", "not named in NFT_PLUGINS"
             continue
-        with deprecations(row):
+        if found.entry is None:
+            row.broken(found.problem, f"pip install --force-reinstall {row.distribution}, or pip uninstall it")
+            continue
+        with deprecations(row), printing_aside(), python_kept(), harmless(row, "looking at it"):
             module = load(found.entry, row)
             if module is not None and fits(module, row) and attach(manager, module, row):
                 classify(module, row, cards)
@@ -111,12 +124,45 @@ def discover(manager: pluggy.PluginManager, cards: Cards) -> list[Plugin]:
 
 
 def find() -> list[Found]:
-    """The entry points of the group; the built-ins first, then by name."""
+    """The entry points of the group; the built-ins first, then by name.
+
+    Of several distributions of a name Python imports from the first, and so only its entry points count.
+    """
     unique: dict[tuple[str, str], Found] = {}
-    for entry in entry_points(group=ENTRY_POINT_GROUP):
-        name, version = (entry.dist.name, entry.dist.version) if entry.dist else ("?", "?")
-        unique[entry.name, name] = Found(entry, name, version)
-    return sorted(unique.values(), key=lambda f: (f.distribution != OWN, f.entry.name, f.distribution))
+    taken = set()
+    for distribution in distributions():
+        entries, problem = read_entries(distribution)
+        if not entries and not problem:
+            continue
+        name, version = named(distribution)
+        key = re.sub("[-_.]+", "-", name).lower()
+        if key not in taken:
+            each = [Found(e, name, version) for e in entries] or [Found(None, name, version, problem)]
+            unique.update({(found.name, name): found for found in each})
+        taken.add(key)
+    return sorted(unique.values(), key=lambda f: (f.distribution != OWN, f.name, f.distribution))
+
+
+def read_entries(distribution: Distribution) -> tuple[list[EntryPoint], str]:
+    """A distribution's entry points of the group, or why they cannot be read."""
+    try:
+        if ENTRY_POINT_GROUP not in (distribution.read_text("entry_points.txt") or ""):
+            return [], ""
+        return [e for e in distribution.entry_points if e.group == ENTRY_POINT_GROUP], ""
+    except Exception as error:  # A damaged file, of any package that is installed here.
+        return [], f"its entry_points.txt cannot be read: {type(error).__name__}: {error}"
+
+
+def named(distribution: Distribution) -> tuple[str, str]:
+    """Name and version; by the name of its folder, NAME-VERSION.dist-info, where its metadata say nothing."""
+    folder = Path(str(getattr(distribution, "_path", "?"))).stem
+    name, _, version = folder.partition("-")
+    try:
+        return str(distribution.metadata["Name"] or name), str(
+            distribution.metadata["Version"] or version or "?"
+        )
+    except Exception:  # There are no metadata, or none that can be read.
+        return name, version or "?"
 
 
 def allowed(row: Plugin) -> bool:
@@ -139,16 +185,25 @@ def deprecations(row: Plugin) -> Iterator[None]:
             warnings.warn_explicit(warning.message, warning.category, warning.filename, warning.lineno)
 
 
-def load(entry: EntryPoint, row: Plugin) -> object | None:
+@contextmanager
+def harmless(row: Plugin, what: str) -> Iterator[None]:
+    """Whatever is raised inside, but for Ctrl-C, breaks the plug-in alone. what: was being done."""
     try:
-        module: object = entry.load()
-        return module
-    except (Exception, SystemExit) as error:
+        yield
+    except KeyboardInterrupt:
+        raise
+    except BaseException as error:  # A panic of an extension in Rust is no Exception.
         mend = row.complaint
         if isinstance(error, ModuleNotFoundError):
             mend = f"install the package that brings the module {error.name}, or {mend}"
-        row.broken(f"importing {entry.value} raised {type(error).__name__}: {error}", mend, error)
-        return None
+        row.broken(f"{what} raised {named_error(error)}", mend, error)
+
+
+def load(entry: EntryPoint, row: Plugin) -> object | None:
+    module: object | None = None
+    with harmless(row, f"importing {entry.value}"):
+        module = entry.load()
+    return module
 
 
 def fits(module: object, row: Plugin) -> bool:
@@ -200,12 +255,24 @@ def classify(module: object, row: Plugin, cards: Cards) -> None:
         if implementation is None:
             continue
         mine: list[Any] = []
-        try:
+        with harmless(row, hook):
             implementation(mine.append)
-        except (Exception, SystemExit) as error:
-            row.broken(f"{hook} raised {type(error).__name__}: {error}", error=error)
         for info in mine:
-            _claim(info, kind, cards[hook], hook, row)
+            with harmless(row, f"a card of {hook}"):
+                _claim(info, kind, cards[hook], hook, row)
+
+
+def malformed(info: Any) -> str:
+    """What in a card is of another type than listings can show; empty where nothing is."""
+    kinds = {"str": (str, "text"), "tuple[str, ...]": (tuple, "a tuple of texts")}
+    for f in fields(info):
+        value = getattr(info, f.name)
+        kind, words = kinds.get(
+            str(f.type), (Mapping, "a mapping") if "Mapping" in str(f.type) else (object, "")
+        )
+        if not isinstance(value, kind) or (kind is tuple and not all(isinstance(v, str) for v in value)):
+            return f"{f.name} = {value!r}, not {words}"
+    return ""
 
 
 def _claim(info: Any, kind: type, cards: MutableMapping[str, Registered[Any]], hook: str, row: Plugin) -> None:
@@ -214,6 +281,8 @@ def _claim(info: Any, kind: type, cards: MutableMapping[str, Registered[Any]], h
         row.broken(f"{hook} registered a {type(info).__name__}, not a {kind.__name__}")
     elif not isinstance(info.name, str) or not NAME.fullmatch(info.name):
         row.broken(f"{info.name!r} is no name: lower-case letters, digits, _ and -")
+    elif wrong := malformed(info):
+        row.broken(f"the card of {info.name!r} has {wrong}")
     elif info.name in cards:
         other = cards[info.name]
         cards[info.name] = Registered(other.info, (*other.owners, owner))

@@ -22,6 +22,7 @@ from torch import Tensor
 from nft_plugins import Condition, FlowModel
 
 from . import distributed
+from .environment import number
 from .prompts import Prompt
 
 #: Texts that a model encodes at once: few enough to be held in memory twice.
@@ -72,7 +73,7 @@ def encode(
     if cache is None or not texts:
         return Encoded(model.encode(texts), rows)
     file = cache / f"{key(model, texts)}.safetensors"
-    if os.environ.get("LOCAL_RANK", "0") == "0" and not file.exists():
+    if number("LOCAL_RANK", 0) == 0 and not file.exists():
         write(model, texts, file)
     distributed.barrier()
     return Encoded(load_file(file) if file.exists() else model.encode(texts), rows)

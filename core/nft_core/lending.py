@@ -6,12 +6,22 @@ import copy
 import sys
 from collections.abc import Callable, Hashable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import cached_property
 from threading import Lock
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from nft_plugins import Batch, Part, Reward, Scores
-from nft_plugins.process import BY_IMPORTS, NUMBERS, noted, of_a_thread, put_back, shared_places
+from nft_plugins import Batch, Part, Reward, Run, Scores
+from nft_plugins.process import (
+    BY_IMPORTS,
+    NUMBERS,
+    noted,
+    of_a_thread,
+    of_python,
+    of_the_main_thread,
+    put_back,
+    shared_places,
+)
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -52,7 +62,7 @@ class Lent(Batch):
 
 
 def lend(batch: Batch) -> Batch:
-    """The batch for one reward. Images are copied where it writes to them; on a GPU, where that is quick, at once."""
+    """The batch for one reward. Images are copied when it writes to them; on a GPU, which is quick, at once."""
     lent = Lent(apart(batch.images), own(batch.prompts), own(batch.metadata), batch.groups.clone())
     lent.__dict__.update(_lender=batch, _as_lent=state_of(lent.images))
     return lent
@@ -116,6 +126,8 @@ def own(value: Any) -> Any:
         details = {name: figure.clone() for name, figure in value.details.items()}
         parts = {name: Part(part.weight, own(part.scores)) for name, part in value.parts.items()}
         return Scores(value.values.clone(), value.valid.clone(), details, parts)
+    if isinstance(value, Run):
+        return replace(value, settings=own(value.settings))
     if isinstance(value, Mapping):
         return {key: own(item) for key, item in value.items()}
     if isinstance(value, set | bytearray):
@@ -159,6 +171,17 @@ def process_kept(who: str, making: bool = False) -> Iterator[None]:
                     "what was computed beside it. It was put back.",
                     file=sys.stderr,
                 )
+
+
+@contextmanager
+def python_kept() -> Iterator[None]:
+    """Put back what is run inside changes of Python's own state, where nothing else is imported yet."""
+    places = {name: p for name, p in {**of_python(), **of_the_main_thread()}.items() if name not in BY_IMPORTS}
+    before = noted(places)
+    try:
+        yield
+    finally:
+        put_back(places, before)
 
 
 @contextmanager

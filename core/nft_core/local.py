@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 from nft_plugins import Batch, RewardInfo, Scores
 
 from .discovery import Registered
-from .errors import NftError, UsageError, unknown, where
+from .errors import NftError, UsageError, named_error, unknown, where
 from .factories import OFFERED
 from .lending import kept
 
@@ -46,8 +46,10 @@ def load_object(reference: str) -> Any:
         module = import_file(Path(location)) if location.endswith(".py") else import_module(location)
     except NftError:
         raise
-    except (Exception, SystemExit) as error:
-        raise NftError(f"Importing {location} raised {type(error).__name__}: {error}{where(error)}.") from error
+    except KeyboardInterrupt:
+        raise
+    except BaseException as error:
+        raise NftError(f"Importing {location} raised {named_error(error)}{where(error)}.") from error
     if not hasattr(module, attribute):
         own = [n for n, o in vars(module).items() if getattr(o, "__module__", "") == module.__name__]
         mine = [n for n in own if not n.startswith("_") and callable(vars(module)[n])]

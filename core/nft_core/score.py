@@ -23,6 +23,7 @@ from torch import Tensor
 
 from nft_plugins import Batch, PromptError, Scores
 
+from . import lending
 from .composer import Composed, Given, compose, regrouped, scored
 from .errors import NftError, UsageError
 from .pooling import concatenate
@@ -304,7 +305,8 @@ def score(
     batch: images scored at once, fewer where they are large.
     progress: told how many more images are done.
     """
-    check_prompts(items, reward)
+    with lending.kept("The check of prompts"):
+        check_prompts(items, reward)
     results = [Scored(item) for item in items]
     groupwise = {t.name: t.reward for t in reward.terms if hasattr(t.reward, "regroup")}
     kept: dict[str, list[tuple[Sequence[Scored], Sequence[int], Scores]]] = {name: [] for name in groupwise}
