@@ -60,8 +60,8 @@ class Composed:
 
     def total(self, parts: Mapping[str, Part], size: int) -> Scores:
         """The members' scores as one."""
-        values = torch.full((size,), self.constant)
-        valid = torch.ones(size, dtype=torch.bool)
+        values = torch.full((size,), self.constant, dtype=torch.float32, device="cpu")
+        valid = torch.ones(size, dtype=torch.bool, device="cpu")
         for weight, scores in parts.values():
             values += weight * scores.values
             if weight:

@@ -69,7 +69,7 @@ def encode(
     """
     texts = list(dict.fromkeys(prompts[i].text for i in drawn))
     row = {text: i for i, text in enumerate(texts)}
-    rows = torch.tensor([row.get(p.text, -1) for p in prompts])
+    rows = torch.tensor([row.get(p.text, -1) for p in prompts], dtype=torch.int64, device="cpu")
     if cache is None or not texts:
         return Encoded(model.encode(texts), rows)
     file = cache / f"{key(model, texts)}.safetensors"

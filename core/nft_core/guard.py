@@ -163,7 +163,10 @@ class Guard:
         """Scores of which none is valid, counted."""
         lost = Tally(masked=size, skipped=int(self.policy.on_error == "skip"))
         self.tally = added([self.tally, lost])
-        return Scores(torch.zeros(size), torch.zeros(size, dtype=torch.bool))
+        return Scores(
+            torch.zeros(size, dtype=torch.float32, device="cpu"),
+            torch.zeros(size, dtype=torch.bool, device="cpu"),
+        )
 
 
 def listed(names: Iterable[str]) -> str:

@@ -221,7 +221,9 @@ def numbers(result: Any) -> Tensor:
         return result.detach().float()
     if isinstance(result, list | tuple):
         # One by one: a list may hold tensors, and None where an image could not be scored.
-        return torch.tensor([math.nan if v is None else float(v) for v in result], dtype=torch.float32)
+        return torch.tensor(
+            [math.nan if v is None else float(v) for v in result], dtype=torch.float32, device="cpu"
+        )
     if isinstance(result, np.ndarray):
         return torch.from_numpy(result.astype(np.float32))
     raise TypeError(type(result).__name__)

@@ -330,7 +330,7 @@ def score(
         if kept[name]:  # A group's images were spread over batches until here.
             rows, groups, parts = zip(*kept[name], strict=True)
             told = [result for part in rows for result in part]
-            whole = torch.tensor([g for part in groups for g in part])
+            whole = torch.tensor([g for part in groups for g in part], dtype=torch.int64, device="cpu")
             try:
                 again = regrouped(name, member, concatenate(parts), whole)
             except NftError as error:
@@ -347,7 +347,12 @@ def _score_batch(
     given_scores: dict[str, Scores] = {}
     prompts = [r.item.prompt for r in results if r.item.prompt is not None]
     given = prompts if len(prompts) == len(results) else NoPrompts([r.item.path for r in results])
-    batch = Batch(images, given, [r.item.metadata for r in results], torch.tensor(groups, device=images.device))
+    batch = Batch(
+        images,
+        given,
+        [r.item.metadata for r in results],
+        torch.tensor(groups, device=images.device, dtype=torch.int64),
+    )
     for name, _, member in reward.terms:
         try:
             scores = scored(name, member, batch)

@@ -146,7 +146,7 @@ class OCR:
             )
             for text, target, whole in zip(texts, targets, finite(batch).tolist(), strict=True)
         ]
-        values, distance, exact = torch.tensor(rows, dtype=torch.float32).view(-1, 3).T
+        values, distance, exact = torch.tensor(rows, dtype=torch.float32, device="cpu").view(-1, 3).T
         return Scores(values, values.isfinite(), {"exact": exact, "distance": distance})
 
     def read(self, image: np.ndarray) -> str | None:
