@@ -164,7 +164,9 @@ def of_the_main_thread() -> Places:
     return {
         "the handlers of signals": Place(
             lambda: [signal.getsignal(number) for number in signals],
-            lambda handlers: [signal.signal(n, h) for n, h in zip(signals, handlers, strict=True) if h],
+            lambda handlers: [
+                signal.signal(n, h) for n, h in zip(signals, handlers, strict=True) if h is not None
+            ],
         ),
         "the standard streams": pairs(
             attribute(sys, "stdout"), attribute(sys, "stderr"), attribute(sys, "stdin")
