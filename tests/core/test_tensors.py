@@ -27,7 +27,8 @@ def unsaid(file: Path) -> Iterator[str]:
         name = node.func.attr if of_torch else ""
         wanted = {"dtype", "device"} if name in BY_DTYPE else {"device"} if name in BY_DEVICE else set()
         if lacking := wanted - {keyword.arg for keyword in node.keywords}:
-            yield f"{file.relative_to(ROOT)}:{node.lineno}: {ast.unparse(node)} lacks {', '.join(sorted(lacking))}"
+            place = f"{file.relative_to(ROOT)}:{node.lineno}"
+            yield f"{place}: {ast.unparse(node)} lacks {', '.join(sorted(lacking))}"
 
 
 @pytest.mark.parametrize("folder", ["core", "nft_plugins", "rewards", "solvers"])
