@@ -73,7 +73,10 @@ def of_a_thread() -> Places:
         # Only the context that was entered can be left: who puts state back enters one of its own around.
         "inference mode": Place(torch.is_inference_mode_enabled, lambda mode: None),
         "torch's default device": Place(default_device, put_default_device),
+        "torch's modes": Place(modes, leave_modes),
         "autocast": Place(autocast, put_autocast),
+        "the flushing of denormal numbers": Place(flushes, torch.set_flush_denormal),
+        "the CPUs to run on": Place(cpus, put_cpus),
         "the current GPU": Place(current_gpu, put_current_gpu),
         "NumPy's handling of errors": Place(np.geterr, lambda value: np.seterr(**value)),
     }
@@ -142,6 +145,7 @@ def of_python() -> Places:
     return {
         "Python's random numbers": Place(random.getstate, random.setstate),
         "the current folder": Place(folder, put_folder),
+        "the umask": Place(umask, lambda mask: None if mask is None else os.umask(mask)),
         "the environment variables": Place(lambda: dict(os.environ), put_environment),
         "the filters of warnings": Place(lambda: (warnings.filters, [*warnings.filters]), put_filters),
         "the level of logging": Place(lambda: (logging.root.level, logging.root.manager.disable), put_logging),
@@ -226,6 +230,44 @@ def put_default_device(device: Any) -> None:
 
     # The CPU is what a thread has that sets none, and to set it would slow down every call of torch.
     torch.set_default_device(None if device == torch.device("cpu") else device)
+
+
+def modes() -> tuple[int, int]:
+    """How many modes are on the stacks of torch's functions and operators; `torch.device` enters one, too."""
+    import torch
+
+    return torch._C._len_torch_function_stack(), torch._C._len_torch_dispatch_stack()
+
+
+def leave_modes(before: tuple[int, int]) -> None:
+    import torch
+    from torch.utils._python_dispatch import _pop_mode
+
+    while torch._C._len_torch_function_stack() > before[0]:
+        torch._C._pop_torch_function_stack()
+    while torch._C._len_torch_dispatch_stack() > before[1]:
+        _pop_mode()
+
+
+def flushes() -> bool:
+    """Whether the smallest numbers count as 0: torch can set it, and not say it."""
+    return bool(denormal().mul(1).item() == 0)
+
+
+@cache
+def denormal() -> Any:
+    import torch
+
+    return torch.tensor(1e-40, dtype=torch.float32, device="cpu")
+
+
+def cpus() -> set[int] | None:
+    return os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else None
+
+
+def put_cpus(numbers: set[int] | None) -> None:
+    if numbers is not None:
+        os.sched_setaffinity(0, numbers)
 
 
 def autocast() -> list[Any]:
@@ -353,6 +395,18 @@ def put_folder(path: str | None) -> None:
             os.chdir(path)
         except OSError as error:
             print(f"Warning: the folder {path} cannot be gone back to: {error}.", file=sys.stderr)
+
+
+def umask() -> int | None:
+    """The umask where it can be read without setting it, which another thread's new files would show."""
+    try:
+        with STATUS.open() as lines:
+            return next((int(line.split()[1], 8) for line in lines if line.startswith("Umask:")), None)
+    except OSError:
+        return None
+
+
+STATUS = Path("/proc/self/status")
 
 
 def put_environment(before: Mapping[str, str]) -> None:
