@@ -120,7 +120,7 @@ def discover(manager: pluggy.PluginManager, cards: Cards) -> list[Plugin]:
             module = load(found.entry, row)
             if module is not None and fits(module, row) and attach(manager, module, row):
                 classify(module, row, cards)
-    return rows
+    return rows + [missing(name) for name in sorted(chosen() or ()) if name not in {r.name for r in rows}]
 
 
 def find() -> list[Found]:
@@ -165,11 +165,23 @@ def named(distribution: Distribution) -> tuple[str, str]:
         return name, version or "?"
 
 
+def chosen() -> set[str] | None:
+    """The plug-ins that `NFT_PLUGINS` names; None where it is not set."""
+    names = os.environ.get("NFT_PLUGINS")
+    return None if names is None else {name.strip() for name in names.split(",")} - {""}
+
+
 def allowed(row: Plugin) -> bool:
-    chosen = os.environ.get("NFT_PLUGINS")
-    if chosen is None or row.distribution == OWN:
-        return True
-    return row.name in {name.strip() for name in chosen.split(",")}
+    names = chosen()
+    return names is None or row.distribution == OWN or row.name in names
+
+
+def missing(name: str) -> Plugin:
+    row = Plugin(name, "?", "?")
+    row.broken(
+        "NFT_PLUGINS names it, and no plug-in of that name is installed", "install it, or mend NFT_PLUGINS"
+    )
+    return row
 
 
 @contextmanager

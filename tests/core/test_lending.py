@@ -159,6 +159,20 @@ def test_draws_of_the_main_thread_are_not_taken_back():
     assert not first.equal(torch.rand(4))
 
 
+def test_of_a_call_that_takes_too_long_the_process_is_put_back_at_once():
+    go_on = threading.Event()
+
+    def hangs(batch):
+        torch.set_default_dtype(torch.float64)
+        go_on.wait(60)
+        return [1.0] * len(batch)
+
+    with pytest.raises(NftError, match="took longer"):
+        compose([parse_reward(hangs).with_options({"max_seconds": 0.5})])(a_batch())
+    assert torch.get_default_dtype() == torch.float32
+    go_on.set()
+
+
 def test_changed_numbers_of_the_process_are_told_once(capsys, monkeypatch):
     monkeypatch.setattr(lending, "told", set())
 

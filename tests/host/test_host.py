@@ -303,6 +303,17 @@ def test_an_import_does_not_move_the_process(site, monkeypatch):
     assert Path.cwd() == here
 
 
+def test_a_plugin_that_is_chosen_and_not_installed_is_listed(monkeypatch):
+    from nft_core.host import load_host
+
+    monkeypatch.setenv("NFT_PLUGINS", "nft_core, no-such")
+    rows = load_host().plugins
+    assert (rows[-1].name, rows[-1].status) == ("no-such", "broken") and "NFT_PLUGINS names it" in rows[
+        -1
+    ].cause
+    assert [row.name for row in rows].count("nft_core") == 1
+
+
 DAMAGED = {
     "nameless-1.0": {"entry_points.txt": b"[nft_plugins]\nnameless = plug_good\n", "METADATA": b""},
     "undated-1.0": {"entry_points.txt": b"[nft_plugins]\nundated = plug_good\n"},
