@@ -131,15 +131,15 @@ def find() -> list[Found]:
     unique: dict[tuple[str, str], Found] = {}
     taken = set()
     for distribution in distributions():
-        entries, problem = read_entries(distribution)
-        if not entries and not problem:
+        key = re.sub("[-_.]+", "-", by_folder(distribution)[0]).lower()
+        if key in taken:
             continue
-        name, version = named(distribution)
-        key = re.sub("[-_.]+", "-", name).lower()
-        if key not in taken:
+        taken.add(key)
+        entries, problem = read_entries(distribution)
+        if entries or problem:
+            name, version = named(distribution)
             each = [Found(e, name, version) for e in entries] or [Found(None, name, version, problem)]
             unique.update({(found.name, name): found for found in each})
-        taken.add(key)
     return sorted(unique.values(), key=lambda f: (f.distribution != OWN, f.name, f.distribution))
 
 
@@ -154,15 +154,22 @@ def read_entries(distribution: Distribution) -> tuple[list[EntryPoint], str]:
 
 
 def named(distribution: Distribution) -> tuple[str, str]:
-    """Name and version; by the name of its folder, NAME-VERSION.dist-info, where its metadata say nothing."""
-    folder = Path(str(getattr(distribution, "_path", "?"))).stem
-    name, _, version = folder.partition("-")
+    """Name and version; by its folder where its metadata say nothing."""
+    name, version = by_folder(distribution)
     try:
-        return str(distribution.metadata["Name"] or name), str(
-            distribution.metadata["Version"] or version or "?"
-        )
+        metadata = distribution.metadata
+        return str(metadata["Name"] or name), str(metadata["Version"] or version)
     except Exception:  # There are no metadata, or none that can be read.
-        return name, version or "?"
+        return name, version
+
+
+def by_folder(distribution: Distribution) -> tuple[str, str]:
+    """Name and version as NAME-VERSION.dist-info has them, which is quicker to read than metadata."""
+    folder = getattr(distribution, "_path", None)
+    if folder is None:  # Of a finder that knows no folders.
+        return f"unnamed {id(distribution)}", "?"
+    name, _, version = Path(str(folder)).stem.partition("-")
+    return name, version or "?"
 
 
 def chosen() -> set[str] | None:

@@ -19,6 +19,7 @@ from nft_plugins.process import (
     of_a_thread,
     of_python,
     of_the_main_thread,
+    on_main_thread,
     put_back,
     shared_places,
 )
@@ -42,11 +43,11 @@ class Lent(Batch):
 
     @cached_property
     def uint8(self) -> Tensor:
-        return apart(self.lender.uint8) if self.lender else super().uint8
+        return super().uint8 if self.lender is None else apart(self.lender.uint8)
 
     @cached_property
     def pil(self) -> list[Image]:
-        return [lent_picture(image) for image in self.lender.pil] if self.lender else super().pil
+        return super().pil if self.lender is None else [lent_picture(image) for image in self.lender.pil]
 
     def shared(self, key: Hashable, compute: Callable[[], T]) -> T:
         if self.lender is None or self.is_changed():  # What it computes now is not for others.
@@ -176,7 +177,8 @@ def process_kept(who: str, making: bool = False) -> Iterator[None]:
 @contextmanager
 def python_kept() -> Iterator[None]:
     """Put back what is run inside changes of Python's own state, where nothing else is imported yet."""
-    places = {name: p for name, p in {**of_python(), **of_the_main_thread()}.items() if name not in BY_IMPORTS}
+    mine = {**of_python(), **(of_the_main_thread() if on_main_thread() else {})}
+    places = {name: place for name, place in mine.items() if name not in BY_IMPORTS}
     before = noted(places)
     try:
         yield
