@@ -1,5 +1,7 @@
 """The contract of nft-hub: all that an author of a reward, solver, model or observer plug-in needs."""
 
+# First of all: what follows may import what reads it.
+from . import telemetry  # noqa: F401  isort: skip
 from .cards import ModelInfo, ObserverInfo, Preset, RewardInfo, SolverInfo
 from .data import Batch, Part, PromptError, Scores
 from .hookspecs import CONTRACT, ENTRY_POINT_GROUP, PROJECT, ContractDeprecation, Run, hookimpl

@@ -52,14 +52,14 @@ class Batch:
     @cached_property
     def uint8(self) -> Tensor:
         """`[B, 3, H, W]` uint8 in 0..255 on the images' device: quantised once, shared by all rewards."""
-        return self.images.mul(255).round().clamp(0, 255).byte()
+        return plain(lambda: self.images.mul(255).round().clamp(0, 255).byte())
 
     @cached_property
     def pil(self) -> list[Image]:
         """B RGB images, from `uint8`."""
         from PIL.Image import fromarray
 
-        return [fromarray(array) for array in self.uint8.permute(0, 2, 3, 1).cpu().numpy()]
+        return [fromarray(array) for array in self.uint8.permute(0, 2, 3, 1).contiguous().cpu().numpy()]
 
     def shared(self, key: Hashable, compute: Callable[[], T]) -> T:
         """What `compute()` returns, computed once for this batch and kept as long as the batch is.
@@ -68,7 +68,7 @@ class Batch:
         batch that the result depends on; begin it with something of your own, such as a function.
         """
         if key not in self._shared:
-            self._shared[key] = compute()
+            self._shared[key] = plain(compute)
         return cast(T, self._shared[key])
 
     @cached_property
@@ -124,6 +124,14 @@ class Scores:
 
     def __len__(self) -> int:
         return int(self.values.shape[0])
+
+
+def plain(compute: Callable[[], T]) -> T:
+    """What `compute()` returns, in tensors for everybody, whatever mode the first who asks for it is in."""
+    import torch
+
+    with torch.inference_mode(False), torch.no_grad():
+        return compute()
 
 
 class Part(NamedTuple):

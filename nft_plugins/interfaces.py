@@ -136,7 +136,7 @@ def randn_like(x: Tensor, generator: Generator) -> Tensor:
 
     def draw(shape: Sequence[int], source: torch.Generator | None) -> Tensor:
         device = source.device if source is not None else x.device
-        return torch.randn(shape, generator=source, device=device)
+        return torch.randn(shape, generator=source, device=device, dtype=torch.float32)
 
     if isinstance(generator, list):
         if len(generator) != len(x):

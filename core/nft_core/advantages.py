@@ -37,7 +37,7 @@ def group_advantages(values: Tensor, valid: Tensor, groups: Tensor, std: Std = "
     Both are population deviations.
     """
     if not valid.any():
-        return torch.zeros(len(values))
+        return torch.zeros(len(values), dtype=torch.float32, device="cpu")
     values = values.double()
     centred = values - group_mean(values, valid, groups)
     if std == "group":
@@ -57,7 +57,7 @@ def combined_advantages(
     """
     if combine == "sum" or not scores.parts:
         return group_advantages(scores.values, scores.valid, groups, std)
-    total = torch.zeros(len(scores))
+    total = torch.zeros(len(scores), dtype=torch.float32, device="cpu")
     for weight, part in scores.parts.values():
         total += weight * group_advantages(part.values, scores.valid, groups, std)
     return total

@@ -244,7 +244,7 @@ def start(
     settings: Settings, folder: Path, host: Host, resume: bool, allow_changes: bool, profile: bool = False
 ) -> None:
     """Train in this process, or in several that it starts."""
-    from . import launch
+    from . import environment, launch
     from . import run as runs
     from .places import anchored, anchored_folder
     from .settings import make_settings, to_toml
@@ -252,6 +252,7 @@ def start(
     # The run, and whoever goes on with it, may stand in another folder.
     settings, folder = make_settings(anchored(settings.model_dump())), anchored_folder(folder)
 
+    environment.check()
     launch.end_with_the_parent()
     launch.end_when_told()
     processes = 1 if launch.started() else launch.count(settings.processes, settings.device)

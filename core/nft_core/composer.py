@@ -13,9 +13,10 @@ from torch import Tensor
 
 from nft_plugins import Batch, Part, PromptError, Reward, Scores
 
-from .errors import NftError, UsageError, where
+from .errors import NftError, UsageError, named_error, where
 from .guard import Failed, Guard, Tally, added, out_of_memory
 from .host import Host, load_host
+from .lending import lend, own, process_kept, thread_kept
 from .specs import Policy, RewardSpec, finite_weight, parse_reward
 
 
@@ -54,14 +55,13 @@ class Composed:
         for term in self.terms:
             if hasattr(term.reward, "regroup"):
                 part = parts[term.name].scores
-                again = checked(term.name, partial(term.reward.regroup, part, groups), len(groups))
-                parts[term.name] = Part(term.weight, again)
+                parts[term.name] = Part(term.weight, regrouped(term.name, term.reward, part, groups))
         return self.total(parts, len(groups))
 
     def total(self, parts: Mapping[str, Part], size: int) -> Scores:
         """The members' scores as one."""
-        values = torch.full((size,), self.constant)
-        valid = torch.ones(size, dtype=torch.bool)
+        values = torch.full((size,), self.constant, dtype=torch.float32, device="cpu")
+        valid = torch.ones(size, dtype=torch.bool, device="cpu")
         for weight, scores in parts.values():
             values += weight * scores.values
             if weight:
@@ -181,7 +181,10 @@ class Guarded:
 
     def __call__(self, batch: Batch) -> Scores:
         size = len(batch)
-        score = partial(checked, self.guard.name, partial(self.reward, batch), size)
+
+        def score() -> Scores:  # Each attempt has a batch of its own.
+            return checked(self.guard.name, lambda: self.reward(lend(batch)), size)
+
         return self.guard(score, size, batch.images.device)
 
     def check_prompt(self, prompt: str, metadata: Mapping[str, Any]) -> None:
@@ -222,20 +225,41 @@ def check_prompt(member: Any, name: str, prompt: str, metadata: Mapping[str, Any
     if check is None:
         return
     try:
-        check(prompt, metadata)
+        check(prompt, own(metadata))
     except PromptError as error:
         message = str(error)
         raise PromptError(message if message.startswith(name) else f"{name}: {message}") from error
+    except (NftError, KeyboardInterrupt):
+        raise
+    except BaseException as error:
+        raise NftError(
+            f"The reward {name!r} failed in check_prompt, which may raise PromptError alone: "
+            f"{named_error(error)}{where(error)}"
+        ) from error
 
 
 def advised(term: Term, batch: Batch) -> Scores:
     """A member's scores. Where it fails, the error says how a run could go on."""
     try:
-        return checked(term.name, partial(term.reward, batch), len(batch))
+        return scored(term.name, term.reward, batch)
     except (Failed, UsageError):
         raise
     except NftError as error:
         raise Failed.after(error) from error.__cause__
+
+
+def scored(name: str, reward: Reward, batch: Batch) -> Scores:
+    """A member's scores. Neither the batch nor the state of the process can be spoiled for other members."""
+    if isinstance(reward, Composed | Mapped | Guarded):  # Which see to that for their own members.
+        return checked(name, partial(reward, batch), len(batch))
+    with process_kept(f"The reward {name!r}"):
+        return checked(name, lambda: reward(lend(batch)), len(batch))
+
+
+def regrouped(name: str, reward: Any, scores: Scores, groups: Tensor) -> Scores:
+    """What a member's `regroup` makes of its scores, on the same terms."""
+    with process_kept(f"The reward {name!r}"):
+        return checked(name, lambda: reward.regroup(own(scores), groups.clone()), len(groups))
 
 
 def checked(name: str, score: Callable[[], Scores], size: int) -> Scores:
@@ -243,17 +267,21 @@ def checked(name: str, score: Callable[[], Scores], size: int) -> Scores:
     try:
         # Whether gradients are recorded is each thread's own affair, so it is said here.
         with torch.no_grad():
+            with thread_kept():
+                scores = score()
             # What fails on a GPU is told when its results are fetched.
-            return held(name, score(), size)
+            return held(name, scores, size)
     except NftError:
         raise
-    except (Exception, SystemExit) as error:
+    except KeyboardInterrupt:
+        raise
+    except BaseException as error:  # As extensions raise in Rust or C++.
         if out_of_memory(error):
             raise NftError(
                 f"The reward {name!r} ran out of memory: {str(error) or 'MemoryError'} Score fewer images "
                 "at once: with rollout_batch in a run, --batch in nft score."
             ) from error
-        raise NftError(f"The reward {name!r} failed: {type(error).__name__}: {error}{where(error)}") from error
+        raise NftError(f"The reward {name!r} failed: {named_error(error)}{where(error)}") from error
 
 
 def held(name: str, scores: Any, size: int) -> Scores:
@@ -268,13 +296,14 @@ def held(name: str, scores: Any, size: int) -> Scores:
         raise NftError(f"The reward {name!r} must give valid as a bool tensor, got {kind(scores.valid)}.")
     if len(scores) != size:
         raise NftError(f"The reward {name!r} must score {size} images, got {len(scores)} values.")
-    values, valid = scores.values.detach().float().cpu(), scores.valid.cpu()
+    # Copies: a reward may write to its tensors in its next call.
+    values, valid = scores.values.detach().float().cpu(), scores.valid.cpu().clone()
     if not values[valid].isfinite().all():
         raise NftError(
             f"The reward {name!r} gave a value that is not finite and marked it as valid: a sample that "
             "cannot be scored must have valid = False."
         )
-    details = {key: d.detach().float().cpu() for key, d in scores.details.items()}
+    details = {key: d.detach().float().cpu().clone() for key, d in scores.details.items()}
     parts = {key: Part(p.weight, held(f"{name}/{key}", p.scores, size)) for key, p in scores.parts.items()}
     return Scores(values.where(valid, 0), valid, details, parts)
 

@@ -6,10 +6,11 @@ import os
 import re
 import traceback
 import warnings
-from collections.abc import Iterator, MutableMapping
+from collections.abc import Iterator, Mapping, MutableMapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
-from importlib.metadata import EntryPoint, entry_points
+from dataclasses import dataclass, field, fields
+from importlib.metadata import Distribution, EntryPoint, distributions
+from pathlib import Path
 from typing import Any, Generic, NamedTuple, TypeVar
 
 import pluggy
@@ -28,6 +29,10 @@ from nft_plugins import (
 )
 from nft_plugins.hookspecs import OFFERS
 
+from .errors import named_error
+from .lending import python_kept
+from .quiet import printing_aside
+
 #: The distribution whose plug-ins are the built-ins.
 OWN = "nft-hub"
 NAME = re.compile(r"[a-z0-9][a-z0-9_-]*:?")
@@ -35,11 +40,16 @@ Info = TypeVar("Info", RewardInfo, SolverInfo, ModelInfo, ObserverInfo, Preset)
 
 
 class Found(NamedTuple):
-    """An entry point, and the distribution that brings it."""
+    """An entry point, and the distribution that brings it; none, and a problem, where it cannot be read."""
 
-    entry: EntryPoint
+    entry: EntryPoint | None
     distribution: str
     version: str
+    problem: str = ""
+
+    @property
+    def name(self) -> str:
+        return self.entry.name if self.entry else self.distribution
 
 
 @dataclass
@@ -98,32 +108,87 @@ def discover(manager: pluggy.PluginManager, cards: Cards) -> list[Plugin]:
     """Register every plug-in that `NFT_PLUGINS` allows, and collect its cards; returns a row for each."""
     rows = []
     for found in find():
-        row = Plugin(found.entry.name, found.distribution, found.version)
+        row = Plugin(found.name, found.distribution, found.version)
         rows.append(row)
         if not allowed(row):
             row.status, row.cause = "off", "not named in NFT_PLUGINS"
             continue
-        with deprecations(row):
+        if found.entry is None:
+            row.broken(found.problem, f"pip install --force-reinstall {row.distribution}, or pip uninstall it")
+            continue
+        with deprecations(row), printing_aside(), python_kept(), harmless(row, "looking at it"):
             module = load(found.entry, row)
             if module is not None and fits(module, row) and attach(manager, module, row):
                 classify(module, row, cards)
-    return rows
+    return rows + [missing(name) for name in sorted(chosen() or ()) if name not in {r.name for r in rows}]
 
 
 def find() -> list[Found]:
-    """The entry points of the group; the built-ins first, then by name."""
+    """The entry points of the group; the built-ins first, then by name.
+
+    Of several distributions of a name Python imports from the first, and so only its entry points count.
+    """
     unique: dict[tuple[str, str], Found] = {}
-    for entry in entry_points(group=ENTRY_POINT_GROUP):
-        name, version = (entry.dist.name, entry.dist.version) if entry.dist else ("?", "?")
-        unique[entry.name, name] = Found(entry, name, version)
-    return sorted(unique.values(), key=lambda f: (f.distribution != OWN, f.entry.name, f.distribution))
+    taken = set()
+    for distribution in distributions():
+        key = re.sub("[-_.]+", "-", by_folder(distribution)[0]).lower()
+        if key in taken:
+            continue
+        taken.add(key)
+        entries, problem = read_entries(distribution)
+        if entries or problem:
+            name, version = named(distribution)
+            each = [Found(e, name, version) for e in entries] or [Found(None, name, version, problem)]
+            unique.update({(found.name, name): found for found in each})
+    return sorted(unique.values(), key=lambda f: (f.distribution != OWN, f.name, f.distribution))
+
+
+def read_entries(distribution: Distribution) -> tuple[list[EntryPoint], str]:
+    """A distribution's entry points of the group, or why they cannot be read."""
+    try:
+        if ENTRY_POINT_GROUP not in (distribution.read_text("entry_points.txt") or ""):
+            return [], ""
+        return [e for e in distribution.entry_points if e.group == ENTRY_POINT_GROUP], ""
+    except Exception as error:  # A damaged file, of any package that is installed here.
+        return [], f"its entry_points.txt cannot be read: {type(error).__name__}: {error}"
+
+
+def named(distribution: Distribution) -> tuple[str, str]:
+    """Name and version; by its folder where its metadata say nothing."""
+    name, version = by_folder(distribution)
+    try:
+        metadata = distribution.metadata
+        return str(metadata["Name"] or name), str(metadata["Version"] or version)
+    except Exception:  # There are no metadata, or none that can be read.
+        return name, version
+
+
+def by_folder(distribution: Distribution) -> tuple[str, str]:
+    """Name and version as NAME-VERSION.dist-info has them, which is quicker to read than metadata."""
+    folder = getattr(distribution, "_path", None)
+    if folder is None:  # Of a finder that knows no folders.
+        return f"unnamed {id(distribution)}", "?"
+    name, _, version = Path(str(folder)).stem.partition("-")
+    return name, version or "?"
+
+
+def chosen() -> set[str] | None:
+    """The plug-ins that `NFT_PLUGINS` names; None where it is not set."""
+    names = os.environ.get("NFT_PLUGINS")
+    return None if names is None else {name.strip() for name in names.split(",")} - {""}
 
 
 def allowed(row: Plugin) -> bool:
-    chosen = os.environ.get("NFT_PLUGINS")
-    if chosen is None or row.distribution == OWN:
-        return True
-    return row.name in {name.strip() for name in chosen.split(",")}
+    names = chosen()
+    return names is None or row.distribution == OWN or row.name in names
+
+
+def missing(name: str) -> Plugin:
+    row = Plugin(name, "?", "?")
+    row.broken(
+        "NFT_PLUGINS names it, and no plug-in of that name is installed", "install it, or mend NFT_PLUGINS"
+    )
+    return row
 
 
 @contextmanager
@@ -139,16 +204,25 @@ def deprecations(row: Plugin) -> Iterator[None]:
             warnings.warn_explicit(warning.message, warning.category, warning.filename, warning.lineno)
 
 
-def load(entry: EntryPoint, row: Plugin) -> object | None:
+@contextmanager
+def harmless(row: Plugin, what: str) -> Iterator[None]:
+    """Whatever is raised inside, but for Ctrl-C, breaks the plug-in alone. what: was being done."""
     try:
-        module: object = entry.load()
-        return module
-    except (Exception, SystemExit) as error:
+        yield
+    except KeyboardInterrupt:
+        raise
+    except BaseException as error:  # A panic of an extension in Rust is no Exception.
         mend = row.complaint
         if isinstance(error, ModuleNotFoundError):
             mend = f"install the package that brings the module {error.name}, or {mend}"
-        row.broken(f"importing {entry.value} raised {type(error).__name__}: {error}", mend, error)
-        return None
+        row.broken(f"{what} raised {named_error(error)}", mend, error)
+
+
+def load(entry: EntryPoint, row: Plugin) -> object | None:
+    module: object | None = None
+    with harmless(row, f"importing {entry.value}"):
+        module = entry.load()
+    return module
 
 
 def fits(module: object, row: Plugin) -> bool:
@@ -200,12 +274,24 @@ def classify(module: object, row: Plugin, cards: Cards) -> None:
         if implementation is None:
             continue
         mine: list[Any] = []
-        try:
+        with harmless(row, hook):
             implementation(mine.append)
-        except (Exception, SystemExit) as error:
-            row.broken(f"{hook} raised {type(error).__name__}: {error}", error=error)
         for info in mine:
-            _claim(info, kind, cards[hook], hook, row)
+            with harmless(row, f"a card of {hook}"):
+                _claim(info, kind, cards[hook], hook, row)
+
+
+def malformed(info: Any) -> str:
+    """What in a card is of another type than listings can show; empty where nothing is."""
+    kinds = {"str": (str, "text"), "tuple[str, ...]": (tuple, "a tuple of texts")}
+    for f in fields(info):
+        value = getattr(info, f.name)
+        kind, words = kinds.get(
+            str(f.type), (Mapping, "a mapping") if "Mapping" in str(f.type) else (object, "")
+        )
+        if not isinstance(value, kind) or (kind is tuple and not all(isinstance(v, str) for v in value)):
+            return f"{f.name} = {value!r}, not {words}"
+    return ""
 
 
 def _claim(info: Any, kind: type, cards: MutableMapping[str, Registered[Any]], hook: str, row: Plugin) -> None:
@@ -214,6 +300,8 @@ def _claim(info: Any, kind: type, cards: MutableMapping[str, Registered[Any]], h
         row.broken(f"{hook} registered a {type(info).__name__}, not a {kind.__name__}")
     elif not isinstance(info.name, str) or not NAME.fullmatch(info.name):
         row.broken(f"{info.name!r} is no name: lower-case letters, digits, _ and -")
+    elif wrong := malformed(info):
+        row.broken(f"the card of {info.name!r} has {wrong}")
     elif info.name in cards:
         other = cards[info.name]
         cards[info.name] = Registered(other.info, (*other.owners, owner))

@@ -64,7 +64,7 @@ def barrier() -> None:
 
 def owned(count: int) -> Tensor:
     """Indices in 0..count-1 of this process: every world_size-th, so each prompt's images spread out."""
-    return torch.arange(rank(), count, world_size())
+    return torch.arange(rank(), count, world_size(), device="cpu")
 
 
 def largest_share(indices: Tensor) -> int:
@@ -97,7 +97,8 @@ def sum_gradients(parameters: Iterable[torch.nn.Parameter]) -> None:
     parameters = list(parameters)
     there = [p.grad is not None for p in parameters]
     grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
-    flat = torch.cat([*(g.flatten() for g in grads), torch.tensor(there, device=grads[0].device)])
+    flags = torch.tensor(there, device=grads[0].device, dtype=grads[0].dtype)
+    flat = torch.cat([*(g.flatten() for g in grads), flags])
     dist.all_reduce(flat)
     *sums, anywhere = flat.split([*(g.numel() for g in grads), len(there)])
     for p, g, total, used in zip(parameters, grads, sums, anywhere.tolist(), strict=True):
@@ -142,10 +143,10 @@ def gather_texts(text: str, device: torch.device) -> list[str]:
     """Every process's text, in order, on every process; as bytes, without pickle."""
     if world_size() == 1:
         return [text]
-    own = torch.tensor(list(text.encode()), dtype=torch.uint8)
+    own = torch.tensor(list(text.encode()), dtype=torch.uint8, device="cpu")
     longest = torch.tensor(len(own), dtype=torch.int64, device=device)
     dist.all_reduce(longest, dist.ReduceOp.MAX)
-    padded = torch.zeros(int(longest), dtype=torch.uint8)
+    padded = torch.zeros(int(longest), dtype=torch.uint8, device="cpu")
     padded[: len(own)] = own
     rows = [torch.zeros_like(padded, device=device) for _ in range(world_size())]
     dist.all_gather(rows, padded.to(device))

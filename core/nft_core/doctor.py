@@ -17,6 +17,7 @@ from typing import Any
 
 import click
 
+from .errors import named_error
 from .factories import installed
 from .host import Host, load_host
 from .listing import readiness, show
@@ -90,6 +91,8 @@ def version(distribution: str) -> str | None:
         return importlib.metadata.version(distribution)
     except importlib.metadata.PackageNotFoundError:
         return None
+    except Exception as error:
+        return f"its metadata cannot be read: {named_error(error)}"
 
 
 def probe() -> dict[str, Any]:

@@ -24,6 +24,7 @@ from torch import Tensor
 from nft_plugins import Condition, FlowModel
 
 from . import distributed
+from .environment import number
 from .prompts import Prompt
 
 CPU = torch.device("cpu")
@@ -81,7 +82,7 @@ def encode(
     """
     texts = list(dict.fromkeys(prompts[i].text for i in drawn))
     row = {text: i for i, text in enumerate(texts)}
-    rows = torch.tensor([row.get(p.text, -1) for p in prompts])
+    rows = torch.tensor([row.get(p.text, -1) for p in prompts], dtype=torch.int64, device="cpu")
     if not texts:
         return Encoded(model.encode(texts), rows)
     if cache is not None:
@@ -110,7 +111,7 @@ def encode_to_file(model: FlowModel, texts: Sequence[str], folder: Path) -> Cond
 
 def is_first_here() -> bool:
     """Whether this is the first process of its machine."""
-    return os.environ.get("LOCAL_RANK", "0") == "0"
+    return number("LOCAL_RANK", 0) == 0
 
 
 def make_scratch(device: torch.device) -> Path:

@@ -61,6 +61,14 @@ def unknown(kind: str, name: str, known: Iterable[str], hint: str = "") -> Usage
     return UsageError(f"{said} {hint}" if hint else said)
 
 
+def named_error(error: BaseException) -> str:
+    """The class of an error and what it says, which for a plug-in's own may raise in turn."""
+    try:
+        return f"{type(error).__name__}: {error}"
+    except Exception:
+        return type(error).__name__
+
+
 #: Folders of frames that say nothing of a plug-in.
 OURS = {"nft_core", "nft_rewards", "nft_solvers", "nft_plugins", "importlib", "torch"}
 

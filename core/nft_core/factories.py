@@ -10,7 +10,7 @@ import typing
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
-from .errors import NftError, UsageError, unknown, where
+from .errors import NftError, UsageError, named_error, unknown, where
 
 #: What factories are given if they take it, and so is no option.
 OFFERED = {"device", "make_reward"}
@@ -30,8 +30,10 @@ def resolve(factory: str | Callable[..., Any]) -> Callable[..., Any]:
     module, _, attribute = factory.partition(":")
     try:
         return typing.cast(Callable[..., Any], getattr(importlib.import_module(module), attribute))
-    except (Exception, SystemExit) as error:  # A broken package raises anything when it is imported.
-        raise NftError(f"Cannot import {factory!r}: {type(error).__name__}: {error}.") from error
+    except KeyboardInterrupt:
+        raise
+    except BaseException as error:  # A broken package raises anything when it is imported.
+        raise NftError(f"Cannot import {factory!r}: {named_error(error)}.") from error
 
 
 def build(
@@ -67,8 +69,10 @@ def build(
         raise UsageError(f"The {what} cannot be made with these options: {error}") from error
     except OSError as error:  # whose text says enough
         raise NftError(f"The {what} cannot be loaded: {error}{where(error)}") from error
-    except (Exception, SystemExit) as error:
-        raise NftError(f"The {what} cannot be loaded: {type(error).__name__}: {error}{where(error)}") from error
+    except KeyboardInterrupt:
+        raise
+    except BaseException as error:
+        raise NftError(f"The {what} cannot be loaded: {named_error(error)}{where(error)}") from error
 
 
 def annotation(call: Callable[..., Any], name: str) -> Any:

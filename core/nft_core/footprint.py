@@ -172,7 +172,7 @@ class Work:
             p.grad = torch.empty_like(p)  # As the microbatch before leaves it.
 
     def latents(self, *sizes: int) -> Tensor:
-        return torch.empty(*sizes, *self.shape, device=self.device)
+        return torch.empty(*sizes, *self.shape, device=self.device, dtype=torch.float32)
 
     def conditions(self, images: int) -> dict[str, Tensor]:
         rows = self.condition.items()
@@ -180,7 +180,7 @@ class Work:
 
     def velocity(self, x_t: Tensor) -> Tensor:
         """As the policy's own, which cannot ask torch for autocast here."""
-        t = torch.empty(len(x_t), device=self.device)
+        t = torch.empty(len(x_t), device=self.device, dtype=torch.float32)
         c = self.conditions(len(x_t))
         with AsOnGpu(self.autocast) as mode:
             v = self.policy.model.velocity(x_t, t, c).float()
@@ -211,7 +211,7 @@ class Work:
         x_0 = self.latents(images)
         noise, x_t, v_old = (self.latents(times, images) for _ in range(3))
         v_ref = self.latents(times, images) if s.kl_weight else None
-        t, r = torch.empty(2, images, device=self.device)
+        t, r = torch.empty(2, images, device=self.device, dtype=torch.float32)
         v = self.velocity(x_t[0])
         mark()
         loss = nft_loss(v, v_old[0], x_t[0], x_0, t, r, s.beta, s.advantage_clip)
@@ -312,7 +312,7 @@ def without_numbers(encoder: torch.nn.Module) -> torch.nn.Module:
         args, kwargs = tree_map_only(Tensor, lambda x: x.to(META), (args, kwargs))
         with Unread():
             outputs = forward(*args, **kwargs)
-        return tree_map_only(Tensor, lambda x: torch.zeros(x.shape, dtype=x.dtype), outputs)
+        return tree_map_only(Tensor, lambda x: torch.zeros(x.shape, dtype=x.dtype, device="cpu"), outputs)
 
     encoder.forward = shapes
     encoder.to = lambda *args: encoder  # type: ignore[method-assign]
@@ -329,5 +329,10 @@ def solved(solver: Solver, times: Sequence[float], shape: Sequence[int]) -> tupl
         return torch.zeros_like(x_t)
 
     with torch.no_grad(), Live("cpu") as live:
-        solver.solve(velocity, torch.zeros(1, *shape), times, [torch.Generator().manual_seed(0)])
+        solver.solve(
+            velocity,
+            torch.zeros(1, *shape, dtype=torch.float32, device="cpu"),
+            times,
+            [torch.Generator().manual_seed(0)],
+        )
     return asked, max(live.after)

@@ -19,6 +19,7 @@ import torch
 from nft_plugins import PromptError, Scores
 
 from .errors import NftError, UsageError, is_memory_full
+from .lending import process_kept
 from .specs import Policy
 
 T = TypeVar("T")
@@ -102,7 +103,9 @@ class Guard:
         raise AssertionError("the last attempt returns or raises")
 
     def attempt(self, score: Callable[[], Scores], device: torch.device) -> Scores:
-        scores = self.in_time(score, device) if self.policy.max_seconds else score()
+        # Of a call that takes too long, what it has changed so far is put back here, not when it ends at last.
+        with process_kept(f"The reward {self.name!r}"):
+            scores = self.in_time(score, device) if self.policy.max_seconds else score()
         if self.policy.on_error != "stop":  # There, batches that differ end the run when they are put together.
             self.check_details(scores)
         return scores
@@ -160,7 +163,10 @@ class Guard:
         """Scores of which none is valid, counted."""
         lost = Tally(masked=size, skipped=int(self.policy.on_error == "skip"))
         self.tally = added([self.tally, lost])
-        return Scores(torch.zeros(size), torch.zeros(size, dtype=torch.bool))
+        return Scores(
+            torch.zeros(size, dtype=torch.float32, device="cpu"),
+            torch.zeros(size, dtype=torch.bool, device="cpu"),
+        )
 
 
 def listed(names: Iterable[str]) -> str:

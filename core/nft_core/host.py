@@ -28,7 +28,9 @@ from nft_plugins import (
 from .discovery import Cards, Info, Plugin, Registered, discover, hook_problem
 from .errors import NftError, UsageError, unknown, where
 from .factories import annotation, build, convert, installed, resolve
+from .lending import Inside, kept, own
 from .local import is_reference, load_object, local_reward
+from .quiet import printing_aside
 from .specs import RESERVED, ObserverSpec, Policy, parse_reward, split
 
 
@@ -100,10 +102,11 @@ class Host:
                     f"The reward {other.name!r} cannot be made of itself, got {spec!r}: name another."
                 )
             mine = {**split((defaults or {}).get(other.name, {}))[1], **other.options}
-            return self.make_reward(other.name, mine, device, defaults, loaded, (name, *inside))
+            return Inside(self.make_reward(other.name, mine, device, defaults, loaded, (name, *inside)))
 
         offered = {"device": device, "make_reward": make_another}
-        made = build(what, card.info.factory, (), options, offered)
+        with kept(f"The making of the {what}", making=True):
+            made = build(what, card.info.factory, (), options, offered)
         if not isinstance(made, Reward):
             raise NftError(f"The factory of the {what} gave {type(made).__name__}, not a reward.")
         loaded[key] = made
@@ -158,6 +161,29 @@ class Host:
             raise NftError(f"The factory of the {what} gave {type(made).__name__}, not a model.")
         return made
 
+    def family(self, pipeline: str, chosen: str = "") -> str | None:
+        """The name of the family that handles a pipeline's class; None where there is none.
+
+        chosen: by the user. Raises UsageError where it does not handle the class, and where nothing is chosen
+        and several families do: none stands silently in another's place.
+        """
+        handling = [name for name, card in self.models.items() if pipeline in card.info.pipelines]
+        if chosen:
+            card = self._one("model family", chosen, self.models)
+            if chosen not in handling:
+                raise UsageError(
+                    f"family = {chosen!r} handles {', '.join(card.info.pipelines)}, and the model is a "
+                    f"{pipeline}: leave family away, or choose one of {', '.join(handling) or 'none'}."
+                )
+            return chosen
+        if len(handling) > 1:
+            whose = [f"{name!r} of {' and '.join(self.models[name].owners)}" for name in handling]
+            raise UsageError(
+                f"The pipeline class {pipeline} is handled by the families {' and '.join(whose)}: choose one "
+                "with --set family=NAME, or uninstall the other."
+            )
+        return handling[0] if handling else None
+
     def _one(self, kind: str, name: str, cards: Mapping[str, Registered[Info]]) -> Registered[Info]:
         if name not in cards:
             raise unknown(kind, name, cards, self._hint())
@@ -190,7 +216,8 @@ class Host:
                 if card.built_in or name.endswith(":"):  # A family has no default.
                     continue
                 try:
-                    make(name)
+                    with printing_aside():
+                        make(name)
                 except NftError as error:
                     mend = remedy(card) if lacking(card) else ""
                     for owner in card.owners:
@@ -229,7 +256,8 @@ class Host:
         Only an NftError stops the run, and what one that was asked for raises before anything is trained.
         """
         for implementation in reversed(getattr(self.manager.hook, hook).get_hookimpls()):
-            wanted = {name: arguments[name] for name in implementation.argnames}
+            # Each has its own: what one changes, the others and the run do not see.
+            wanted = {name: own(arguments[name]) for name in implementation.argnames}
             try:
                 implementation.function(**wanted)
             except NftError:

@@ -18,6 +18,7 @@ from pathlib import Path
 from time import monotonic, sleep
 from typing import IO, Literal
 
+from .environment import number
 from .errors import PeerError, UsageError
 
 #: Set for the children: the file through which they find one another, in place of an open port.
@@ -115,9 +116,10 @@ def start(
         RENDEZVOUS: str(rendezvous),
     }
     # Threads of several processes would fight for the cores.
-    environment.setdefault("OMP_NUM_THREADS", str(max(cores() // processes, 1)))
+    defaults = {"OMP_NUM_THREADS": str(max(cores() // processes, 1))}
     if sys.platform == "linux":
-        environment.setdefault("GLOO_SOCKET_IFNAME", "lo")
+        defaults["GLOO_SOCKET_IFNAME"] = "lo"
+    environment |= {name: value for name, value in defaults.items() if not environment.get(name)}
     return subprocess.Popen(
         [sys.executable, "-m", "nft_core", *arguments],
         env=environment,
@@ -215,7 +217,7 @@ def told() -> Iterator[Callable[[], int]]:
 
 def first() -> bool:
     """Whether this process is the only one or the first of several."""
-    return os.environ.get("RANK", "0") == "0"
+    return number("RANK", 0) == 0
 
 
 @contextmanager
@@ -233,7 +235,7 @@ def undisturbed() -> Iterator[None]:
 
 def end_with_the_parent() -> None:
     """In a child of `launch`: end when the parent has, even by SIGKILL, which closes the pipe it holds."""
-    if RENDEZVOUS not in os.environ:
+    if not os.environ.get(RENDEZVOUS):
         return
 
     def watch() -> None:

@@ -44,7 +44,7 @@ def print_table(table: Table) -> None:
     from rich.console import Console
 
     console = Console()
-    if not console.is_terminal and "COLUMNS" not in os.environ:
+    if not console.is_terminal and not os.environ.get("COLUMNS", "").isdecimal():
         console.width = 1000
     console.print(table)
 

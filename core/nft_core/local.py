@@ -19,8 +19,9 @@ from typing import TYPE_CHECKING, Any
 from nft_plugins import Batch, RewardInfo, Scores
 
 from .discovery import Registered
-from .errors import NftError, UsageError, unknown, where
+from .errors import NftError, UsageError, named_error, unknown, where
 from .factories import OFFERED
+from .lending import kept
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -47,8 +48,10 @@ def load_object(reference: str) -> Any:
             module = import_file(Path(location)) if location.endswith(".py") else import_module(location)
     except NftError:
         raise
-    except (Exception, SystemExit) as error:
-        raise NftError(f"Importing {location} raised {type(error).__name__}: {error}{where(error)}.") from error
+    except KeyboardInterrupt:
+        raise
+    except BaseException as error:
+        raise NftError(f"Importing {location} raised {named_error(error)}{where(error)}.") from error
     if not hasattr(module, attribute):
         own = [n for n, o in vars(module).items() if getattr(o, "__module__", "") == module.__name__]
         mine = [n for n in own if not n.startswith("_") and callable(vars(module)[n])]
@@ -73,7 +76,8 @@ def import_file(path: Path) -> ModuleType:
         module = importlib.util.module_from_spec(spec)
         sys.modules[name] = module  # Before it runs: dataclasses look there.
         try:
-            spec.loader.exec_module(module)
+            with kept(f"The import of {path.name}", making=True):
+                spec.loader.exec_module(module)
         except BaseException:
             del sys.modules[name]
             raise
@@ -84,7 +88,8 @@ def import_module(name: str) -> ModuleType:
     """A module that is installed or stands in the current folder."""
     reach(Path.cwd())
     try:
-        return importlib.import_module(name)
+        with kept(f"The import of {name}", making=True):
+            return importlib.import_module(name)
     except ModuleNotFoundError as error:
         if error.name and (name == error.name or name.startswith(f"{error.name}.")):
             raise UsageError(
@@ -222,7 +227,9 @@ def numbers(result: Any) -> Tensor:
         return result.detach().float()
     if isinstance(result, list | tuple):
         # One by one: a list may hold tensors, and None where an image could not be scored.
-        return torch.tensor([math.nan if v is None else float(v) for v in result], dtype=torch.float32)
+        return torch.tensor(
+            [math.nan if v is None else float(v) for v in result], dtype=torch.float32, device="cpu"
+        )
     if isinstance(result, np.ndarray):
         return torch.from_numpy(result.astype(np.float32))
     raise TypeError(type(result).__name__)

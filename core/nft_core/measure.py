@@ -194,7 +194,7 @@ def growth(compute: Callable[[int, Callable[[], None]], object], device: str = "
                 at[0] = len(live.after)
 
             compute(images, mark)
-        lines.append(torch.tensor(live.after, dtype=torch.int64))
+        lines.append(torch.tensor(live.after, dtype=torch.int64, device="cpu"))
         marks.append(at[0] or len(live.after))
         flops.append(live.flops)
     few, more = lines

@@ -16,6 +16,7 @@ from typing import NamedTuple
 import torch
 
 from . import launch
+from .environment import number
 from .errors import NftError
 from .footprint import Footprint, footprint
 from .host import Host
@@ -99,8 +100,8 @@ def phases(s: Settings, f: Footprint, rewards: Mapping[str, int]) -> Phases:
 
 def processes(s: Settings) -> int:
     """That the run's images are shared by."""
-    if size := os.environ.get("WORLD_SIZE"):
-        return int(size)
+    if "WORLD_SIZE" in os.environ:
+        return number("WORLD_SIZE", 1)
     if s.processes == "auto":
         return launch.count("auto", s.device) if s.device == "cpu" else 1
     return s.processes

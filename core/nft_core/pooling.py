@@ -109,10 +109,10 @@ def withheld(scores: Scores, kept: Tensor) -> Scores:
 
 def shuffled_within_groups(scores: Scores, groups: Tensor, source: torch.Generator) -> Scores:
     """Scores that have changed places within each group, whole samples at a time."""
-    order = torch.arange(len(groups))
+    order = torch.arange(len(groups), device="cpu")
     for g in groups.unique():
         members = (groups == g).nonzero().flatten()
-        order[members] = members[torch.randperm(len(members), generator=source)]
+        order[members] = members[torch.randperm(len(members), generator=source, device="cpu")]
     return map_scores(scores, lambda x: x[order])
 
 
@@ -136,7 +136,7 @@ def statistics(
     tags = [None if (tag := m.get("tag")) is None or tag != tag else str(tag) for m in metadata]
     by_tag = {}
     for tag in sorted({tag for tag in tags if tag is not None}):
-        members = torch.tensor([t == tag for t in tags])
+        members = torch.tensor([t == tag for t in tags], dtype=torch.bool, device="cpu")
         figures = {n: _mean(s.values, s.valid & members) for n, s in everything.items()}
         figures |= {n: _mean(d, valid & members) for n, (d, valid) in finite.items()}
         by_tag[tag] = figures

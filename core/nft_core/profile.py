@@ -194,7 +194,7 @@ def now(device: torch.device) -> float:
 def product_speed(device: torch.device, dtype: torch.dtype) -> float:
     """FLOP/s of the best of some matrix products."""
     side = SIDES[device.type]
-    a, b = (torch.randn(side, side, device=device).to(dtype) for _ in "ab")
+    a, b = (torch.randn(side, side, device=device, dtype=torch.float32).to(dtype) for _ in "ab")
     times = []
     for _ in range(TRIES + 1):  # The first one is for warming up, and counts where it is the best all the same.
         start = now(device)

@@ -213,5 +213,5 @@ def prompts_of_epoch(count: int, per_epoch: int, seed: int, epoch: int) -> list[
     """
     epochs_a_pass = count // per_epoch
     number, part = divmod(epoch - 1, epochs_a_pass)
-    order = torch.randperm(count, generator=generator(seed, "prompts", number))
+    order = torch.randperm(count, generator=generator(seed, "prompts", number), device="cpu")
     return order[part * per_epoch : (part + 1) * per_epoch].tolist()

@@ -1,8 +1,12 @@
-"""What libraries print that a user of this one cannot act on."""
+"""What libraries and plug-ins print that is not for a user of this one, or not there."""
 
 from __future__ import annotations
 
+import os
+import sys
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager, redirect_stdout
 from importlib import import_module
 
 
@@ -21,3 +25,25 @@ def quiet(*libraries: str) -> None:
         logging.disable_progress_bar()
     if not silent:  # transformers switches those of huggingface_hub off too.
         enable_progress_bars()
+
+
+@contextmanager
+def printing_aside() -> Iterator[None]:
+    """Send to standard error what plug-ins, and programs that they start, print to standard output.
+
+    There our tables and JSON go, which others read.
+    """
+    with redirect_stdout(sys.stderr):
+        try:
+            if sys.__stdout__:
+                sys.__stdout__.flush()
+            standard = os.dup(1)
+            os.dup2(2, 1)
+        except (OSError, ValueError):  # One of them is closed.
+            yield
+            return
+        try:
+            yield
+        finally:
+            os.dup2(standard, 1)
+            os.close(standard)

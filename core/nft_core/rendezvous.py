@@ -23,6 +23,7 @@ from uuid import uuid4
 import torch
 import torch.distributed as dist
 
+from .environment import number
 from .errors import PeerError, UsageError
 from .launch import RENDEZVOUS
 
@@ -49,7 +50,7 @@ def announced() -> tuple[int, int]:
             f"The environment has RANK = {rank} and WORLD_SIZE = {size}: ranks count from 0, and WORLD_SIZE is "
             "how many processes there are on all nodes together. For a run of one process, unset both."
         )
-    needed = ["RANK"] if RENDEZVOUS in os.environ else ["RANK", "MASTER_ADDR", "MASTER_PORT"]
+    needed = ["RANK"] if os.environ.get(RENDEZVOUS) else ["RANK", "MASTER_ADDR", "MASTER_PORT"]
     missing = [name for name in needed if not os.environ.get(name)]
     if size > 1 and missing:
         raise UsageError(
@@ -60,16 +61,9 @@ def announced() -> tuple[int, int]:
     return rank, size
 
 
-def number(name: str, default: int) -> int:
-    text = os.environ.get(name, str(default))
-    if not text.isdigit():
-        raise UsageError(f"The environment has {name} = {text!r}: expected a whole number.")
-    return int(text)
-
-
 def place() -> str:
     """Where the processes meet, in words."""
-    if RENDEZVOUS in os.environ:
+    if os.environ.get(RENDEZVOUS):
         return os.environ[RENDEZVOUS]
     return f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']} (MASTER_ADDR, MASTER_PORT)"
 
@@ -102,7 +96,7 @@ def meet(device: torch.device, rank: int, size: int, seconds: float) -> tuple[di
 def reach(rank: int, size: int, seconds: float) -> dist.Store:
     """Connect to the first process's store. Raises PeerError after so many seconds, and UsageError."""
     wait = timedelta(seconds=seconds)
-    if RENDEZVOUS in os.environ:
+    if os.environ.get(RENDEZVOUS):
         store = dist.FileStore(os.environ[RENDEZVOUS], size)
         store.set_timeout(wait)
         return store

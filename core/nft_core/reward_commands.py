@@ -17,7 +17,7 @@ from .errors import NftError, UsageError
 from .factories import OFFERED, annotation, resolve
 from .host import Host, load_host
 from .listing import as_json, cards, readiness, show
-from .quiet import quiet
+from .quiet import printing_aside, quiet
 from .score_command import device_option, preset_name, preset_option, tiny_option
 
 if TYPE_CHECKING:
@@ -32,7 +32,8 @@ def info(name: str, as_json: bool) -> None:
 
     Options are those of --reward NAME,KEY=VALUE.
     """
-    row = described(load_host(), name)
+    with printing_aside():  # Its module is imported.
+        row = described(load_host(), name)
     if as_json:
         click.echo(json.dumps(row, indent=2, default=str))
         return

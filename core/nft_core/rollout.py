@@ -60,7 +60,7 @@ class Draws:
 
     def groups(self) -> Tensor:
         """`[N]` int64: the index of each image's prompt in its file."""
-        return torch.tensor(self.indices).repeat_interleave(self.images)
+        return torch.tensor(self.indices, dtype=torch.int64, device="cpu").repeat_interleave(self.images)
 
 
 @dataclass
@@ -98,12 +98,12 @@ class Sampler:
     def latents(self, condition: Condition, generators: list[torch.Generator]) -> Tensor:
         """x_0 `[B, *shape]` float32 of one batch."""
         size = len(generators)
-        noise = randn_like(torch.empty(size, *self.shape, device=self.device), generators)
+        noise = randn_like(torch.empty(size, *self.shape, device=self.device, dtype=torch.float32), generators)
 
         asked = self.in_step.velocity if self.in_step else self.velocity
 
         def velocity(x_t: Tensor, t: float) -> Tensor:
-            return asked(x_t, torch.full((size,), t, device=self.device), condition)
+            return asked(x_t, torch.full((size,), t, device=self.device, dtype=torch.float32), condition)
 
         return self.solver.solve(_checked(velocity), noise, self.times, generators).float()
 
@@ -165,8 +165,11 @@ def roll_out(
 
     def finish() -> None:
         if sampler.in_step:
-            nothing = torch.zeros(1, *sampler.shape, device=sampler.device)
-            t, c = torch.ones(1, device=sampler.device), condition.of(groups[:1], sampler.device)
+            nothing = torch.zeros(1, *sampler.shape, device=sampler.device, dtype=torch.float32)
+            t, c = (
+                torch.ones(1, device=sampler.device, dtype=torch.float32),
+                condition.of(groups[:1], sampler.device),
+            )
             sampler.in_step.finish(nothing, t, c)
 
     with together(sampler.device, finish), scoring() as scorer:

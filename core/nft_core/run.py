@@ -13,8 +13,10 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from nft_plugins import Run
 
+from . import environment
 from .errors import CheckpointError, NftError, SaveError, Stopped, UsageError, unknown
 from .host import Host
+from .launch import first as is_first
 from .launch import told, undisturbed
 from .observers.metrics import trim
 from .places import placeless
@@ -74,7 +76,8 @@ def run(
     loaded or written, and NftError for what fails later.
     """
     folder = folder.resolve()  # A reward may change the current folder.
-    first = os.environ.get("RANK", "0") == "0"
+    environment.check()
+    first = is_first()
     tell = say if first else lambda text: None
     specs, solver, prompts, held_out = prepare(settings, host)
     asked = make_observers(settings, host) if first else {}
@@ -263,8 +266,11 @@ def usable(
 ) -> tuple[list[Prompt], list[Prompt]]:
     """Those that the rewards can score; held-out prompts are split off where there are none."""
     given = len(prompts) + len(held_out)
-    prompts = scorable(prompts, check, policy)
-    held_out = scorable(held_out, check, policy) if held_out else []
+    from .lending import kept
+
+    with kept("The check of prompts"):
+        prompts = scorable(prompts, check, policy)
+        held_out = scorable(held_out, check, policy) if held_out else []
     lost = given - len(prompts) - len(held_out)
     if lost:
         tell(f"{lost} of {given} prompts are left out: not every reward can score them.")
@@ -345,7 +351,8 @@ def pick_device(name: str) -> torch.device:
     """The device by name; `auto` is this process's GPU where there is one."""
     import torch
 
-    local = int(os.environ.get("LOCAL_RANK", "0"))
+    environment.check()
+    local = environment.number("LOCAL_RANK", 0)
     if name == "auto":
         name = f"cuda:{local}" if torch.cuda.is_available() else "cpu"
     kind, _, index = name.partition(":")
@@ -358,17 +365,17 @@ def pick_device(name: str) -> torch.device:
         raise UsageError(f"--device {name}: this torch ({torch.__version__}) sees no GPU; use cpu.")
     if index and "LOCAL_RANK" in os.environ and name != f"cuda:{local}":
         raise UsageError(f"--device {name}: each of several processes takes a GPU of its own; use cuda.")
-    number = int(index or local)
-    if number >= count:
+    wanted = int(index or local)
+    if wanted >= count:
         several = (
             f" for LOCAL_RANK = {local}: start no more processes on this machine, or, where each sees its own "
             "GPU alone (srun --gpus-per-task), set LOCAL_RANK=0 for all"
         )
         raise UsageError(
             f"--device {name}: the GPUs here are counted from 0 to {count - 1}, and there is none of number "
-            f"{number}{several if 'LOCAL_RANK' in os.environ else ''}."
+            f"{wanted}{several if 'LOCAL_RANK' in os.environ else ''}."
         )
-    device = torch.device("cuda", number)
+    device = torch.device("cuda", wanted)
     torch.cuda.set_device(device)
     return device
 
@@ -388,17 +395,17 @@ def load_model(settings: Settings, host: Host, device: torch.device) -> FlowMode
             "and, for a gated model, `hf auth login`; a local folder with --model PATH works offline, "
             "and so does --tiny, which brings its own small model."
         ) from error
-    families = {p: card.info for card in host.models.values() for p in card.info.pipelines}
-    if pipeline not in families:
+    family = host.family(pipeline, settings.family)
+    if family is None:
         from .models.checks import unhandled
 
-        raise UsageError(unhandled(name, pipeline, families))
+        known = {p for card in host.models.values() for p in card.info.pipelines}
+        raise UsageError(unhandled(name, pipeline, known))
     # A LoRA's frozen base can stand in half precision; weights that are trained stay in float32.
     half = autocast_dtype(settings, device) if settings.lora_rank else None
     dtype = half or torch.float32
     options = {"max_sequence_length": settings.max_sequence_length}
     try:
-        family = families[pipeline].name
         return host.make_model(family, name, settings.model_options, device=device, dtype=dtype, **options)
     except NftError:
         raise

@@ -7,7 +7,6 @@ import math
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -17,7 +16,8 @@ from torch import Tensor
 
 from nft_plugins import Batch, PromptError, Scores
 
-from .composer import Composed, Given, checked, compose
+from . import lending
+from .composer import Composed, Given, compose, regrouped, scored
 from .errors import NftError, UsageError
 from .image_files import UNREADABLE, decode, size_of
 from .pooling import concatenate
@@ -263,7 +263,8 @@ def score(
     batch: images scored at once, fewer where they are large.
     progress: told how many more images are done.
     """
-    check_prompts(items, reward)
+    with lending.kept("The check of prompts"):
+        check_prompts(items, reward)
     results = [Scored(item) for item in items]
     groupwise = {t.name: t.reward for t in reward.terms if hasattr(t.reward, "regroup")}
     kept: dict[str, list[tuple[Sequence[Scored], Sequence[int], Scores]]] = {name: [] for name in groupwise}
@@ -278,18 +279,18 @@ def score(
                 for term in reward.terms:
                     result.fail(term.name, str(error))
         for rows in by_shape.values():
-            scored, images, group_indices = zip(*rows, strict=True)
-            given = _score_batch(scored, torch.stack(images).to(device), group_indices, reward)
+            told, images, group_indices = zip(*rows, strict=True)
+            given = _score_batch(told, torch.stack(images).to(device), group_indices, reward)
             for name in groupwise.keys() & given.keys():
-                kept[name].append((scored, group_indices, given[name]))
+                kept[name].append((told, group_indices, given[name]))
         progress(len(indices))
     for name, member in groupwise.items():
         if kept[name]:  # A group's images were spread over batches until here.
             rows, groups, parts = zip(*kept[name], strict=True)
             told = [result for part in rows for result in part]
-            whole = torch.tensor([g for part in groups for g in part])
+            whole = torch.tensor([g for part in groups for g in part], dtype=torch.int64, device="cpu")
             try:
-                again = checked(name, partial(member.regroup, concatenate(parts), whole), len(whole))
+                again = regrouped(name, member, concatenate(parts), whole)
             except NftError as error:
                 _fail(told, name, error)
             else:
@@ -304,10 +305,15 @@ def _score_batch(
     given_scores: dict[str, Scores] = {}
     prompts = [r.item.prompt for r in results if r.item.prompt is not None]
     given = prompts if len(prompts) == len(results) else NoPrompts([r.item.path for r in results])
-    batch = Batch(images, given, [r.item.metadata for r in results], torch.tensor(groups, device=images.device))
+    batch = Batch(
+        images,
+        given,
+        [r.item.metadata for r in results],
+        torch.tensor(groups, device=images.device, dtype=torch.int64),
+    )
     for name, _, member in reward.terms:
         try:
-            scores = checked(name, partial(member, batch), len(batch))
+            scores = scored(name, member, batch)
         except NoPrompt as error:
             raise NoPrompt(error.path, name) from error
         except NftError as error:

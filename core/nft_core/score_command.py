@@ -16,7 +16,7 @@ import click
 
 from .host import load_host
 from .listing import new_table, print_table
-from .quiet import quiet
+from .quiet import printing_aside, quiet
 
 if TYPE_CHECKING:
     from .composer import Composed
@@ -84,19 +84,20 @@ def score(
     if prompt is not None and prompts is not None:
         raise click.UsageError("--prompt is for all images and --prompts for each: give one of them.")
     host = load_host()
-    settings = runs.resolve(host, preset_name(tiny, preset), {"rewards": list(rewards), "device": device})
-    specs = runs.reward_specs(settings, host)
-    from .image_files import find_images
-    from .score import find_prompts
-    from .score import score as score_items
+    with printing_aside():  # Rewards print too.
+        settings = runs.resolve(host, preset_name(tiny, preset), {"rewards": list(rewards), "device": device})
+        specs = runs.reward_specs(settings, host)
+        from .image_files import find_images
+        from .score import find_prompts
+        from .score import score as score_items
 
-    # All that can be wrong is looked at before anything large is loaded.
-    items = find_prompts(find_images(images, partial(click.echo, err=True)), prompt, prompts)
-    place = runs.pick_device(settings.device)
-    quiet("transformers")
-    reward = runs.load_rewards(specs, host, place, settings.reward_defaults)
-    with bar(len(items)) as advance:
-        results = score_items(items, reward, batch=batch, device=place, progress=advance)
+        # All that can be wrong is looked at before anything large is loaded.
+        items = find_prompts(find_images(images, partial(click.echo, err=True)), prompt, prompts)
+        place = runs.pick_device(settings.device)
+        quiet("transformers")
+        reward = runs.load_rewards(specs, host, place, settings.reward_defaults)
+        with bar(len(items)) as advance:
+            results = score_items(items, reward, batch=batch, device=place, progress=advance)
     if as_json:
         click.echo(json.dumps([record(r, reward) for r in results], indent=2, default=str))
     else:

@@ -30,6 +30,7 @@ class Settings(BaseModel):
     # What is trained, and on what.
     model: str = Field("stabilityai/stable-diffusion-3.5-medium", description="hub id or local folder")
     model_options: dict[str, Any] = Field({}, description="options of the model's family, such as guidance=3.5")
+    family: str = Field("", description="the model's family, where several handle its class; see `nft models`")
     rewards: list[str | dict[str, Any]] = Field([], description="reward specs: NAME[=WEIGHT][,KEY=VALUE...]")
     reward_defaults: dict[str, dict[str, Any]] = Field({}, description="default options by reward name")
     combine: Combine = Field("sum", description="normalise advantages of the sum, or of each reward")

@@ -98,7 +98,7 @@ def whole(x: Tensor) -> Tensor:
     if not isinstance(x, DTensor):
         return x
     full = x.full_tensor()
-    return full.cpu() if rank() == 0 else torch.empty(0)
+    return full.cpu() if rank() == 0 else torch.empty(0, dtype=torch.float32, device="cpu")
 
 
 def clip_gradients(parameters: Sequence[Parameter], most: float) -> float:
@@ -156,7 +156,7 @@ class InStep:
             self._velocity(x_t, t, condition)
 
     def _anyone(self, goes_on: bool) -> bool:
-        asked = torch.tensor(float(goes_on))
+        asked = torch.tensor(float(goes_on), dtype=torch.float32, device="cpu")
         dist.all_reduce(asked, group=self._group)
         return bool(asked)
 

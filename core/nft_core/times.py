@@ -26,13 +26,16 @@ def draw_times(
     `uniform` and `logit_normal` draw them, then shift them.
     """
     if kind == "grid":
-        inner = torch.tensor(list(grid[:-2]) or list(grid[:1]))
+        inner = torch.tensor(list(grid[:-2]) or list(grid[:1]), dtype=torch.float32, device="cpu")
         rounds = -(-count // len(inner))
-        order = torch.cat([torch.randperm(len(inner), generator=generator) for _ in range(rounds)])
+        order = torch.cat(
+            [torch.randperm(len(inner), generator=generator, device="cpu") for _ in range(rounds)]
+        )
         return inner[order[:count]].float()
     if kind == "uniform":
         # Stratified: `count` draws cover (0, 1] evenly, which lowers the gradient's variance.
-        t = (torch.arange(count) + 1 - torch.rand((), generator=generator)) / count
+        shift = torch.rand((), generator=generator, dtype=torch.float32, device="cpu")
+        t = (torch.arange(count, device="cpu") + 1 - shift) / count
     else:
-        t = torch.randn(count, generator=generator).sigmoid()
+        t = torch.randn(count, generator=generator, dtype=torch.float32, device="cpu").sigmoid()
     return shifted(t, shift).clamp(1e-4, 1)

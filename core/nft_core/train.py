@@ -167,8 +167,9 @@ def split_images(count: int, steps: int, seed: int, epoch: int) -> Tensor:
     and none waits for another; and the split is the same for any number of processes.
     """
     each = count // steps
-    order = torch.rand(each, steps, dtype=torch.float64, generator=generator(seed, "updates", epoch)).argsort(1)
-    return torch.arange(each) + each * order.T
+    source = generator(seed, "updates", epoch)
+    order = torch.rand(each, steps, dtype=torch.float64, device="cpu", generator=source).argsort(1)
+    return torch.arange(each, dtype=torch.int64, device="cpu") + each * order.T
 
 
 def microbatches(
@@ -186,7 +187,7 @@ def microbatches(
     parts = [(rows, 1.0) for rows in mine.split(s.microbatch) if len(rows)]
     if run.policy.fsdp:
         most = ceil(distributed.largest_share(images) / s.microbatch)
-        parts += [(torch.tensor([0]), 0.0)] * (most - len(parts))
+        parts += [(torch.tensor([0], dtype=torch.int64, device="cpu"), 0.0)] * (most - len(parts))
     device = rollout.x_0.device
     for done, (rows, weight) in enumerate(parts):
         x_0, index = rollout.x_0[sent(rows, device)], rollout.index[rows]
@@ -196,7 +197,11 @@ def microbatches(
         for n in index.tolist():
             source = rollout.draws.generator(n, "train")
             times.append(draw_times(s.train_times, s.train_times_count, grid, s.time_shift, source))
-            noise.append(torch.randn(s.train_times_count, *x_0.shape[1:], generator=source))
+            noise.append(
+                torch.randn(
+                    s.train_times_count, *x_0.shape[1:], generator=source, dtype=torch.float32, device="cpu"
+                )
+            )
         t, eps = sent(torch.stack(times, 1), device), sent(torch.stack(noise, 1), device)
         x_t = torch.stack([noised(x_0, e, at) for e, at in zip(eps, t, strict=True)])
         yield x_0, x_t, t, run.condition.of(rollout.groups[index], device), sent(r[index], device), weight
@@ -398,7 +403,7 @@ def evaluate(run: Training) -> dict[str, str]:
         total.update(mean=None, std=None)
     record["warnings"] = warnings(record, at.baseline, s) if whole else {}
     if distributed.rank() == 0:  # Observers are there alone.
-        batch = draws.batch(torch.arange(len(draws)), images.float() / 255)
+        batch = draws.batch(torch.arange(len(draws), device="cpu"), images.float() / 255)
         run.observe("nft_eval_finished", record=record, batch=batch, scores=rollout.scores)
     if whole:
         at.evaluations[at.step] = total["mean"]

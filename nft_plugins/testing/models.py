@@ -182,7 +182,9 @@ def pick(condition: Condition, indices: list[int]) -> Condition:
 def normal(shape: Sequence[int], seed: int, device: str) -> Tensor:
     import torch
 
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(device)
+    return torch.randn(
+        shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float32, device="cpu"
+    ).to(device)
 
 
 def asked(
@@ -209,7 +211,7 @@ def asked(
 def check_velocity(model: FlowModel, shape: tuple[int, ...], condition: Condition, device: str) -> None:
     import torch
 
-    x_t, t = normal((3, *shape), 0, device), torch.tensor(TIMES, device=device)
+    x_t, t = normal((3, *shape), 0, device), torch.tensor(TIMES, device=device, dtype=torch.float32)
     with torch.no_grad():
         v = asked(model, x_t, t, condition)
         for i in (2, 0):
@@ -233,7 +235,7 @@ def check_weights(model: FlowModel, shape: tuple[int, ...], condition: Condition
     """That velocity uses the transformer's parameters, whatever the trainer does with them."""
     import torch
 
-    x_t, t = normal((3, *shape), 0, device), torch.tensor(TIMES, device=device)
+    x_t, t = normal((3, *shape), 0, device), torch.tensor(TIMES, device=device, dtype=torch.float32)
 
     def velocity() -> Tensor:
         with torch.no_grad():

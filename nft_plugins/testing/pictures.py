@@ -22,16 +22,16 @@ def builtin_batches(device: str = "cpu") -> list[Batch]:
     pictures = [
         [
             ("a gradient", gradient(*square), "HELLO"),
-            ("noise", torch.rand(3, *square, generator=torch.Generator().manual_seed(0)), "HELLO"),
+            ("noise", noise(3, *square), "HELLO"),
             ("a lit ball", ball(*square), "HELLO"),
             ("words", words("STOP", *square), "STOP"),
-            ("plain grey", torch.full((3, *square), 0.5), "HELLO"),
+            ("plain grey", torch.full((3, *square), 0.5, dtype=torch.float32, device="cpu"), "HELLO"),
         ],
         [
             ("a wide lit ball", ball(*wide), "HELLO"),
             ("wide words", words("OPEN 24", *wide), "OPEN 24"),
         ],
-        [("one pixel", torch.full((3, 1, 1), 0.5), "HELLO")],
+        [("one pixel", torch.full((3, 1, 1), 0.5, dtype=torch.float32, device="cpu"), "HELLO")],
         [("an odd lit ball", ball(*odd), "HELLO")],
         [("a thin gradient", gradient(*thin), "HELLO")],
         [("the word", words(text, *square), "STOP") for text in ("STOP", "STEP", "GO")],
@@ -45,16 +45,23 @@ def builtin_batches(device: str = "cpu") -> list[Batch]:
                 {"text": text, "include": [{"class": ("circle", "clock")[group % 2], "count": 1}]}
                 for group, (_, _, text) in zip(groups, row, strict=True)
             ],
-            torch.tensor(groups, device=device),
+            torch.tensor(groups, device=device, dtype=torch.int64),
         )
         for row, groups in zip(pictures, ([0, 1, 2, 3, 4], [0, 1], [0], [0], [0], [0, 0, 0]), strict=True)
     ]
 
 
+def noise(*shape: int) -> Tensor:
+    import torch
+
+    return torch.rand(shape, generator=torch.Generator().manual_seed(0), dtype=torch.float32, device="cpu")
+
+
 def gradient(height: int, width: int) -> Tensor:
     import torch
 
-    y, x = torch.meshgrid(torch.linspace(0, 1, height), torch.linspace(0, 1, width), indexing="ij")
+    sides = [torch.linspace(0, 1, side, dtype=torch.float32, device="cpu") for side in (height, width)]
+    y, x = torch.meshgrid(*sides, indexing="ij")
     return torch.stack([x, y, 1 - x])
 
 
@@ -62,16 +69,19 @@ def ball(height: int, width: int) -> Tensor:
     """A red ball lit from the upper left, before a background that darkens downwards, with a little noise."""
     import torch
 
-    y, x = torch.meshgrid(torch.arange(height) + 0.5, torch.arange(width) + 0.5, indexing="ij")
+    sides = [torch.arange(side, dtype=torch.float32, device="cpu") + 0.5 for side in (height, width)]
+    y, x = torch.meshgrid(*sides, indexing="ij")
     radius = min(height, width) / 3
     u, v = (x - width / 2) / radius, (y - height / 2) / radius
     depth = (1 - u * u - v * v).clamp_min(0).sqrt()
     light = (0.2 + 0.8 * (-0.5 * u - 0.5 * v + 0.7 * depth).clamp_min(0)).clamp_max(1)
-    red = light * torch.tensor([0.9, 0.2, 0.15]).view(3, 1, 1)
-    background = (0.9 - 0.5 * y / height) * torch.tensor([0.7, 0.8, 0.9]).view(3, 1, 1)
+    colours = torch.tensor([[0.9, 0.2, 0.15], [0.7, 0.8, 0.9]], dtype=torch.float32, device="cpu")
+    red = light * colours[0].view(3, 1, 1)
+    background = (0.9 - 0.5 * y / height) * colours[1].view(3, 1, 1)
     image = torch.where(depth > 0, red, background)
-    noise = torch.randn(image.shape, generator=torch.Generator().manual_seed(0))
-    return (image + 0.02 * noise).clamp(0, 1)
+    source = torch.Generator().manual_seed(0)
+    grain = torch.randn(image.shape, generator=source, dtype=torch.float32, device="cpu")
+    return (image + 0.02 * grain).clamp(0, 1)
 
 
 def words(text: str, height: int, width: int) -> Tensor:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from .. import process
 from ..cards import RewardInfo
 from ..data import Batch, PromptError, Scores
 from ..interfaces import Reward
@@ -91,6 +93,7 @@ def check_made(reward: Reward, given: Sequence[Batch], tolerance: float) -> Chec
     for batch in batches:
         checked.scored.append((batch, check_batch(reward, batch, tolerance)))
         same_details(checked.scored[0][1], checked.scored[-1][1])
+    check_seeds(reward, batches[0])
     empty = part(batches[0], [])
     check_form(call(reward, empty), empty)
     images, sizes = sum(map(len, batches)), sorted({(b.images.shape[3], b.images.shape[2]) for b in batches})
@@ -100,7 +103,7 @@ def check_made(reward: Reward, given: Sequence[Batch], tolerance: float) -> Chec
         + (f"; check_prompt refuses the prompts of {left_out} others" if left_out else ""),
         "Scores of [B]: values float32, valid bool; values are finite where valid",
         "scores and details depend neither on the order nor on the size of the batch, nor on earlier calls",
-        "images, prompts, metadata and groups are left as they were",
+        "images, prompts, metadata and groups are left as they were, and so is the process",
         "zero images give zero scores",
     ]
     return checked
@@ -109,16 +112,29 @@ def check_made(reward: Reward, given: Sequence[Batch], tolerance: float) -> Chec
 def check_batch(reward: Reward, batch: Batch, tolerance: float) -> Scores:
     """The scores of one batch, which must not depend on how its images are spread over calls."""
     before = deepcopy((batch.images, batch.prompts, batch.metadata, batch.groups))
-    scores = call(reward, batch)
+    scores = call(reward, batch, first=True)
     check_form(scores, batch)
     hold(unchanged(batch, before), "a reward must not change its batch: images, prompts, metadata, groups")
+    hold(
+        unspoiled(batch),
+        "a reward must not change what its batch keeps for all rewards: uint8 and pil",
+    )
+    given, scores = (
+        scores,
+        Scores(scores.values.clone(), scores.valid.clone(), {n: d.clone() for n, d in scores.details.items()}),
+    )
     same(scores, call(reward, fresh(batch)), tolerance, "the same batch must score the same a second time")
-    backwards = list(range(len(batch)))[::-1]
     same(
-        pick(scores, backwards),
-        call(reward, part(batch, backwards)),
+        scores,
+        call(reward, batch),
         tolerance,
-        "an image's score must not depend on its place in the batch",
+        "a reward must not change what it asks its batch to share: the same batch must score the same again",
+    )
+    backwards = list(range(len(batch)))[::-1]
+    turned = call(reward, part(batch, backwards))
+    same(scores, given, 0.0, "a reward must not write to the scores of an earlier call")
+    same(
+        pick(scores, backwards), turned, tolerance, "an image's score must not depend on its place in the batch"
     )
     for group in sorted(set(batch.groups.tolist())):
         alone = [i for i, g in enumerate(batch.groups.tolist()) if g == group]
@@ -150,36 +166,109 @@ def refusal(reward: Reward, batch: Batch, i: int) -> PromptError | None:
     check = getattr(reward, "check_prompt", None)
     if check is None:
         return None
-    with may_not_raise("check_prompt must raise PromptError or nothing"):
+    metadata, refused = deepcopy(batch.metadata[i]), None
+    with process_kept(first=True), may_not_raise("check_prompt must raise PromptError or nothing"):
         try:
-            check(batch.prompts[i], batch.metadata[i])
+            check(batch.prompts[i], metadata)
         except PromptError as error:
-            return error
-    return None
+            refused = error
+    hold(metadata == batch.metadata[i], "check_prompt must not change the metadata that it is given")
+    return refused
 
 
-def call(reward: Reward, batch: Batch) -> Scores:
+def call(reward: Reward, batch: Batch, first: bool = False) -> Scores:
+    """A reward's scores, of a call that leaves the process as it was.
+
+    first: libraries may be imported, which settle a few things for themselves.
+    """
     import torch
 
     height, width = batch.images.shape[2:]
     with (
+        torch.no_grad(),
+        process_kept(first),
         may_not_raise(
             "a reward must score images of any size and number, or mark them invalid",
             f"{len(batch)} images of {width} x {height}",
         ),
-        torch.no_grad(),
     ):
         scores = reward(batch)
     hold(isinstance(scores, Scores), "a reward must return nft_plugins.Scores", f"got {type(scores).__name__}")
     return scores
 
 
+@contextmanager
+def process_kept(first: bool = False) -> Iterator[None]:
+    """Hold what is run inside to leave the process as it was, and put it back all the same.
+
+    Random numbers are left alone: where draws matter, scores show it, and seeds have a rule of their own.
+    """
+    import torch
+
+    places = {name: place for name, place in process.all_places().items() if name not in process.RANDOM}
+    before, changed = process.noted(places), []
+    grad = torch.is_grad_enabled()
+    with (
+        torch.inference_mode(torch.is_inference_mode_enabled()),
+        torch.set_grad_enabled(grad),
+    ):
+        try:
+            yield
+        finally:
+            changed = process.put_back(places, before)
+    if first:
+        changed = [name for name in changed if name not in process.BY_IMPORTS]
+    hold(
+        not changed,
+        "a reward must leave the process as it was, since other rewards and the run share it",
+        f"it changed {', '.join(changed)}",
+    )
+
+
+def check_seeds(reward: Reward, batch: Batch) -> None:
+    """Hold two calls, before which the random numbers stand elsewhere, not to leave them at the same place."""
+    places = {name: process.all_places()[name] for name in process.RANDOM}
+    before = process.noted(places)
+    first, second = [random_after(reward, batch, draws) for draws in (1, 2)]
+    for name, place in places.items():
+        place.put(before[name])
+    seeded = [name for name, state in first.items() if state == second[name]]
+    hold(
+        not seeded,
+        "a reward must not seed the random numbers of the process: it needs a generator of its own",
+        f"it seeded those of {', '.join(seeded)}",
+    )
+
+
+def random_after(reward: Reward, batch: Batch, draws: int) -> dict[str, Any]:
+    """Where the random numbers stand after some draws and a call."""
+    import random
+
+    import numpy as np
+    import torch
+
+    for _ in range(draws):
+        torch.rand(1, dtype=torch.float32, device="cpu"), np.random.rand(), random.random()
+    call(reward, fresh(batch))
+    return {
+        "torch": torch.get_rng_state().tolist(),
+        "NumPy": process.numpy_random(),
+        "Python": random.getstate(),
+    }
+
+
 def regrouped(reward: Reward, scores: Scores, groups: Tensor) -> Scores:
     """What a run makes of the scores of all images of some groups, which came in any number of batches."""
     if not hasattr(reward, "regroup"):
         return scores
-    with may_not_raise("regroup must take scores and their groups", f"{len(scores)} images"):
-        again: Scores = reward.regroup(scores, groups.cpu())
+    given = deepcopy((scores, groups.cpu()))
+    with process_kept(), may_not_raise("regroup must take scores and their groups", f"{len(scores)} images"):
+        again: Scores = reward.regroup(*given)
+    same(scores, given[0], 0.0, "regroup must not change the scores and the groups that it is given")
+    hold(
+        bool((given[1] == groups.cpu()).all()),
+        "regroup must not change the scores and the groups that it is given",
+    )
     hold(isinstance(again, Scores), "regroup must return nft_plugins.Scores", f"got {type(again).__name__}")
     return again
 
@@ -248,6 +337,14 @@ def unchanged(batch: Batch, before: tuple[Tensor, Sequence[str], Sequence[Mappin
         and list(batch.prompts) == list(prompts)
         and list(batch.metadata) == list(metadata)
         and bool((batch.groups == groups).all())
+    )
+
+
+def unspoiled(batch: Batch) -> bool:
+    """Whether the 8-bit images and the pictures are those of the images still."""
+    new = fresh(batch)
+    return bool((batch.uint8 == new.uint8).all()) and all(
+        a.tobytes() == b.tobytes() for a, b in zip(batch.pil, new.pil, strict=True)
     )
 
 

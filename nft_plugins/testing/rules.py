@@ -28,5 +28,7 @@ def may_not_raise(rule: str, what: str = "") -> Iterator[None]:
         yield
     except Broken:
         raise
-    except Exception as error:
+    except KeyboardInterrupt:
+        raise
+    except BaseException as error:  # As extensions raise in Rust.
         raise Broken(rule, f"{what}: it raised {error!r}" if what else f"it raised {error!r}") from error

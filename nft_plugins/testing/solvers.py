@@ -106,7 +106,7 @@ def generators(*seeds: int) -> list[torch.Generator]:
 def normal(shape: Sequence[int], seed: int, device: str) -> Tensor:
     import torch
 
-    return torch.randn(shape, generator=generators(seed)[0]).to(device)
+    return torch.randn(shape, generator=generators(seed)[0], dtype=torch.float32, device="cpu").to(device)
 
 
 def solved(

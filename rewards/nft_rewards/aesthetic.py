@@ -69,6 +69,6 @@ class Aesthetic:
     @torch.no_grad()
     def __call__(self, batch: Batch) -> Scores:
         if not len(batch):
-            return Scores.of(torch.zeros(0))
+            return Scores.of(torch.zeros(0, dtype=torch.float32, device="cpu"))
         values = self.head(self.clip.images(batch)).squeeze(-1)
         return Scores.of(values.where(finite(batch).to(values.device), torch.nan))

@@ -137,7 +137,7 @@ def load_blip(file: Path, device: torch.device, dtype: torch.dtype) -> BLIPScore
         model = BLIPScore(*sizes(file.with_name(MED_CONFIG)))
     load_exactly(model, read_tensors(file), file, name=published_name, unused=UNUSED)
     # The one buffer that is in no file, and so still without contents.
-    positions = torch.arange(model.text.config.max_position_embeddings)
+    positions = torch.arange(model.text.config.max_position_embeddings, device="cpu")
     model.text.embeddings.position_ids = positions.expand(1, -1)
     model.to(device).eval().requires_grad_(False)
     model.vision.to(dtype), model.text.to(dtype), model.mlp.float()

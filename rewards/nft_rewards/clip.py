@@ -103,7 +103,7 @@ class CLIP:
         images: gives the image features `[B, D]`, if not those of the middle of the resized image.
         """
         if not len(batch):
-            return torch.zeros(0)
+            return torch.zeros(0, dtype=torch.float32, device="cpu")
         cosine = ((images or (lambda: self.images(batch)))() * self.prompts(prompts)).sum(-1)
         return cosine.where(finite(batch).to(cosine.device), torch.nan)
 

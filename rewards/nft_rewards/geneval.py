@@ -282,7 +282,7 @@ class GenEval:
                 self.detect(batch), batch.metadata, finite(batch).tolist(), strict=True
             )
         ]
-        strict, lenient, soft = torch.tensor(outcomes, dtype=torch.float32).view(-1, 3).T
+        strict, lenient, soft = torch.tensor(outcomes, dtype=torch.float32, device="cpu").view(-1, 3).T
         values = soft if self.score == "soft" else strict
         return Scores.of(values, strict=strict, lenient=lenient, soft=soft)
 

@@ -87,7 +87,7 @@ class HPSv3:
     @torch.no_grad()
     def __call__(self, batch: Batch) -> Scores:
         if not len(batch):
-            return Scores.of(torch.zeros(0))
+            return Scores.of(torch.zeros(0, dtype=torch.float32, device="cpu"))
         height, width = size_for(*batch.images.shape[-2:])
         image_tokens = height * width // (PATCH * MERGE) ** 2
         tokens = {prompt: self.tokenize(prompt, image_tokens) for prompt in set(batch.prompts)}
@@ -95,14 +95,16 @@ class HPSv3:
 
         def score(rows: Tensor) -> Tensor:
             pixels = normalised(resize(images[rows].to(self.device), height, width)).to(self.dtype)
-            chats = [torch.tensor(tokens[batch.prompts[i]]) for i in rows.tolist()]
+            chats = [
+                torch.tensor(tokens[batch.prompts[i]], dtype=torch.int64, device="cpu") for i in rows.tolist()
+            ]
             # Each token sees those before it alone, so padding behind the last one changes nothing.
             ids = nn.utils.rnn.pad_sequence(chats, batch_first=True).to(self.device)
-            last = torch.tensor([len(chat) - 1 for chat in chats], device=self.device)
+            last = torch.tensor([len(chat) - 1 for chat in chats], device=self.device, dtype=torch.int64)
             result: Tensor = self.model(pixels, ids, ids == self.image_token, last)
             return result
 
-        mean, log_sigma = in_chunks(score, torch.arange(len(batch)), CHUNK).unbind(1)
+        mean, log_sigma = in_chunks(score, torch.arange(len(batch), device="cpu"), CHUNK).unbind(1)
         scores = Scores.of(mean.where(finite(batch).to(mean.device), torch.nan))
         return Scores(scores.values, scores.valid, {"log_sigma": log_sigma})
 
@@ -138,7 +140,9 @@ class RewardModel(nn.Module):
 
     def forward(self, pixels: Tensor, ids: Tensor, is_image: Tensor, last: Tensor) -> Tensor:
         count, _, height, width = pixels.shape
-        grid = torch.tensor([[1, height // PATCH, width // PATCH]] * count, device=pixels.device)
+        grid = torch.tensor(
+            [[1, height // PATCH, width // PATCH]] * count, device=pixels.device, dtype=torch.int64
+        )
         seen = self.visual(patches(pixels), grid_thw=grid).pooler_output
         read = self.model.embed_tokens(ids)
         read = read.masked_scatter(is_image[..., None], seen.to(read.dtype))

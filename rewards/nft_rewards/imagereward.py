@@ -65,7 +65,7 @@ class ImageReward:
 
     def __call__(self, batch: Batch) -> Scores:
         if not len(batch):
-            return Scores.of(torch.zeros(0))
+            return Scores.of(torch.zeros(0, dtype=torch.float32, device="cpu"))
         values = self.engine.score(batch)
         return Scores.of(values.where(finite(batch).to(values.device), torch.nan))
 
@@ -145,4 +145,6 @@ class PackageEngine:
     @torch.no_grad()
     def score(self, batch: Batch) -> Tensor:
         pairs = zip(batch.prompts, batch.pil, strict=True)
-        return torch.tensor([self.model.score(prompt, image) for prompt, image in pairs])
+        return torch.tensor(
+            [self.model.score(prompt, image) for prompt, image in pairs], dtype=torch.float32, device="cpu"
+        )

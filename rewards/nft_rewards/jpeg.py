@@ -34,7 +34,7 @@ class JPEGCompressibility:
     sign = -1
 
     def __call__(self, batch: Batch) -> Scores:
-        size = torch.tensor([kilobytes(image) for image in batch.pil], dtype=torch.float32)
+        size = torch.tensor([kilobytes(image) for image in batch.pil], dtype=torch.float32, device="cpu")
         size = size.where(finite(batch).cpu(), torch.nan)
         return Scores.of(self.sign * SCALE[self.variant] * size, kilobytes=size)
 

@@ -126,7 +126,7 @@ class OCR:
             )
             for text, target, whole in zip(texts, targets, finite(batch).tolist(), strict=True)
         ]
-        values, distance, exact = torch.tensor(rows, dtype=torch.float32).view(-1, 3).T
+        values, distance, exact = torch.tensor(rows, dtype=torch.float32, device="cpu").view(-1, 3).T
         return Scores(values, values.isfinite(), {"exact": exact, "distance": distance})
 
     def read(self, image: np.ndarray) -> str | None:
@@ -151,4 +151,7 @@ class OCR:
 def cores_of_this_process() -> int:
     """This process's share of the cores, at least 1: a launcher says how many processes there are here."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+    text = os.environ.get("LOCAL_WORLD_SIZE", "1")
+    if not (text.isascii() and text.isdecimal() and int(text) > 0):
+        raise OSError(f"The environment has LOCAL_WORLD_SIZE = {text!r}: expected a whole number.")
+    return max(1, cores // int(text))

@@ -27,7 +27,7 @@ def from_file(name: str, path: Path, device: torch.device, dtype: torch.dtype) -
     for module in model.modules():
         mask = getattr(module, "attn_mask", None)
         if isinstance(mask, Tensor):  # The causal mask of texts, which no file holds.
-            module.attn_mask = torch.full(mask.shape, -torch.inf).triu(1)
+            module.attn_mask = torch.full(mask.shape, -torch.inf, dtype=torch.float32, device="cpu").triu(1)
     return towers_of(model, open_clip.get_tokenizer(name), device, dtype)
 
 

@@ -76,7 +76,7 @@ def by_pil(images: Tensor, height: int, width: int, kind: Filter, window: Window
         for image in images.byte().permute(0, 2, 3, 1).contiguous().numpy()
     ]
     if not done:
-        return torch.zeros(0, 3, bottom - top, right - left)
+        return torch.zeros(0, 3, bottom - top, right - left, dtype=torch.float32, device="cpu")
     return torch.from_numpy(np.stack(done)).permute(0, 3, 1, 2).float()
 
 
@@ -118,8 +118,8 @@ def normalised(
     images: Tensor, mean: tuple[float, ...] = CLIP_MEAN, std: tuple[float, ...] = CLIP_STD
 ) -> Tensor:
     """`(images / 255 - mean) / std`, channel by channel."""
-    m, s = (torch.tensor(v, device=images.device).view(3, 1, 1) for v in (mean, std))
-    return (images / 255 - m) / s
+    m, s = (torch.tensor(v, device=images.device, dtype=torch.float32).view(3, 1, 1) for v in (mean, std))
+    return (images.float() / 255 - m) / s
 
 
 def shared_crop(

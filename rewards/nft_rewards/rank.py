@@ -54,11 +54,11 @@ def group_ranks(values: Tensor, valid: Tensor, groups: Tensor) -> Tensor:
 
     values: `[N]`; valid: `[N]` bool; groups: `[N]` int.
     """
-    ranks = torch.full(values.shape, 0.5, device=values.device)
+    ranks = torch.full(values.shape, 0.5, device=values.device, dtype=torch.float32)
     for group in groups[valid].unique():
         members = (valid & (groups == group)).nonzero().flatten()
         if len(members) > 1:
             v = values[members]
             less, same = (v[None] < v[:, None]).sum(1), (v[None] == v[:, None]).sum(1) - 1
-            ranks[members] = (less + same / 2) / (len(v) - 1)
+            ranks[members] = (less + same.float() / 2) / (len(v) - 1)
     return ranks

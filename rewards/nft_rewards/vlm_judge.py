@@ -120,7 +120,7 @@ class VLMJudge:
             answers[i] = self.answer(reply)
         self.report(answers)
         rows = [(math.nan, math.nan) if isinstance(a, Failed) else a for a in answers]
-        values, figure = torch.tensor(rows, dtype=torch.float32).view(-1, 2).T
+        values, figure = torch.tensor(rows, dtype=torch.float32, device="cpu").view(-1, 2).T
         return Scores.of(values, **{self.figure: figure})
 
     async def body(self, prompt: str, image: Image.Image) -> dict[str, Any]:

@@ -85,12 +85,16 @@ class DiffusersSolver:
             scheduler.set_timesteps(steps)
             index = self._index(scheduler.sigmas, steps)
             first, last = self.ends
-            ours = torch.tensor([min(max(t, last), first) for t in times], dtype=torch.float64)
+            ours = torch.tensor([min(max(t, last), first) for t in times], dtype=torch.float64, device="cpu")
             scheduler.sigmas = ours[index]
             scheduler.timesteps = (
                 scheduler.sigmas[: len(scheduler.timesteps)] * scheduler.config.num_train_timesteps
             )
-        off = (scheduler.sigmas.double().cpu() - torch.tensor(times, dtype=torch.float64)[index]).abs().max()
+        off = (
+            (scheduler.sigmas.double().cpu() - torch.tensor(times, dtype=torch.float64, device="cpu")[index])
+            .abs()
+            .max()
+        )
         if off > TOLERANCE:
             raise ValueError(
                 f"diffusers:{self.scheduler.__name__} changes the times that it is given by {off:.2g}; "
@@ -125,7 +129,7 @@ class DiffusersSolver:
         """Solve for a point mass in few steps and in many; raises ValueError if x_0 is missed."""
         for steps in (1, 2, 4, 20):
             times = [1 - i / steps for i in range(steps)] + [0.0]
-            noise = torch.tensor([[[[1.7]]]])
+            noise = torch.tensor([[[[1.7]]]], dtype=torch.float32, device="cpu")
             with torch.random.fork_rng(devices=[]):
                 before = torch.get_rng_state()
                 x = self.solve(lambda x, t: (x - 0.5) / t, noise, times, torch.Generator().manual_seed(0))

@@ -84,6 +84,15 @@ PLUGINS = {
     "    register('cat')\n",
     "badname": GOOD.replace('"constant"', '"My Reward"'),
     "exits": "raise SystemExit('no licence')\n",
+    "panics": "class PanicException(BaseException):\n    pass\nraise PanicException('unwrap() on None')\n",
+    "panicslater": GOOD.replace('"constant"', '"panicslater"').replace(
+        "    register(", "    class Panic(BaseException): pass\n    raise Panic('later')\n    register("
+    ),
+    "speechless": "class Speechless(Exception):\n    def __str__(self):\n        1 / 0\nraise Speechless\n",
+    "attributes": "def __getattr__(name):\n    raise RuntimeError('no attributes today')\n",
+    "badcard": GOOD.replace('"constant"', '"badcard"').replace(':make"', ':make", modules=None'),
+    "prints": "import os\nprint('hello')\nos.system('echo hello')\nos.chdir('/')\n"
+    + GOOD.replace('"constant"', '"prints"').replace("    register(", "    print('again')\n    register("),
     "newer": 'CONTRACT = "1.999"\n' + GOOD.replace('"constant"', '"newer"'),
     "older": 'CONTRACT = "0.9"\n' + GOOD.replace('"constant"', '"older"'),
     "nonsense": "CONTRACT = 1\n" + GOOD.replace('"constant"', '"nonsense"'),
@@ -165,6 +174,11 @@ def loaded(site):
         ("wrongcard", "registered a str, not a RewardInfo"),
         ("badname", "'My Reward' is no name"),
         ("exits", "raised SystemExit: no licence"),
+        ("panics", "importing plug_panics raised PanicException: unwrap() on None"),
+        ("panicslater", "nft_register_rewards raised Panic: later"),
+        ("speechless", "importing plug_speechless raised Speechless"),
+        ("attributes", "raised RuntimeError: no attributes today"),
+        ("badcard", "the card of 'badcard' has modules = None, not a tuple of texts"),
         ("newer", f"it was written for the contract 1.999, and this nft-hub has {CONTRACT}"),
         ("older", f"it was written for the contract 0.9, and this nft-hub has {CONTRACT}"),
         ("nonsense", 'CONTRACT = 1 is no contract version: expected "MAJOR.MINOR"'),
@@ -269,6 +283,90 @@ def test_observers_that_cannot_be_had_stop_the_run_before_it_trains(site, tmp_pa
     result = nft(site, "run", *SHORT, *asked, plugins="observes")
     assert result.returncode == code and message in result.stderr, result.stderr
     assert not (tmp_path / "run" / "metrics.jsonl").exists()
+
+
+def test_what_a_plugin_prints_goes_to_standard_error(site, listed):
+    assert listed["prints"]["status"] == "ok"  # And the JSON could be read.
+    result = nft(site, "plugins", "--json", plugins="prints")
+    assert result.stdout.startswith("[") and result.stderr.split() == ["hello", "hello", "again"]
+
+
+def test_an_import_does_not_move_the_process(site, monkeypatch):
+    from pathlib import Path
+
+    from nft_core.host import load_host
+
+    monkeypatch.syspath_prepend(str(site))
+    monkeypatch.setenv("NFT_PLUGINS", "prints")
+    here = Path.cwd()
+    load_host()
+    assert Path.cwd() == here
+
+
+def test_a_plugin_that_is_chosen_and_not_installed_is_listed(monkeypatch):
+    from nft_core.host import load_host
+
+    monkeypatch.setenv("NFT_PLUGINS", "nft_core, no-such")
+    rows = load_host().plugins
+    assert (rows[-1].name, rows[-1].status) == ("no-such", "broken") and "NFT_PLUGINS names it" in rows[
+        -1
+    ].cause
+    assert [row.name for row in rows].count("nft_core") == 1
+
+
+DAMAGED = {
+    "nameless-1.0": {"entry_points.txt": b"[nft_plugins]\nnameless = plug_good\n", "METADATA": b""},
+    "undated-1.0": {"entry_points.txt": b"[nft_plugins]\nundated = plug_good\n"},
+    "latin": {"entry_points.txt": "[nft_plugins]\ncaf\u00e9 = plug_good\n".encode("latin-1")},
+    "cut-1.0": {"METADATA": b"Name: cut\nVersion: 1.0\n", "entry_points.txt": b"[nft_plugins]\ncut\n"},
+    "hollow-1.0": {},
+    "unrelated-1.0": {"METADATA": b"Name: unrelated\nVersion: 1.0\n", "entry_points.txt": b"[other]\nbroken\n"},
+}
+
+
+def test_damaged_distributions_are_listed_and_nothing_else_suffers(site, tmp_path, monkeypatch):
+    from nft_core.host import load_host
+
+    for name, files in DAMAGED.items():
+        folder = tmp_path / f"{name}.dist-info"
+        folder.mkdir()
+        for file, content in files.items():
+            (folder / file).write_bytes(content)
+    for folder in (site, tmp_path):
+        monkeypatch.syspath_prepend(str(folder))
+    monkeypatch.setenv("NFT_PLUGINS", "nameless,undated,latin,cut")
+    rows = {row.name: row for row in load_host().plugins}
+    assert rows["nameless"].distribution == "nameless" and rows["nameless"].version == "1.0"
+    assert rows["undated"].distribution == "undated"
+    for name in ("latin", "cut"):
+        assert rows[name].status == "broken" and "entry_points.txt cannot be read: " in rows[name].cause
+        assert rows[name].mend == f"pip install --force-reinstall {name}, or pip uninstall it"
+    assert {"hollow", "unrelated"}.isdisjoint(rows)
+    assert rows["nft_core"].status == rows["nft_rewards"].status == "ok"
+
+
+def test_of_two_families_for_a_pipeline_none_is_taken_in_silence():
+    from nft_core.discovery import Registered
+    from nft_core.errors import UsageError
+    from nft_core.host import load_host
+    from nft_plugins import ModelInfo
+
+    host = load_host()
+    assert host.family("StableDiffusion3Pipeline") == "sd3" and host.family("NoSuchPipeline") is None
+    card = ModelInfo("mine", "another", "plug:Mine", ("StableDiffusion3Pipeline",))
+    host.models["mine"] = Registered(card, ("plug-mine (mine)",))
+    with pytest.raises(
+        UsageError, match=r"families 'sd3' of nft-hub \(nft_core\) and 'mine' of plug-mine \(mine\)"
+    ):
+        host.family("StableDiffusion3Pipeline")
+    assert host.family("StableDiffusion3Pipeline", "mine") == "mine"
+    assert host.family("StableDiffusion3Pipeline", "sd3") == "sd3"
+    with pytest.raises(
+        UsageError, match="family = 'mine' handles StableDiffusion3Pipeline, and the model is a Flux"
+    ):
+        host.family("FluxPipeline", "mine")
+    with pytest.raises(UsageError, match="Unknown model family 'mien'. Did you mean 'mine'?"):
+        host.family("FluxPipeline", "mien")
 
 
 def test_deprecations_are_noted(site, monkeypatch):

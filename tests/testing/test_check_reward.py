@@ -2,15 +2,26 @@
 
 from __future__ import annotations
 
+import gc
+import locale
+import logging
+import os
 import random
+import signal
+import socket
+import sys
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
+import cv2
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 
-from nft_plugins import PromptError, RewardInfo, Scores
+from nft_plugins import PromptError, RewardInfo, Scores, process
 from nft_plugins.testing import builtin_batches, check_reward
 from nft_rewards.jpeg import JPEGCompressibility
 from nft_rewards.plugin import REWARDS
@@ -154,11 +165,96 @@ def square_only(batch):
     )
 
 
+class SharedInPlace:
+    """Writes to what it shares: each time it is darker."""
+
+    def __call__(self, batch):
+        value = batch.shared(SharedInPlace, lambda: batch.images.mean((1, 2, 3)))
+        return Scores.of(value.mul_(0.5).clone())
+
+
+class Buffered:
+    """Gives the same tensor at each call."""
+
+    def __init__(self):
+        self.values = torch.zeros(16)
+
+    def __call__(self, batch):
+        self.values += 1
+        self.values[: len(batch)] = bright(batch).values
+        self.count = self.values[: len(batch)]
+        return Scores(self.count, torch.ones(len(batch), dtype=torch.bool))
+
+
+class PopsMetadata(Picky):
+    def check_prompt(self, prompt, metadata):
+        metadata.pop("text")
+
+
+class RegroupsInPlace(Relative):
+    def regroup(self, scores, groups):
+        again = super().regroup(scores, groups)
+        scores.details["brightness"].zero_()
+        return again
+
+
+class ZeroesGroups(Relative):
+    def regroup(self, scores, groups):
+        again = super().regroup(scores, groups)
+        groups.fill_(7)
+        return again
+
+
+def enter(context):
+    """Enter a context for good."""
+    LEFT.append(context)
+    context.__enter__()
+
+
+LEFT = []
+#: What a call changes of the process, by the name that the kit gives it.
+CHANGES = {
+    "inference mode": lambda batch: enter(torch.inference_mode()),
+    "whether gradients are recorded": lambda batch: torch.set_grad_enabled(True),
+    "torch's default device": lambda batch: torch.set_default_device("meta"),
+    "torch's modes": lambda batch: enter(torch.device("meta")),
+    "the flushing of denormal numbers": lambda batch: torch.set_flush_denormal(True),
+    "the CPUs to run on": lambda batch: os.sched_setaffinity(0, {min(os.sched_getaffinity(0))}),
+    "the umask": lambda batch: os.umask(0o077),
+    "autocast": lambda batch: enter(torch.autocast("cpu", torch.bfloat16)),
+    "NumPy's handling of errors": lambda batch: np.seterr(all="raise"),
+    "torch's default dtype": lambda batch: torch.set_default_dtype(torch.float64),
+    "torch's precision of float32": lambda batch: torch.set_float32_matmul_precision("medium"),
+    "torch's deterministic algorithms": lambda batch: torch.use_deterministic_algorithms(True),
+    "torch's backends": lambda batch: setattr(torch.backends.cudnn, "benchmark", True),
+    "torch's anomaly detection": lambda batch: torch.autograd.set_detect_anomaly(True),
+    "torch's threads": lambda batch: torch.set_num_threads(2),
+    "OpenCV's threads": lambda batch: cv2.setNumThreads(cv2.getNumThreads() + 1),
+    "the current folder": lambda batch: os.chdir("/"),
+    "the environment variables": lambda batch: os.environ.update(NFT_TEST="1", TZ="UTC"),
+    "the filters of warnings": lambda batch: warnings.filterwarnings("ignore", "this one"),
+    "the level of logging": lambda batch: logging.disable(logging.CRITICAL),
+    "the locale": lambda batch: locale.setlocale(locale.LC_ALL, "C.UTF-8"),
+    "Pillow's limits": lambda batch: setattr(Image, "MAX_IMAGE_PIXELS", None),
+    "the timeout of sockets": lambda batch: socket.setdefaulttimeout(3),
+    "Python's recursion limit": lambda batch: sys.setrecursionlimit(12345),
+    "the garbage collector": lambda batch: gc.disable(),
+    "NumPy's print options": lambda batch: np.set_printoptions(precision=1),
+    "the handlers of signals": lambda batch: signal.signal(signal.SIGUSR1, signal.SIG_IGN),
+    "the standard streams": lambda batch: setattr(sys, "stdout", sys.stderr),
+}
+
 ANY = "a reward must score images of any size and number"
 SCORES = "a reward must return nft_plugins.Scores"
 PLACES = "values, valid and details must be on one device"
 FINITE = "a value must be finite where valid is true"
 UNCHANGED = "a reward must not change its batch"
+KEPT = "a reward must not change what its batch keeps for all rewards"
+SHARED = "a reward must not change what it asks its batch to share"
+EARLIER = "a reward must not write to the scores of an earlier call"
+PROCESS = "a reward must leave the process as it was"
+SEEDS = "a reward must not seed the random numbers of the process"
+GIVEN = "regroup must not change the scores and the groups"
 AGAIN = "the same batch must score the same a second time"
 PLACE = "an image's score must not depend on its place"
 PROMPTS = "an image's score must not depend on the images of other prompts"
@@ -183,6 +279,20 @@ MUTANTS: list[tuple[str, Any, dict[str, Any]]] = [
     (UNCHANGED, then(lambda batch: batch.prompts.sort()), {}),
     (UNCHANGED, then(lambda batch: batch.metadata[0].update(seen=True)), {}),
     (UNCHANGED, then(lambda batch: batch.groups.zero_()), {}),
+    (UNCHANGED, then(lambda batch: batch.metadata[0]["include"][0].clear()), {}),
+    (UNCHANGED, then(lambda batch: batch.images.data.mul_(0.5)), {}),
+    (UNCHANGED, then(lambda batch: np.multiply(batch.images, 0.5, out=batch.images.numpy())), {}),
+    (KEPT, then(lambda batch: batch.uint8.zero_()), {}),
+    (KEPT, then(lambda batch: batch.pil[0].paste("red", (0, 0, 1, 1))), {}),
+    (SHARED, SharedInPlace(), {}),
+    (EARLIER, Buffered(), {}),
+    (SEEDS, then(lambda batch: torch.manual_seed(0)), {}),
+    (SEEDS, then(lambda batch: np.random.seed(0)), {}),
+    (SEEDS, then(lambda batch: random.seed(0)), {}),
+    ("check_prompt must not change", PopsMetadata(), {}),
+    (GIVEN, RegroupsInPlace(), {}),
+    (GIVEN, ZeroesGroups(), {}),
+    *[(PROCESS, then(change), {}) for change in CHANGES.values()],
     (AGAIN, lambda batch: Scores.of(torch.rand(len(batch))), {}),
     (AGAIN, made(lambda s: Scores.of(s.values, **s.details, luck=torch.rand(len(s)))), {}),
     (AGAIN, EverySecondTime(shorter), {}),
@@ -212,6 +322,20 @@ def test_each_rule_catches_its_mutant(rule, mutant, given):
     with pytest.raises(AssertionError) as caught:
         check_reward(mutant, **given)
     assert caught.value.rule.startswith(rule), caught.value
+
+
+@pytest.mark.parametrize("name", CHANGES)
+def test_what_a_reward_changes_of_the_process_is_named_and_put_back(name):
+    before = process.noted(process.all_places())
+    # At its first call a library may be imported, whose own settings stay.
+    with pytest.raises(AssertionError, match=f"it changed .*{name}"):
+        check_reward(then(CHANGES[name]))
+    assert process.put_back(process.all_places(), before) == []
+
+
+def test_every_piece_of_the_process_has_a_mutant():
+    every = process.all_places().keys() - set(process.RANDOM) - {"the current GPU"}
+    assert every == CHANGES.keys()
 
 
 def test_every_rule_has_a_mutant(gaps):

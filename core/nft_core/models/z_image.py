@@ -29,7 +29,10 @@ class ZImage(PipelineModel):
             max_sequence_length=self.max_sequence_length,
         )
         embeds = filled(pad_sequence(rows, batch_first=True), self.max_sequence_length)
-        return {"embeds": embeds, "length": torch.tensor([len(row) for row in rows])}
+        return {
+            "embeds": embeds,
+            "length": torch.tensor([len(row) for row in rows], dtype=torch.int64, device="cpu"),
+        }
 
     def velocity(self, x_t: Tensor, t: Tensor, condition: Condition) -> Tensor:
         embeds = condition["embeds"]

@@ -99,7 +99,7 @@ def flow(
     from .vae import latents
 
     torch.set_num_threads(threads)
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+    if os.environ.get("WORLD_SIZE", "1") not in ("", "1"):
         dist.init_process_group("gloo")
     torch.manual_seed(seed)
     autoencoder = AutoencoderTiny.from_pretrained(out / "vae").eval()

@@ -72,7 +72,7 @@ def train_clip(
         [c["prompt"] for c in captions], padding="max_length", max_length=MAX_LENGTH, return_tensors="pt"
     ).input_ids
     mean, std = (
-        torch.tensor(v).view(3, 1, 1)
+        torch.tensor(v, dtype=torch.float32, device="cpu").view(3, 1, 1)
         for v in (processor.image_processor.image_mean, processor.image_processor.image_std)
     )
     rows = {tag: [i for i, c in enumerate(captions) if c["tag"] == tag] for tag in BLOCKS}
@@ -110,7 +110,7 @@ def contrast(logits: Tensor, sizes: Sequence[int]) -> tuple[Tensor, list[float]]
     total, accuracy, begin = logits.new_zeros(()), [], 0
     for size in sizes:
         part = logits[begin : begin + size, begin : begin + size]
-        target = torch.arange(size)
+        target = torch.arange(size, device="cpu")
         total = total + size * (cross_entropy(part, target) + cross_entropy(part.T, target)) / 2
         accuracy.append((part.argmax(1) == target).float().mean().item())
         begin += size

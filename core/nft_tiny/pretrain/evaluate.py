@@ -24,9 +24,17 @@ def paint(pipeline: StableDiffusion3Pipeline, prompts: list[str], steps: int, se
 
     vae, transformer = pipeline.vae, pipeline.transformer
     generator = torch.Generator().manual_seed(seed)
-    x = torch.randn(len(prompts), transformer.config.in_channels, 8, 8, generator=generator)
+    x = torch.randn(
+        len(prompts),
+        transformer.config.in_channels,
+        8,
+        8,
+        generator=generator,
+        dtype=torch.float32,
+        device="cpu",
+    )
     embeds, pooled = encode(pipeline, tokens(pipeline, prompts))
-    even = torch.linspace(1, 0, steps + 1)
+    even = torch.linspace(1, 0, steps + 1, dtype=torch.float32, device="cpu")
     times = SHIFT * even / (1 + (SHIFT - 1) * even)
     for t, s in zip(times[:-1], times[1:], strict=True):
         x = x + (s - t) * transformer(x, embeds, pooled, t.expand(len(x)) * 1000, return_dict=False)[0]
@@ -55,7 +63,9 @@ def evaluate(
         chosen = [c for c in captions if c["tag"] == tag for _ in range(images)]
         prompts = [c["prompt"] for c in chosen]
         pictures = torch.from_numpy(paint(pipeline, prompts, steps=16, seed=seed))
-        batch = Batch(pictures.permute(0, 3, 1, 2).float() / 255, prompts, chosen, torch.arange(len(chosen)))
+        batch = Batch(
+            pictures.permute(0, 3, 1, 2).float() / 255, prompts, chosen, torch.arange(len(chosen), device="cpu")
+        )
         if tag == "text":
             figures["ocr"] = rewards["ocr"](batch).values.mean().item()
         else:

@@ -126,7 +126,7 @@ def train_flow(
     """
     rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     ids = tokens(pipeline, prompts)
-    is_text = torch.tensor(['"' in prompt for prompt in prompts])
+    is_text = torch.tensor(['"' in prompt for prompt in prompts], dtype=torch.bool, device="cpu")
     signs, scenes = is_text.nonzero().flatten(), (~is_text).nonzero().flatten()
     modules = (pipeline.transformer, pipeline.text_encoder, pipeline.text_encoder_2)
     parameters = [p for m in modules for p in m.requires_grad_(True).train().parameters()]
@@ -138,10 +138,10 @@ def train_flow(
     for step in range(1, steps + 1):
         for group in optimizer.param_groups:
             group["lr"] = lr * min(step / 150, 1) * _decay(step / steps)
-        of_text = int((torch.rand(batch) < text_share).sum())
+        of_text = int((torch.rand(batch, dtype=torch.float32, device="cpu") < text_share).sum())
         rows = torch.cat([_draw(signs, of_text), _draw(scenes, batch - of_text)])
         x_0 = latents[rows].float()
-        t = torch.sigmoid(torch.randn(batch) + math.log(SHIFT))
+        t = torch.sigmoid(torch.randn(batch, dtype=torch.float32, device="cpu") + math.log(SHIFT))
         noise = torch.randn_like(x_0)
         at = t.view(-1, 1, 1, 1)
         embeds, pooled = encode(pipeline, ids[rows])
@@ -170,7 +170,7 @@ def _decay(share: float) -> float:
 
 
 def _draw(rows: Tensor, count: int) -> Tensor:
-    return rows[torch.randint(len(rows), (count,))]
+    return rows[torch.randint(len(rows), (count,), device="cpu")]
 
 
 def _average_gradients(parameters: Sequence[nn.Parameter], world: int) -> None:

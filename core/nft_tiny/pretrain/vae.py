@@ -36,7 +36,7 @@ def train_vae(
     optimizer = torch.optim.AdamW(vae.parameters(), lr=lr, weight_decay=0)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, total_steps=steps, pct_start=0.1)
     for step in range(steps):
-        x = to_model(pictures[torch.randint(len(pictures), (batch,)).numpy()])
+        x = to_model(pictures[torch.randint(len(pictures), (batch,), device="cpu").numpy()])
         z = vae.encode(x.to(memory_format=torch.channels_last)).latents
         noise = NOISE * z.detach().std() * torch.randn_like(z)
         # Channels near mean 0 and deviation 1 stay within the squashing that the decoder begins with.

@@ -1,0 +1,21 @@
+"""Numbers that launchers put into the environment."""
+
+from __future__ import annotations
+
+import os
+
+from .errors import UsageError
+
+
+def number(name: str, default: int) -> int:
+    """A variable of the environment as a whole number. Raises UsageError for anything else, as empty text."""
+    text = os.environ.get(name, str(default))
+    if not (text.isascii() and text.isdecimal() and len(text) < 19):
+        raise UsageError(f"The environment has {name} = {text!r}: expected a whole number.")
+    return int(text)
+
+
+def check() -> None:
+    """Raise UsageError where a launcher has left something else than numbers, before anything is loaded."""
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE"):
+        number(name, 0)

@@ -1,0 +1,208 @@
+"""What a reward or an observer is given, and the state of the process: neither can be spoiled for others."""
+
+from __future__ import annotations
+
+import copy
+import sys
+from collections.abc import Callable, Hashable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import replace
+from functools import cached_property
+from threading import Lock
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from nft_plugins import Batch, Part, Reward, Run, Scores
+from nft_plugins.process import (
+    BY_IMPORTS,
+    NUMBERS,
+    noted,
+    of_a_thread,
+    of_python,
+    of_the_main_thread,
+    on_main_thread,
+    put_back,
+    shared_places,
+)
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+    from torch import Tensor
+
+T = TypeVar("T")
+
+#: Types of which nothing can be changed; most of what metadata holds.
+PLAIN = frozenset({str, int, float, bool, type(None)})
+#: To make a tensor lazy changes it, which two threads must not do at once.
+lazily = Lock()
+#: Rewards, with what of the process they changed, of which the user was told.
+told: set[tuple[str, str]] = set()
+
+
+class Lent(Batch):
+    """A batch as one reward has it: what it changes here, no other sees. `lend` makes it."""
+
+    @cached_property
+    def uint8(self) -> Tensor:
+        return super().uint8 if self.lender is None else apart(self.lender.uint8)
+
+    @cached_property
+    def pil(self) -> list[Image]:
+        return super().pil if self.lender is None else [lent_picture(image) for image in self.lender.pil]
+
+    def shared(self, key: Hashable, compute: Callable[[], T]) -> T:
+        if self.lender is None or self.is_changed():  # What it computes now is not for others.
+            return super().shared(key, compute)
+        return apart(self.lender.shared(key, compute))
+
+    @property
+    def lender(self) -> Batch | None:
+        return self.__dict__.get("_lender")
+
+    def is_changed(self) -> bool:
+        return self.__dict__["_as_lent"] != state_of(self.images)
+
+
+def lend(batch: Batch) -> Batch:
+    """The batch for one reward. Images are copied when it writes to them; on a GPU, which is quick, at once."""
+    lent = Lent(apart(batch.images), own(batch.prompts), own(batch.metadata), batch.groups.clone())
+    lent.__dict__.update(_lender=batch, _as_lent=state_of(lent.images))
+    return lent
+
+
+def state_of(tensor: Tensor) -> tuple[int, bool]:
+    """What is another where something was written to the tensor."""
+    import torch
+
+    return 0 if tensor.is_inference() else tensor._version, torch._C._is_cow_tensor(tensor)  # type: ignore[attr-defined]
+
+
+def apart(value: T) -> T:
+    """Tensors, and lists, tuples and dictionaries of them, that can be written to and nobody else sees it."""
+    import torch
+
+    if isinstance(value, torch.Tensor):
+        return lazy_copy(value)  # type: ignore[return-value]
+    if type(value) in (list, tuple):
+        return type(value)(map(apart, value))  # type: ignore[call-arg,arg-type]
+    if type(value) is dict:
+        return {key: apart(item) for key, item in value.items()}  # type: ignore[return-value]
+    return value
+
+
+def lazy_copy(tensor: Tensor) -> Tensor:
+    """A copy whose memory is the other's until one of the two is written to, in whatever way.
+
+    On a GPU torch would make the copy on another stream than the one that writes.
+    """
+    import torch
+
+    if tensor.device.type == "cpu" and hasattr(torch, "_lazy_clone"):
+        try:
+            with lazily:
+                return torch._lazy_clone(tensor)
+        except RuntimeError:  # The memory is not torch's own but, for instance, NumPy's.
+            pass
+    return tensor.clone()
+
+
+def lent_picture(image: Image) -> Image:
+    """The picture with the same pixels, which Pillow copies before something is drawn in it."""
+    view = image._new(image.im)
+    view.readonly = 1
+    return view
+
+
+def own(value: Any) -> Any:
+    """Lists and mappings of any depth that can be changed and nobody else sees it, of a batch or scores too."""
+    kind = type(value)
+    if kind in PLAIN:
+        return value
+    if kind is dict:
+        return {key: own(item) for key, item in value.items()}
+    if kind in (list, tuple):
+        return kind(own(item) for item in value)
+    if isinstance(value, Batch):
+        return lend(value)
+    if isinstance(value, Scores):
+        details = {name: figure.clone() for name, figure in value.details.items()}
+        parts = {name: Part(part.weight, own(part.scores)) for name, part in value.parts.items()}
+        return Scores(value.values.clone(), value.valid.clone(), details, parts)
+    if isinstance(value, Run):
+        return replace(value, settings=own(value.settings))
+    if isinstance(value, Mapping):
+        return {key: own(item) for key, item in value.items()}
+    if isinstance(value, set | bytearray):
+        return copy.copy(value)
+    return value
+
+
+class Inside:
+    """A reward of which another one is made: it has a batch of its own too."""
+
+    def __init__(self, reward: Reward) -> None:
+        self.reward = reward
+
+    def __call__(self, batch: Batch) -> Scores:
+        return self.reward(lend(batch))
+
+    def __getattr__(self, name: str) -> Any:
+        # What else it offers: check_prompt, regroup.
+        if name == "reward" or name.startswith("__"):
+            raise AttributeError(name)
+        return getattr(self.reward, name)
+
+
+@contextmanager
+def process_kept(who: str, making: bool = False) -> Iterator[None]:
+    """Put back what is run inside changes of the process, and warn where numbers of other threads may be wrong.
+
+    who: a reward. making: it is imported or made, where libraries are imported, whose settings stay.
+    """
+    left_out = BY_IMPORTS if making else ()
+    places = {name: place for name, place in shared_places().items() if name not in left_out}
+    before = noted(places)
+    try:
+        yield
+    finally:
+        for name in put_back(places, before):
+            if name in NUMBERS and (who, name) not in told:
+                told.add((who, name))
+                print(
+                    f"Warning: {who} changed {name}, which holds for the whole process and may have changed "
+                    "what was computed beside it. It was put back.",
+                    file=sys.stderr,
+                )
+
+
+@contextmanager
+def python_kept() -> Iterator[None]:
+    """Put back what is run inside changes of Python's own state, where nothing else is imported yet."""
+    mine = {**of_python(), **(of_the_main_thread() if on_main_thread() else {})}
+    places = {name: place for name, place in mine.items() if name not in BY_IMPORTS}
+    before = noted(places)
+    try:
+        yield
+    finally:
+        put_back(places, before)
+
+
+@contextmanager
+def thread_kept() -> Iterator[None]:
+    """Put back what is run inside changes of this thread."""
+    import torch
+
+    places = of_a_thread()
+    before = noted(places)
+    grad = torch.is_grad_enabled()
+    try:
+        with torch.inference_mode(torch.is_inference_mode_enabled()), torch.set_grad_enabled(grad):
+            yield
+    finally:
+        put_back(places, before)
+
+
+@contextmanager
+def kept(who: str, making: bool = False) -> Iterator[None]:
+    """Put back what is run inside changes of the process and of this thread."""
+    with process_kept(who, making), thread_kept():
+        yield
