@@ -13,9 +13,10 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from nft_plugins import Run
 
-from .errors import CheckpointError, NftError, SaveError, Stopped, UsageError, unknown
+from .errors import CheckpointError, NftError, SaveError, Stopped, UsageError, disk_advice, unknown, where
+from .fingerprint import evaluation, short_digest, sources_of
 from .host import Host
-from .launch import told, undisturbed
+from .launch import told
 from .observers.metrics import trim
 from .progress import Progress
 from .prompts import Prompt, prompts_of_run, read_prompts, scorable
@@ -111,7 +112,11 @@ def run(
 
             check_memory(settings, host, device, tell)
         training = assemble(settings, model, reward, solver, prompts, held_out, device, folder)
-        other = bool(path) and restore(training, path, allow_changes)
+        references = [settings.solver, *(spec.name for spec in specs if isinstance(spec.name, str))]
+        training.at.sources = sources_of(host, references)
+        training.evaluation = evaluation(settings, held_out, specs, host, training.at.sources)
+        training.at.evaluation = short_digest(training.evaluation)
+        other = bool(path) and restore(training, path, allow_changes, tell)
         observe: Callable[..., None] = silent
         if rank() == 0:
             described = Run(folder, settings.model_dump(), settings.epochs, training.at.epoch)
@@ -120,7 +125,7 @@ def run(
                 make(folder)
                 stack.enter_context(locked(folder))
                 claim(folder)  # Loading took its time, in which another process may have come.
-            write_settings(folder, settings)
+            write_settings(folder, settings, training.at.step)
             trim(folder, training.at, tell)
         if other:  # What was allowed holds from here on, whatever comes.
             training.save()
@@ -128,17 +133,22 @@ def run(
         error: BaseException | None = None
         said: list[str] = []
         try:
-            with told() as training.told, profiling(training, folder, host, profile and rank() == 0):
-                train(training)
+            with told() as training.told:  # Around the saving too, which a second signal must not end.
+                try:
+                    with profiling(training, folder, host, profile and rank() == 0):
+                        train(training)
+                except BaseException as caught:
+                    # A second Ctrl-C means at once.
+                    if not isinstance(caught, KeyboardInterrupt | SaveError):
+                        rescue(training, folder, said.append)
+                    if isinstance(caught, Stopped):
+                        barrier()  # torchrun kills the first, which saves, 30 seconds after another has ended.
+                    raise
+        except SystemExit as caught:  # A plug-in's. With its exit code the run would pass for whole.
+            error = NftError(f"The run was ended from inside: SystemExit({caught.code!r}) came{where(caught)}.")
+            raise error from caught
         except BaseException as caught:
             error = caught
-            # Not for a second Ctrl-C, which means at once.
-            if isinstance(caught, Exception) and not isinstance(caught, SaveError):
-                with nullcontext() if isinstance(caught, Stopped) else told():
-                    rescue(training, folder, said.append)
-            if isinstance(caught, Stopped):
-                with undisturbed():
-                    barrier()  # torchrun kills the first, which saves, 30 seconds after another has ended.
             raise
         finally:
             observe("nft_run_finished", error=error)
@@ -194,12 +204,11 @@ def rescue(training: Training, folder: Path, tell: Callable[[str], None]) -> Non
             "the last checkpoint is lost."
         )
         return
-    with undisturbed():
-        try:
-            training.save()
-        except Exception as error:  # Whatever it is, the one that ended the run is to be seen.
-            tell(str(error))
-            return
+    try:
+        training.save()
+    except Exception as error:  # Whatever it is, the one that ended the run is to be seen.
+        tell(str(error))
+        return
     tell(f"Saved at epoch {at.epoch}, gradient step {at.step}. To go on: nft resume {shlex.quote(str(folder))}")
 
 
@@ -404,20 +413,30 @@ def autocast_dtype(settings: Settings, device: torch.device) -> torch.dtype | No
     return {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}[settings.precision]
 
 
-def make(folder: Path) -> None:
+def make(folder: Path, new: bool = False) -> bool:
+    """Make a folder; returns whether it is there now, or with `new` whether it is there by this call."""
     try:
-        folder.mkdir(parents=True, exist_ok=True)
+        folder.mkdir(parents=True, exist_ok=not new)
     except OSError as error:
-        raise NftError(f"Cannot write to {folder}: {error}. Choose another --out.") from error
+        if new and isinstance(error, FileExistsError):
+            return False
+        raise NftError(
+            f"Cannot write to {folder}: {error}. {disk_advice(error)}, or choose another --out."
+        ) from error
+    return True
 
 
-def write_settings(folder: Path, settings: Settings) -> None:
-    aside = folder / ".run.toml"
+def write_settings(folder: Path, settings: Settings, step: int) -> None:
+    """Write `run.toml`. Other settings that stand there held until this gradient step, and are kept by it."""
+    file, aside, before = folder / "run.toml", folder / ".run.toml", folder / f"run-until-{step:06d}.toml"
+    text = to_toml(settings)
     try:
-        aside.write_text(to_toml(settings), encoding="utf-8")
-        aside.replace(folder / "run.toml")
+        aside.write_text(text, encoding="utf-8")
+        if file.exists() and not before.exists() and file.read_text(encoding="utf-8") != text:
+            file.rename(before)
+        aside.replace(file)
     except OSError as error:
-        raise NftError(f"Cannot write to {folder}: {error}. Choose another --out.") from error
+        raise NftError(f"Cannot write {file}: {error}. {disk_advice(error)}, then resume the run.") from error
 
 
 def silent(hook: str, **arguments: Any) -> None:
