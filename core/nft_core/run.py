@@ -420,9 +420,8 @@ def make(folder: Path, new: bool = False) -> bool:
     except OSError as error:
         if new and isinstance(error, FileExistsError):
             return False
-        raise NftError(
-            f"Cannot write to {folder}: {error}. {disk_advice(error)}, or choose another --out."
-        ) from error
+        advice = f"{disk_advice(error)}, or choose another --out"
+        raise NftError(f"Cannot write to {folder}: {error}. {advice}.") from error
     return True
 
 
@@ -436,7 +435,8 @@ def write_settings(folder: Path, settings: Settings, step: int) -> None:
             file.rename(before)
         aside.replace(file)
     except OSError as error:
-        raise NftError(f"Cannot write {file}: {error}. {disk_advice(error)}, then resume the run.") from error
+        advice = f"{disk_advice(error)}, then give the command again"
+        raise NftError(f"Cannot write to {folder}: {error}. {advice}.") from error
 
 
 def silent(hook: str, **arguments: Any) -> None:
