@@ -93,8 +93,8 @@ def nft_epoch_finished(run: Run, record: Mapping[str, Any]) -> None:
 def nft_eval_finished(run: Run, record: Mapping[str, Any], batch: Batch, scores: Scores) -> None:
     """Held-out prompts were evaluated; `batch` and `scores` are the images and their scores.
 
-    Of images that would take more than 1 GiB as float32, such as more than 341 at 512 px, they have the first one of
-    each of as many prompts as fit, spread evenly over the file; `record` tells of all images.
+    Of images that would take more than 1 GiB as float32, such as more than 341 at 512 px, they have the first
+    one of each of as many prompts as fit, spread evenly over the file; `record` tells of all images.
     """
 
 

@@ -429,11 +429,16 @@ def write_settings(folder: Path, settings: Settings, step: int) -> None:
     """Write `run.toml`. Other settings that stand there held until this gradient step, and are kept by it."""
     file, aside, before = folder / "run.toml", folder / ".run.toml", folder / f"run-until-{step:06d}.toml"
     text = to_toml(settings)
+
+    def write(path: Path, content: str) -> None:
+        aside.write_text(content, encoding="utf-8")
+        aside.replace(path)
+
     try:
-        aside.write_text(text, encoding="utf-8")
-        if file.exists() and not before.exists() and file.read_text(encoding="utf-8") != text:
-            file.rename(before)
-        aside.replace(file)
+        former = file.read_text(encoding="utf-8") if file.exists() else text
+        if former != text and not before.exists():
+            write(before, former)
+        write(file, text)
     except OSError as error:
         advice = f"{disk_advice(error)}, then give the command again"
         raise NftError(f"Cannot write to {folder}: {error}. {advice}.") from error
