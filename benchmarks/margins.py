@@ -11,10 +11,10 @@ share of them that keep a margin would fall.
 import sys
 from pathlib import Path
 
-import torch
 from diffusers import SD3Transformer2DModel
 
 from nft_core import run as runs
+from nft_core.gallery import Gallery
 from nft_core.host import load_host
 from nft_core.rollout import Draws, roll_out
 from nft_core.settings import make_settings, read_toml
@@ -50,9 +50,7 @@ def main():
     reward = runs.load_rewards(specs, host, device, settings.reward_defaults)
     prompts, held_out = runs.usable(*files, reward.check_prompt, settings.unscorable, lambda text: None)
     model = runs.load_model(settings, host, device)
-    run = runs.assemble(
-        settings, model, reward, solver, prompts, held_out, device, lambda *a, **k: None, folder
-    )
+    run = runs.assemble(settings, model, reward, solver, prompts, held_out, device, folder)
     last = sys.argv[2] if len(sys.argv) > 2 else max((folder / "checkpoints").glob("[0-9]*"))
     trained = SD3Transformer2DModel.from_pretrained(last, subfolder="transformer").float().state_dict()
     print(f"| strict accuracy at margin | {' | '.join(map(str, MARGINS))} |\n|{'---|' * (len(MARGINS) + 1)}")
@@ -60,10 +58,11 @@ def main():
         if weights:
             model.transformer.load_state_dict(weights)
         draws = Draws(held_out, range(len(held_out)), settings.eval_images, settings.seed, "eval", 0)
+        gallery = Gallery(draws)  # Pictures of the embedded world are small: all are kept.
         painted = roll_out(
-            run.eval_sampler, draws, run.eval_condition, reward, run.progress, run.phase, keep_images=True
+            run.eval_sampler, draws, run.eval_condition, reward, run.progress, run.phase, look=gallery.add
         )
-        batch = draws.batch(torch.arange(len(draws)), painted.images.float() / 255)
+        batch, _ = gallery.shown(painted.scores, device)
         row = []
         for margin in MARGINS:
             detector.recognise = stricter(margin)

@@ -91,7 +91,11 @@ def nft_epoch_finished(run: Run, record: Mapping[str, Any]) -> None:
 
 @hookspec
 def nft_eval_finished(run: Run, record: Mapping[str, Any], batch: Batch, scores: Scores) -> None:
-    """Held-out prompts were evaluated; `batch` and `scores` are all the images and their scores."""
+    """Held-out prompts were evaluated; `batch` and `scores` are the images and their scores.
+
+    Of images that would take more than 1 GiB as float32, such as more than 341 at 512 px, they have the first
+    one of each of as many prompts as fit, spread evenly over the file; `record` tells of all images.
+    """
 
 
 @hookspec

@@ -10,6 +10,7 @@ import hashlib
 import json
 import os
 import re
+import shlex
 import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path, PurePosixPath
@@ -22,7 +23,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from .distributed import rank
-from .errors import CheckpointError, NftError, SaveError
+from .errors import CheckpointError, NftError, SaveError, disk_advice
 from .optimizers import load_moments, moments
 from .policy import Policy
 from .progress import Progress, read_progress
@@ -97,12 +98,11 @@ def save_checkpoint(
         shutil.rmtree(old, ignore_errors=True)
     except (OSError, RuntimeError, ValueError, SafetensorError) as error:
         shutil.rmtree(aside, ignore_errors=True)
-        advice = (
-            "Free some space, then" if isinstance(error, OSError | SafetensorError) else "With that mended,"
-        )
+        there = checkpoints(folder.parent.parent)
+        goes_on = "goes on from the checkpoint before, which is as it was" if there else "begins anew"
         raise SaveError(
-            f"Cannot write the checkpoint {folder}: {error}. {advice} `nft resume {folder.parent.parent}` goes "
-            "on from the checkpoint before, which is as it was."
+            f"Cannot write the checkpoint {folder}: {error}. {disk_advice(error)}, then `nft resume "
+            f"{shlex.quote(str(folder.parent.parent))}` {goes_on}."
         ) from error
 
 

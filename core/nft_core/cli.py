@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext, suppress
 from datetime import datetime
 from pathlib import Path
+from signal import Signals
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -14,6 +17,7 @@ from .doctor import doctor
 from .errors import MEMORY_FULL, NftError, Stopped, UsageError, is_memory_full
 from .listing import models, observers, plugins, rewards, solvers
 from .new import new
+from .output import lasting_output
 from .reward_commands import check, info
 from .score_command import preset_name, score
 
@@ -31,6 +35,12 @@ class Group(click.Group):
             return super().invoke(ctx)
         except Stopped as stopped:
             sys.exit(stopped.exit_code)
+        except KeyboardInterrupt as interrupt:
+            number = getattr(interrupt, "signal", 0)  # of `launch.Terminated`
+            if not number:
+                raise
+            click.echo(f"Ended by {Signals(number).name}, with nothing that had to be saved.", err=True)
+            sys.exit(128 + number)
         except NftError as error:
             click.echo(f"Error: {error}", err=True)
             sys.exit(error.exit_code)
@@ -197,8 +207,9 @@ def run(
         raise UsageError("--card and --peak-tflops belong to --plan, which trains nothing: give that too.")
     if resume == "auto" and not out:
         raise UsageError("--resume auto needs --out, the folder of the run to go on with.")
-    folder = out or default_folder([parse_reward(r).title for r in settings.rewards])
-    start(settings, folder, host, resume == "auto", allow_changes, profile)
+    chosen_folder = nullcontext(out) if out else new_folder([parse_reward(r).title for r in settings.rewards])
+    with chosen_folder as folder:
+        start(settings, folder, host, resume == "auto", allow_changes, profile)
 
 
 @main.command("resume")
@@ -256,15 +267,38 @@ def start(
     launch.end_with_the_parent()
     launch.end_when_told()
     processes = 1 if launch.started() else launch.count(settings.processes, settings.device)
-    if processes == 1:
-        runs.run(settings, folder, host, click.echo, resume, allow_changes, profile)
-        return
-    runs.prepare(settings, host)
-    again = ["--resume", "auto", *(["--allow-changes"] if allow_changes else [])]
-    if not (resume and runs.holds_a_run(folder)):
-        runs.claim(folder)
-    more = [*(again if resume else []), *(["--profile"] if profile else [])]
-    sys.exit(launch.launch(to_toml(settings), folder, processes, more))
+    with lasting_output():
+        if processes == 1:
+            runs.run(settings, folder, host, click.echo, resume, allow_changes, profile)
+            return
+        runs.prepare(settings, host)
+        again = ["--resume", "auto", *(["--allow-changes"] if allow_changes else [])]
+        if not (resume and runs.holds_a_run(folder)):
+            runs.claim(folder)
+        more = [*(again if resume else []), *(["--profile"] if profile else [])]
+        sys.exit(launch.launch(to_toml(settings), folder, processes, more))
+
+
+@contextmanager
+def new_folder(rewards: list[str]) -> Iterator[Path]:
+    """A run's folder that no other run has; gone again where nothing was written to it.
+
+    It is `default_folder`'s, with a number behind it where another run has begun in the same second.
+    """
+    from . import launch
+    from . import run as runs
+
+    wanted = default_folder(rewards)
+    folder, number = wanted, 1
+    while launch.first() and not runs.make(folder, new=True):
+        number += 1
+        folder = wanted.with_name(f"{wanted.name}-{number}")
+    try:
+        yield folder
+    finally:
+        with suppress(OSError):  # Something is in them.
+            folder.rmdir()
+            folder.parent.rmdir()
 
 
 def default_folder(rewards: list[str]) -> Path:

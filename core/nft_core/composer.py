@@ -66,6 +66,8 @@ class Composed:
             values += weight * scores.values
             if weight:
                 valid &= scores.valid
+        finite = values.isfinite()  # A large weight may take a value out of float32's range.
+        values, valid = values.where(finite, 0), valid & finite
         details = {
             f"{name}/{detail}": figure
             for name, part in parts.items()
@@ -212,7 +214,8 @@ def merged(terms: Iterable[Term]) -> tuple[Term, ...]:
     result: dict[str, Term] = {}
     for term in terms:
         name, number = term.name, 1
-        while name in result and result[name].reward is not term.reward:
+        # `total` is what figures call the sum.
+        while name == "total" or (name in result and result[name].reward is not term.reward):
             number += 1
             name = f"{term.name}:{number}"
         weight = term.weight + (result[name].weight if name in result else 0.0)

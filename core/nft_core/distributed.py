@@ -114,10 +114,12 @@ def together(device: torch.device, finish: Callable[[], None] = lambda: None) ->
     finish: what this process still has to do for others, when it is through or has failed. What that raises
         ends this process alone.
     """
-    failure: Exception | None = None
+    failure: BaseException | None = None
     try:
         yield
-    except Exception as error:
+    except KeyboardInterrupt:  # at once
+        raise
+    except BaseException as error:  # SystemExit and a Rust library's panic among them
         failure = error
     finish()
     stopped = failure.signal if isinstance(failure, Stopped) else 0

@@ -1,5 +1,7 @@
 """Errors that a user can mend: one paragraph that says what was expected, what came and what to do."""
 
+import errno
+import re
 import traceback
 from collections.abc import Iterable
 from difflib import get_close_matches
@@ -67,6 +69,30 @@ def named_error(error: BaseException) -> str:
         return f"{type(error).__name__}: {error}"
     except Exception:
         return type(error).__name__
+
+
+#: What helps where the system refuses to write, by the error's number.
+REMEDIES = {
+    errno.ENOSPC: "Free some space",
+    errno.EDQUOT: "Free some space of your quota, or have it raised",
+    errno.EFBIG: "Raise the limit on the size of files (ulimit -f)",
+    errno.EMFILE: "Raise the limit on open files (ulimit -n)",
+    errno.ENFILE: "Raise the limit on open files (ulimit -n)",
+    errno.EROFS: "Make the file system writable",
+    errno.EACCES: "Give yourself the right to write there",
+    errno.EPERM: "Give yourself the right to write there",
+    errno.ENOENT: "Put back the folder, which has been moved or deleted",
+    errno.EIO: "See that the disk or the network is well",
+    errno.ESTALE: "See that the disk or the network is well",
+}
+
+
+def disk_advice(error: BaseException) -> str:
+    """What helps where the system refuses to write; the start of a sentence."""
+    number = error.errno if isinstance(error, OSError) else None
+    if number is None and (said := re.search(r"\(os error (\d+)\)", str(error))):  # as safetensors tells it
+        number = int(said[1])
+    return REMEDIES.get(number or 0, "Mend that")
 
 
 #: Folders of frames that say nothing of a plug-in.

@@ -251,7 +251,7 @@ class Host:
             self.asked.clear()
 
     def notify(self, hook: str, **arguments: Any) -> None:
-        """Tell every observer. One that raises is reported and dropped.
+        """Tell every observer. One that raises, be it SystemExit, is reported and dropped.
 
         Only an NftError stops the run, and what one that was asked for raises before anything is trained.
         """
@@ -260,9 +260,9 @@ class Host:
             wanted = {name: own(arguments[name]) for name in implementation.argnames}
             try:
                 implementation.function(**wanted)
-            except NftError:
+            except (NftError, KeyboardInterrupt):
                 raise
-            except Exception as error:
+            except BaseException as error:
                 name, cause = implementation.plugin_name, f"{type(error).__name__}: {error}{where(error)}"
                 if hook == "nft_run_started" and implementation.plugin in self.asked:
                     raise NftError(f"The observer {name} cannot start: {cause}") from error

@@ -13,10 +13,10 @@ import sys
 import tempfile
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
 from pathlib import Path
 from time import monotonic, sleep
-from typing import IO, Literal
+from typing import IO, Any, Literal
 
 from .environment import number
 from .errors import PeerError, UsageError
@@ -27,8 +27,15 @@ RENDEZVOUS = "NFT_RENDEZVOUS"
 MANY = 4
 #: Seconds that a process is given to end by itself; the first one, which saves what is trained, gets more.
 PATIENCE, PATIENCE_OF_THE_FIRST = 20.0, 600.0
-#: Exit codes of a run that was told to end by Ctrl-C or SIGTERM.
-STOPPED = (128 + signal.SIGINT, 128 + signal.SIGTERM)
+#: Signals by which terminals, shells and schedulers end a process, on this system. A run saves first; SIGKILL
+#: alone leaves it no time.
+ENDING = tuple(
+    getattr(signal, name)
+    for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGQUIT", "SIGUSR1", "SIGUSR2", "SIGXCPU")
+    if hasattr(signal, name)
+)
+#: Exit codes of a run that was told to end by one of them.
+STOPPED = tuple(128 + number for number in ENDING)
 
 
 def started() -> bool:
@@ -87,8 +94,8 @@ def launch(settings: str, out: Path, processes: int, more: Sequence[str] = ()) -
                 child.terminate()
             with undisturbed(), suppress(KeyboardInterrupt):
                 children[0].wait()
-            stopped = 128 + (signal.SIGTERM if isinstance(interrupt, Terminated) else signal.SIGINT)
-            return stopped if children[0].returncode in STOPPED else code(children[0])
+            number = interrupt.signal if isinstance(interrupt, Terminated) else signal.SIGINT
+            return 128 + number if children[0].returncode in STOPPED else code(children[0])
         finally:
             stop(children)
         if failed is None:
@@ -172,22 +179,50 @@ def how(child: subprocess.Popen[bytes]) -> str:
 
 
 class Terminated(KeyboardInterrupt):
-    """SIGTERM came."""
+    """A signal other than Ctrl-C's came; its number is `signal`."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__(number)
+        self.signal = number
+
+
+def terminate(number: int, frame: object) -> None:
+    for other in ENDING:
+        if signal.getsignal(other) == terminate:
+            signal.signal(other, signal.SIG_IGN)  # A second one would end what is done on the first.
+    raise Terminated(number)
 
 
 def end_when_told() -> None:
-    """SIGTERM, by which schedulers and containers end a process, is Ctrl-C."""
+    """Make every signal of ENDING an exception, as Ctrl-C is one; by default it ends the process at once."""
+    for ending in ENDING:
+        if signal.getsignal(ending) == signal.SIG_DFL:
+            signal.signal(ending, terminate)
 
-    def tell(number: int, frame: object) -> None:
-        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # A second one would end the saving.
-        raise Terminated
 
-    signal.signal(signal.SIGTERM, tell)
+def handled() -> list[signal.Signals]:
+    """The signals that end this process: not those that are ignored, as under nohup, or a library's."""
+    end = (signal.SIG_DFL, signal.default_int_handler, terminate)
+    return [number for number in ENDING if signal.getsignal(number) in end]
+
+
+@contextmanager
+def handling(numbers: Sequence[signal.Signals], handler: Any) -> Iterator[None]:
+    """Inside, these signals have another handler, where this is the main thread."""
+    if threading.current_thread() is not threading.main_thread():  # To others they do not come.
+        yield
+        return
+    before = {number: signal.signal(number, handler) for number in numbers}
+    try:
+        yield
+    finally:
+        for number, handler_before in before.items():
+            signal.signal(number, handler_before)
 
 
 @contextmanager
 def told() -> Iterator[Callable[[], int]]:
-    """Inside, Ctrl-C and SIGTERM are only noted: the function gives the signal's number, or 0.
+    """Inside, signals that would end the process are only noted; the function gives the first's number, or 0.
 
     A second Ctrl-C interrupts at once, as ever.
     """
@@ -199,20 +234,13 @@ def told() -> Iterator[Callable[[], int]]:
         if interrupts > 1:
             raise KeyboardInterrupt
         if not noted and first():
-            # Not print(), which may be what was interrupted.
-            os.write(2, b"\nEnding after this step, and saving. Ctrl-C once more ends at once, unsaved.\n")
+            with suppress(OSError):  # The terminal may be gone, which is what SIGHUP says.
+                # Not print(), which may be what was interrupted.
+                os.write(2, b"\nEnding after this step, and saving. Ctrl-C once more ends at once, unsaved.\n")
         noted = noted or number
 
-    if threading.current_thread() is not threading.main_thread():  # Signals come to the main thread alone.
-        yield lambda: 0
-        return
-    numbers = [n for n in (signal.SIGINT, signal.SIGTERM) if signal.getsignal(n) != signal.SIG_IGN]
-    before = {number: signal.signal(number, note) for number in numbers}
-    try:
+    with handling(handled(), note):
         yield lambda: noted
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 def first() -> bool:
@@ -220,17 +248,9 @@ def first() -> bool:
     return number("RANK", 0) == 0
 
 
-@contextmanager
-def undisturbed() -> Iterator[None]:
-    """Without SIGTERM, which would end the saving of what is trained."""
-    if threading.current_thread() is not threading.main_thread():  # Signals come to the main thread alone.
-        yield
-        return
-    before = signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
+def undisturbed() -> AbstractContextManager[None]:
+    """Without the signals that would end the saving of what is trained, but for Ctrl-C."""
+    return handling([n for n in handled() if n != signal.SIGINT], signal.SIG_IGN)
 
 
 def end_with_the_parent() -> None:

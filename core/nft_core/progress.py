@@ -30,6 +30,8 @@ class Progress(BaseModel):
     baseline: of the first epoch and the first evaluation, what the watch compares with.
     seconds: spent on the run so far.
     prompts: a digest of the training prompts and the held-out ones.
+    evaluation: a digest of the evaluation's fingerprint.
+    sources: versions of plug-ins, and digests of the user's files.
     """
 
     model_config = ConfigDict(extra="forbid", validate_assignment=False)
@@ -51,6 +53,8 @@ class Progress(BaseModel):
     baseline: dict[str, Number] = {}
     seconds: Number = 0.0
     prompts: str = ""
+    evaluation: str = ""
+    sources: dict[str, str] = {}
 
 
 def read_progress(state: Any) -> Progress:

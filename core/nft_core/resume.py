@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .errors import CheckpointError, NftError, UsageError
+from .fingerprint import differences
 from .places import placeless
 from .prompts import Prompt
 from .settings import Settings, make_settings, read_toml
@@ -125,9 +126,12 @@ def digest(prompts: Sequence[Prompt], held_out: Sequence[Prompt]) -> str:
     return hashlib.sha256(json.dumps(rows, sort_keys=True, default=str).encode()).hexdigest()
 
 
-def restore(training: Training, path: Path, allow_changes: bool) -> bool:
+def restore(
+    training: Training, path: Path, allow_changes: bool, tell: Callable[[str], None] = lambda text: None
+) -> bool:
     """Put a run where its checkpoint stands; returns whether it learns from other things from there.
 
+    tell: told which plug-ins and files of the user's are others than when the checkpoint was made.
     Raises UsageError for other prompts, and CheckpointError for a checkpoint of another model.
     """
     from .checkpoint import load_checkpoint, read_state
@@ -139,12 +143,15 @@ def restore(training: Training, path: Path, allow_changes: bool) -> bool:
             "same with --allow-changes."
         )
     load_checkpoint(path, training.policy, training.optimizer)
-    grave, free = changes(before, training.settings)
-    other = bool(grave) or progress.prompts != training.at.prompts
-    if other or any(words.startswith(("eval_images", "eval_steps")) for words in free):
+    grave, _ = changes(before, training.settings)
+    now = training.at
+    other = bool(grave) or progress.prompts != now.prompts
+    if differ := differences(progress.sources, now.sources):
+        tell(f"Not as when the checkpoint was made: {'; '.join(differ)}. Figures may differ for that.")
+    if other or progress.evaluation != now.evaluation:
         progress.evaluations.clear()  # Rewards of another kind, or of other images, are not compared with.
         progress.baseline.clear()
-    progress.prompts = training.at.prompts
+    progress.prompts, progress.evaluation, progress.sources = now.prompts, now.evaluation, now.sources
     training.at = progress
     return other
 

@@ -118,7 +118,7 @@ class Rollout:
     """The clean latents of this process's images, and what all processes' images scored.
 
     draws: what all N images were made from; index: `[n]`, which of them are here.
-    x_0: `[n, C, h, w]`. images: `[n, 3, H, W]` uint8 on the CPU, where they were to be kept.
+    x_0: `[n, C, h, w]`; none where the images went to `look`, which are not trained on.
     scores: `[N]` on the CPU; groups: `[N]`.
     tallies: what failures have cost each reward, in all processes.
     skipped: rewards that failed and were left out: their weight in `scores` is 0.
@@ -127,7 +127,6 @@ class Rollout:
     draws: Draws
     index: Tensor
     x_0: Tensor
-    images: Tensor | None
     scores: Scores
     groups: Tensor
     tallies: Mapping[str, Tally] = field(default_factory=dict)
@@ -149,19 +148,20 @@ def roll_out(
     progress: Callable[[str, int, int], None],
     phase: Callable[[str], AbstractContextManager[None]],
     stop: Callable[[], None] = lambda: None,
-    keep_images: bool = False,
+    look: Callable[[Tensor, Batch], None] | None = None,
 ) -> Rollout:
     """Sample this process's share of the images, scoring each batch while the next is being made.
 
     condition: of `draws.prompts`. progress: told (phase, images done, images in all).
     phase: times what runs inside it: `rollout`, and `reward`, the waits for scores.
     stop: called every now and then; what it raises ends the rollout, and no score is waited for.
+    look: called with each batch and which images are in it; latents are not kept then.
     Raises what a reward raises, in all processes if in one.
     """
     index = owned(len(draws))
     groups = draws.groups()
     tallies_of(reward)  # What a rollout that did not end has left.
-    latents, images, pending, scores = [], [], [], []
+    latents, finite, pending, scores = [], [], [], []
 
     def finish() -> None:
         if sampler.in_step:
@@ -191,11 +191,13 @@ def roll_out(
                     continue
             todo = todo[len(rows) :]
             batch = draws.batch(rows, made)
-            latents.append(x_0)
-            if keep_images:
-                images.append(batch.uint8.cpu())
+            finite.append(x_0.isfinite().flatten(1).all(1))
+            if look:
+                look(rows, batch)
+            else:
+                latents.append(x_0)
             pending.append(scorer.submit(on_device(sampler.device, partial(reward, batch))))
-            progress(draws.purpose, sum(map(len, latents)), len(index))
+            progress(draws.purpose, sum(map(len, finite)), len(index))
             if len(pending) > AHEAD:
                 with phase("reward"):
                     awaited(pending[-1 - AHEAD], stop)
@@ -208,18 +210,17 @@ def roll_out(
     if any(t.masked for t in tallies.values()):
         mine = filled(mine, everyones_names(mine, sampler.device))
     everyones = gather_scores(mine, index, len(draws), sampler.device)
-    x_0 = torch.cat(latents)
+    x_0 = torch.cat(latents) if latents else torch.empty(0)
     # An image of what is no number may have a score all the same, and must not be trained on.
-    finite = gather_rows(x_0.isfinite().flatten(1).all(1).float(), index, len(draws), sampler.device)
-    everyones = withheld(everyones, finite.bool())
+    numbers = gather_rows(torch.cat(finite).float(), index, len(draws), sampler.device)
+    everyones = withheld(everyones, numbers.bool())
     if hasattr(reward, "regroup"):  # A group's images were spread over batches and processes until here.
         everyones = reward.regroup(everyones, groups)
     skipped = tuple(name for name, t in tallies.items() if t.skipped)
     if skipped:
         tell_skipped(skipped, tallies, draws)
         everyones = reward.without(everyones, skipped)
-    shown = torch.cat(images) if images else None
-    return Rollout(draws, index, x_0, shown, everyones, groups, tallies, skipped)
+    return Rollout(draws, index, x_0, everyones, groups, tallies, skipped)
 
 
 def tell_smaller(sampler: Sampler) -> None:

@@ -14,10 +14,11 @@ from typing import TYPE_CHECKING, Any, Literal
 from nft_plugins import Run
 
 from . import environment
-from .errors import CheckpointError, NftError, SaveError, Stopped, UsageError, unknown
+from .errors import CheckpointError, NftError, SaveError, Stopped, UsageError, disk_advice, unknown, where
+from .fingerprint import evaluation, short_digest, sources_of
 from .host import Host
 from .launch import first as is_first
-from .launch import told, undisturbed
+from .launch import told
 from .observers.metrics import trim
 from .places import placeless
 from .progress import Progress
@@ -114,7 +115,11 @@ def run(
         operations = count_on_gpu(settings, host, device, tell) if device.type == "cuda" else None
         compiled = should_compile(settings.compile, device, operations)
         training = assemble(settings, model, reward, solver, prompts, held_out, device, folder, compiled)
-        other = bool(path) and restore(training, path, allow_changes)
+        references = [settings.solver, *(spec.name for spec in specs if isinstance(spec.name, str))]
+        training.at.sources = sources_of(host, references)
+        training.evaluation = evaluation(settings, held_out, specs, host, training.at.sources)
+        training.at.evaluation = short_digest(training.evaluation)
+        other = bool(path) and restore(training, path, allow_changes, tell)
         if compiled:
             warm_up(training, tell)
         observe: Callable[..., None] = silent
@@ -125,7 +130,7 @@ def run(
                 make(folder)
                 stack.enter_context(locked(folder))
                 claim(folder)  # Loading took its time, in which another process may have come.
-            write_settings(folder, settings)
+            write_settings(folder, settings, training.at.step)
             trim(folder, training.at, tell)
         if other:  # What was allowed holds from here on, whatever comes.
             training.save()
@@ -133,17 +138,22 @@ def run(
         error: BaseException | None = None
         said: list[str] = []
         try:
-            with told() as training.told, profiling(training, folder, host, profile and rank() == 0):
-                train(training)
+            with told() as training.told:  # Around the saving too, which a second signal must not end.
+                try:
+                    with profiling(training, folder, host, profile and rank() == 0):
+                        train(training)
+                except BaseException as caught:
+                    # A second Ctrl-C means at once.
+                    if not isinstance(caught, KeyboardInterrupt | SaveError):
+                        rescue(training, folder, said.append)
+                    if isinstance(caught, Stopped):
+                        barrier()  # torchrun kills the first, which saves, 30 seconds after another has ended.
+                    raise
+        except SystemExit as caught:  # A plug-in's. With its exit code the run would pass for whole.
+            error = NftError(f"The run was ended from inside: SystemExit({caught.code!r}) came{where(caught)}.")
+            raise error from caught
         except BaseException as caught:
             error = caught
-            # Not for a second Ctrl-C, which means at once.
-            if isinstance(caught, Exception) and not isinstance(caught, SaveError):
-                with nullcontext() if isinstance(caught, Stopped) else told():
-                    rescue(training, folder, said.append)
-            if isinstance(caught, Stopped):
-                with undisturbed():
-                    barrier()  # torchrun kills the first, which saves, 30 seconds after another has ended.
             raise
         finally:
             observe("nft_run_finished", error=error)
@@ -214,12 +224,11 @@ def rescue(training: Training, folder: Path, tell: Callable[[str], None]) -> Non
             "the last checkpoint is lost."
         )
         return
-    with undisturbed():
-        try:
-            training.save()
-        except Exception as error:  # Whatever it is, the one that ended the run is to be seen.
-            tell(str(error))
-            return
+    try:
+        training.save()
+    except Exception as error:  # Whatever it is, the one that ended the run is to be seen.
+        tell(str(error))
+        return
     tell(f"Saved at epoch {at.epoch}, gradient step {at.step}. To go on: nft resume {shlex.quote(str(folder))}")
 
 
@@ -438,20 +447,35 @@ def decode_dtype(settings: Settings, device: torch.device) -> torch.dtype:
     return names[settings.decode_precision]
 
 
-def make(folder: Path) -> None:
+def make(folder: Path, new: bool = False) -> bool:
+    """Make a folder; returns whether it is there now, or with `new` whether it is there by this call."""
     try:
-        folder.mkdir(parents=True, exist_ok=True)
+        folder.mkdir(parents=True, exist_ok=not new)
     except OSError as error:
-        raise NftError(f"Cannot write to {folder}: {error}. Choose another --out.") from error
+        if new and isinstance(error, FileExistsError):
+            return False
+        advice = f"{disk_advice(error)}, or choose another --out"
+        raise NftError(f"Cannot write to {folder}: {error}. {advice}.") from error
+    return True
 
 
-def write_settings(folder: Path, settings: Settings) -> None:
-    aside = folder / ".run.toml"
+def write_settings(folder: Path, settings: Settings, step: int) -> None:
+    """Write `run.toml`. Other settings that stand there held until this gradient step, and are kept by it."""
+    file, aside, before = folder / "run.toml", folder / ".run.toml", folder / f"run-until-{step:06d}.toml"
+    text = to_toml(settings)
+
+    def write(path: Path, content: str) -> None:
+        aside.write_text(content, encoding="utf-8")
+        aside.replace(path)
+
     try:
-        aside.write_text(to_toml(settings), encoding="utf-8")
-        aside.replace(folder / "run.toml")
+        former = file.read_text(encoding="utf-8") if file.exists() else text
+        if former != text and not before.exists():
+            write(before, former)
+        write(file, text)
     except OSError as error:
-        raise NftError(f"Cannot write to {folder}: {error}. Choose another --out.") from error
+        advice = f"{disk_advice(error)}, then give the command again"
+        raise NftError(f"Cannot write to {folder}: {error}. {advice}.") from error
 
 
 def silent(hook: str, **arguments: Any) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import tomllib
 from collections.abc import Mapping
+from math import isfinite
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -161,6 +162,20 @@ class Settings(BaseModel):
     )
     join_timeout: Positive = Field(600, description="seconds that all processes have to come together")
     peer_timeout: Positive = Field(7200, description="seconds that a process waits for another")
+
+    @field_validator("rewards", "reward_defaults", "observers", "solver_options", "model_options")
+    @classmethod
+    def _finite(cls, value: Any) -> Any:
+        """TOML knows inf and nan; a checkpoint's JSON does not."""
+        rest = [value]
+        while rest:
+            one = rest.pop()
+            if isinstance(one, float) and not isfinite(one):
+                raise ValueError(
+                    "expected finite numbers; an option may also be given as text, as NAME,KEY=inf"
+                )
+            rest += one.values() if isinstance(one, dict) else one if isinstance(one, list) else []
+        return value
 
     @field_validator("old_decay")
     @classmethod

@@ -13,7 +13,7 @@ FORM = "NAME[=WEIGHT][,KEY=VALUE...], such as pickscore, ocr=0.5 or ocr=0.5,upsc
 OBSERVER_FORM = "NAME[,KEY=VALUE...], such as tensorboard or wandb,project=ocr"
 OnError: TypeAlias = Literal["stop", "mask", "skip"]
 #: Bounds that no run needs to pass, so that a slip of the keyboard is told at once.
-MOST_RETRIES, MOST_SECONDS = 1000, 1e6
+MOST_RETRIES, MOST_SECONDS, MOST_WEIGHT = 1000, 1e6, 1e30
 
 
 @dataclass(frozen=True)
@@ -179,13 +179,14 @@ def _parse(given: str | Mapping[str, Any], what: str, form: str) -> tuple[str, A
 
 
 def finite_weight(weight: Any, name: str) -> float:
-    """The weight as a number. Raises UsageError for what is no finite number."""
+    """The weight as a number. Raises UsageError for what is no finite number, or larger than MOST_WEIGHT."""
     try:
         number = float(weight)
     except (TypeError, ValueError, OverflowError):
         number = math.nan
-    if not math.isfinite(number):
+    if not abs(number) <= MOST_WEIGHT:
         raise UsageError(
-            f"Reward {name!r}: the weight must be a finite number, got {_short(weight)}; write {FORM}."
+            f"Reward {name!r}: the weight must be a finite number, got {_short(weight)}; write {FORM}, with "
+            f"{MOST_WEIGHT:g} at most."
         )
     return number

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from itertools import islice
@@ -21,10 +21,12 @@ from . import distributed
 from .advantages import combined_advantages, flat_groups, optimality
 from .encodings import Encoded, sent
 from .errors import NftError, Stopped
+from .gallery import Gallery
 from .loss import kl_loss, nft_loss, noised
+from .observers.metrics import finite
 from .optimizers import GROWTH
 from .policy import Policy
-from .pooling import shuffled_within_groups, statistics
+from .pooling import shuffled_within_groups, statistics, which
 from .progress import Progress
 from .prompts import Prompt, prompts_of_epoch
 from .rollout import Draws, Rollout, Sampler, roll_out
@@ -41,6 +43,7 @@ class Training:
     """Everything the loop needs, and where it stands.
 
     observe: `(hook, **arguments)`, tells the run's observers; save: writes a checkpoint.
+    evaluation: the fingerprint of the evaluations.
     told: the number of the signal that told this process to end, or 0.
     torn: weights, moments and progress do not belong together: a moment, or for good after an error in it.
     """
@@ -58,6 +61,7 @@ class Training:
     observe: Callable[..., None]
     save: Callable[[], None]
     at: Progress
+    evaluation: Mapping[str, Any] = field(default_factory=dict)
     told: Callable[[], int] = lambda: 0
     torn: bool = False
     started: float = field(default_factory=perf_counter)
@@ -92,7 +96,9 @@ class Training:
         return round(self.at.seconds + perf_counter() - self.started, 3)
 
     def record(self, event: str, epoch: int, **figures: Any) -> dict[str, Any]:
-        return {"event": event, "epoch": epoch, "step": self.at.step, "seconds": self.seconds(), **figures}
+        """A line of `metrics.jsonl`, with None for what is no finite number."""
+        known = {"event": event, "epoch": epoch, "step": self.at.step, "seconds": self.seconds()}
+        return known | dict(finite(figures))
 
 
 def train(run: Training) -> None:
@@ -139,16 +145,35 @@ def sample(run: Training, epoch: int) -> Rollout:
     draws = Draws(run.prompts, indices, s.group_size, s.seed, "rollout", epoch)
     rollout = roll_out(run.sampler, draws, run.condition, run.reward, run.progress, run.phase, stop=run.stop)
     if not rollout.scores.valid.any():
-        raise NftError(
-            f"Epoch {epoch}: not one of {len(draws)} images could be scored. With on_error=mask a call that "
-            "fails takes all its images out: on_error=skip goes on with the other rewards, retry=N tries "
-            "again, and a smaller rollout_batch makes smaller calls."
-        )
+        raise NftError(f"Epoch {epoch}: not one of {len(draws)} images could be scored. {why_none(rollout)}")
     if s.shuffle_rewards:
         source = generator(s.seed, "shuffle", epoch)
         scores = shuffled_within_groups(rollout.scores, rollout.groups, source)
         rollout = replace(rollout, scores=scores)
     return rollout
+
+
+def why_none(rollout: Rollout) -> str:
+    """Why no image has a score, and what helps."""
+    if not rollout.x_0.isfinite().flatten(1).all(1).any():
+        return (
+            "The latents are not finite, so the weights are not, or they overflow: take the weights anew or go "
+            "back to an earlier checkpoint, lower lr, or use precision=fp32."
+        )
+    if failed := [name for name, tally in rollout.tallies.items() if tally.masked]:
+        return (
+            f"Calls failed of {', '.join(failed)}. With on_error=mask a call that fails takes all its images "
+            "out: on_error=skip goes on with the other rewards, retry=N tries again, and a smaller "
+            "rollout_batch makes smaller calls."
+        )
+    parts = rollout.scores.parts
+    if not parts:
+        return "The reward marked all of them as invalid."
+    if none := [name for name, part in parts.items() if part.weight and not part.scores.valid.any()]:
+        return f"Marked all as invalid: {', '.join(none)}. `nft rewards info NAME` says what a reward needs."
+    if not torch.stack([p.scores.valid for p in parts.values() if p.weight]).all(0).any():
+        return "Each reward could score some of them, but none could be scored by all that have a weight."
+    return "The rewards times their weights leave float32's range: give smaller weights."
 
 
 def updates(rollout: Rollout, s: Settings, epoch: int) -> Iterator[Tensor]:
@@ -378,6 +403,7 @@ def evaluate(run: Training) -> dict[str, str]:
     indices = range(len(run.eval_prompts))
     # Epoch 0 in the key whatever the epoch: before and after differ by the weights alone.
     draws = Draws(run.eval_prompts, indices, s.eval_images, s.seed, "eval", 0)
+    gallery = Gallery(draws)
     with run.policy.ema(), run.policy.merged():
         rollout = roll_out(
             run.eval_sampler,
@@ -387,13 +413,14 @@ def evaluate(run: Training) -> dict[str, str]:
             run.progress,
             run.phase,
             stop=run.stop,
-            keep_images=True,
+            look=gallery.add,
         )
     run.phases.clear()
-    images = distributed.gather_rows(rollout.images, rollout.index, len(draws), run.policy.device)
+    batch, scores = gallery.shown(rollout.scores, run.policy.device)
     figures = statistics(rollout.scores, draws.metadata(), rollout.tallies)
-    record = run.record("eval", at.epoch, images=len(draws), **figures)
-    total = figures["rewards"]["total"]
+    known = {"which": which(rollout.scores), "evaluation": run.evaluation}
+    record = run.record("eval", at.epoch, images=len(draws), **figures, **known)
+    total = record["rewards"]["total"]
     whole = not rollout.skipped and total["mean"] is not None  # Without one of its rewards a total is another.
     if whole:
         at.baseline.setdefault("reward", total["mean"])
@@ -403,8 +430,7 @@ def evaluate(run: Training) -> dict[str, str]:
         total.update(mean=None, std=None)
     record["warnings"] = warnings(record, at.baseline, s) if whole else {}
     if distributed.rank() == 0:  # Observers are there alone.
-        batch = draws.batch(torch.arange(len(draws), device="cpu"), images.float() / 255)
-        run.observe("nft_eval_finished", record=record, batch=batch, scores=rollout.scores)
+        run.observe("nft_eval_finished", record=record, batch=batch, scores=scores)
     if whole:
         at.evaluations[at.step] = total["mean"]
     return record["warnings"]

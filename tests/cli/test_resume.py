@@ -87,13 +87,14 @@ def wait_for_epoch(process, folder, epoch):
         time.sleep(0.02)
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGHUP, 129)])
 def test_told_to_end(number, code, prompts, peaceful, tmp_path):
+    """test_launch has the other signals, and test_processes SIGTERM."""
     folder = tmp_path / "run"
     process = start(*new(folder, prompts, 3))
     wait_for_epoch(process, folder, 1)
     process.send_signal(number)
-    out, err = process.communicate(timeout=60)
+    out, err = process.communicate(timeout=300)
     assert process.returncode == code
     assert "Ending after this step, and saving." in err
     assert "Traceback" not in err
@@ -102,6 +103,20 @@ def test_told_to_end(number, code, prompts, peaceful, tmp_path):
     code, out, err = nft("resume", folder)
     assert code == 0, err
     assert f"Going on from {folder}/checkpoints/0000" in out
+    same(folder, peaceful)
+
+
+def test_nobody_reads_what_a_run_says(prompts, peaceful, tmp_path):
+    """As behind `| head -1`."""
+    folder = tmp_path / "run"
+    process = start(*new(folder, prompts, 3))
+    assert process.stdout.readline()
+    process.stdout.close()
+    process.stdout = None
+    _, err = process.communicate(timeout=300)
+    assert process.returncode == 0, err
+    assert err.count("Standard output is gone (Broken pipe). The run goes on") == 1
+    assert "Traceback" not in err
     same(folder, peaceful)
 
 

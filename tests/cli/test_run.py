@@ -5,11 +5,12 @@ import os
 import subprocess
 import sys
 import tomllib
+from pathlib import Path
 
 import pytest
 from click.testing import CliRunner
 
-from nft_core.cli import main
+from nft_core.cli import main, new_folder
 
 SMALL = [
     "prompts_per_epoch=4",
@@ -251,6 +252,53 @@ def test_bad_input_of_a_real_process(case, processes, tmp_path, ours):
     assert message in " ".join(result.stderr.split())
     assert [line.startswith("Error: ") for line in ours(result.stderr)] == [True]
     assert [p.name for p in tmp_path.iterdir()] == ["cats.txt"]
+
+
+def test_runs_of_the_same_second_have_folders_of_their_own(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("nft_core.cli.default_folder", lambda rewards: Path("runs/ocr-20260131-235959"))
+    with new_folder(["ocr"]) as first, new_folder(["ocr"]) as second, new_folder(["ocr"]) as third:
+        names = [folder.name for folder in (first, second, third)]
+        assert all(folder.is_dir() for folder in (first, second, third))
+        (second / "run.toml").write_text("mine")
+    assert names == ["ocr-20260131-235959", "ocr-20260131-235959-2", "ocr-20260131-235959-3"]
+    assert [p.name for p in Path("runs").iterdir()] == names[1:2]  # What nothing was written to is gone.
+
+
+OWN = """
+from nft_solvers.euler import Euler
+
+calls = []
+
+def total(images):
+    return images[:, 0].mean((1, 2))
+
+class Ends(Euler):
+    def solve(self, *arguments):
+        calls.append(1)
+        if len(calls) > 4:  # In the second epoch
+            raise SystemExit(0)
+        return super().solve(*arguments)
+"""
+
+
+def test_a_plug_in_that_exits_ends_the_run_with_an_error_and_a_checkpoint(tmp_path, monkeypatch):
+    """And a reward named `total` has its own figures."""
+    monkeypatch.chdir(tmp_path)
+    Path("own.py").write_text(OWN)
+    Path("prompts.txt").write_text("a red circle\ntwo blue squares\n")
+    settings = {"prompts": "prompts.txt", "eval_prompts": "prompts.txt", "prompts_per_epoch": 2, "steps": 2}
+    more = [f"{name}={value}" for name, value in settings.items()]
+    arguments = ["run", "--tiny", "--reward", "own.py:total", "--solver", "own.py:Ends", "--epochs", "3"]
+    words = sets(*SMALL, *more, "rollout_batch=4", "eval_every=1", "processes=1", "checkpoint_every=0")
+    result = CliRunner().invoke(main, [*arguments, *words])
+    assert result.exit_code == 1, result.output
+    assert "Error: The run was ended from inside: SystemExit(0) came (own.py, line 13)." in result.stderr
+    assert "Saved at epoch 1" in result.stdout
+    (folder,) = Path("runs").iterdir()
+    assert len(list((folder / "checkpoints").iterdir())) == 1
+    evaluation, *_ = records(folder)
+    assert list(evaluation["rewards"]) == ["total:2", "total"]
 
 
 def test_hub_that_cannot_be_reached(tmp_path):

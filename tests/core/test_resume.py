@@ -298,7 +298,7 @@ def test_a_disk_that_takes_no_more_leaves_the_last_one(saved, monkeypatch):
     assert not list((saved / "checkpoints").glob(".*"))
 
 
-def full(*arguments):
+def full(*arguments, **more):
     raise OSError(28, "No space left on device")
 
 
@@ -406,3 +406,73 @@ def test_the_manifest_names_every_file(saved):
     assert read_manifest(path).files.keys() == names - {"manifest.json"}
     assert {"state.json", "policy.safetensors", "optimizer.safetensors"} < names
     assert not [name for name in names if not name.endswith((".json", ".safetensors"))]
+
+
+def test_what_is_installed_otherwise_is_told(tmp_path):
+    def begin():
+        run = start(tmp_path, checkpoint_every=1)
+        run.at.sources = {"nft-ab3": "1.0", "own.py": "1", "torch": "2"}
+        run.at.evaluation = "first"
+        return run
+
+    train(begin())
+    path, said = checkpoints(tmp_path)[0], []
+    again = begin()
+    restore(again, path, allow_changes=False, tell=said.append)
+    assert said == []
+    assert again.at.evaluations
+    other = begin()
+    other.at.sources = {"nft-ab3": "1.1", "own.py": "2", "torch": "2", "nft-new": "1"}
+    other.at.evaluation = "second"
+    restore(other, path, allow_changes=False, tell=said.append)
+    assert said[0].startswith(
+        "Not as when the checkpoint was made: nft-ab3 1.0 then, 1.1 now; own.py is another file."
+    )
+    # What was evaluated otherwise is no baseline, and the next checkpoint knows what holds now.
+    assert (other.at.evaluations, other.at.baseline) == ({}, {})
+    assert (other.at.sources["own.py"], other.at.evaluation) == ("2", "second")
+
+
+def test_settings_of_before_are_kept(tmp_path):
+    first, second, third = (make_settings(toy.SETTINGS, {"lr": lr}) for lr in (0.1, 0.2, 0.3))
+    for settings, step in ((first, 0), (first, 4), (second, 6), (third, 6)):
+        runs.write_settings(tmp_path, settings, step)
+    assert (tmp_path / "run.toml").read_text() == to_toml(third)
+    # The second one was there for no step.
+    assert {p.name: p.read_text() for p in tmp_path.glob("run-*")} == {"run-until-000006.toml": to_toml(first)}
+
+
+def test_settings_that_cannot_be_written_on_resume(tmp_path, monkeypatch):
+    monkeypatch.setattr(Path, "write_text", full)
+    with pytest.raises(NftError, match="Free some space, then give the command") as error:
+        runs.write_settings(tmp_path, make_settings(toy.SETTINGS), 4)
+    assert "--out" not in str(error.value)
+
+
+def test_the_first_checkpoint_that_cannot_be_written_promises_none(tmp_path, monkeypatch):
+    monkeypatch.setattr("nft_core.checkpoint.save_file", full)
+    with pytest.raises(SaveError, match=r"`nft resume '.*a run'` begins anew"):
+        start(tmp_path / "a run").save()
+
+
+def test_whatever_is_raised_is_saved_first(tmp_path):
+    """A plug-in's SystemExit and a Rust library's panic are no Exceptions."""
+
+    class Panic(BaseException):
+        pass
+
+    for error in (SystemExit(0), Panic("in Rust")):
+        run = start(tmp_path, checkpoint_every=0)
+        calls, reward = iter(range(9)), run.reward
+
+        def fails(batch, error=error, calls=calls, reward=reward):
+            if next(calls) > 2:
+                raise error
+            return reward(batch)
+
+        run.reward = fails
+        with pytest.raises(type(error)):
+            train(run)
+        said = []
+        runs.rescue(run, tmp_path, said.append)
+        assert said[-1].startswith("Saved at epoch 1")

@@ -1,3 +1,4 @@
+import math
 import tomllib
 
 import pytest
@@ -87,3 +88,18 @@ def test_resolved_settings_round_trip():
 
 def test_every_setting_is_described():
     assert all(field.description for field in Settings.model_fields.values())
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        {"model_options": {"guidance": math.inf}},
+        {"solver_options": {"a": [1.0, math.nan]}},
+        {"reward_defaults": {"ocr": {"deep": {"x": -math.inf}}}},
+        {"rewards": [{"name": "ocr", "scale": math.inf}]},
+    ],
+)
+def test_options_that_a_checkpoint_cannot_hold(given):
+    """TOML has inf and nan, and JSON has not."""
+    with pytest.raises(UsageError, match=f"Setting {next(iter(given))} = .*expected finite numbers"):
+        make_settings(given)

@@ -5,13 +5,25 @@ from dataclasses import replace
 import pytest
 import torch
 
+from nft_core.composer import compose
 from nft_core.errors import NftError
 from nft_core.settings import make_settings
+from nft_core.specs import Policy, RewardSpec
 from nft_core.train import train
 from nft_core.watch import warnings
 from nft_plugins import Scores
 
 from .test_train import SETTINGS, make
+
+
+def every(number, first):
+    """A reward of 1e20 that can score one image in `number`."""
+
+    def scores(batch):
+        return Scores(torch.full((len(batch),), 1e20), torch.arange(len(batch)) % number == first)
+
+    return scores
+
 
 EPOCH = {
     **{"event": "epoch", "nonfinite_steps": 0, "x0_rms": 1.0, "old_gap": 0.1, "drift": 0.01, "grad_norm": 1.0},
@@ -177,3 +189,39 @@ def test_latents_that_are_not_finite(tmp_path):
     assert epoch["x0_rms"] is None
     assert "x0_finite" in epoch["warnings"]
     assert "x0_rms" not in run.at.baseline
+
+
+def all_invalid(batch):
+    return Scores(torch.zeros(len(batch)), torch.zeros(len(batch), dtype=torch.bool))
+
+
+def fails(batch):
+    raise RuntimeError("no")
+
+
+@pytest.mark.parametrize(
+    ("rewards", "says"),
+    [
+        ([all_invalid], "Marked all as invalid: all_invalid."),
+        ([RewardSpec(fails, guard=Policy("mask"))], "Calls failed of fails. With on_error=mask"),
+        ([every(2, 0), every(2, 1)], "none could be scored by all that have a weight"),
+        ([RewardSpec(every(1, 0), weight=1e30)], "leave float32's range: give smaller weights"),
+    ],
+)
+def test_why_no_image_could_be_scored(rewards, says, tmp_path):
+    run = make(tmp_path, epochs=1)
+    run.reward = compose(rewards)
+    with pytest.raises(NftError, match="not one of 8 images could be scored") as error:
+        train(run)
+    assert says in str(error.value)
+
+
+def test_weights_that_are_no_numbers_are_not_blamed_on_a_reward(tmp_path):
+    run = make(tmp_path, epochs=1)
+    run.policy.parameters[0].data.fill_(torch.nan)
+    run.policy.move_old(0.0)
+    with pytest.raises(
+        NftError, match="not one of 8 images could be scored. The latents are not finite"
+    ) as error:
+        train(run)
+    assert "on_error" not in str(error.value)

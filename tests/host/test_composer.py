@@ -121,6 +121,7 @@ def test_regrouping_is_held_to_the_contract():
         (lambda: compose({"ocr": float("nan")}), "weight must be a finite number, got nan"),
         (lambda: compose({"ocr": "x"}), "weight must be a finite number, got 'x'"),
         (lambda: compose({}), "no reward to compose"),
+        (lambda: compose({"ocr": 1e31}), "weight must be a finite number, got 1e.31; .* 1e.30 at most"),
         (lambda: A * float("inf"), "weight must be a finite number, got inf"),
         (lambda: A.clip(1, 0), "clip needs low <= high, got 1 and 0"),
     ],
@@ -270,3 +271,21 @@ def test_any_text_is_a_spec_or_our_error(text):
     except UsageError:
         return
     assert parse_reward(str(spec)) == spec
+
+
+def test_a_reward_named_total_has_figures_of_its_own():
+    """`total` is the sum's name in figures."""
+    parts = (A * 1)(batch()).parts
+    named = Composed((Term("total", 2.0, next(iter(A.terms)).reward),)) + 0
+    assert list((A + named)(batch()).parts) == [*parts, "total:2"]
+    assert list((named + named)(batch()).parts) == ["total:2"]
+
+
+def test_a_sum_that_leaves_float32s_range_is_invalid():
+    def large(batch):
+        return Scores.of(torch.tensor([1e30, 1.0, -1e30]))
+
+    scores = (A + 1e20 * Composed((Term("large", 1.0, large),)))(batch())
+    assert scores.valid.tolist() == [False, True, False]
+    assert scores.values.isfinite().all()
+    assert scores.parts["large"].scores.valid.all()

@@ -472,6 +472,36 @@ def test_observers_that_raise_are_reported_and_dropped(capsys):
         host.notify("nft_checkpoint_saved", run=run, folder=Path("x"))
 
 
+def test_whatever_an_observer_raises_drops_it(capsys):
+    """SystemExit, with which rich ends where nobody reads, and a Rust library's panic are no Exceptions."""
+    from pathlib import Path
+
+    from nft_core.host import load_host
+    from nft_plugins import Run, hookimpl
+
+    class Panic(BaseException):
+        pass
+
+    class Raises:
+        def __init__(self, error):
+            self.error = error
+
+        @hookimpl
+        def nft_progress(self):
+            raise self.error
+
+    host, run = load_host(), Run(Path("x"), {}, 1)
+    for error in (SystemExit(1), Panic("in Rust"), GeneratorExit()):
+        host.register(Raises(error), f"observer {type(error).__name__}")
+    for _ in range(2):
+        host.notify("nft_progress", run=run, phase="eval", done=1, total=2)
+    told = capsys.readouterr().err
+    assert told.count("is left out from now on") == told.count("observer ") == 3
+    host.register(Raises(KeyboardInterrupt()), "Ctrl-C")
+    with pytest.raises(KeyboardInterrupt):
+        host.notify("nft_progress", run=run, phase="eval", done=1, total=2)
+
+
 def test_observers_of_a_run_leave_with_it():
     from nft_core.host import load_host
     from nft_plugins import hookimpl

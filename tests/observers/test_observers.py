@@ -1,6 +1,8 @@
 """What a run leaves behind and what a person sees of it, from hooks called as the loop calls them."""
 
+import errno
 import json
+import math
 import re
 from xml.etree import ElementTree
 
@@ -8,14 +10,16 @@ import pytest
 import torch
 from PIL import Image
 from rich.console import Console as Terminal
+from safetensors import SafetensorError
 
-from nft_core.errors import NftError
+from nft_core.errors import NftError, disk_advice
 from nft_core.observers import captions
-from nft_core.observers.console import Console, clock
+from nft_core.observers.console import Console, clock, comparison
 from nft_core.observers.metrics import Metrics, read
-from nft_core.observers.report import Report, curve
-from nft_core.observers.samples import CELL, Samples, caption, choose, fit, fitted
+from nft_core.observers.report import MOST, Curve, Report
+from nft_core.observers.samples import CELL, Samples, Sheet, caption, choose, find, fit, fitted
 from nft_core.observers.samples import read as read_samples
+from nft_core.output import lasting_output
 from nft_plugins import Batch, Part, Run, Scores
 
 
@@ -108,7 +112,7 @@ def test_a_caption_that_no_font_can_draw_says_where_the_prompt_is(run, no_fonts)
     Samples().nft_eval_finished(run, evaluation(0, 0.1), batch, scores)
     lines = (run.folder / "samples" / "prompts.txt").read_text(encoding="utf-8").splitlines()
     assert lines == ["1. a cat", "2. кот", "3. a cafe\u0301", "4. 红色的 圆圈"]
-    found = read_samples(run.folder / "samples" / "epoch-0000.png")
+    found = read_samples(run.folder / "samples" / "epoch-0000.png", {}).samples
     assert [(s.prompt, s.number) for s in found] == list(zip(prompts, range(1, 5), strict=True))
 
 
@@ -151,8 +155,10 @@ def test_report_is_well_formed_and_escapes_what_it_shows(run):
 
 
 def test_a_curve_runs_from_first_to_last_and_skips_what_is_unknown():
-    records = [{"epoch": e, "x": v} for e, v in ((0, 1.0), (5, None), (10, 3.0))]
-    svg = curve("x", records, ("x",))
+    curve = Curve()
+    for epoch, value in ((0, 1.0), (5, None), (7, math.nan), (8, "3"), (10, 3.0)):
+        curve.add(epoch, value)
+    svg = curve.figure("x")
     assert re.search(r'points="0\.0,135\.0 320\.0,15\.0"', svg)
     assert "epoch 10" in svg and ">3<" in svg and ">1<" in svg
 
@@ -234,3 +240,135 @@ def test_a_run_that_goes_on_compares_with_where_it_began(run, tmp_path_factory, 
     console.nft_eval_finished(again, evaluation(2, 0.75))
     console.nft_run_finished(again, None)
     assert "0.25" in capsys.readouterr().out
+
+
+NAMES = ["[/]", "[red]x[/red]", ":smile:", "a\\", "кот 猫 \udcff"]
+
+
+@pytest.mark.parametrize("width", [None, 100])
+def test_names_are_shown_as_they_are(width, run, capsys):
+    """Brackets are no markup, colons no emoji, whatever a reward, a detail or a folder is called."""
+    details = {f"cat/{name}": 0.5 for name in NAMES}
+    console = Console()
+    if width:
+        console.terminal.width, console.terminal._force_terminal = width, True
+    folder = Run(run.folder / "[/] :smile:", {}, epochs=2)
+    with lasting_output():
+        console.nft_run_started(folder)
+        renamed = {name: {"mean": 0.25, "std": 0.1} for name in (*NAMES, "total")}
+        for epoch, value in ((0, 0.25), (1, 0.75)):
+            record = evaluation(epoch, value, **details) | {"rewards": renamed}
+            console.nft_epoch_finished(folder, epoch_record(1) | {"rewards": renamed})
+            console.nft_eval_finished(folder, record)
+        console.nft_run_finished(folder, None)
+        Report().nft_eval_finished(Run(run.folder, {name: name for name in NAMES}, epochs=2))
+    shown = capsys.readouterr().out
+    table = shown[shown.index("held-out images") :]
+    assert "[/] :smile:" in shown
+    assert all(f"cat/{name}" in table for name in NAMES[:-1])
+    assert "<td>[/]" in (run.folder / "report.html").read_text()
+
+
+def test_a_run_is_compared_with_its_like(run, capsys):
+    """After a change of prompts with the first of the new ones; of rewards, reward by reward."""
+    of = {"prompts": "1", "seed": "0", "rewards": {"cat": "c", "dog": "d"}, "total": "t"}
+    other_dog = of | {"rewards": {"cat": "c", "dog": "D", "bird": "b"}, "total": "T"}
+    console = Console()
+    console.nft_run_started(run)
+    console.nft_eval_finished(run, evaluation(0, 0.25) | {"evaluation": of})
+    record = evaluation(1, 0.75) | {"evaluation": other_dog, "which": {}}
+    record["rewards"]["bird"] = {"mean": 0.125}
+    console.nft_eval_finished(run, record)
+    assert "eval at epoch 1: cat 0.75  dog 0.75  bird 0.125  (base cat 0.25)" in capsys.readouterr().out
+    console.nft_run_finished(run, None)
+    rows = {line.split()[1]: line for line in capsys.readouterr().out.splitlines() if line.startswith("│")}
+    assert re.findall(r"[-+\d.]+", rows["cat"]) == ["0.25", "0.75", "+0.5"]
+    assert re.findall(r"[-+\d.]+", rows["dog"]) == ["0.25", "0.75"]
+    assert re.findall(r"[-+\d.]+", rows["bird"]) == ["-", "0.125"]
+
+    console.nft_eval_finished(run, evaluation(2, 0.5) | {"evaluation": of | {"prompts": "2", "seed": "1"}})
+    console.nft_eval_finished(run, evaluation(3, 0.25) | {"evaluation": of | {"prompts": "2", "seed": "1"}})
+    shown = capsys.readouterr().out
+    assert "Not compared with the evaluation at epoch 0, which was another: prompts, seed." in shown
+    assert "(epoch 2 cat 0.5  dog 0.5)" in shown
+    assert "base" not in shown
+    comparison_of_both = comparison(console.base, console.latest)
+    assert [c.header for c in comparison_of_both.columns] == ["", "epoch 2", "epoch 3", "change"]
+
+
+def test_means_over_other_images_have_no_change():
+    base, latest = evaluation(0, 0.25) | {"which": {"dog": "1"}}, evaluation(1, 0.75) | {"which": {"dog": "2"}}
+    table = comparison(base, latest)
+    changes = dict(zip(*(table.columns[i].cells for i in (0, 3)), strict=True))
+    assert changes == {"cat": "+0.5", "dog": "", "total": "+0.5"}
+    assert table.caption == "dog: other images could be scored than before, so no change is given."
+
+
+def test_pictures_of_other_prompts_are_not_put_beside_one_another(run):
+    first, other = ({"evaluation": {"prompts": p, "rewards": {"cat": p}}} for p in "12")
+    folder = run.folder / "samples"
+    batch, scores = pictures(["a cat", "a dog"])
+    Samples().nft_eval_finished(run, evaluation(0, 0.1) | first, batch, scores)
+    resumed = Samples()
+    resumed.nft_eval_finished(run, evaluation(1, 0.1) | other, batch, scores)
+    assert not (folder / "before-after.png").exists()
+    resumed.nft_eval_finished(run, evaluation(2, 0.1) | other, batch, scores)
+    assert (folder / "before-after.png").exists()
+    # One that has the first prompts again finds the first pictures, and other rewards change no picture.
+    assert find(folder, Sheet(3, [], {"prompts": "1"})).epoch == 0
+    assert find(folder, Sheet(3, [], {"prompts": "2"})).epoch == 1
+    assert find(folder, Sheet(3, [], {"prompts": "3"})) is None
+
+
+def test_a_report_of_a_long_run_reads_on_where_it_stopped_and_keeps_few_points(run):
+    metrics, report = Metrics(), Report()
+    metrics.nft_eval_finished(run, evaluation(0, 0.25))
+    report.nft_eval_finished(run)
+    before = report.place
+    assert before == (run.folder / "metrics.jsonl").stat().st_size
+    with (run.folder / "metrics.jsonl").open("a") as file:
+        file.write("no record\n" + json.dumps(evaluation(1, 0.5)) + "\n" + '{"event": "ep')
+    report.nft_eval_finished(run)
+    assert report.held_out["cat"].pieces == [[(0, 0.25), (1, 0.5)]]
+    curve = Curve()
+    for epoch in range(100_000):
+        curve.add(epoch, {77_777: 9.0, 5: -9.0}.get(epoch, 0.5))
+    (points,) = curve.pieces
+    assert len(points) <= MOST
+    assert {(0, 0.5), (5, -9.0), (77_777, 9.0), (99_999, 0.5)} <= set(points)
+    assert points == sorted(points)
+
+
+def test_a_curve_is_broken_where_another_evaluation_begins(run):
+    report = Report()
+    for epoch, prompts in ((0, "1"), (1, "1"), (2, "2"), (3, "2")):
+        report.add(evaluation(epoch, 0.5) | {"evaluation": {"prompts": prompts}})
+    assert report.held_out["cat"].pieces == [[(0, 0.5), (1, 0.5)], [(2, 0.5), (3, 0.5)]]
+    assert "The evaluation changed before epoch 2: prompts." in report.page(run)
+
+
+def test_numbers_that_json_lacks_are_null(run):
+    wild = epoch_record(1) | {"loss": math.nan, "drift": math.inf, "phases": {"train": -math.inf}}
+    Metrics().nft_epoch_finished(run, wild)
+    text = (run.folder / "metrics.jsonl").read_text()
+    record = json.loads(text, parse_constant=pytest.fail)
+    assert (record["loss"], record["drift"], record["phases"]) == (None, None, {"train": None})
+    # A version that wrote them left no JSON.
+    (run.folder / "metrics.jsonl").write_text('{"event": "epoch", "epoch": 1, "loss": NaN}\n')
+    assert read(run.folder) == [{"event": "epoch", "epoch": 1, "loss": None}]
+
+
+@pytest.mark.parametrize(
+    ("error", "advice"),
+    [
+        (OSError(errno.ENOSPC, "No space left on device"), "Free some space"),
+        (OSError(errno.EFBIG, "File too large"), "Raise the limit on the size of files"),
+        (OSError(errno.EMFILE, "Too many open files"), "Raise the limit on open files"),
+        (OSError(errno.EROFS, "Read-only file system"), "Make the file system writable"),
+        (OSError(errno.ENOENT, "No such file or directory"), "Put back the folder"),
+        (SafetensorError("I/O error: File too large (os error 27)"), "Raise the limit on the size of files"),
+        (ValueError("what else"), "Mend that"),
+    ],
+)
+def test_what_helps_is_told_by_the_cause(error, advice):
+    assert disk_advice(error).startswith(advice)

@@ -12,14 +12,17 @@ from rich.table import Table
 
 from nft_plugins import Run, hookimpl
 
-from .metrics import read
+from ..fingerprint import changed, comparable, pictures
+from .metrics import records
 
 
 class Console:
     """Follows a run on standard output."""
 
     def __init__(self) -> None:
-        self.terminal = Terminal(highlight=False, soft_wrap=True)
+        # Names and paths are others' words, in which brackets and colons mean nothing.
+        self.terminal = Terminal(highlight=False, soft_wrap=True, markup=False, emoji=False)
+        self.firsts: list[Mapping[str, Any]] = []
         self.base: Mapping[str, Any] | None = None
         self.latest: Mapping[str, Any] | None = None
         self.checkpoint: Path | None = None
@@ -29,12 +32,14 @@ class Console:
     @hookimpl
     def nft_run_started(self, run: Run) -> None:
         self.say(f"Writing to {run.folder}")
-        self.base = next((r for r in read(run.folder) if (r["event"], r["epoch"]) == ("eval", 0)), None)
+        for record in records(run.folder):
+            if is_evaluation(record):
+                self.find_base(record)
         if self.terminal.is_terminal:
             columns = (
                 TextColumn("{task.description:<10}"),
                 BarColumn(16),
-                TextColumn("{task.fields[note]}"),
+                TextColumn("{task.fields[note]}", markup=False),
             )
             self.bars = Progress(*columns, console=self.terminal)
             self.epochs: TaskID = self.bars.add_task("epoch", total=run.epochs, completed=run.epoch, note="")
@@ -62,12 +67,24 @@ class Console:
 
     @hookimpl
     def nft_eval_finished(self, run: Run, record: Mapping[str, Any]) -> None:
-        if not record["epoch"]:
-            self.base = record
-        self.latest = record
-        change = f"  (base {means(self.base)})" if self.base not in (None, record) else ""
-        self.say(f"eval at epoch {record['epoch']}: {means(record)}{change}")
+        before = self.firsts[-1] if self.firsts else None
+        self.base, self.latest = self.find_base(record), record
+        if self.base is record and before:
+            what = ", ".join(changed(before.get("evaluation"), record.get("evaluation")))
+            self.say(f"Not compared with the evaluation at epoch {before['epoch']}, which was another: {what}.")
+        compared = "" if self.base is record else means(self.base, record)
+        first = f"epoch {self.base['epoch']}" if self.base["epoch"] else "base"
+        note = f"  ({first} {compared})" if compared else ""
+        self.say(f"eval at epoch {record['epoch']}: {means(record)}{note}")
         self.warn(record)
+
+    def find_base(self, record: Mapping[str, Any]) -> Mapping[str, Any]:
+        """The first evaluation of the same pictures, which may be this one."""
+        for first in self.firsts:
+            if pictures(first.get("evaluation")) == pictures(record.get("evaluation")):
+                return first
+        self.firsts.append(record)
+        return record
 
     @hookimpl
     def nft_checkpoint_saved(self, run: Run, folder: Path) -> None:
@@ -80,7 +97,9 @@ class Console:
         if self.base and self.latest and (self.latest is not self.base or not error):
             self.terminal.print(comparison(self.base, self.latest))
         if self.latest:
-            self.say(f"Pictures: {run.folder / 'samples'}    figures: {run.folder / 'metrics.jsonl'}")
+            samples = run.folder / "samples"
+            drawn = f"Pictures: {samples}    " if samples.exists() else ""
+            self.say(f"{drawn}figures: {run.folder / 'metrics.jsonl'}")
         if self.checkpoint:
             self.say(f"Weights:  {self.checkpoint}")
 
@@ -94,7 +113,7 @@ class Console:
         self.warned = {k for k in self.warned if not k.startswith(record["event"])} | set(kinds)
 
     def say(self, text: str) -> None:
-        (self.bars.console if self.bars else self.terminal).print(text, markup=False)
+        self.terminal.print(text)
 
 
 def failures(record: Mapping[str, Any]) -> dict[str, str]:
@@ -107,16 +126,40 @@ def failures(record: Mapping[str, Any]) -> dict[str, str]:
 
 
 def comparison(base: Mapping[str, Any], latest: Mapping[str, Any]) -> Table:
-    """The first and the latest evaluation side by side."""
+    """The first and the latest evaluation of the same prompts and noise, and what cannot be compared."""
     table = Table(title=f"{base['images']} held-out images, same prompts and noise")
-    for title in ("", "base", f"epoch {latest['epoch']}", "change"):
+    first = f"epoch {base['epoch']}" if base["epoch"] else "base"
+    for title in ("", first, f"epoch {latest['epoch']}", "change"):
         table.add_column(title, justify="left" if not title else "right")
     before, after = figures(base), figures(latest)
-    for name, was in before.items():
-        now = after.get(name)
-        change = f"{now - was:+.4g}" if was is not None and now is not None else ""
-        table.add_row(name, show(was), show(now), change)
+    notes = []
+    for name in {**before, **after}:  # One of them may lack a reward that the other has.
+        was, now = before.get(name), after.get(name)
+        both = was is not None and now is not None
+        reason = difference(base, latest, name) if both else ""
+        if reason:
+            notes.append(f"{name}: {reason}, so no change is given.")
+        table.add_row(name, show(was), show(now), f"{now - was:+.4g}" if both and not reason else "")
+    table.caption = "\n".join(notes) or None
     return table
+
+
+def difference(base: Mapping[str, Any], latest: Mapping[str, Any], name: str) -> str:
+    """Why a figure's change would say nothing of the weights; empty where it does."""
+    if not comparable(base.get("evaluation"), latest.get("evaluation"), name):
+        return "the rewards or their weights have changed" if name == "total" else "the reward has changed"
+    if base.get("which", {}).get(name) != latest.get("which", {}).get(name):
+        return "other images could be scored than before"
+    return ""
+
+
+def is_evaluation(record: Mapping[str, Any]) -> bool:
+    """Whether a line that was read has what is shown of it: somebody else may have written it."""
+    rewards = record.get("rewards")
+    if record["event"] != "eval" or not isinstance(rewards, Mapping) or "total" not in rewards:
+        return False
+    figures = [*(r.get("mean") if isinstance(r, Mapping) else "" for r in rewards.values())]
+    return all(f is None or isinstance(f, int | float) for f in figures) and "images" in record
 
 
 def figures(record: Mapping[str, Any]) -> dict[str, float | None]:
@@ -126,8 +169,13 @@ def figures(record: Mapping[str, Any]) -> dict[str, float | None]:
     return rewards | record.get("details", {}) | (total if len(rewards) > 1 else {})
 
 
-def means(record: Mapping[str, Any]) -> str:
-    rewards = {name: r["mean"] for name, r in record["rewards"].items() if name != "total"}
+def means(record: Mapping[str, Any], like: Mapping[str, Any] | None = None) -> str:
+    """Of the rewards; with `like`, of those alone that can be compared with that evaluation's."""
+    rewards = {
+        name: r["mean"]
+        for name, r in record["rewards"].items()
+        if name != "total" and not (like and difference(record, like, name))
+    }
     return "  ".join(f"{name} {show(mean)}" for name, mean in rewards.items())
 
 

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from math import isfinite
 from pathlib import Path
 from typing import Any
 
 from nft_plugins import Run, hookimpl
 
-from ..errors import NftError
+from ..errors import NftError, disk_advice
 from ..progress import Progress
 
 FILE = "metrics.jsonl"
@@ -33,13 +34,28 @@ def append(folder: Path, record: Mapping[str, Any]) -> None:
     """Raises NftError where the disk will not take the line: a run without figures is worth nothing."""
     try:
         with (folder / FILE).open("a", encoding="utf-8") as file:
-            file.write(json.dumps(record) + "\n")
+            file.write(as_line(record))
             file.flush()
             os.fsync(file.fileno())
     except OSError as error:
-        raise NftError(
-            f"Cannot write {folder / FILE}: {error}. Free some space, then resume the run."
-        ) from error
+        raise cannot_write(folder / FILE, error) from error
+
+
+def cannot_write(path: Path, error: OSError) -> NftError:
+    return NftError(f"Cannot write {path}: {error}. {disk_advice(error)}, then resume the run.")
+
+
+def as_line(record: Mapping[str, Any]) -> str:
+    return json.dumps(finite(record), allow_nan=False) + "\n"
+
+
+def finite(value: Any) -> Any:
+    """The same with None for each number in it that is not finite, for which JSON has no word."""
+    if isinstance(value, Mapping):
+        return {name: finite(v) for name, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [finite(v) for v in value]
+    return None if isinstance(value, float) and not isfinite(value) else value
 
 
 def trim(folder: Path, at: Progress, tell: Callable[[str], None]) -> None:
@@ -47,18 +63,20 @@ def trim(folder: Path, at: Progress, tell: Callable[[str], None]) -> None:
 
     Raises NftError where the disk will not take it.
     """
-    records, damaged = read_lines(folder)
-    if damaged:
-        tell(f"Of {folder / FILE}, damaged lines are lost: {', '.join(map(str, damaged))}.")
     path, aside = folder / FILE, folder / f".{FILE}"
     if not path.exists():
         return
-    lines = [json.dumps(record) + "\n" for record in records if comes_before(record, at)]
+    damaged: list[int] = []
     try:
-        aside.write_text("".join(lines), encoding="utf-8")
+        with aside.open("w", encoding="utf-8") as file:
+            for record in records(folder, damaged):
+                if comes_before(record, at):
+                    file.write(as_line(record))
         aside.replace(path)
     except OSError as error:
-        raise NftError(f"Cannot write {path}: {error}. Free some space, then resume the run.") from error
+        raise cannot_write(path, error) from error
+    if damaged:
+        tell(f"Of {path}, damaged lines are lost: {', '.join(map(str, damaged))}.")
 
 
 def comes_before(record: Mapping[str, Any], at: Progress) -> bool:
@@ -91,23 +109,39 @@ def read_lines(folder: Path) -> tuple[list[dict[str, Any]], list[int]]:
     A last line without its end is what a killed process leaves: where it is no record, it is left out and not
     called damaged. Raises NftError where there is a file that cannot be read.
     """
+    damaged: list[int] = []
+    return list(records(folder, damaged)), damaged
+
+
+def records(folder: Path, damaged: list[int] | None = None) -> Iterator[dict[str, Any]]:
+    """The records one by one: a long run's would fill the memory. damaged: gets the numbers of other lines."""
+    for number, line in enumerate(lines(folder), 1):
+        record = as_record(line)
+        if record is not None:
+            yield record
+        elif damaged is not None and line.strip() and line.endswith(b"\n"):
+            damaged.append(number)
+
+
+def lines(folder: Path, place: int = 0) -> Iterator[bytes]:
+    """The lines from a place in the file on, each with its end, which the last one may lack."""
     path = folder / FILE
     try:
-        *lines, last = path.read_bytes().split(b"\n")
+        with path.open("rb") as file:
+            file.seek(place)
+            yield from file
     except FileNotFoundError:
-        return [], []
+        return
     except (OSError, ValueError) as error:  # ValueError: a path that no file can have.
         raise NftError(f"Cannot read {path}: {error}.") from error
-    found = [as_record(line) for line in [*lines, last]]
-    damaged = [i for i, line in enumerate(lines, 1) if line.strip() and found[i - 1] is None]
-    return [record for record in found if record is not None], damaged
 
 
 def as_record(line: bytes) -> dict[str, Any] | None:
     try:
-        record = json.loads(line)
+        record = json.loads(line, parse_constant=lambda word: None)  # NaN is no JSON
     except (ValueError, RecursionError):
         return None
     if not isinstance(record, dict) or not isinstance(record.get("event"), str):
         return None
-    return record if type(record.get("epoch")) is int else None  # True is an int too.
+    epoch = record.get("epoch")
+    return record if type(epoch) is int and abs(epoch) < 2**63 else None  # True is an int too.

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from html import escape
+from math import inf
+from operator import itemgetter
 from typing import Any
 
 from nft_plugins import Run, hookimpl
 
-from .metrics import read
+from ..fingerprint import changed, comparable
+from .metrics import as_record, lines
 
 STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; max-width: 70rem; margin: 2rem auto; padding: 0 1rem; }
@@ -18,70 +21,134 @@ text { font: 11px system-ui; fill: currentColor; } td { padding-right: 2rem; ver
 img { max-width: 100%; background: #fff; } :root { color-scheme: light dark; }
 """
 WIDTH, HEIGHT = 320, 150
+#: Points that a curve keeps: more than there are pixels to draw them on.
+MOST = 4 * WIDTH
+#: Figures of an epoch that are drawn beside the rewards.
+TRAINING = ("loss", "kl", "grad_norm", "drift", "flat_groups")
 
 
 class Report:
-    """Rewritten at every evaluation and at the end."""
+    """Rewritten at every evaluation and at the end, from the lines of `metrics.jsonl` since the last time."""
+
+    def __init__(self) -> None:
+        self.place = 0
+        self.held_out: dict[str, Curve] = {}
+        self.training: dict[str, Curve] = {}
+        self.evaluation: object = None
+        self.changes: list[str] = []
 
     @hookimpl(trylast=True)
     def nft_eval_finished(self, run: Run) -> None:
-        write(run)
+        self.write(run)
 
     @hookimpl
     def nft_run_finished(self, run: Run) -> None:
-        write(run)
+        self.write(run)
+
+    def write(self, run: Run) -> None:
+        for line in lines(run.folder, self.place):
+            if line.endswith(b"\n"):  # Or it is still being written.
+                self.place += len(line)
+                self.add(as_record(line))
+        path = run.folder / "report.html"
+        aside = path.with_name(".report.html")
+        # A folder's name may hold bytes that are no text.
+        aside.write_text(self.page(run), encoding="utf-8", errors="backslashreplace")
+        aside.replace(path)
+
+    def add(self, record: Mapping[str, Any] | None) -> None:
+        """Draw a line of `metrics.jsonl`."""
+        if record is None:
+            return
+        if record["event"] == "eval":
+            evaluation = record.get("evaluation")
+            if self.held_out and evaluation != self.evaluation:
+                what = ", ".join(changed(self.evaluation, evaluation))
+                self.changes.append(f"The evaluation changed before epoch {record['epoch']}: {what}.")
+                for name, curve in self.held_out.items():
+                    if not comparable(self.evaluation, evaluation, name):
+                        curve.interrupt()
+            self.evaluation = evaluation
+            draw(self.held_out, record, "")
+        elif record["event"] == "epoch":
+            draw(self.training, record, ", in training")
+            for name in TRAINING:
+                self.training.setdefault(name, Curve()).add(record["epoch"], record.get(name))
+
+    def page(self, run: Run) -> str:
+        held_out, training = (
+            "".join(curve.figure(name) for name, curve in curves.items())
+            for curves in (self.held_out, self.training)
+        )
+        changes = "".join(f"<p>{escape(text)}" for text in self.changes)
+        picture = '<img src="samples/before-after.png" alt="the same prompts and noise, before and after">'
+        has_picture = (run.folder / "samples" / "before-after.png").exists()
+        rows = "".join(f"<tr><td>{escape(k)}<td>{escape(str(v))}" for k, v in run.settings.items())
+        title = escape(run.folder.name)
+        return (
+            f"<!doctype html><html lang=en><meta charset=utf-8><title>{title}</title><style>{STYLE}</style>"
+            f"<h1>{title}</h1><h2>Held-out prompts</h2>{changes}{held_out}{picture if has_picture else ''}"
+            f"<h2>Training</h2>{training}<h2>Settings</h2><table>{rows}</table></html>\n"
+        )
 
 
-def write(run: Run) -> None:
-    path = run.folder / "report.html"
-    aside = path.with_name(".report.html")
-    aside.write_text(page(run, read(run.folder)), encoding="utf-8")
-    aside.replace(path)
+def draw(curves: dict[str, Curve], record: Mapping[str, Any], behind: str) -> None:
+    """Add a record's mean of each reward and of each detail to the curves, by name."""
+    found = [(name, r.get("mean") if isinstance(r, Mapping) else None) for name, r in items(record, "rewards")]
+    for name, value in [*found, *items(record, "details")]:
+        curves.setdefault(name + behind, Curve()).add(record["epoch"], value)
 
 
-def page(run: Run, records: list[dict[str, Any]]) -> str:
-    evals = [r for r in records if r["event"] == "eval"]
-    epochs = [r for r in records if r["event"] == "epoch"]
-    held_out = "".join(curve(name, evals, path) for name, path in curves(evals))
-    training = "".join(curve(f"{name}, in training", epochs, path) for name, path in curves(epochs))
-    training += "".join(curve(n, epochs, (n,)) for n in ("loss", "kl", "grad_norm", "drift", "flat_groups"))
-    picture = '<img src="samples/before-after.png" alt="the same prompts and noise, before and after">'
-    has_picture = (run.folder / "samples" / "before-after.png").exists()
-    rows = "".join(f"<tr><td>{escape(k)}<td>{escape(str(v))}" for k, v in run.settings.items())
-    title = escape(run.folder.name)
-    return (
-        f"<!doctype html><html lang=en><meta charset=utf-8><title>{title}</title><style>{STYLE}</style>"
-        f"<h1>{title}</h1><h2>Held-out prompts</h2>{held_out}{picture if has_picture else ''}"
-        f"<h2>Training</h2>{training}<h2>Settings</h2><table>{rows}</table></html>\n"
-    )
+def items(record: Mapping[str, Any], name: str) -> list[tuple[str, Any]]:
+    inside = record.get(name)
+    return list(inside.items()) if isinstance(inside, Mapping) else []
 
 
-def curves(records: Iterable[Mapping[str, Any]]) -> list[tuple[str, tuple[str, ...]]]:
-    """Name and path of each reward's mean and each detail."""
-    first = next(iter(records), None)
-    if first is None:
-        return []
-    rewards = [(name, ("rewards", name, "mean")) for name in first.get("rewards", {})]
-    return rewards + [(name, ("details", name)) for name in first.get("details", {})]
+class Curve:
+    """A figure over epochs, as inline SVG; of very many points the lowest and the highest of each few are kept.
+
+    It is in one piece, but where `interrupt` was called: the points on both sides are not compared.
+    """
+
+    def __init__(self) -> None:
+        self.pieces: list[list[tuple[float, float]]] = [[]]
+
+    def add(self, epoch: float, value: Any) -> None:
+        """A value that is no finite number is left out."""
+        if isinstance(value, float | int) and abs(value) < inf:
+            piece = self.pieces[-1]
+            piece.append((epoch, value))
+            if len(piece) > MOST:
+                self.pieces[-1] = thin(piece)
+
+    def interrupt(self) -> None:
+        if self.pieces[-1]:
+            self.pieces.append([])
+
+    def figure(self, title: str) -> str:
+        """Empty where there is nothing to draw a line through."""
+        points = [point for piece in self.pieces for point in piece]
+        if len(points) < 2:
+            return ""
+        (x0, x1), (y0, y1) = ((min(v), max(v)) for v in zip(*points, strict=True))
+        sx, sy = WIDTH / ((x1 - x0) or 1), (HEIGHT - 30) / ((y1 - y0) or 1)
+        strokes = [
+            " ".join(f"{(x - x0) * sx:.1f},{HEIGHT - 15 - (y - y0) * sy:.1f}" for x, y in piece)
+            for piece in self.pieces
+        ]
+        return (
+            f'<figure><figcaption>{escape(title)}</figcaption><svg width="{WIDTH}" height="{HEIGHT}">'
+            + "".join(f'<polyline points="{stroke}"/>' for stroke in strokes if stroke)
+            + f'<text x="3" y="11">{y1:.4g}</text><text x="3" y="{HEIGHT - 3}">{y0:.4g}</text>'
+            f'<text x="{WIDTH - 3}" y="{HEIGHT - 3}" text-anchor="end">epoch {x1}</text></svg></figure>'
+        )
 
 
-def curve(title: str, records: Iterable[Mapping[str, Any]], path: tuple[str, ...]) -> str:
-    """A figure over epochs as inline SVG."""
-    points = [(r["epoch"], value) for r in records if (value := dig(r, path)) is not None]
-    if len(points) < 2:
-        return ""
-    (x0, x1), (y0, y1) = ((min(v), max(v)) for v in zip(*points, strict=True))
-    sx, sy = WIDTH / ((x1 - x0) or 1), (HEIGHT - 30) / ((y1 - y0) or 1)
-    line = " ".join(f"{(x - x0) * sx:.1f},{HEIGHT - 15 - (y - y0) * sy:.1f}" for x, y in points)
-    return (
-        f'<figure><figcaption>{escape(title)}</figcaption><svg width="{WIDTH}" height="{HEIGHT}">'
-        f'<polyline points="{line}"/><text x="3" y="11">{y1:.4g}</text>'
-        f'<text x="3" y="{HEIGHT - 3}">{y0:.4g}</text>'
-        f'<text x="{WIDTH - 3}" y="{HEIGHT - 3}" text-anchor="end">epoch {x1}</text></svg></figure>'
-    )
-
-
-def dig(record: Any, path: tuple[str, ...]) -> float | None:
-    for key in path:
-        record = record.get(key) if isinstance(record, Mapping) else None
-    return record
+def thin(points: list[tuple[float, float]]) -> list[tuple[float, float]]:
+    """About half of the points: the ends, and of each four between them the lowest and the highest."""
+    first, *inner, last = points
+    kept = [first]
+    for i in range(0, len(inner), 4):
+        four = inner[i : i + 4]
+        kept += sorted({min(four, key=itemgetter(1)), max(four, key=itemgetter(1))})
+    return [*kept, last]

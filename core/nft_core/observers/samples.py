@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from PIL import Image, ImageDraw, ImageFont
 from PIL.PngImagePlugin import PngInfo
 
 from nft_plugins import Batch, Run, Scores, hookimpl
 
+from ..fingerprint import pictures
 from .captions import clean, font_for, wrap
 
 #: Pictures a grid, and in a row of it.
@@ -32,29 +33,38 @@ class Sample:
     number: int
 
 
+class Sheet(NamedTuple):
+    """The samples of an evaluation, and the fingerprint of its pictures."""
+
+    epoch: int
+    samples: list[Sample]
+    of: Mapping[str, Any]
+
+
 class Samples:
     """Writes `epoch-NNNN.png` at each evaluation, and `before-after.png` from the second on."""
 
     def __init__(self) -> None:
-        self.base: list[Sample] = []
+        self.base: Sheet | None = None
 
     @hookimpl
     def nft_eval_finished(self, run: Run, record: Mapping[str, Any], batch: Batch, scores: Scores) -> None:
         epoch = record["epoch"]
-        chosen = choose(batch, scores)
+        now = Sheet(epoch, choose(batch, scores), pictures(record.get("evaluation")))
         folder = run.folder / "samples"
         folder.mkdir(exist_ok=True)
-        if epoch and not self.base:  # This run goes on from a checkpoint.
-            self.base = read(folder / NAME.format(0))
-        save(grid([chosen], [f"epoch {epoch}"]), folder / NAME.format(epoch), chosen)
-        if any(caption(sample) != clean(sample.prompt) for sample in chosen):
-            lines = (f"{s.number}. {' '.join(s.prompt.split())}\n" for s in chosen)
+        if not self.base:  # Where this run goes on from a checkpoint, it may be on the disk.
+            self.base = find(folder, now) or now
+        elif self.base.of != now.of:  # Other prompts or other noise: before and after would say nothing.
+            self.base = now
+        save(grid([now.samples], [f"epoch {epoch}"]), folder / NAME.format(epoch), now)
+        if any(caption(sample) != clean(sample.prompt) for sample in now.samples):
+            lines = (f"{s.number}. {' '.join(s.prompt.split())}\n" for s in now.samples)
             (folder / PROMPTS).write_text("".join(lines), encoding="utf-8", errors="backslashreplace")
-        if not epoch:
-            self.base = chosen
-        elif self.base:
-            every = -(-len(chosen) // ROW)
-            both = grid([self.base[::every], chosen[::every]], ["base model", f"epoch {epoch}"])
+        if self.base is not now:
+            first = f"epoch {self.base.epoch}" if self.base.epoch else "base model"
+            every = -(-len(now.samples) // ROW)
+            both = grid([self.base.samples[::every], now.samples[::every]], [first, f"epoch {epoch}"])
             save(both, folder / "before-after.png")
 
 
@@ -127,23 +137,36 @@ def fit(text: str, size: int) -> tuple[str, Any]:
     return (text, font) if font else (ascii(text)[1:-1], ImageFont.load_default(size))
 
 
-def save(image: Image.Image, path: Path, samples: Sequence[Sample] = ()) -> None:
-    """Whole or not at all. samples: noted in the file, so that `read` finds them."""
+def save(image: Image.Image, path: Path, noted: Sheet | None = None) -> None:
+    """Whole or not at all. noted: what stands in the file, so that `read` finds it."""
     aside, notes = path.with_name(f".{path.name}"), PngInfo()
-    if samples:
-        notes.add_text(NOTE, json.dumps([[s.prompt, s.score, *s.image.size] for s in samples]))
+    if noted:
+        samples = [[s.prompt, s.score, *s.image.size] for s in noted.samples]
+        notes.add_text(NOTE, json.dumps({"epoch": noted.epoch, "samples": samples, "of": noted.of}))
     image.save(aside, format="PNG", pnginfo=notes)
     aside.replace(path)
 
 
-def read(path: Path) -> list[Sample]:
-    """The samples of a grid of one block, as `save` wrote it; none where there is no such file."""
+def find(folder: Path, now: Sheet) -> Sheet | None:
+    """The first sheet of the same pictures that was written at an earlier epoch."""
+    for path in sorted(folder.glob("epoch-*.png")):
+        found = read(path, now.of)
+        if found and found.epoch < now.epoch:
+            return found
+    return None
+
+
+def read(path: Path, of: Mapping[str, Any]) -> Sheet | None:
+    """What `save` noted in a file, and its pictures; None where they are not of that fingerprint."""
     try:
         with Image.open(path, formats=["PNG"]) as sheet:
             notes = json.loads(sheet.info[NOTE])
-            return [cut(sheet, i, *note) for i, note in enumerate(notes)]
+            if notes["of"] != of:
+                return None
+            samples = [cut(sheet, i, *note) for i, note in enumerate(notes["samples"])]
+            return Sheet(int(notes["epoch"]), samples, of)
     except (OSError, ValueError, KeyError, TypeError):
-        return []
+        return None
 
 
 def cut(sheet: Image.Image, i: int, prompt: str, score: str, width: int, height: int) -> Sample:

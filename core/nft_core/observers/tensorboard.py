@@ -28,7 +28,7 @@ class TensorBoard:
         place = f"{self.folder}/{run.folder.name}" if self.folder else str(run.folder / "tensorboard")
         # What a killed process wrote of later epochs is left out: they come again.
         self.writer = self.open(place, purge_step=run.epoch + 1)
-        rows = [f"| {name} | {value} |" for name, value in run.settings.items()]
+        rows = [f"| {cell(name)} | {cell(value)} |" for name, value in run.settings.items()]
         self.writer.add_text("settings", "\n".join(["| setting | value |", "|---|---|", *rows]))
 
     @hookimpl
@@ -53,3 +53,8 @@ class TensorBoard:
         for name, value in scalars(record).items():
             self.writer.add_scalar(f"{kind}/{name}", value, record["epoch"])
         self.writer.flush()
+
+
+def cell(value: Any) -> str:
+    """The value in a Markdown table: a bar or the end of a line would end its cell."""
+    return " ".join(str(value).replace("\\", "\\\\").replace("|", "\\|").split())

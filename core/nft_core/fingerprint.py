@@ -1,0 +1,147 @@
+"""What a run's figures depend on beside its weights: like is compared with like, and changes are named."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import sys
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from .local import is_reference
+from .prompts import Prompt
+from .settings import Settings
+from .specs import Policy, RewardSpec
+
+if TYPE_CHECKING:
+    from .discovery import Registered
+    from .host import Host
+
+#: Settings that an evaluation's pictures depend on; `steps` are its own.
+OF_PICTURES = (
+    *("seed", "eval_images", "solver", "solver_options", "resolution", "model", "model_options"),
+    *("max_sequence_length", "precision", "decode_precision"),
+)
+#: What is the same in `evaluation` where only rewards differ.
+OF_SCORES = ("rewards", "total")
+#: Distributions that results depend on, beside those that bring plug-ins.
+BENEATH = ("torch", "diffusers", "transformers")
+
+
+def evaluation(
+    settings: Settings,
+    held_out: Sequence[Prompt],
+    specs: Sequence[RewardSpec],
+    host: Host,
+    sources: Mapping[str, str],
+) -> dict[str, Any]:
+    """The fingerprint of an evaluation, all text: what its pictures depend on, `rewards` and their `total`.
+
+    Means under the same fingerprint differ by the weights alone. sources: of `sources_of`.
+    """
+    chosen = {name: getattr(settings, name) for name in OF_PICTURES}
+    chosen |= {"steps": settings.eval_steps or settings.steps}
+    family, colon, _ = settings.solver.partition(":")
+    chosen["solver"] = [settings.solver, brought(settings.solver, host.solvers.get(family + colon), sources)]
+    by_title: dict[str, list[Any]] = {}
+    for spec in specs:
+        # A reward may be made of others, which its options name.
+        names = [str(spec.name), *(str(v).partition(",")[0].partition("=")[0] for v in spec.options.values())]
+        made_of = [brought(name, host.rewards.get(name), sources) for name in names]
+        by_title.setdefault(spec.title, []).append([str(replace(spec, weight=1.0, guard=Policy())), made_of])
+    return {
+        "prompts": short_digest([[p.text, p.metadata] for p in held_out]),
+        **{name: v if isinstance(v, str) else json.dumps(v, default=str) for name, v in chosen.items()},
+        "rewards": {title: short_digest(given) for title, given in by_title.items()},
+        "total": short_digest([by_title, [spec.weight for spec in specs]]),
+    }
+
+
+def brought(name: str, card: Registered[Any] | None, sources: Mapping[str, str]) -> str:
+    """What brings a reward or a solver of that name: a plug-in's version, the user's files, or nothing."""
+    if card is not None:
+        return f"{card.distribution} {sources.get(card.distribution, '')}"
+    return str(sorted((k, v) for k, v in sources.items() if k.endswith(".py"))) if is_reference(name) else ""
+
+
+def short_digest(value: Any) -> str:
+    """A few letters that differ where the value does."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()[:12]
+
+
+def pictures(evaluation: Any) -> dict[str, Any]:
+    """The part of a fingerprint that pictures depend on; empty for a line of an older version."""
+    given = evaluation if isinstance(evaluation, Mapping) else {}
+    return {name: value for name, value in given.items() if name not in OF_SCORES}
+
+
+def changed(before: Any, now: Any) -> list[str]:
+    """Names of what differs between two fingerprints, rewards by theirs."""
+    if not before or not now:
+        return [] if before == now else ["what it was in an older version is not known"]
+    a, b = ({**pictures(e), **{f"reward {n}": v for n, v in rewards(e).items()}} for e in (before, now))
+    names = [name for name in {**a, **b} if a.get(name) != b.get(name)]
+    # A total of other rewards is another one in any case.
+    return names or (["weights of rewards"] if total(before) != total(now) else [])
+
+
+def comparable(before: Any, now: Any, name: str) -> bool:
+    """Whether a figure of two evaluations differs by the weights alone."""
+    return pictures(before) == pictures(now) and identity(before, name) == identity(now, name)
+
+
+def rewards(evaluation: Any) -> Mapping[str, str]:
+    found = evaluation.get("rewards") if isinstance(evaluation, Mapping) else None
+    return found if isinstance(found, Mapping) else {}
+
+
+def total(evaluation: Any) -> Any:
+    return evaluation.get("total") if isinstance(evaluation, Mapping) else None
+
+
+def identity(evaluation: Any, name: str) -> Any:
+    """What a figure of an evaluation is of.
+
+    name: of a reward, of its detail, `REWARD/DETAIL`, or `total`.
+    """
+    title = name.partition("/")[0].partition(":")[0]
+    return total(evaluation) if name == "total" else rewards(evaluation).get(title)
+
+
+def sources_of(host: Host, references: Iterable[str] = ()) -> dict[str, str]:
+    """Versions of plug-ins and of what is beneath them, by distribution; digests of the user's files, by name.
+
+    references: `MODULE:NAME`s that the run uses. With the file of a `FILE.py:NAME` count the modules beside it
+    that have been imported.
+    """
+    found = {row.distribution: row.version for row in host.plugins if row.status == "ok"}
+    for name in BENEATH:
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    files: dict[str, list[str]] = {}
+    for path in user_files({r.rpartition(":")[0].partition(".")[0] for r in references if is_reference(r)}):
+        files.setdefault(path.name, []).append(hashlib.sha256(path.read_bytes()).hexdigest()[:12])
+    return found | {name: " ".join(sorted(digests)) for name, digests in files.items()}
+
+
+def user_files(modules: set[str]) -> list[Path]:
+    """Files of what was imported by path, of modules beside it, and of `modules` and what is in them."""
+    files = {name: getattr(module, "__file__", None) for name, module in list(sys.modules.items())}
+    paths = {name: Path(file) for name, file in files.items() if isinstance(file, str) and file.endswith(".py")}
+    folders = {path.parent for name, path in paths.items() if name.startswith("nft_local:")}
+    used = {p for name, p in paths.items() if p.parent in folders or name.partition(".")[0] in modules}
+    return [path for path in used if path.is_file()]
+
+
+def differences(before: Mapping[str, str], now: Mapping[str, str]) -> list[str]:
+    """In words, what both know and is another now: versions of distributions, files of the user's."""
+    return [
+        f"{name} is another file" if name.endswith(".py") else f"{name} {before[name]} then, {now[name]} now"
+        for name in sorted(before.keys() & now.keys())
+        if before[name] != now[name]
+    ]

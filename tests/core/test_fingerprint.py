@@ -1,0 +1,77 @@
+"""What makes two evaluations the same, and what is said where they are not."""
+
+import sys
+
+import pytest
+
+from nft_core.fingerprint import changed, comparable, differences, evaluation, sources_of
+from nft_core.host import load_host
+from nft_core.local import load_object
+from nft_core.prompts import Prompt
+from nft_core.settings import make_settings
+from nft_core.specs import parse_reward
+
+PROMPTS = [Prompt("a cat", {}), Prompt("a dog", {"tag": "animals"})]
+REWARDS = ["ocr", "pickscore=0.5"]
+
+
+@pytest.fixture(scope="module")
+def host():
+    return load_host()
+
+
+def taken(host, prompts=PROMPTS, rewards=REWARDS, versions=None, **settings):
+    found = sources_of(host) | (versions or {})
+    return evaluation(make_settings(settings), prompts, [parse_reward(r) for r in rewards], host, found)
+
+
+@pytest.mark.parametrize(
+    ("change", "what", "comparable_still"),
+    [
+        ({}, [], {"ocr", "ocr/strict", "pickscore", "total"}),
+        ({"prompts": PROMPTS[:1]}, ["prompts"], set()),
+        ({"prompts": [PROMPTS[0], Prompt("a dog", {})]}, ["prompts"], set()),
+        ({"seed": 1}, ["seed"], set()),
+        ({"eval_images": 2}, ["eval_images"], set()),
+        ({"eval_steps": 40}, ["steps"], set()),
+        ({"solver": "euler"}, ["solver"], set()),
+        ({"resolution": 768}, ["resolution"], set()),
+        ({"rewards": ["ocr", "pickscore=2"]}, ["weights of rewards"], {"ocr", "ocr/strict", "pickscore"}),
+        ({"rewards": ["ocr,upscale=4", "pickscore=0.5"]}, ["reward ocr"], {"pickscore"}),
+        ({"rewards": ["ocr"]}, ["reward pickscore"], {"ocr", "ocr/strict"}),
+        ({"rewards": ["ocr,on_error=mask", "pickscore=0.5"]}, [], {"ocr", "ocr/strict", "pickscore", "total"}),
+        ({"versions": {"nft-hub": "9"}}, ["solver", "reward ocr", "reward pickscore"], set()),
+        # These change how far or how fast a run goes.
+        (
+            {"epochs": 7, "eval_every": 3, "rollout_batch": 2, "lr": 1e-5},
+            [],
+            {"ocr", "ocr/strict", "pickscore", "total"},
+        ),
+    ],
+)
+def test_what_is_compared(host, change, what, comparable_still):
+    before, now = taken(host), taken(host, **change)
+    assert changed(before, now) == what
+    names = ("ocr", "ocr/strict", "pickscore", "total")
+    assert {name for name in names if comparable(before, now, name)} == comparable_still
+
+
+def test_a_line_of_an_older_version_is_compared_with_its_like(host):
+    assert comparable(None, None, "ocr")
+    assert not comparable(None, taken(host), "ocr")
+    assert changed(None, taken(host)) == ["what it was in an older version is not known"]
+
+
+def test_files_of_ones_own_and_what_they_import(host, tmp_path, monkeypatch):
+    (tmp_path / "own.py").write_text("import beside_own\ndef cat(images): return images[:, 0, 0, 0]\n")
+    (tmp_path / "beside_own.py").write_text("SCALE = 1\n")
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    reference = f"{tmp_path / 'own.py'}:cat"
+    load_object(reference)
+    before = sources_of(host, [reference])
+    first = taken(host, rewards=["ocr", reference], versions=before)
+    (tmp_path / "beside_own.py").write_text("SCALE = 2\n")
+    now = sources_of(host, [reference])
+    assert differences(before, now) == ["beside_own.py is another file"]
+    assert changed(first, taken(host, rewards=["ocr", reference], versions=now)) == ["reward cat"]
+    assert differences({"nft-ab3": "1.0", "gone": "1"}, {"nft-ab3": "1.1"}) == ["nft-ab3 1.0 then, 1.1 now"]

@@ -1,0 +1,46 @@
+"""The pictures of an evaluation that observers are given, and the memory that the others do not take."""
+
+import pytest
+import torch
+
+from nft_core import gallery
+from nft_core.train import evaluate
+
+from .test_train import PROMPTS, make
+
+AT_512 = 3 * 512 * 512 * 4
+
+
+@pytest.mark.parametrize(
+    ("prompts", "each", "kept"),
+    [
+        (341, 1, range(341)),  # As many as fit in 1 GiB.
+        (170, 2, range(340)),
+        (342, 1, [i * 342 // 341 for i in range(341)]),
+        (10_000, 4, [i * 10_000 // 341 * 4 for i in range(341)]),
+        (5, 100, range(0, 500, 100)),
+    ],
+)
+def test_of_many_the_first_picture_of_prompts_spread_evenly(prompts, each, kept):
+    assert gallery.choose(prompts, each, AT_512).tolist() == list(kept)
+
+
+def test_as_many_as_the_grids_have_of_any_size():
+    assert len(gallery.choose(100, 1, 2**30)) == 12
+
+
+def test_observers_get_some_pictures_with_their_scores_and_figures_of_all(tmp_path, monkeypatch):
+    seen = []
+    for bytes_, least in ((2**30, 12), (24, 2)):
+        monkeypatch.setattr(gallery, "MOST_BYTES", bytes_)
+        monkeypatch.setattr(gallery, "LEAST", least)
+        run = make(tmp_path, eval_images=2, rollout_batch=4)
+        run.observe = lambda hook, **told: "batch" in told and seen.append(told)
+        evaluate(run)
+    every, some = seen
+    assert every["record"]["images"] == some["record"]["images"] == len(every["batch"]) == 6
+    assert some["record"]["rewards"] == every["record"]["rewards"]
+    # Of three prompts with two pictures each, the first one's and the second one's first.
+    assert some["batch"].prompts == [PROMPTS[0].text, PROMPTS[1].text]
+    assert torch.equal(some["batch"].images, every["batch"].images[[0, 2]])
+    assert torch.equal(some["scores"].values, every["scores"].values[[0, 2]])
