@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from .doctor import doctor
+from .doctor import doctor, explain
 from .errors import NftError, Stopped, UsageError
 from .listing import models, observers, plugins, rewards, solvers
 from .new import new
@@ -31,8 +31,13 @@ class Group(click.Group):
         except Stopped as stopped:
             sys.exit(stopped.exit_code)
         except NftError as error:
-            click.echo(f"Error: {error}", err=True)
+            click.echo(f"Error: {explain(error) or error}", err=True)
             sys.exit(error.exit_code)
+        except Exception as error:
+            if not (cause := explain(error)):
+                raise
+            click.echo(f"Error: {cause}", err=True)
+            sys.exit(1)
 
 
 @click.group(cls=Group, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})

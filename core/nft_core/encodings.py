@@ -16,6 +16,7 @@ from typing import Any
 from uuid import uuid4
 
 import torch
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -72,10 +73,21 @@ def encode(
     if cache is None or not texts:
         return Encoded(model.encode(texts), rows)
     file = cache / f"{key(model, texts)}.safetensors"
-    if os.environ.get("LOCAL_RANK", "0") == "0" and not file.exists():
+    if os.environ.get("LOCAL_RANK", "0") == "0" and not is_whole(file):
         write(model, texts, file)
     distributed.barrier()
-    return Encoded(load_file(file) if file.exists() else model.encode(texts), rows)
+    return Encoded(load_file(file) if is_whole(file) else model.encode(texts), rows)
+
+
+def is_whole(file: Path) -> bool:
+    """Whether a file of the cache can be read; one that was cut short, as by a full disk, is made anew."""
+    if not file.is_file():
+        return False
+    try:
+        with safe_open(file, framework="pt"):
+            return True
+    except (SafetensorError, OSError):
+        return False
 
 
 def key(model: FlowModel, texts: Sequence[str]) -> str:

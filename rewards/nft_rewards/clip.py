@@ -23,7 +23,7 @@ from .chunks import in_chunks
 from .files import absolute, checked_config, explained, load_pretrained
 from .pixels import CLIP_MEAN, CLIP_STD, Size, finite, normalised, shared_crop
 from .texts import Texts
-from .vocabulary import check_tokenizer
+from .vocabulary import check_end, check_tokenizer
 
 Precision = Literal["auto", "fp32", "bf16", "fp16"]
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -187,27 +187,6 @@ def transformers_towers(checkpoint: str, processor: str, device: torch.device, d
         mean=tuple(images.image_mean),
         std=tuple(images.image_std),
     )
-
-
-def check_end(tokenizer: Any, end: int, length: int, source: str) -> None:
-    """Raise OSError where a padded text does not hold, behind its words, the token that the text encoder reads.
-
-    end: of the model's config, where 2 stands for the token of the largest number. Without it in its place
-    the first token is read, which is the same for all texts.
-    """
-    words = tokenizer("a").input_ids
-    try:
-        row = tokenizer("a", padding="max_length", truncation=True, max_length=length).input_ids
-    except ValueError as error:
-        raise OSError(
-            f"the tokenizer of {source!r} cannot fill up a text to {length} tokens: {error}"
-        ) from error
-    read = row.index(max(row) if end == 2 else end) if end == 2 or end in row else 0
-    if row[: read + 1] != words:
-        raise OSError(
-            f"the tokenizer of {source!r} makes {row} of the text 'a', and the model reads a text at token "
-            f"{end}, which should stand behind its words: tokenizer and model do not belong together."
-        )
 
 
 def geometry(config: Any, side: int, source: str) -> tuple[Size, tuple[int, int]]:
