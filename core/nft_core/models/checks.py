@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import inspect
 import json
 import math
 import os
@@ -59,14 +60,20 @@ def parts_of(index: Mapping[str, Any]) -> dict[str, tuple[str, str]]:
     return {name: (kind[0], kind[1]) for name, kind in kinds.items() if kind != [None, None]}
 
 
-def check_pipeline(folder: Path, index: Mapping[str, Any]) -> None:
-    """Hold a local folder to its model_index.json, without reading weights. Raises OSError."""
+def check_pipeline(folder: Path, index: Mapping[str, Any], weights: bool = True) -> None:
+    """Hold a local folder to its model_index.json, by its small files and the headers of the weights.
+
+    weights: whether they must be there; a plan does without. Raises OSError.
+    """
     check_parts(index)
     parts = parts_of(index)
     texts = [name for name in parts if name.startswith("text_encoder")]
-    tokenizers = {name: name.replace("text_encoder", "tokenizer") for name in texts}
-    wanted = ["transformer", "vae", "scheduler", *(tokenizers.values() or ["text_encoder"])]
-    if unnamed := [name for name in wanted if name not in parts]:
+    # Some pipelines have a processor in a tokenizer's place.
+    tokenizers = {n: t for n in texts if (t := n.replace("text_encoder", "tokenizer")) in index}
+    parameters = inspect.signature(class_of("diffusers", str(index["_class_name"])).__init__).parameters
+    expected = [n for n, p in list(parameters.items())[1:] if p.default is p.empty and n not in index]
+    wanted = [*expected, "transformer", "vae", "scheduler", *tokenizers.values()]
+    if unnamed := [name for name in dict.fromkeys(wanted) if name not in parts]:
         raise OSError(f"{folder / 'model_index.json'} names no {', no '.join(unnamed)}, which a run needs.")
     if lacking := [name for name in parts if not (folder / name).is_dir()]:
         raise OSError(
@@ -74,12 +81,12 @@ def check_pipeline(folder: Path, index: Mapping[str, Any]) -> None:
             "folder. Download all of its files again."
         )
     for name, (library, kind) in parts.items():
-        check_part(folder / name, library, kind)
+        check_part(folder / name, library, kind, weights)
     for name, tokenizer in tokenizers.items():
         check_texts(folder / name, parts[name], folder / tokenizer, parts[tokenizer])
 
 
-def check_part(folder: Path, library: str, name: str) -> None:
+def check_part(folder: Path, library: str, name: str, weights: bool) -> None:
     """Raise OSError for files that are missing, pickled or of another kind, and for configs that do not fit.
 
     A config may not name code, nor want a larger part than the files hold: transformers would allocate it,
@@ -93,6 +100,8 @@ def check_part(folder: Path, library: str, name: str) -> None:
     if not (isinstance(cls, type) and issubclass(cls, torch.nn.Module)):
         return
     config = read_object(folder / "config.json")
+    if not weights and not files_in(folder, ".safetensors", *PICKLED):
+        return
     files, _ = weights_of(folder, library)
     if packed := config.get("quantization_config"):
         method = packed.get("quant_method") if isinstance(packed, dict) else packed
@@ -214,6 +223,8 @@ def flow_scheduler(config: Mapping[str, Any]) -> Any:
 
 def check_texts(encoder: Path, kind: tuple[str, str], folder: Path, tokenizer_kind: tuple[str, str]) -> None:
     """Raise OSError for a tokenizer that is not its text encoder's."""
+    if kind[0] != "transformers":
+        return
     config = class_of(*kind).config_class.from_pretrained(encoder)
     try:
         tokenizer = class_of(*tokenizer_kind).from_pretrained(folder)

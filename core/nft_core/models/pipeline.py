@@ -68,9 +68,9 @@ class PipelineModel:
         check_parts(self.index)
         self.source = checkpoint
         if self.device.type != "meta" and not Path(checkpoint).is_dir():
-            self.source = str(self._class().download(checkpoint, use_safetensors=True))
+            self.source = str(self._class().download(checkpoint, use_safetensors=True, trust_remote_code=False))
         if Path(self.source).is_dir():
-            check_pipeline(Path(self.source), self.index)
+            check_pipeline(Path(self.source), self.index, weights=self.device.type != "meta")
         self.said_what_is_cut = False
         self.pipeline = self._load(lambda name: not name.startswith(OF_TEXT), {})
         self._texts: Any = None
