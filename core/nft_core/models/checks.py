@@ -83,7 +83,7 @@ def check_pipeline(folder: Path, index: Mapping[str, Any], weights: bool = True)
     for name, (library, kind) in parts.items():
         check_part(folder / name, library, kind, weights)
     for name, tokenizer in tokenizers.items():
-        check_texts(folder / name, parts[name], folder / tokenizer, parts[tokenizer])
+        check_texts(folder / name, parts[name], folder / tokenizer, parts[tokenizer], weights)
 
 
 def check_part(folder: Path, library: str, name: str, weights: bool) -> None:
@@ -221,8 +221,13 @@ def flow_scheduler(config: Mapping[str, Any]) -> Any:
     return FlowMatchEulerDiscreteScheduler.from_config(config)
 
 
-def check_texts(encoder: Path, kind: tuple[str, str], folder: Path, tokenizer_kind: tuple[str, str]) -> None:
-    """Raise OSError for a tokenizer that is not its text encoder's."""
+def check_texts(
+    encoder: Path, kind: tuple[str, str], folder: Path, tokenizer_kind: tuple[str, str], words: bool
+) -> None:
+    """Raise OSError for a tokenizer that is not its text encoder's.
+
+    words: whether it must know them; for a plan any tokenizer will do.
+    """
     if kind[0] != "transformers":
         return
     config = class_of(*kind).config_class.from_pretrained(encoder)
@@ -231,7 +236,8 @@ def check_texts(encoder: Path, kind: tuple[str, str], folder: Path, tokenizer_ki
     except Exception as error:  # Files of other forms raise anything.
         said = " ".join(str(error).split())[:300]
         raise OSError(f"Cannot read the tokenizer in {folder}: {type(error).__name__}: {said}.") from error
-    check_tokenizer(tokenizer, int(config.get_text_config().vocab_size), str(folder))
+    if words:
+        check_tokenizer(tokenizer, int(config.get_text_config().vocab_size), str(folder))
     if config.model_type.startswith("clip"):
         positions, length = int(config.max_position_embeddings), tokenizer.model_max_length
         if type(length) is not int or not 2 < length <= positions:
@@ -239,7 +245,8 @@ def check_texts(encoder: Path, kind: tuple[str, str], folder: Path, tokenizer_ki
                 f"{folder / 'tokenizer_config.json'}: model_max_length is {length}, and the text encoder reads "
                 f"{positions} tokens: write that."
             )
-        check_end(tokenizer, int(config.eos_token_id), length, str(folder))
+        if words:
+            check_end(tokenizer, int(config.eos_token_id), length, str(folder))
 
 
 def load_whole(folder: Path, library: str, name: str, dtype: torch.dtype) -> torch.nn.Module:
