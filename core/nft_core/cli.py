@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from .doctor import doctor
+from .doctor import doctor, explain
 from .errors import MEMORY_FULL, NftError, Stopped, UsageError, is_memory_full
 from .listing import models, observers, plugins, rewards, solvers
 from .new import new
@@ -42,14 +42,15 @@ class Group(click.Group):
             click.echo(f"Ended by {Signals(number).name}, with nothing that had to be saved.", err=True)
             sys.exit(128 + number)
         except NftError as error:
-            click.echo(f"Error: {error}", err=True)
+            click.echo(f"Error: {explain(error) or error}", err=True)
             sys.exit(error.exit_code)
         except Exception as error:
-            if not is_memory_full(error):
+            cause = explain(error)
+            if not cause and is_memory_full(error):
+                cause = f"{MEMORY_FULL} ({' '.join(str(error).split())[:200] or 'MemoryError'})"
+            if not cause:
                 raise
-            click.echo(
-                f"Error: {MEMORY_FULL} ({' '.join(str(error).split())[:200] or 'MemoryError'})", err=True
-            )
+            click.echo(f"Error: {cause}", err=True)
             sys.exit(NftError.exit_code)
 
 

@@ -116,6 +116,22 @@ def probe() -> dict[str, Any]:
         return {"torch_error": f"importing it ended the process with {done.returncode}. {last}".strip()}
 
 
+def explain(error: BaseException | None) -> str:
+    """What is broken and how to mend it, where an error comes of a broken torchvision; else nothing.
+
+    transformers and diffusers import it where it is installed, needed or not, and fail with it.
+    """
+    while error and not (isinstance(error, ImportError) or "torchvision" in str(error)):
+        error = error.__cause__ or error.__context__
+    if not error or not installed("torchvision"):
+        return ""
+    return " ".join(sentence(p) for p in torch_problems(probe()) if p["what"] == "torchvision")
+
+
+def sentence(problem: dict[str, str]) -> str:
+    return f"{problem['what']} is broken: {problem['cause']}. To mend it: {problem['mend']}."
+
+
 def torch_problems(probed: dict[str, Any]) -> list[dict[str, str]]:
     problems = []
     if "torch_error" in probed:

@@ -18,6 +18,7 @@ from typing import Any
 from uuid import uuid4
 
 import torch
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -103,10 +104,21 @@ def encode(
 def encode_to_file(model: FlowModel, texts: Sequence[str], folder: Path) -> Condition:
     """The encodings in a file of the folder, mapped; in memory where the file could not be written."""
     file = folder / f"{key(model, texts)}.safetensors"
-    if is_first_here() and not file.exists():
+    if is_first_here() and not is_whole(file):
         write(model, texts, file)
     distributed.barrier()
-    return load_file(file) if file.exists() else model.encode(texts)
+    return load_file(file) if is_whole(file) else model.encode(texts)
+
+
+def is_whole(file: Path) -> bool:
+    """Whether a file of the cache can be read; one that was cut short, as by a full disk, is made anew."""
+    if not file.is_file():
+        return False
+    try:
+        with safe_open(file, framework="pt"):
+            return True
+    except (SafetensorError, OSError):
+        return False
 
 
 def is_first_here() -> bool:

@@ -106,6 +106,7 @@ def run(
         number = agree(int(found.name) if found else -1, device)
         path = folder / "checkpoints" / f"{number:06d}" if number >= 0 else None
         check_alike(settings, path, device)
+        check_model(settings, host)
         reward = load_rewards(specs, host, device, settings.reward_defaults)
         prompts, held_out = usable(prompts, held_out, reward.check_prompt, settings.unscorable, tell)
         check_sizes(settings, len(prompts), len(held_out))
@@ -389,27 +390,59 @@ def pick_device(name: str) -> torch.device:
     return device
 
 
-def load_model(settings: Settings, host: Host, device: torch.device) -> FlowModel:
-    """The base model, by the family whose pipeline class its `model_index.json` names."""
-    import torch
-    from diffusers import DiffusionPipeline
+def find_family(settings: Settings, host: Host) -> tuple[str, Mapping[str, Any]]:
+    """The name of the family whose pipeline class the base model's `model_index.json` names, and that index."""
+    from .models.sources import read_index
 
     name = settings.model
     try:
-        pipeline = str(DiffusionPipeline.load_config(name)["_class_name"])
-    except (OSError, ValueError, KeyError) as error:
+        index = read_index(name)
+    except NftError:
+        raise
+    except (OSError, ValueError) as error:
         raise NftError(
             f"Cannot load the model {name!r}: looked for a diffusers pipeline (model_index.json) in a folder "
             f"of that name and on the Hugging Face hub. {first_line(error)} Check the name, your network "
             "and, for a gated model, `hf auth login`; a local folder with --model PATH works offline, "
             "and so does --tiny, which brings its own small model."
         ) from error
+    pipeline = str(index["_class_name"])
     family = host.family(pipeline, settings.family)
     if family is None:
         from .models.checks import unhandled
 
         known = {p for card in host.models.values() for p in card.info.pipelines}
         raise UsageError(unhandled(name, pipeline, known))
+    return family, index
+
+
+def check_model(settings: Settings, host: Host) -> None:
+    """Raise NftError for a model that cannot be trained, or is not whole. No weights are read."""
+    from .factories import resolve as factory_of
+    from .models.checks import check_pipeline
+    from .models.pipeline import PipelineModel
+
+    family, index = find_family(settings, host)
+    factory = factory_of(host.models[family].info.factory)
+    # Another family may read its folder in a way of its own.
+    if Path(settings.model).is_dir() and isinstance(factory, type) and issubclass(factory, PipelineModel):
+        try:
+            check_pipeline(Path(settings.model), index)
+        except Exception as error:
+            raise unreadable(settings.model, error) from error
+
+
+def unreadable(model: str, error: Exception) -> NftError:
+    said = str(error) if isinstance(error, OSError) else f"{type(error).__name__}: {first_line(error)}"
+    return NftError(f"Cannot load the model {model!r}: {said}")
+
+
+def load_model(settings: Settings, host: Host, device: torch.device) -> FlowModel:
+    """The base model, by the family whose pipeline class its `model_index.json` names."""
+    import torch
+
+    name = settings.model
+    family, _ = find_family(settings, host)
     # A LoRA's frozen base can stand in half precision; weights that are trained stay in float32.
     half = autocast_dtype(settings, device) if settings.lora_rank else None
     dtype = half or torch.float32
@@ -419,9 +452,7 @@ def load_model(settings: Settings, host: Host, device: torch.device) -> FlowMode
     except NftError:
         raise
     except Exception as error:  # A file cut short, too little memory, a plug-in's own mistake.
-        raise NftError(
-            f"Cannot load the model {name!r}: {type(error).__name__}: {first_line(error)}"
-        ) from error
+        raise unreadable(name, error) from error
 
 
 def first_line(error: BaseException) -> str:

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .files import find_file, load_exactly, read_tensors
+from .files import find_file, limited, load_exactly, read_tensors
 
 WEIGHTS, SAFETENSORS = "ImageReward.pt", "ImageReward.safetensors"
 MED_CONFIG = "med_config.json"
@@ -133,9 +133,10 @@ def sizes(config: Path) -> tuple[dict[str, Any], dict[str, Any]]:
 
 def load_blip(file: Path, device: torch.device, dtype: torch.dtype) -> BLIPScore:
     """The model with the file's weights; encoders in `dtype`. Raises OSError where they are not its own."""
-    with torch.device("meta"):
+    tensors = read_tensors(file)
+    with torch.device("meta"), limited(len(tensors)):
         model = BLIPScore(*sizes(file.with_name(MED_CONFIG)))
-    load_exactly(model, read_tensors(file), file, name=published_name, unused=UNUSED)
+    load_exactly(model, tensors, file, name=published_name, unused=UNUSED)
     # The one buffer that is in no file, and so still without contents.
     positions = torch.arange(model.text.config.max_position_embeddings, device="cpu")
     model.text.embeddings.position_ids = positions.expand(1, -1)

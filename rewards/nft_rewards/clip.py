@@ -7,7 +7,7 @@ computed once for all rewards on the same towers; a prompt's text features are k
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal
@@ -20,9 +20,10 @@ from torch.nn.functional import normalize
 from nft_plugins import Batch
 
 from .chunks import in_chunks
-from .files import load_pretrained
-from .pixels import CLIP_MEAN, CLIP_STD, finite, normalised, shared_crop
+from .files import absolute, checked_config, explained, load_pretrained
+from .pixels import CLIP_MEAN, CLIP_STD, Size, finite, normalised, shared_crop
 from .texts import Texts
+from .vocabulary import check_end, check_tokenizer
 
 Precision = Literal["auto", "fp32", "bf16", "fp16"]
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -44,7 +45,7 @@ class Towers:
     tokenize: texts to tokens `[B, length]` on the device, cut to that length.
     count_tokens: how long each text is before it is cut.
     width: of the embeddings, D.
-    shortest, crop: pixels of the shortest side, and of the crop from the middle.
+    size, crop: pixels that images are resized to, and of the crop from the middle.
     rounded: whether the crop begins at half the margin rounded to even, as torchvision has it, or rounded
         down, as transformers has it.
     """
@@ -58,7 +59,7 @@ class Towers:
     logit_scale: float
     device: torch.device
     dtype: torch.dtype
-    shortest: int = 224
+    size: Size = 224
     crop: tuple[int, int] = (224, 224)
     rounded: bool = False
     mean: tuple[float, ...] = CLIP_MEAN
@@ -92,7 +93,7 @@ class CLIP:
         t = self.towers
         return batch.shared(
             (CLIP.images, self),
-            lambda: self.encode(shared_crop(batch, t.shortest, t.crop, t.device, t.rounded)),
+            lambda: self.encode(shared_crop(batch, t.size, t.crop, t.device, t.rounded)),
         )
 
     def cosine(
@@ -133,17 +134,17 @@ def load_clip(checkpoint: str, processor: str, device: str, precision: Precision
     processor: where the tokenizer and the image preprocessing come from, if not from the checkpoint.
     Raises OSError where the files cannot be had.
     """
-    key = (checkpoint, processor, device, precision)
+    place = torch.empty(0, device=device).device  # With the number of the GPU, which `cuda` leaves out.
+    dtype = dtype_of(precision, place)
+    key = (absolute(checkpoint), absolute(processor), place, dtype)
     clip = _loaded.get(key)
     if clip is None:
-        place = torch.device(device)
-        dtype = dtype_of(precision, place)
         if checkpoint.startswith("open_clip:"):
             from .open_clip_towers import towers
 
-            parts = towers(checkpoint.removeprefix("open_clip:"), place, dtype)
+            parts = towers(absolute(checkpoint).removeprefix("open_clip:"), place, dtype)
         else:
-            parts = transformers_towers(checkpoint, processor, place, dtype)
+            parts = transformers_towers(absolute(checkpoint), absolute(processor), place, dtype)
         clip = _loaded[key] = CLIP(checkpoint, parts)
     return clip
 
@@ -152,20 +153,19 @@ def transformers_towers(checkpoint: str, processor: str, device: torch.device, d
     from transformers import AutoTokenizer, CLIPModel
     from transformers.models.clip import CLIPImageProcessor
 
-    model = load_pretrained(CLIPModel, checkpoint, lambda name: name.endswith("position_ids"))
-    try:
+    with explained("a CLIPModel in safetensors", checkpoint):
+        config = checked_config(CLIPModel, checkpoint)
+    with explained("a CLIP's tokenizer and image processor", processor):
         tokenizer = AutoTokenizer.from_pretrained(processor, trust_remote_code=False)
-        config = CLIPImageProcessor.from_pretrained(processor)
-    except (OSError, ValueError) as error:
-        raise OSError(
-            f"Looked for a CLIP's tokenizer and image processor in a folder {processor!r} and on the Hugging "
-            f"Face hub: {' '.join(str(error).split())[:300]} checkpoint=PATH takes a local folder that holds "
-            "them too, which works offline."
-        ) from error
+        images = CLIPImageProcessor.from_pretrained(processor)
+    size, crop = geometry(images, int(config.vision_config.image_size), processor)
+    length = int(config.text_config.max_position_embeddings)
+    check_tokenizer(tokenizer, int(config.text_config.vocab_size), processor)
+    check_end(tokenizer, int(config.text_config.eos_token_id), length, processor)
+    model = load_pretrained(CLIPModel, checkpoint, lambda name: name.endswith("position_ids"))
     # Before it is cast: in bfloat16 a scale of 100 would be 98.9.
     logit_scale = float(model.logit_scale.detach().exp())
     model = model.to(device=device, dtype=dtype).eval().requires_grad_(False)
-    length = int(model.config.text_config.max_position_embeddings)
 
     def tokenize(texts: list[str]) -> Tensor:
         padded = tokenizer(texts, padding="max_length", truncation=True, max_length=length, return_tensors="pt")
@@ -182,8 +182,39 @@ def transformers_towers(checkpoint: str, processor: str, device: torch.device, d
         logit_scale=logit_scale,
         device=device,
         dtype=dtype,
-        shortest=int(config.size["shortest_edge"]),
-        crop=(int(config.crop_size["height"]), int(config.crop_size["width"])),
-        mean=tuple(config.image_mean),
-        std=tuple(config.image_std),
+        size=size,
+        crop=crop,
+        mean=tuple(images.image_mean),
+        std=tuple(images.image_std),
     )
+
+
+def geometry(config: Any, side: int, source: str) -> tuple[Size, tuple[int, int]]:
+    """The size that a processor resizes images to, and the crop that it takes of them.
+
+    side: of the images that the model reads. Raises OSError for what else a processor may do.
+    """
+    wanted: Mapping[str, Any] = {"do_resize": True, "do_rescale": True, "do_normalize": True, "resample": 3}
+    other = [f"{n} = {getattr(config, n)}" for n, v in wanted.items() if getattr(config, n, None) != v]
+    size = {k: v for k, v in dict(config.size).items() if v is not None}
+    resized: Size = 0
+    if size.keys() == {"shortest_edge"}:
+        resized = int(size["shortest_edge"])
+    elif size.keys() == {"height", "width"}:
+        resized = int(size["height"]), int(size["width"])
+    else:
+        other.append(f"size = {size}")
+    crop = (side, side)
+    if config.do_center_crop:
+        crop = int(config.crop_size["height"]), int(config.crop_size["width"])
+    elif resized != crop:
+        other.append(f"do_center_crop = {config.do_center_crop} with size = {size}")
+    if crop != (side, side) or min((resized,) if isinstance(resized, int) else resized) < side:
+        other.append(f"size = {size} and crop_size = {config.crop_size} for a model of {side} px")
+    if other:
+        raise OSError(
+            f"the image processor of {source!r} has {'; '.join(other)}. Expected one that resizes (bicubic, "
+            f"resample = 3) the shortest side, or height and width, and crops {side} x {side} px from the "
+            "middle, which is what the model reads."
+        )
+    return resized, crop

@@ -47,9 +47,7 @@ class ColorClassifier:
     def cosines(self, crops: Sequence[Tensor], labels: Sequence[str]) -> Tensor:
         """`[N, 10]`."""
         towers = self.clip.towers
-        cropped = [
-            centre_crop(crop[None].to(towers.device), towers.shortest, towers.crop).byte() for crop in crops
-        ]
+        cropped = [centre_crop(crop[None].to(towers.device), towers.size, towers.crop).byte() for crop in crops]
         features = self.clip.encode(torch.cat(cropped))
         self.learn(labels)
         classifiers = torch.stack([self.classifiers[label] for label in labels])

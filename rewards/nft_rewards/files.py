@@ -11,13 +11,15 @@ import pickle
 import shlex
 import subprocess
 import zipfile
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
+from torch.nn.modules.module import register_module_parameter_registration_hook
 
 CUT = "The file may be cut short or of another kind; download it again."
 #: Suffixes of pickles, which can run anything when they are read.
@@ -39,6 +41,19 @@ def refusal(pickles: Iterable[Path], target: Path) -> OSError:
         f"{', '.join(paths[1:])}: pickled weights can run code when they are read, so safetensors are read "
         f'alone. This converts tensors and refuses anything else: python -c "{CONVERT}" {files}'
     )
+
+
+def absolute(checkpoint: str) -> str:
+    """The one path of a local file or folder, however it was written; a hub id as it is.
+
+    Of `open_clip:ARCHITECTURE/FILE`, that of the file.
+    """
+    start, path = "", checkpoint
+    if checkpoint.startswith("open_clip:"):
+        start, _, path = checkpoint.partition("/")
+        start += "/"
+    place = Path(path).expanduser()
+    return f"{start}{place.resolve() if path and place.exists() else path}"
 
 
 def find_file(checkpoint: str, name: str) -> Path:
@@ -162,28 +177,65 @@ def load_exactly(
 TABLES = 2**24
 
 
-def check_files(cls: Any, checkpoint: str) -> None:
-    """Raise OSError for a config that names code, or wants a larger model than the files hold.
+@contextmanager
+def explained(what: str, checkpoint: str, option: str = "checkpoint") -> Iterator[None]:
+    """OSError for whatever transformers raises for files that are absent, cut short or of another kind."""
+    try:
+        yield
+    except SafetensorError as error:
+        raise OSError(f"Cannot read weights from {checkpoint!r}: {error}. {CUT}") from error
+    except Exception as error:
+        said = " ".join(str(error).split())[:300]
+        if not isinstance(error, OSError | ValueError):  # A file that is not in the form that it should have.
+            said = f"{type(error).__name__}: {said}."
+        raise OSError(
+            f"Looked for {what} in a folder {checkpoint!r} and on the Hugging Face hub: {said} "
+            f"{option}=PATH takes a local folder that holds all of its files, which works offline."
+        ) from error
 
+
+def checked_config(cls: Any, checkpoint: str) -> Any:
+    """A transformers model's config, before any weight is read.
+
+    Raises OSError for one that names code, or is of another or a larger model than the files hold.
     transformers would allocate the latter first, and then fill it with random numbers.
     """
+    for file in Path(checkpoint).glob("*"):
+        if file.suffix in (".json", ".safetensors") and not file.is_file():
+            raise OSError(f"{file} is no file, or a link to one that is not there.")
+    check_kind(cls.config_class, checkpoint)
     files = sorted(Path(checkpoint).glob("*.safetensors"))
-    if not Path(checkpoint).is_dir():
-        try:
-            files = [find_file(checkpoint, "model.safetensors")]
-        except OSError:  # There is none, or it comes in parts.
-            return
-    if not files:
-        return
     config = cls.config_class.from_pretrained(checkpoint)
     check_attention(config)
-    with torch.device("meta"):
+    if not Path(checkpoint).is_dir():
+        with suppress(OSError):  # There is none, or it comes in parts.
+            files = [find_file(checkpoint, "model.safetensors")]
+    if not files:
+        return config
+    with torch.device("meta"), limited(sum(map(count_tensors, files))):
         model = cls(config)
     wanted = sum(t.numel() for t in (*model.parameters(), *model.buffers()))
     held = sum(map(count_numbers, files))
     # A bound on memory: that a weight is missing is told later, by its name.
     if wanted > 2 * held + TABLES:
         raise OSError(f"the config is of a model of {wanted:,} numbers, the files hold {held:,}.")
+    return config
+
+
+def check_kind(cls: Any, checkpoint: str) -> None:
+    """Raise OSError where there is no config of that class, or its weights are packed.
+
+    transformers takes a default where there is none, and only warns of one of another kind.
+    """
+    config, _ = cls.get_config_dict(checkpoint)
+    if not isinstance(config, dict):
+        raise OSError(f"its config.json holds no JSON object but {type(config).__name__}.")
+    if config.get("model_type") != cls.model_type:
+        came = f"is of model_type {config['model_type']!r}" if config.get("model_type") else "is missing"
+        raise OSError(f"expected a config.json of model_type {cls.model_type!r}, and it {came}.")
+    if packed := config.get("quantization_config"):
+        method = packed.get("quant_method") if isinstance(packed, dict) else packed
+        raise OSError(f"its weights are quantised ({method}), which cannot be read; take the original ones.")
 
 
 def check_attention(config: Any) -> None:
@@ -195,6 +247,32 @@ def check_attention(config: Any) -> None:
                 f"its config.json asks for code of {wanted!r} as attn_implementation, and no code of a "
                 "checkpoint is run; take that line out."
             )
+
+
+@contextmanager
+def limited(tensors: int) -> Iterator[None]:
+    """Raise OSError as soon as a model that is made inside has far more weights than a file has tensors.
+
+    A config can ask for so many layers that making them, even without memory for numbers, never ends.
+    """
+    made = 0
+
+    def count(*_: Any) -> None:
+        nonlocal made
+        made += 1
+        if made > 4 * tensors + 1000:  # A file may hold in one tensor what a model has in a few.
+            raise OSError(f"the config is of more than {made - 1:,} tensors, the files hold {tensors:,}.")
+
+    hook = register_module_parameter_registration_hook(count)
+    try:
+        yield
+    finally:
+        hook.remove()
+
+
+def count_tensors(file: Path) -> int:
+    with safe_open(file, framework="pt") as opened:
+        return len(opened.keys())
 
 
 def count_numbers(file: Path) -> int:
@@ -214,8 +292,8 @@ def load_pretrained(cls: Any, checkpoint: str, unused: Callable[[str], bool]) ->
     pickles = sorted(folder.glob("pytorch_model*.bin"))
     if pickles and not any(folder.glob("*.safetensors")):
         raise refusal(pickles, folder / "model.safetensors")
-    try:
-        check_files(cls, checkpoint)
+    with explained(f"a {cls.__name__} in safetensors", checkpoint):
+        checked_config(cls, checkpoint)
         model, info = cls.from_pretrained(
             checkpoint,
             dtype=torch.float32,
@@ -223,14 +301,6 @@ def load_pretrained(cls: Any, checkpoint: str, unused: Callable[[str], bool]) ->
             output_loading_info=True,
             ignore_mismatched_sizes=True,
         )
-    except SafetensorError as error:
-        raise OSError(f"Cannot read weights from {checkpoint!r}: {error}. {CUT}") from error
-    except (OSError, ValueError) as error:
-        raise OSError(
-            f"Looked for a {cls.__name__} in safetensors in a folder {checkpoint!r} and on the Hugging Face "
-            f"hub: {' '.join(str(error).split())[:300]} checkpoint=PATH takes a local folder, which works "
-            "offline."
-        ) from error
     # transformers would put random numbers in the place of what is wrong, and warn.
     parameters = {name for name, _ in model.named_parameters()}
     wrong = {

@@ -18,8 +18,9 @@ from nft_plugins import Batch, PromptError, Scores
 
 from .chunks import in_chunks
 from .clip import Precision, dtype_of
-from .files import find_file, load_exactly, read_tensors
+from .files import check_kind, explained, find_file, limited, load_exactly, read_tensors
 from .pixels import finite, normalised, resize
+from .vocabulary import check_tokenizer
 
 CHECKPOINT = "MizzenAI/HPSv3"
 FILE = "HPSv3.safetensors"
@@ -28,6 +29,8 @@ BASE = "Qwen/Qwen2-VL-7B-Instruct"
 
 REWARD = "<|Reward|>"
 IMAGE = "<|image_pad|>"
+#: Tokens of the chat, which Qwen2-VL's tokenizer has.
+SPECIAL = (IMAGE, "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>")
 #: The published chat up to the token at which the head reads, from where what follows cannot be seen.
 CHAT = (
     "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n<|im_start|>user\n"
@@ -206,14 +209,13 @@ def load_base(base: str) -> tuple[Any, Any]:
     """Qwen2-VL's tokenizer, with one token more, and its config for that many. Raises OSError without them."""
     from transformers import AutoTokenizer, Qwen2VLConfig
 
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(base, trust_remote_code=False)
+    with explained(f"the tokenizer and config.json of {BASE}", base, "base"):
+        check_kind(Qwen2VLConfig, base)
         config = Qwen2VLConfig.from_pretrained(base)
-    except (OSError, ValueError) as error:
-        raise OSError(
-            f"Looked for the tokenizer and config.json of {BASE} in a folder {base!r} and on the Hugging Face "
-            f"hub: {' '.join(str(error).split())[:300]} base=PATH takes a local folder, which works offline."
-        ) from error
+        tokenizer = AutoTokenizer.from_pretrained(base, trust_remote_code=False)
+    check_tokenizer(tokenizer, int(config.text_config.vocab_size), base)
+    if lacking := [token for token in SPECIAL if token not in tokenizer.get_vocab()]:
+        raise OSError(f"the tokenizer of {base!r} lacks {', '.join(lacking)}: expected that of {BASE}.")
     tokenizer.add_tokens([REWARD], special_tokens=True)
     config.text_config.vocab_size = len(tokenizer)
     return tokenizer, config
@@ -224,9 +226,10 @@ def load_model(file: Path, config: Any, device: torch.device, dtype: torch.dtype
     from accelerate import init_empty_weights
 
     # Without memory for weights, but with the frequencies of rotary positions, which are in no file.
-    with init_empty_weights(include_buffers=False):
+    tensors = read_tensors(file)
+    with init_empty_weights(include_buffers=False), limited(len(tensors)):
         model = RewardModel(config)
-    load_exactly(model, read_tensors(file), file, unused=("lm_head.weight",))
+    load_exactly(model, tensors, file, unused=("lm_head.weight",))
     for part, precision in ((model.visual, dtype), (model.model, dtype), (model.rm_head, torch.float32)):
         part.to(device, precision)
     return model.eval().requires_grad_(False)

@@ -16,9 +16,10 @@ from nft_plugins import Batch, Scores
 from .blip import MED_CONFIG, load_blip, locate
 from .chunks import in_chunks
 from .clip import Precision, dtype_of
-from .files import read_tensors
+from .files import explained, read_tensors
 from .pixels import finite, normalised, shared_crop
 from .texts import Texts
+from .vocabulary import check_tokenizer
 
 CHECKPOINT = "THUDM/ImageReward"
 TOKENIZER = "bert-base-uncased"
@@ -107,17 +108,16 @@ def load_tokenizer(name: str, vocab_size: int) -> Any:
     """BERT's, from a folder or the hub. Raises OSError where it is another than the model's."""
     from transformers import BertTokenizer
 
-    looked = f"Looked for the tokenizer of {TOKENIZER} in a folder {name!r} and on the Hugging Face hub"
-    remedy = "tokenizer=PATH takes a local folder with its vocab.txt or tokenizer.json, which works offline."
-    try:
+    with explained(f"the tokenizer of {TOKENIZER}", name, "tokenizer"):
         tokenizer = BertTokenizer.from_pretrained(name)
-    except (OSError, ValueError) as error:
-        raise OSError(f"{looked}: {' '.join(str(error).split())[:300]} {remedy}") from error
-    # BLIP added [DEC] and [ENC], which the score does not use, to the vocabulary that it found. Where
-    # transformers finds no vocabulary it says nothing and makes a tokenizer of the 5 special tokens.
-    if vocab_size - len(tokenizer) not in (0, 2):
-        came = f"has {len(tokenizer)} tokens" if len(tokenizer) > 5 else "has no vocabulary, or is not there"
-        raise OSError(f"{looked}: what came {came}, and the model was made for {vocab_size - 2}. {remedy}")
+        # BLIP added [DEC] and [ENC], which the score does not use, to the vocabulary that it found. Where
+        # transformers finds no vocabulary it says nothing and makes a tokenizer of the 5 special tokens.
+        if vocab_size - len(tokenizer) not in (0, 2):
+            came = (
+                f"has {len(tokenizer)} tokens" if len(tokenizer) > 5 else "has no vocabulary, or is not there"
+            )
+            raise OSError(f"what came {came}, and the model was made for {vocab_size - 2}.")
+        check_tokenizer(tokenizer, vocab_size, name)
     return tokenizer
 
 

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from .clip import Towers
 from .files import load_exactly, read_tensors
+from .vocabulary import check_tokenizer
 
 
 def from_file(name: str, path: Path, device: torch.device, dtype: torch.dtype) -> Towers:
@@ -43,6 +44,9 @@ def towers_of(model: Any, tokenizer: Any, device: torch.device, dtype: torch.dty
     # Before it is cast: in bfloat16 a scale of 100 would be 98.9.
     logit_scale = float(model.logit_scale.detach().float().exp())
     model = model.to(device=device, dtype=dtype).eval().requires_grad_(False)
+    words = getattr(tokenizer, "tokenizer", None)  # Of transformers, where it is not open_clip's own.
+    if hasattr(words, "get_vocab"):
+        check_tokenizer(words, int(model.vocab_size), str(words.name_or_path))
     crop = model.visual.image_size
     crop = (crop, crop) if isinstance(crop, int) else tuple(crop)
 
@@ -64,7 +68,7 @@ def towers_of(model: Any, tokenizer: Any, device: torch.device, dtype: torch.dty
         logit_scale=logit_scale,
         device=device,
         dtype=dtype,
-        shortest=min(crop),
+        size=min(crop),
         crop=crop,
         rounded=True,
         mean=tuple(model.visual.image_mean),

@@ -7,7 +7,6 @@ float64; in float32, smooth images, whose sums fall on halves everywhere, would 
 
 from __future__ import annotations
 
-from functools import lru_cache
 from typing import Literal
 
 import numpy as np
@@ -18,6 +17,7 @@ from torch import Tensor
 from nft_plugins import Batch
 
 from .chunks import in_chunks
+from .recent import Recent
 
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
@@ -25,8 +25,21 @@ CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 Filter = Literal["bicubic", "bilinear"]
 
 
-@lru_cache(maxsize=256)
+#: Those of the sizes met last. Those of one photograph take up to 40 MB.
+_weights = Recent(2**28)
+
+
 def weights(size: int, new_size: int, start: int, stop: int, kind: Filter) -> Tensor:
+    """`compute_weights`, or what it gave before."""
+    key = (size, new_size, start, stop, kind)
+    known = _weights.get(key)
+    if known is None:
+        known = compute_weights(*key)
+        _weights.keep(key, known)
+    return known
+
+
+def compute_weights(size: int, new_size: int, start: int, stop: int, kind: Filter) -> Tensor:
     """Rows start to stop of the weights `[new_size, size]` float64 of PIL's filter along one direction.
 
     Bicubic has a = -1/2. When it shrinks, the filter widens by the same factor (antialiasing), and weights
@@ -99,19 +112,25 @@ def quantised(x: Tensor) -> Tensor:
     return (x + 0.5).floor().clamp(0, 255)
 
 
-def centre_crop(images: Tensor, shortest: int, crop: tuple[int, int], rounded: bool = False) -> Tensor:
-    """`[B, 3, *crop]`: the shortest side resized to `shortest`, then the middle, as CLIP's processors do.
+#: Pixels that an image is resized to: of its shortest side, or height and width whatever its aspect.
+Size = int | tuple[int, int]
+
+
+def centre_crop(images: Tensor, size: Size, crop: tuple[int, int], rounded: bool = False) -> Tensor:
+    """`[B, 3, *crop]`: the image resized, then its middle, as CLIP's processors do.
 
     rounded: an odd margin is halved to the even number (torchvision), or else down (transformers).
     """
     height, width = images.shape[-2:]
-    short = min(height, width)
-    size = (int(shortest * height / short), int(shortest * width / short))
-    margins = [have - want for have, want in zip(size, crop, strict=True)]
+    if isinstance(size, int):
+        short = min(height, width)
+        size = (int(size * height / short), int(size * width / short))
+    new_height, new_width = size
+    margins = (new_height - crop[0], new_width - crop[1])
     top, left = (round(m / 2) if rounded else m // 2 for m in margins)
     window = (top, left, top + crop[0], left + crop[1])
     # A few at once: float64 takes eight times the bytes that came.
-    return in_chunks(lambda x: resize(x, *size, window=window), images, chunk=8)
+    return in_chunks(lambda x: resize(x, new_height, new_width, window=window), images, chunk=8)
 
 
 def normalised(
@@ -123,12 +142,12 @@ def normalised(
 
 
 def shared_crop(
-    batch: Batch, shortest: int, crop: tuple[int, int], device: torch.device, rounded: bool = False
+    batch: Batch, size: Size, crop: tuple[int, int], device: torch.device, rounded: bool = False
 ) -> Tensor:
     """`centre_crop` of a batch on a device, as bytes, computed once for all rewards that want it."""
     return batch.shared(
-        (shared_crop, shortest, crop, device, rounded),
-        lambda: centre_crop(batch.uint8.to(device), shortest, crop, rounded).byte(),
+        (shared_crop, size, crop, device, rounded),
+        lambda: centre_crop(batch.uint8.to(device), size, crop, rounded).byte(),
     )
 
 

@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections import OrderedDict
 from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
+from .recent import Recent
+
 log = logging.getLogger(__name__)
 
-#: Prompts that are kept; the features of ViT-H/14 take 4 kB each.
-CACHE = 65536
+#: Bytes of rows that are kept: 65536 prompts' features of ViT-H/14.
+CACHE = 2**28
 
 
 class Texts:
@@ -32,21 +33,22 @@ class Texts:
     ) -> None:
         self.name, self.encode = name, encode
         self.length, self.count_tokens = length, count_tokens
-        self.kept: OrderedDict[str, Tensor] = OrderedDict()
+        self.kept = Recent(CACHE)
         self.lock = threading.Lock()
         self.said_what_is_cut = False
 
     def __call__(self, prompts: Sequence[str]) -> Tensor:
         """`[B, ...]` for B prompts, at least one."""
         with self.lock:
-            new = [p for p in dict.fromkeys(prompts) if p not in self.kept]
+            kept = {p: self.kept.get(p) for p in prompts}
+            rows = {p: row for p, row in kept.items() if row is not None}
+            new = [p for p in kept if p not in rows]
             if new:
                 self.say_what_is_cut(new)
-                self.kept.update(zip(new, self.encode(new), strict=True))
-            rows = [self.kept[p] for p in prompts]
-            while len(self.kept) > CACHE:
-                self.kept.popitem(last=False)
-        return torch.stack(rows)
+                for p, row in zip(new, self.encode(new), strict=True):
+                    rows[p] = row.clone()
+                    self.kept.keep(p, rows[p])
+        return torch.stack([rows[p] for p in prompts])
 
     def say_what_is_cut(self, prompts: list[str]) -> None:
         """One warning, with an example, for prompts that are longer than the model reads."""

@@ -11,6 +11,7 @@ from click.testing import CliRunner
 
 from nft_core import doctor
 from nft_core.cli import main
+from nft_core.errors import NftError
 
 SOUND = {"torch": {"version": "2.13.0+cpu", "cuda": None, "hip": None}, "gpus": []}
 
@@ -134,3 +135,22 @@ def test_gpus(monkeypatch):
     assert result.exit_code == 0, result.output
     assert "2.13.0, built for CUDA 13.0" in result.stdout
     assert "H100 (79.1 GiB)" in result.stdout
+
+
+def test_a_broken_torchvision_is_explained_where_it_does_harm(monkeypatch):
+    """As transformers hides it: it says alone that a module cannot be imported."""
+    said = "RuntimeError: operator torchvision::nms does not exist"
+    monkeypatch.setattr(doctor, "probe", lambda: SOUND | {"torchvision_error": said})
+    monkeypatch.setattr(doctor, "installed", lambda module: True)
+
+    def fail(*given, **options):
+        raise NftError("The reward cannot be loaded.") from ModuleNotFoundError("Could not import 'CLIPModel'")
+
+    monkeypatch.setattr("nft_core.listing.load_host", fail)
+    result = CliRunner().invoke(main, ["rewards"])
+    assert result.exit_code == 1
+    assert result.stderr.startswith("Error: torchvision is broken: installed, but raises")
+    assert said in result.stderr and "pip uninstall torchvision" in result.stderr
+    monkeypatch.setattr(doctor, "probe", lambda: SOUND)
+    result = CliRunner().invoke(main, ["rewards"])
+    assert result.stderr == "Error: The reward cannot be loaded.\n"

@@ -414,7 +414,7 @@ def test_weights_are_not_needed(taken, host, tmp_path):
         assert getattr(bare, name) == getattr(whole, name)
     assert bare.step.peak(4) == whole.step.peak(4) and bare.step.flops == whole.step.flops
     shutil.rmtree(tmp_path / "tokenizer")
-    with pytest.raises(NftError, match="has no tokenizer: a plan needs"):
+    with pytest.raises(NftError, match="names tokenizer, and it has no such folder"):
         footprint(s, host, CUDA)
 
 

@@ -25,3 +25,32 @@ def test_each_text_that_is_drawn_is_encoded_once(sd3_folder):
     ours = encoded.of(torch.tensor([1, 2, 0]), torch.device("cpu"))
     for name, rows in model.encode(["b", "a", "a"]).items():
         torch.testing.assert_close(ours[name], rows)
+
+
+@pytest.mark.parametrize("size", [0, 7, 200])
+def test_a_cut_file_of_the_cache_is_made_anew(sd3_folder, tmp_path, size):
+    model, prompts = SD3(str(sd3_folder), max_sequence_length=8), [Prompt("a", {}), Prompt("b", {})]
+    first = encode(model, prompts, [0, 1], tmp_path)
+    (file,) = tmp_path.iterdir()
+    whole = file.read_bytes()
+    cut = tmp_path / "cut"  # The first is still mapped.
+    cut.write_bytes(whole[:size] if size < 200 else whole[:-1])
+    cut.replace(file)
+    again = encode(model, prompts, [0, 1], tmp_path)
+    for name, rows in first.condition.items():
+        torch.testing.assert_close(again.condition[name], rows)
+    assert file.read_bytes() == whole
+
+
+def test_what_no_encoder_reads_is_said_once(sd3_folder, caplog):
+    """CLIP reads 12 tokens here and T5 24, two of them for each letter and one for the end."""
+    model = SD3(str(sd3_folder), max_sequence_length=24)
+    model.encode(["a " * 11])
+    assert "tokens of a prompt" not in caplog.text
+    model.encode(["b", "a " * 30 + "b", "a " * 30 + "c", "c " * 30])
+    model.encode(["d " * 30])
+    (record,) = (r for r in caplog.records if r.name == "nft_core.models.pipeline")
+    said = record.getMessage()
+    assert "reads 24 tokens of a prompt and leaves out the rest; 3 of 4 prompts are longer" in said
+    assert "of these 1 are the same to it as another" in said
+    assert "max_sequence_length sets how many" in said

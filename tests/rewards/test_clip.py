@@ -1,7 +1,11 @@
 """CLIP rewards against transformers' own model and processor, on checkpoints made here."""
 
+import json
+import os
+import shutil
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -13,6 +17,8 @@ from nft_rewards.clip import load_clip, text_features
 from nft_rewards.clipscore import CLIPScore
 from nft_rewards.pickscore import PickScore
 from nft_rewards.pixels import centre_crop
+from nft_rewards.texts import Texts
+from nft_rewards.vocabulary import check_tokenizer
 
 PROMPTS = ["a b", "a photo", "b c d", "a b"]
 
@@ -165,8 +171,6 @@ def test_missing_files_are_explained(tmp_path):
 
 
 def test_pickles_are_refused(checkpoint, tmp_path):
-    import shutil
-
     from safetensors.torch import load_file
 
     folder = tmp_path / "pickle"
@@ -187,8 +191,6 @@ def test_pickles_are_refused(checkpoint, tmp_path):
     ],
 )
 def test_harmed_checkpoints_are_refused(checkpoint, tmp_path, harm, said):
-    import shutil
-
     from safetensors.torch import load_file, save_file
 
     folder = tmp_path / "harmed"
@@ -210,3 +212,126 @@ def test_harmed_checkpoints_are_refused(checkpoint, tmp_path, harm, said):
         file.write_bytes(file.read_bytes()[:3000])
     with pytest.raises(OSError, match=said):
         PickScore(str(folder))
+
+
+def changed(checkpoint, folder, name, **values):
+    """A copy of the checkpoint with other values in one of its JSON files."""
+    shutil.copytree(checkpoint, folder)
+    record = json.loads((folder / name).read_text())
+    part = record["image_processor"] if name == "processor_config.json" else record
+    part.update(values)
+    (folder / name).write_text(json.dumps(record))
+    return str(folder)
+
+
+def test_a_tokenizer_without_its_files_is_refused(checkpoint, tmp_path):
+    """transformers makes one of two tokens, to which all prompts are the same."""
+    folder = shutil.copytree(checkpoint, tmp_path / "clip")
+    (folder / "tokenizer.json").unlink()
+    with pytest.raises(OSError, match="has 2 tokens and the model 54"):
+        PickScore(str(folder))
+
+
+def test_a_tokenizer_that_lost_a_part_is_refused():
+    from transformers import CLIPTokenizer
+
+    letters = "abcdefghijklmnopqrstuvwxyz"
+    pairs = [(a, b + "</w>") for a in letters for b in letters]
+    words = ["<|startoftext|>", "<|endoftext|>", *letters, *(c + "</w>" for c in letters), *map("".join, pairs)]
+    vocab = {w: i for i, w in enumerate(words)}
+    check_tokenizer(CLIPTokenizer(vocab=vocab, merges=pairs), len(vocab), "whole")
+    with pytest.raises(OSError, match="of its words it finds .* in a text"):
+        check_tokenizer(CLIPTokenizer(vocab=vocab, merges=[]), len(vocab), "without merges")
+
+
+@pytest.mark.parametrize(
+    "values", [{"eos_token_id": 5}, {"pad_token": "<|startoftext|>", "padding_side": "left"}]
+)
+def test_a_text_that_is_not_read_at_its_end_is_refused(checkpoint, tmp_path, values):
+    """The model would read the first token, which is the same in all texts."""
+    config = "tokenizer_config.json"
+    if "eos_token_id" in values:
+        config, old = "config.json", json.loads((Path(checkpoint) / "config.json").read_text())
+        values = {"text_config": old["text_config"] | values}
+    folder = changed(checkpoint, tmp_path / "clip", config, **values)
+    with pytest.raises(OSError, match="should stand behind its words"):
+        PickScore(folder)
+
+
+def test_a_processor_that_resizes_to_height_and_width(checkpoint, tmp_path, picture):
+    from transformers.models.clip import CLIPImageProcessor
+
+    folder = changed(checkpoint, tmp_path / "clip", "processor_config.json", size={"height": 48, "width": 48})
+    theirs = CLIPImageProcessor.from_pretrained(folder, do_normalize=False, do_rescale=False)
+    batch, towers = batch_of(picture, ["a"]), PickScore(folder).clip.towers
+    ours = centre_crop(batch.uint8, towers.size, towers.crop)
+    assert (ours == theirs(batch.pil, return_tensors="pt").pixel_values).all()
+
+
+@pytest.mark.parametrize(
+    ("values", "said"),
+    [
+        ({"resample": 2}, "resample = 2"),
+        ({"do_resize": False}, "do_resize = False"),
+        ({"size": {"longest_edge": 48}}, "longest_edge"),
+        ({"crop_size": {"height": 32, "width": 32}}, "for a model of 48 px"),
+        ({"do_center_crop": False}, "do_center_crop = False"),
+    ],
+)
+def test_processors_that_do_something_else_are_refused(checkpoint, tmp_path, values, said):
+    folder = changed(checkpoint, tmp_path / "clip", "processor_config.json", **values)
+    with pytest.raises(OSError, match=said):
+        PickScore(folder)
+
+
+@pytest.mark.parametrize(
+    ("name", "values", "said"),
+    [
+        ("config.json", {"model_type": "siglip"}, "expected a config.json of model_type 'clip'.* 'siglip'"),
+        ("config.json", {"model_type": None}, "model_type 'clip', and it is missing"),
+        ("config.json", {"quantization_config": {"quant_method": "gptq"}}, r"quantised \(gptq\)"),
+        ("config.json", {"vision_config": {"num_hidden_layers": 10**9}}, "the config is of more than"),
+        ("tokenizer.json", None, "Looked for a CLIP's tokenizer"),
+    ],
+)
+def test_files_of_another_kind_are_refused(checkpoint, tmp_path, name, values, said):
+    folder = tmp_path / "clip"
+    if values is None:
+        shutil.copytree(checkpoint, folder)
+        (folder / name).write_text("[]")
+    else:
+        changed(checkpoint, folder, name, **values)
+    with pytest.raises(OSError, match=said):
+        PickScore(str(folder))
+
+
+def test_a_pipe_in_the_place_of_weights_is_not_waited_for(checkpoint, tmp_path):
+    folder = shutil.copytree(checkpoint, tmp_path / "clip")
+    (folder / "model.safetensors").unlink()
+    os.mkfifo(folder / "model.safetensors")
+    with pytest.raises(OSError, match="model.safetensors is no file"):
+        PickScore(str(folder))
+
+
+def test_towers_are_loaded_once_however_they_are_asked_for(checkpoint, monkeypatch):
+    plain = PickScore(checkpoint).clip
+    monkeypatch.chdir(Path(checkpoint).parent)
+    assert PickScore(checkpoint, precision="fp32").clip is plain  # which `auto` is on a CPU
+    assert PickScore(checkpoint + "/").clip is plain
+    assert PickScore(f"./{Path(checkpoint).name}").clip is plain
+
+
+def test_the_prompts_used_last_are_kept(monkeypatch):
+    encoded = []
+
+    def encode(texts):
+        encoded.extend(texts)
+        return torch.zeros(len(texts), 2)
+
+    monkeypatch.setattr("nft_rewards.texts.CACHE", 2 * 8)
+    texts = Texts("model", encode, 9, lambda prompts: [1] * len(prompts))
+    for prompt in ("often", "once", "often", "new", "often"):
+        assert texts([prompt]).shape == (1, 2)
+    assert encoded == ["often", "once", "new"]
+    assert texts(["a", "b", "c"]).shape == (3, 2)
+    assert texts.kept.bytes == 2 * 8

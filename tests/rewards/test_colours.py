@@ -58,7 +58,7 @@ class Fake:
             logit_scale=100.0,
             device=torch.device("cpu"),
             dtype=torch.float32,
-            shortest=8,
+            size=8,
             crop=(8, 8),
             mean=(0, 0, 0),
             std=(1, 1, 1),

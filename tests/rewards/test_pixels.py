@@ -5,7 +5,9 @@ import pytest
 import torch
 from PIL import Image
 
+from nft_rewards import pixels as resizing
 from nft_rewards.pixels import by_pil, by_products, centre_crop, resize
+from nft_rewards.recent import Recent
 
 SIZES = [
     ((512, 512), (224, 224)),
@@ -61,3 +63,14 @@ def test_pil_does_what_it_is_the_fastest_for(monkeypatch):
 def test_where_a_crop_begins(width, rounded, begins):
     image = torch.arange(width).expand(1, 3, 8, width)
     assert centre_crop(image, 8, (8, 8), rounded)[0, 0, 0].tolist() == list(range(begins, begins + 8))
+
+
+def test_weights_of_many_sizes_are_kept_within_bounds(monkeypatch):
+    monkeypatch.setattr(resizing, "_weights", Recent(3 * 8 * 10 * 20))
+    first = [resizing.weights(20, 10, 0, 10, "bicubic") for _ in range(2)]
+    assert first[0] is first[1]
+    for size in (18, 16, 14, 12):
+        resizing.weights(size, 10, 0, 10, "bicubic")
+        assert resizing.weights(20, 10, 0, 10, "bicubic") is first[0]
+    assert resizing._weights.bytes <= 3 * 8 * 10 * 20
+    assert len(resizing._weights.kept) == 3

@@ -3,22 +3,32 @@
 from __future__ import annotations
 
 import importlib
+import inspect
+import json
 import math
 import os
 import shlex
 import subprocess
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from importlib.metadata import version
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, cast
 
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
 from safetensors import SafetensorError, safe_open
+from torch.nn.modules.module import register_module_parameter_registration_hook
+
+from .vocabulary import check_end, check_tokenizer
 
 #: Libraries that a pipeline's parts may be of.
 LIBRARIES = ("diffusers", "transformers")
 #: Numbers that a part may have beside its file's: tables of positions and the like.
 TABLES = 2**24
+#: Steps of training that a scheduler may say; it makes a table of them.
+MOST_STEPS = 1_000_000
 #: Suffixes of pickles, which can run anything when they are read.
 PICKLED = (".bin", ".ckpt", ".pickle", ".pkl", ".pt", ".pth")
 #: Makes one safetensors file of pickles, of tensors alone. Without quotation marks that shells differ in.
@@ -44,19 +54,68 @@ def check_parts(index: Mapping[str, Any]) -> None:
             )
 
 
-def check_part(folder: Path, library: str, name: str) -> None:
-    """Raise OSError for pickles, and a config that names code or wants a larger part than its files hold.
+def parts_of(index: Mapping[str, Any]) -> dict[str, tuple[str, str]]:
+    """`(library, class)` of each part that a pipeline was saved with."""
+    kinds = {n: k for n, k in index.items() if isinstance(k, list) and not n.startswith("_")}
+    return {name: (kind[0], kind[1]) for name, kind in kinds.items() if kind != [None, None]}
 
-    transformers would allocate the latter first, and then fill it with random numbers.
+
+def check_pipeline(folder: Path, index: Mapping[str, Any], weights: bool = True) -> None:
+    """Hold a local folder to its model_index.json, by its small files and the headers of the weights.
+
+    weights: whether they must be there; a plan does without. Raises OSError.
     """
-    files = sorted(folder.glob("*.safetensors"))
-    pickles = sorted(f for f in folder.iterdir() if f.suffix in PICKLED)
-    if not files and pickles:
-        target = "model" if library == "transformers" else "diffusion_pytorch_model"
-        raise refusal(pickles, folder / f"{target}.safetensors")
-    if not files:
+    check_parts(index)
+    parts = parts_of(index)
+    texts = [name for name in parts if name.startswith("text_encoder")]
+    # Some pipelines have a processor in a tokenizer's place.
+    tokenizers = {n: t for n in texts if (t := n.replace("text_encoder", "tokenizer")) in index}
+    parameters = inspect.signature(class_of("diffusers", str(index["_class_name"])).__init__).parameters
+    expected = [n for n, p in list(parameters.items())[1:] if p.default is p.empty and n not in index]
+    wanted = [*expected, "transformer", "vae", "scheduler", *tokenizers.values()]
+    if unnamed := [name for name in dict.fromkeys(wanted) if name not in parts]:
+        raise OSError(f"{folder / 'model_index.json'} names no {', no '.join(unnamed)}, which a run needs.")
+    if lacking := [name for name in parts if not (folder / name).is_dir()]:
+        raise OSError(
+            f"{folder} is not whole: its model_index.json names {', '.join(lacking)}, and it has no such "
+            "folder. Download all of its files again."
+        )
+    for name, (library, kind) in parts.items():
+        check_part(folder / name, library, kind, weights)
+    for name, tokenizer in tokenizers.items():
+        check_texts(folder / name, parts[name], folder / tokenizer, parts[tokenizer], weights)
+
+
+def check_part(folder: Path, library: str, name: str, weights: bool) -> None:
+    """Raise OSError for files that are missing, pickled or of another kind, and for configs that do not fit.
+
+    A config may not name code, nor want a larger part than the files hold: transformers would allocate it,
+    and then fill it with random numbers.
+    """
+    cls = class_of(library, name)
+    if name.endswith("Scheduler"):
+        check_scheduler(read_object(folder / "scheduler_config.json"), folder)
+    if "Tokenizer" in name:
+        read_object(folder / "tokenizer_config.json")
+    if not (isinstance(cls, type) and issubclass(cls, torch.nn.Module)):
         return
-    model = empty_part(str(folder), library, name)
+    config = read_object(folder / "config.json")
+    if not weights and not files_in(folder, ".safetensors", *PICKLED):
+        return
+    files, _ = weights_of(folder, library)
+    if packed := config.get("quantization_config"):
+        method = packed.get("quant_method") if isinstance(packed, dict) else packed
+        raise OSError(
+            f"{folder}: the weights are quantised ({method}), which is not read here: take the original ones."
+        )
+    try:
+        with limited(folder, name, sum(map(count_tensors, files))):
+            model = empty_part(str(folder), library, name)
+    except OSError:
+        raise
+    except Exception as error:  # Numbers out of range raise anything.
+        said = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+        raise OSError(f"{folder / 'config.json'} is of no {name}: {said}.") from error
     wanted = sum(p.numel() for p in model.parameters())
     tables = sum(b.numel() for b in model.buffers())
     held = sum(map(count_numbers, files))
@@ -67,12 +126,159 @@ def check_part(folder: Path, library: str, name: str) -> None:
         )
 
 
+def class_of(library: str, name: str) -> Any:
+    found = getattr(importlib.import_module(library), name, None)
+    if found is None:
+        raise OSError(
+            f"model_index.json names a {name} of {library}, and {library} {version(library)}, which is "
+            "installed, has no such class: it may be of a newer version."
+        )
+    return found
+
+
+def read_object(file: Path) -> dict[str, Any]:
+    """The JSON object in a file. Raises OSError where there is none."""
+    if not file.is_file():
+        raise OSError(f"There is no file {file}. Download all of the model's files again.")
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise OSError(f"{file} is no JSON, or cut short: {error}. Download it again.") from error
+    if not isinstance(content, dict):
+        raise OSError(
+            f"{file} should hold a JSON object, and holds {type(content).__name__}. Download it again."
+        )
+    return content
+
+
+def files_in(folder: Path, *suffixes: str) -> list[Path]:
+    """Those of a folder with one of the suffixes. Raises OSError for what only looks like a file."""
+    found = sorted(f for f in folder.iterdir() if f.suffix in suffixes)
+    for file in found:
+        if not file.is_file():  # Reading a named pipe would wait for ever.
+            raise OSError(f"{file} is no file, or a link to one that is not there.")
+    return found
+
+
+def weights_of(folder: Path, library: str) -> tuple[list[Path], str | None]:
+    """The files of a part's weights, and their variant, such as fp16, where the folder has no others.
+
+    Raises OSError where they are missing, pickled or of other names than the library's.
+    """
+    stem = "model" if library == "transformers" else "diffusion_pytorch_model"
+    found = files_in(folder, ".safetensors")
+    whole = folder / f"{stem}.safetensors"
+    if whole in found:
+        return [whole], None
+    indices = {f.name: f for f in files_in(folder, ".json") if f.name.startswith(f"{stem}.safetensors.index.")}
+    for name, file in sorted(indices.items(), key=lambda item: len(item[0])):
+        variant = name.removeprefix(f"{stem}.safetensors.index.").removesuffix("json").rstrip(".")
+        shards = sorted({folder / str(shard) for shard in read_object(file).get("weight_map", {}).values()})
+        if pickles := [f for f in shards if f.suffix in PICKLED]:
+            raise refusal(pickles, whole)
+        if lacking := [f.name for f in shards if f not in found]:
+            raise OSError(f"{folder} lacks {', '.join(lacking)}, which {name} names. Download it again.")
+        return shards, variant or None
+    variants = [f for f in found if f.name.startswith(f"{stem}.") and "-of-" not in f.name]
+    if len(variants) == 1:
+        return variants, variants[0].name.removeprefix(f"{stem}.").removesuffix(".safetensors")
+    if pickles := files_in(folder, *PICKLED):
+        raise refusal(pickles, whole)
+    held = f"it holds {', '.join(f.name for f in found)}" if found else "it holds no safetensors"
+    raise OSError(f"{folder}: expected the weights in {whole.name}, and {held}. Download it again.")
+
+
+def check_scheduler(config: Mapping[str, Any], source: object) -> None:
+    """Raise OSError for a scheduler whose times do not run from 1, noise, down to 0, an image."""
+    kind, steps = config.get("_class_name", ""), config.get("num_train_timesteps", 1000)
+    if type(steps) is not int or not 1 <= steps <= MOST_STEPS:
+        raise OSError(
+            f"{source}: num_train_timesteps should be a whole number up to {MOST_STEPS:,}, got {steps!r}."
+        )
+    if predicts(config) != "flow_prediction":
+        raise OSError(
+            f"{source}: a {kind}, which takes the model to predict {predicts(config)}: expected a scheduler of "
+            "flow matching, such as FlowMatchEulerDiscreteScheduler."
+        )
+    try:
+        scheduler = flow_scheduler(config)
+        scheduler.set_timesteps(sigmas=[1.0, 0.75, 0.5, 0.25], mu=1.0)
+        times = scheduler.sigmas.tolist()
+    except Exception as error:  # Settings of other kinds or out of range.
+        raise OSError(f"{source}: its settings give no times: {type(error).__name__}: {error}.") from error
+    if not all(1.0001 > t > s >= 0 for t, s in pairwise(times)):
+        said = ", ".join(f"{t:.3g}" for t in times)
+        raise OSError(
+            f"{source}: times should run from 1 down to 0, and this {kind} gives {said}. Look at its shift and "
+            "invert_sigmas."
+        )
+
+
+def flow_scheduler(config: Mapping[str, Any]) -> Any:
+    """diffusers' scheduler for a grid of times. A multistep one's own grid begins a little below 1."""
+    if config.get("use_flow_sigmas"):
+        return FlowMatchEulerDiscreteScheduler(shift=config.get("flow_shift", 1.0))
+    return FlowMatchEulerDiscreteScheduler.from_config(config)
+
+
+def check_texts(
+    encoder: Path, kind: tuple[str, str], folder: Path, tokenizer_kind: tuple[str, str], words: bool
+) -> None:
+    """Raise OSError for a tokenizer that is not its text encoder's.
+
+    words: whether it must know them; for a plan any tokenizer will do.
+    """
+    if kind[0] != "transformers":
+        return
+    config = class_of(*kind).config_class.from_pretrained(encoder)
+    try:
+        tokenizer = class_of(*tokenizer_kind).from_pretrained(folder)
+    except Exception as error:  # Files of other forms raise anything.
+        said = " ".join(str(error).split())[:300]
+        raise OSError(f"Cannot read the tokenizer in {folder}: {type(error).__name__}: {said}.") from error
+    if words:
+        check_tokenizer(tokenizer, int(config.get_text_config().vocab_size), str(folder))
+    if config.model_type.startswith("clip"):
+        positions, length = int(config.max_position_embeddings), tokenizer.model_max_length
+        if type(length) is not int or not 2 < length <= positions:
+            raise OSError(
+                f"{folder / 'tokenizer_config.json'}: model_max_length is {length}, and the text encoder reads "
+                f"{positions} tokens: write that."
+            )
+        if words:
+            check_end(tokenizer, int(config.eos_token_id), length, str(folder))
+
+
+def load_whole(folder: Path, library: str, name: str, dtype: torch.dtype) -> torch.nn.Module:
+    """A part with its weights. Raises OSError where some are missing, of which the libraries only warn."""
+    _, variant = weights_of(folder, library)
+    module, found = class_of(library, name).from_pretrained(
+        folder,
+        use_safetensors=True,
+        output_loading_info=True,
+        variant=variant,
+        **{"dtype" if library == "transformers" else "torch_dtype": dtype},
+    )
+    missing = set(found["missing_keys"])
+    if library == "transformers":  # Of tied weights the file holds one.
+        missing &= {name for name, _ in module.named_parameters()}
+    # Text encoders are often cut out of larger models.
+    more = set(found["unexpected_keys"]) if name.endswith("Transformer2DModel") else set()
+    for what, names in (("lacks", missing), ("has too many", more)):
+        if names:
+            raise OSError(
+                f"{folder} {what} weights: {len(names)}, such as {min(names)!r}. It may be of another version "
+                f"of {name}, or not whole; download it again."
+            )
+    return cast(torch.nn.Module, module)
+
+
 def empty_part(source: str, library: str, name: str, **where: str) -> torch.nn.Module:
     """A part by its config alone, on the meta device, which holds no numbers.
 
     source: its folder, or a hub id with subfolder=. Raises OSError for a config that names code.
     """
-    cls: Any = getattr(importlib.import_module(library), name)
+    cls = class_of(library, name)
     with torch.device("meta"):
         if library == "diffusers":
             return cast(torch.nn.Module, cls.from_config(cls.load_config(source, **where)))
@@ -84,6 +290,39 @@ def empty_part(source: str, library: str, name: str, **where: str) -> torch.nn.M
                 "code of a checkpoint is run; take that line out."
             )
         return cast(torch.nn.Module, cls(config))
+
+
+@contextmanager
+def limited(folder: Path, name: str, tensors: int) -> Iterator[None]:
+    """Raise OSError as soon as a part that is made inside has far more weights than its files have tensors.
+
+    A config can ask for so many layers that making them, even without memory for numbers, never ends.
+    """
+    made = 0
+
+    def count(*_: Any) -> None:
+        nonlocal made
+        made += 1
+        if made > 4 * tensors + 1000:  # A file may hold in one tensor what a part has in a few.
+            raise OSError(
+                f"{folder}: the config is of a {name} of more than {made - 1:,} tensors, the files hold "
+                f"{tensors:,}. They may be cut short or of another model; download them again."
+            )
+
+    hook = register_module_parameter_registration_hook(count)
+    try:
+        yield
+    finally:
+        hook.remove()
+
+
+def count_tensors(file: Path) -> int:
+    """In a safetensors file, by its header alone. Raises OSError where it is none."""
+    try:
+        with safe_open(file, framework="pt") as opened:
+            return len(opened.keys())
+    except SafetensorError as error:
+        raise OSError(f"Cannot read weights from {file}: {error}. Download it again.") from error
 
 
 def count_numbers(file: Path) -> int:
@@ -112,16 +351,20 @@ def unhandled(source: str, pipeline: str, known: Iterable[str]) -> str:
         scheduler = FlowMatchEulerDiscreteScheduler.load_config(source, subfolder="scheduler")
     except (OSError, ValueError):
         scheduler = {}
-    # Old files leave out what was the only thing to predict then.
-    of_flow = "FlowMatch" in scheduler.get("_class_name", "FlowMatch") or scheduler.get("use_flow_sigmas")
-    predicts = "flow_prediction" if of_flow else scheduler.get("prediction_type", "epsilon")
     names = ", ".join(sorted(known))
-    if predicts != "flow_prediction":
+    if (predicted := predicts(scheduler)) != "flow_prediction":
         return (
             f"{source} is a {pipeline}, which is not a flow-matching model: its {scheduler['_class_name']} "
-            f"takes it to predict {predicts}. Only flow-matching models can be trained, those of: {names}."
+            f"takes it to predict {predicted}. Only flow-matching models can be trained, those of: {names}."
         )
     return (
         f"{source} is a {pipeline}, which no model plug-in handles. Known: {names}. For another flow-matching "
         "pipeline an adapter is a short class in a plug-in package; docs/models.md shows one."
     )
+
+
+def predicts(scheduler: Mapping[str, Any]) -> str:
+    """What a scheduler's config takes a model to predict."""
+    of_flow = "FlowMatch" in scheduler.get("_class_name", "FlowMatch") or scheduler.get("use_flow_sigmas")
+    # Old files leave out what was the only thing to predict then.
+    return "flow_prediction" if of_flow else str(scheduler.get("prediction_type", "epsilon"))

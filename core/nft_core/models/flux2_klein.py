@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -35,6 +36,13 @@ class Flux2Klein(PipelineModel):
             prompts, device=self.device, max_sequence_length=self.max_sequence_length
         )
         return {"embeds": embeds}
+
+    def count_tokens(self, tokenizer: Any, prompts: Sequence[str]) -> list[int]:
+        chats = [[{"role": "user", "content": prompt}] for prompt in prompts]
+        texts = tokenizer.apply_chat_template(
+            chats, tokenize=False, add_generation_prompt=True, enable_thinking=False
+        )
+        return super().count_tokens(tokenizer, texts)
 
     def velocity(self, x_t: Tensor, t: Tensor, condition: Condition) -> Tensor:
         embeds = condition["embeds"]

@@ -6,6 +6,8 @@ are encoded, and can be given up afterwards: of a large model they are half of t
 
 from __future__ import annotations
 
+import logging
+import operator
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, cast
@@ -13,12 +15,15 @@ from typing import Any, ClassVar, cast
 import diffusers
 import torch
 import torch.nn.functional as F
-from diffusers import FlowMatchEulerDiscreteScheduler
 from torch import Tensor
 
 from nft_plugins import Condition
 
-from .checks import check_part, check_parts, empty_part
+from ..errors import NftError
+from .checks import check_parts, check_pipeline, class_of, empty_part, flow_scheduler, load_whole, parts_of
+from .sources import read_index
+
+log = logging.getLogger(__name__)
 
 #: Prompts a pass of the text encoders.
 ENCODED_AT_ONCE = 32
@@ -61,11 +66,14 @@ class PipelineModel:
         self.device = torch.device(device)
         self.dtype = dtype
         self.max_sequence_length = max_sequence_length
-        self.index = self._class().load_config(checkpoint)
+        self.index = read_index(checkpoint)
         check_parts(self.index)
-        for part, kind in self._parts().items():  # Of a hub id, diffusers itself takes safetensors alone.
-            if (Path(checkpoint) / part).is_dir():
-                check_part(Path(checkpoint) / part, *kind)
+        self.source = checkpoint
+        if self.device.type != "meta" and not Path(checkpoint).is_dir():
+            self.source = str(self._class().download(checkpoint, use_safetensors=True, trust_remote_code=False))
+        if Path(self.source).is_dir():
+            check_pipeline(Path(self.source), self.index, weights=self.device.type != "meta")
+        self.said_what_is_cut = False
         self.pipeline = self._load(lambda name: not name.startswith(OF_TEXT), {})
         self._texts: Any = None
         self.transformer: torch.nn.Module = self.pipeline.transformer.to(self.device)
@@ -77,9 +85,7 @@ class PipelineModel:
         return getattr(diffusers, self.pipeline_class)
 
     def _parts(self) -> dict[str, tuple[str, str]]:
-        """`(library, class)` of each part that the pipeline was saved with."""
-        kinds = {n: k for n, k in self.index.items() if isinstance(k, list) and not n.startswith("_")}
-        return {name: (kind[0], kind[1]) for name, kind in kinds.items() if kind != [None, None]}
+        return parts_of(self.index)
 
     def _load(self, wanted: Callable[[str], bool], having: Mapping[str, Any]) -> Any:
         """A pipeline of the parts that are wanted, frozen, and of those that there are already."""
@@ -89,18 +95,23 @@ class PipelineModel:
         given |= having
         if self.device.type == "meta":
             given |= {name: self.empty(name) for name in parts if name != "scheduler"}
-        pipeline = self._class().from_pretrained(
-            self.name,
-            dtype={"default": self._dtype("")} | {name: self._dtype(name) for name in parts},
-            use_safetensors=True,
-            trust_remote_code=False,
-            **given,
-        )
+        else:
+            given |= {name: self._load_module(name) for name in parts if self._is_module(name)}
+        pipeline = self._class().from_pretrained(self.source, trust_remote_code=False, **given)
         pipeline.set_progress_bar_config(disable=True)
         for name in parts:  # Not what there was already, which may be in training.
             if isinstance(part := pipeline.components[name], torch.nn.Module):
                 part.requires_grad_(False).eval()
         return pipeline
+
+    def _is_module(self, part: str) -> bool:
+        cls = class_of(*self._parts()[part])
+        return isinstance(cls, type) and issubclass(cls, torch.nn.Module)
+
+    def _load_module(self, part: str) -> torch.nn.Module:
+        library, kind = self._parts()[part]
+        # Where weights are missing, both libraries put random numbers in their place, and warn.
+        return load_whole(Path(self.source) / part, library, kind, self._dtype(part))
 
     def _dtype(self, part: str) -> torch.dtype:
         if part == "vae":
@@ -124,7 +135,11 @@ class PipelineModel:
         """Rows on the CPU. The text encoders visit the device for this alone: a T5 takes 9 GB of it."""
         if self._texts is None:
             rest = {n: p for n, p in self.pipeline.components.items() if not n.startswith(OF_TEXT)}
-            self._texts = self._load(lambda name: name.startswith(OF_TEXT), rest)
+            try:
+                self._texts = self._load(lambda name: name.startswith(OF_TEXT), rest)
+            except Exception as error:  # Whatever the files make the libraries raise.
+                said = " ".join(str(error).split())[:400]
+                raise NftError(f"Cannot load the text encoders of {self.name!r}: {said}") from error
         encoders = [e for n, e in self._texts.components.items() if n.startswith("text_encoder") and e]
         for encoder in encoders:
             encoder.to(self.device)
@@ -138,7 +153,45 @@ class PipelineModel:
                 whole[start : start + len(rows)] = rows.cpu()
         for encoder in encoders:
             encoder.to("cpu")
+        self._say_what_is_cut(prompts, condition)
         return condition
+
+    def _say_what_is_cut(self, prompts: Sequence[str], condition: Condition) -> None:
+        """One warning, with an example, for prompts that no text encoder reads to their end."""
+        if self.said_what_is_cut or self.device.type == "meta":
+            return
+        limits, counts = [], []
+        for name, tokenizer in self._texts.components.items():
+            if name.startswith("tokenizer") and tokenizer is not None:
+                encoder = self._texts.components[name.replace("tokenizer", "text_encoder")]
+                clip = encoder.config.model_type.startswith("clip")
+                limits.append(tokenizer.model_max_length if clip else self.max_sequence_length)
+                counts.append(self.count_tokens(tokenizer, prompts))
+        cut = [i for i, n in enumerate(zip(*counts, strict=True)) if all(map(operator.gt, n, limits))]
+        if not cut:
+            return
+        self.said_what_is_cut = True
+        rows = (
+            tuple(c[i].reshape(-1).view(torch.uint8).numpy().tobytes() for c in condition.values()) for i in cut
+        )
+        most = limits.index(max(limits))
+        longest = max(cut, key=counts[most].__getitem__)
+        log.warning(
+            "%s reads %d tokens of a prompt and leaves out the rest; %d of %d prompts are longer, and of these "
+            "%d are the same to it as another. One of them has %d tokens: %.60r...%s",
+            self.name,
+            limits[most],
+            len(cut),
+            len(prompts),
+            len(cut) - len(set(rows)),
+            counts[most][longest],
+            prompts[longest],
+            " max_sequence_length sets how many it reads." if limits[most] == self.max_sequence_length else "",
+        )
+
+    def count_tokens(self, tokenizer: Any, prompts: Sequence[str]) -> list[int]:
+        """How many of `max_sequence_length` tokens each prompt would take, were it not cut."""
+        return [len(ids) for ids in tokenizer(list(prompts), verbose=False).input_ids]
 
     def release(self) -> None:
         """Give up the text encoders; `encode` loads them again."""
@@ -204,10 +257,7 @@ class PipelineModel:
     def times(self, steps: int, height: int, width: int) -> tuple[float, ...]:
         """As the pipeline's scheduler: evenly spaced, then shifted, by the image's size if it says so."""
         config = self.pipeline.scheduler.config
-        if config.get("use_flow_sigmas"):  # A multistep scheduler, whose own grid begins a little below 1.
-            scheduler = FlowMatchEulerDiscreteScheduler(shift=config.flow_shift)
-        else:
-            scheduler = FlowMatchEulerDiscreteScheduler.from_config(config)
+        scheduler = flow_scheduler(config)
         even = {"sigmas": [1 - i / steps for i in range(steps)]}
         given = even if self.even_sigmas else {"num_inference_steps": steps}
         tokens = (height // self.multiple) * (width // self.multiple)

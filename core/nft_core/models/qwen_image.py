@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -27,6 +28,10 @@ class QwenImage(PipelineModel):
         if mask is None:  # All are of one length.
             mask = embeds.new_ones(embeds.shape[:2])
         return {"embeds": filled(embeds, self.max_sequence_length), "length": mask.long().sum(1)}
+
+    def count_tokens(self, tokenizer: Any, prompts: Sequence[str]) -> list[int]:
+        end = "<|im_end|>\n<|im_start|>assistant\n"  # Of the template; its beginning takes no room.
+        return super().count_tokens(tokenizer, [prompt + end for prompt in prompts])
 
     def velocity(self, x_t: Tensor, t: Tensor, condition: Condition) -> Tensor:
         length = lengths(condition)

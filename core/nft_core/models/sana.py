@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -48,6 +49,10 @@ class Sana(PipelineModel):
             complex_human_instruction=call["complex_human_instruction"].default,
         )
         return {"embeds": embeds, "mask": mask}
+
+    def count_tokens(self, tokenizer: Any, prompts: Sequence[str]) -> list[int]:
+        plain = tokenizer(list(prompts), add_special_tokens=False, verbose=False).input_ids
+        return [len(ids) + 2 for ids in plain]  # The pipeline leaves room for two more.
 
     def velocity(self, x_t: Tensor, t: Tensor, condition: Condition) -> Tensor:
         (v,) = self.transformer(

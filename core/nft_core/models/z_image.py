@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -33,6 +34,13 @@ class ZImage(PipelineModel):
             "embeds": embeds,
             "length": torch.tensor([len(row) for row in rows], dtype=torch.int64, device="cpu"),
         }
+
+    def count_tokens(self, tokenizer: Any, prompts: Sequence[str]) -> list[int]:
+        chats = [[{"role": "user", "content": prompt}] for prompt in prompts]
+        texts = tokenizer.apply_chat_template(
+            chats, tokenize=False, add_generation_prompt=True, enable_thinking=True
+        )
+        return super().count_tokens(tokenizer, texts)
 
     def velocity(self, x_t: Tensor, t: Tensor, condition: Condition) -> Tensor:
         embeds = condition["embeds"]

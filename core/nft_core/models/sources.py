@@ -1,0 +1,103 @@
+"""What --model may name: a diffusers pipeline, in a folder or on the hub. What else it names is said."""
+
+from __future__ import annotations
+
+import shlex
+from pathlib import Path
+from typing import Any
+
+from diffusers import DiffusionPipeline
+from safetensors import SafetensorError, safe_open
+
+from ..errors import UsageError
+from .checks import PICKLED, files_in, read_object
+
+INDEX = "model_index.json"
+#: Makes a pipeline's folder of one file.
+SPLIT = 'python -c "import diffusers; diffusers.CLASS.from_single_file({file!r}).save_pretrained({folder!r})"'
+
+
+def read_index(source: str) -> dict[str, Any]:
+    """A pipeline's model_index.json, which names its class.
+
+    Raises UsageError, which says what a local path is instead, and OSError where a hub id cannot be read.
+    """
+    path = Path(source).expanduser()
+    if path.exists() and not (path / INDEX).is_file():
+        raise UsageError(
+            f"--model {source}: {what_is(path)} Expected the folder of a diffusers pipeline, with {INDEX} and "
+            "a folder for each of its parts, or the hub id of one."
+        )
+    if not path.exists():
+        index: Any = DiffusionPipeline.load_config(source)
+    else:
+        try:
+            index = read_object(path / INDEX)
+        except OSError as error:
+            raise UsageError(f"--model {source}: {error}") from error
+    if not isinstance(index, dict) or not isinstance(index.get("_class_name"), str):
+        raise UsageError(f"{INDEX} of {source} names no pipeline class: expected _class_name with a string.")
+    return index
+
+
+def what_is(path: Path) -> str:
+    """A sentence of what a path is that is no pipeline's folder, and of what can be done with it."""
+    if path.is_dir():
+        return what_folder_is(path)
+    if not path.is_file():
+        return "it is neither a file nor a folder."
+    if path.name == INDEX:
+        return f"this is the {INDEX} of a pipeline: give its folder, {shlex.quote(str(path.parent))}."
+    if path.suffix == ".gguf":
+        return "this is a file of quantised weights, which cannot be trained: take the original ones."
+    if path.suffix in PICKLED:
+        return "this is a file of pickled weights, which can run code when they are read: take safetensors."
+    return what_weights_are(path) or "this is a file of another kind."
+
+
+def what_folder_is(folder: Path) -> str:
+    if (folder / "run.toml").is_file():
+        command = shlex.quote(str(folder))
+        return (
+            f"this is the folder of a run: `nft resume {command}` goes on with it, and its run.toml names its "
+            "model."
+        )
+    if (folder / "adapter_config.json").is_file():
+        return of_lora(folder)
+    config = read_object(folder / "config.json") if (folder / "config.json").is_file() else {}
+    if kind := config.get("_class_name") or config.get("model_type"):
+        return f"this is the folder of a {kind} alone, which is at most a part of a pipeline."
+    if (folder / "snapshots").is_dir():
+        return "this is a folder of the hub's cache: give the folder below snapshots/ in it."
+    if inner := sorted(p.parent for p in folder.glob(f"*/{INDEX}")):
+        return f"there is no {INDEX} in it, but one in {shlex.quote(str(inner[0]))}: give that."
+    if any(folder.glob("modular_*.json")):
+        return "this is a modular pipeline, which is not read: take the repository of the plain one."
+    for file in files_in(folder, ".safetensors"):
+        return what_weights_are(file)
+    held = ", ".join(sorted(p.name for p in folder.iterdir())[:5])
+    return f"there is no {INDEX} in this folder, but {held}." if held else "this folder is empty."
+
+
+def what_weights_are(file: Path) -> str:
+    """A LoRA, or the weights of a whole model in one file. Nothing for what cannot be read."""
+    try:
+        with safe_open(file, framework="np") as opened:
+            names = list(opened.keys())
+    except (SafetensorError, OSError):
+        return ""
+    if any("lora" in name.lower() for name in names):
+        return of_lora(file)
+    made = SPLIT.format(file=str(file), folder=str(file.with_suffix("")))
+    return (
+        f"{file.name} is one file of {len(names)} weights, which does not say of which model. {made} makes a "
+        "folder of it, with the pipeline class of your model, such as StableDiffusion3Pipeline, as CLASS."
+    )
+
+
+def of_lora(path: Path) -> str:
+    return (
+        f"{path.name} is a LoRA, which changes a model and is none by itself: give its base as --model. To "
+        "train on from it, load it into the base's pipeline with diffusers (load_lora_weights), fuse it in "
+        "(fuse_lora, unload_lora_weights), and give the folder that save_pretrained writes."
+    )
