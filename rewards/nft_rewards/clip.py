@@ -18,12 +18,12 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from nft_plugins import Batch
+from nft_plugins.vocabulary import check_end, check_tokenizer
 
 from .chunks import in_chunks
 from .files import absolute, checked_config, explained, load_pretrained
 from .pixels import CLIP_MEAN, CLIP_STD, Size, finite, normalised, shared_crop
 from .texts import Texts
-from .vocabulary import check_end, check_tokenizer
 
 Precision = Literal["auto", "fp32", "bf16", "fp16"]
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}

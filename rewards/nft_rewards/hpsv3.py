@@ -15,12 +15,12 @@ import torch
 from torch import Tensor, nn
 
 from nft_plugins import Batch, PromptError, Scores
+from nft_plugins.vocabulary import check_tokenizer
 
 from .chunks import in_chunks
 from .clip import Precision, dtype_of
 from .files import check_kind, explained, find_file, limited, load_exactly, read_tensors
 from .pixels import finite, normalised, resize
-from .vocabulary import check_tokenizer
 
 CHECKPOINT = "MizzenAI/HPSv3"
 FILE = "HPSv3.safetensors"

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from nft_plugins import Batch, Scores
+from nft_plugins.vocabulary import check_tokenizer
 
 from .blip import MED_CONFIG, load_blip, locate
 from .chunks import in_chunks
@@ -19,7 +20,6 @@ from .clip import Precision, dtype_of
 from .files import explained, read_tensors
 from .pixels import finite, normalised, shared_crop
 from .texts import Texts
-from .vocabulary import check_tokenizer
 
 CHECKPOINT = "THUDM/ImageReward"
 TOKENIZER = "bert-base-uncased"

@@ -8,9 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from nft_plugins.vocabulary import check_tokenizer
+
 from .clip import Towers
 from .files import load_exactly, read_tensors
-from .vocabulary import check_tokenizer
 
 
 def from_file(name: str, path: Path, device: torch.device, dtype: torch.dtype) -> Towers:

@@ -12,13 +12,13 @@ import pytest
 import torch
 
 from nft_plugins import Batch
+from nft_plugins.vocabulary import check_tokenizer
 from nft_rewards.chunks import in_chunks
 from nft_rewards.clip import load_clip, text_features
 from nft_rewards.clipscore import CLIPScore
 from nft_rewards.pickscore import PickScore
 from nft_rewards.pixels import centre_crop
 from nft_rewards.texts import Texts
-from nft_rewards.vocabulary import check_tokenizer
 
 PROMPTS = ["a b", "a photo", "b c d", "a b"]
 

@@ -21,7 +21,7 @@ from diffusers import FlowMatchEulerDiscreteScheduler
 from safetensors import SafetensorError, safe_open
 from torch.nn.modules.module import register_module_parameter_registration_hook
 
-from .vocabulary import check_end, check_tokenizer
+from nft_plugins.vocabulary import check_end, check_tokenizer
 
 #: Libraries that a pipeline's parts may be of.
 LIBRARIES = ("diffusers", "transformers")

@@ -1,7 +1,7 @@
 """Whether a tokenizer is a text encoder's own.
 
 Where a tokenizer's files are missing, transformers makes one with no words, silently: each prompt is then the
-same to the model. Core, which rewards do not import, has the same file.
+same to the model. Core and rewards both ask this.
 """
 
 from __future__ import annotations
