@@ -25,7 +25,7 @@ def python(*arguments, cwd=None, site=None):
     if site:
         env["PYTHONPATH"] = str(site)
     result = subprocess.run(
-        [sys.executable, *map(str, arguments)], cwd=cwd, env=env, capture_output=True, text=True, timeout=300
+        [sys.executable, *map(str, arguments)], cwd=cwd, env=env, capture_output=True, text=True, timeout=900
     )
     assert result.returncode == 0, result.stdout + result.stderr
     return result.stdout

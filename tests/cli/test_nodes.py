@@ -62,7 +62,7 @@ def records(folder):
     return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
 
-def trained(folder, process, epochs, seconds=300):
+def trained(folder, process, epochs, seconds=900):
     """Wait for so many epochs."""
     end = time.monotonic() + seconds
     while len([r for r in records(folder) if r["event"] == "epoch"]) < epochs:
@@ -112,7 +112,7 @@ def test_slurm_saves_and_queues_the_run_again(arguments, tmp_path):
     try:
         trained(folder, process, 2)
         process.send_signal(signal.SIGTERM)  # as Slurm does, to the script alone
-        said, _ = process.communicate(timeout=300)
+        said, _ = process.communicate(timeout=900)
     finally:
         process.kill()
     assert process.returncode
@@ -125,7 +125,7 @@ def test_slurm_saves_and_queues_the_run_again(arguments, tmp_path):
 
     one = tmp_path / "one"
     alone = [sys.executable, "-m", "nft_core", "run", *arguments, "--epochs", "2", "--out", str(one)]
-    subprocess.run(alone, env=os.environ | LOCAL, check=True, capture_output=True, timeout=300)
+    subprocess.run(alone, env=os.environ | LOCAL, check=True, capture_output=True, timeout=900)
     for ours, theirs in list(zip(records(folder), records(one), strict=False))[:3]:
         assert ours["rewards"]["total"]["mean"] == pytest.approx(theirs["rewards"]["total"]["mean"], rel=1e-4)
         for figure in {"loss", "grad_norm", "drift"} & theirs.keys():
@@ -149,7 +149,7 @@ def test_without_torchrun_a_node_dies(arguments, tmp_path):
     try:
         trained(folder, processes[0], 1)
         processes[1].kill()
-        out, err = processes[0].communicate(timeout=200)
+        out, err = processes[0].communicate(timeout=900)
     finally:
         for process in processes:
             process.kill()

@@ -18,7 +18,7 @@ def nft(*arguments, cwd):
         env=os.environ | {"HF_HUB_OFFLINE": "1", "COLUMNS": "140", "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=900,
     )
 
 

@@ -35,7 +35,7 @@ def start(*arguments, before=None, **environment):
 
 def nft(*arguments, **more):
     process = start(*arguments, **more)
-    out, err = process.communicate(timeout=300)
+    out, err = process.communicate(timeout=900)
     return process.returncode, out, err
 
 
@@ -80,7 +80,7 @@ def same(folder, other):
 
 
 def wait_for_epoch(process, folder, epoch):
-    metrics, end = folder / "metrics.jsonl", time.monotonic() + 120
+    metrics, end = folder / "metrics.jsonl", time.monotonic() + 900
     while not (metrics.exists() and f'"epoch", "epoch": {epoch}' in metrics.read_text()):
         assert process.poll() is None, process.communicate()
         assert time.monotonic() < end
@@ -94,7 +94,7 @@ def test_told_to_end(number, code, prompts, peaceful, tmp_path):
     process = start(*new(folder, prompts, 3))
     wait_for_epoch(process, folder, 1)
     process.send_signal(number)
-    out, err = process.communicate(timeout=300)
+    out, err = process.communicate(timeout=900)
     assert process.returncode == code
     assert "Ending after this step, and saving." in err
     assert "Traceback" not in err
@@ -127,7 +127,7 @@ def test_killed_and_resumed_a_few_times():
         cwd=ROOT,
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=900,
     )
     assert done.returncode == 0, done.stdout + done.stderr
     told = json.loads(done.stdout)
@@ -230,7 +230,7 @@ def test_the_folder_is_deleted_under_a_run(prompts, tmp_path):
     process = start(*new(folder, prompts, 500))
     wait_for_epoch(process, folder, 1)
     shutil.rmtree(folder, ignore_errors=True)
-    _, err = process.communicate(timeout=120)
+    _, err = process.communicate(timeout=900)
     assert process.returncode == 1
     assert "Cannot write" in err
     assert "Traceback" not in err

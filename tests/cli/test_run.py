@@ -30,7 +30,7 @@ def nft(*arguments, cwd=None, env=None):
         env=os.environ | {"HF_HUB_OFFLINE": "1", "COLUMNS": "100"} | (env or {}),
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=900,
     )
 
 
@@ -142,7 +142,7 @@ def test_two_processes(tmp_path):
         env=os.environ | {"OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=900,
     )
     assert result.returncode == 0, result.stderr[-3000:]
     one = tmp_path / "one"
@@ -326,7 +326,7 @@ def test_full_disk(room, message, tmp_path):
         env=os.environ | {"HF_HUB_OFFLINE": "1"},
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=900,
     )
     assert result.returncode == 1, result.stderr
     assert message in result.stderr

@@ -591,7 +591,7 @@ def test_a_real_process(tmp_path, ours):
         env=os.environ | {"HF_HUB_OFFLINE": "1"},
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=900,
     )
     assert result.returncode == 1
     assert rows(result)["sign.png"] == ["1"]

@@ -4,7 +4,6 @@ import json
 import os
 import subprocess
 import sys
-import time
 
 import pytest
 
@@ -40,7 +39,6 @@ SETTINGS = {
         "train_times_count": 1,
         "checkpoint_every": 1,
         "device": "cpu",
-        "peer_timeout": 15,
         "lr_schedule": "constant",
     },
 }
@@ -48,15 +46,14 @@ SETTINGS = {
 
 def nft(*arguments, processes):
     launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
-    began = time.monotonic()
     done = subprocess.run(
         [sys.executable, *(launcher if processes > 1 else ()), "-m", "nft_core", *map(str, arguments)],
         env=os.environ | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
-        timeout=200,
+        timeout=900,
     )
-    return done, time.monotonic() - began
+    return done
 
 
 @pytest.mark.parametrize(
@@ -64,7 +61,7 @@ def nft(*arguments, processes):
     [
         ("dies", "Signal 9 (SIGKILL)"),
         ("fails", "Error: The reward 'moody' failed: RuntimeError: out of sorts (moody.py, line 19)"),
-        ("hangs", "did not answer for peer_timeout = 15 s"),
+        ("hangs", "did not answer for peer_timeout = 30 s"),
     ],
 )
 def test_the_second_process(mood, cause, tmp_path):
@@ -73,6 +70,8 @@ def test_the_second_process(mood, cause, tmp_path):
     prompts, folder = tmp_path / "prompts.txt", tmp_path / "run"
     prompts.write_text("a red circle\na blue square\n")
     settings = SETTINGS | {"prompts": prompts, "eval_prompts": prompts}
+    if mood == "hangs":  # In the others a busy machine may take as long as it will.
+        settings["peer_timeout"] = 30
     words = [word for key, value in settings.items() for word in ("--set", f"{key}={value}")]
     run = [
         "run",
@@ -85,13 +84,12 @@ def test_the_second_process(mood, cause, tmp_path):
         folder,
         *words,
     ]
-    done, seconds = nft(*run, processes=2)
-    assert seconds < 150
+    done = nft(*run, processes=2)
     assert done.returncode == 1
     assert cause in " ".join(done.stderr.split())
     assert newest(folder, pytest.fail).name >= "000002"
     (tmp_path / "mood").write_text("well")
-    done, _ = nft("resume", folder, processes=1)
+    done = nft("resume", folder, processes=1)
     assert done.returncode == 0, done.stderr
     assert "Going on from" in done.stdout
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]

@@ -66,7 +66,7 @@ def test_what_an_epoch_benchmark_tells(tmp_path):
         env=os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"},
         capture_output=True,
         text=True,
-        timeout=600,
+        timeout=900,
     )
     assert done.returncode == 1, done.stderr
     assert "did not learn the same" in done.stderr

@@ -27,7 +27,7 @@ def run(tmp_path, folder, name, *settings, processes=1):
         env=os.environ | {"OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=900,
     )
     assert done.returncode == 0, done.stderr[-3000:]
     return json.loads(out.read_text())
@@ -121,7 +121,7 @@ def test_what_fails_or_differs_in_one_process_is_told_in_all(tmp_path):
         "from nft_core.pooling import gather_scores\n"
         "from nft_plugins import Scores\n"
         "cpu = torch.device('cpu')\n"
-        "with process_group(cpu, 60), open(f'{sys.argv[1]}/{rank()}', 'w') as told:\n"
+        "with process_group(cpu, 900), open(f'{sys.argv[1]}/{rank()}', 'w') as told:\n"
         "    names = ('a', 'b')[:: 1 - 2 * rank()]\n"
         "    scores = Scores.of(torch.ones(2), **{n: torch.full((2,), float(ord(n))) for n in names})\n"
         "    try:\n"
@@ -137,7 +137,7 @@ def test_what_fails_or_differs_in_one_process_is_told_in_all(tmp_path):
         "        print(type(error).__name__, file=told)\n"
     )
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    done = subprocess.run([*launcher, str(script), str(tmp_path)], capture_output=True, text=True, timeout=120)
+    done = subprocess.run([*launcher, str(script), str(tmp_path)], capture_output=True, text=True, timeout=900)
     assert done.returncode == 0, done.stderr[-3000:]
     for rank, names, error in ((0, "a, b", "PeerError"), (1, "b, a", "KeyError")):
         assert (tmp_path / str(rank)).read_text().splitlines() == [
@@ -153,7 +153,7 @@ def test_gradients_are_summed(tmp_path):
     script.write_text(
         "import torch\n"
         "from nft_core.distributed import process_group, rank, sum_gradients\n"
-        "with process_group(torch.device('cpu'), 60):\n"
+        "with process_group(torch.device('cpu'), 900):\n"
         "    both, one, none = (torch.nn.Parameter(torch.zeros(2, n)) for n in (1, 2, 3))\n"
         "    both.grad = torch.full_like(both, 1.5 + rank())\n"
         "    one.grad = torch.arange(4.0).view(2, 2) if rank() else None\n"
@@ -162,7 +162,7 @@ def test_gradients_are_summed(tmp_path):
         "    assert none.grad is None\n"
     )
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    done = subprocess.run([*launcher, str(script)], capture_output=True, text=True, timeout=120)
+    done = subprocess.run([*launcher, str(script)], capture_output=True, text=True, timeout=900)
     assert done.returncode == 0, done.stderr[-3000:]
 
 

@@ -110,13 +110,13 @@ def half_precision(folder):
 def passes():
     """Each process makes as many as the one that has the most."""
     made = []
-    step = InStep(lambda *inputs: made.append(inputs), 60)
+    step = InStep(lambda *inputs: made.append(inputs), 900)
     for _ in range(3 if rank() == 0 else 1):
         step.velocity("mine", None, None)
     step.finish("nothing", None, None)
     assert [x for x, _, _ in made] == (["mine"] * 3 if rank() == 0 else ["mine", "nothing", "nothing"])
 
-    step = InStep(lambda *inputs: 1 / (1 - rank()), 60)
+    step = InStep(lambda *inputs: 1 / (1 - rank()), 900)
     if rank() == 1:
         with pytest.raises(ZeroDivisionError):
             step.velocity(None, None, None)
@@ -185,7 +185,7 @@ def alone(folder, out):
 
 def main(folder, out):
     torch.set_num_threads(1)
-    with process_group(CPU, 60):
+    with process_group(CPU, 900):
         swaps(folder)
         half_precision(folder)
         passes()
@@ -206,7 +206,7 @@ def shared(sd3_folder, tmp_path_factory):
         env=os.environ | {"OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=900,
     )
     assert done.returncode == 0, done.stderr[-3000:]
     return out

@@ -99,7 +99,7 @@ def held(training):
 
 def main(folder, out, *assignments):
     torch.set_num_threads(1)
-    with process_group(torch.device("cpu"), 600):
+    with process_group(torch.device("cpu"), 900):
         records, training = start(folder, Path(out).parent, *assignments)
         train(training)
         state = training.policy.state()

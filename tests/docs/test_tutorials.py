@@ -50,7 +50,7 @@ class Shell:
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
-            timeout=300,
+            timeout=900,
         )
         assert result.returncode == 0, f"{script}\n{result.stdout}"
         self.folder = Path(Path(place).read_text().strip())

@@ -143,7 +143,7 @@ def nft(site, *arguments, plugins=None):
     if plugins is not None:
         env["NFT_PLUGINS"] = plugins
     return subprocess.run(
-        [sys.executable, "-m", "nft_core", *arguments], env=env, capture_output=True, text=True, timeout=100
+        [sys.executable, "-m", "nft_core", *arguments], env=env, capture_output=True, text=True, timeout=900
     )
 
 

@@ -234,16 +234,18 @@ def test_jpeg(server):
 
 def test_order_and_concurrency_as_the_server_sees_them(server):
     delay = np.random.default_rng(0).permutation(24) / 400
+    four = threading.Barrier(4)  # Each is answered when three others are there.
 
     def respond(n, text):
         i = int(text.rpartition("[")[2][:-1])
+        four.wait(900)
         time.sleep(delay[i])
         return good(f"Final Score: {1 + i / 8}")
 
     server.respond = respond
     scores = VLMJudge(url=server.url, concurrency=4, image_size=0)(batch_of(*map(str, range(24))))
     close(scores.details["score"], [1 + i / 8 for i in range(24)])
-    assert 1 < server.most <= 4
+    assert server.most == 4
     assert len(server.connections) <= 4  # connections are used again
 
 
@@ -305,14 +307,14 @@ def test_retry_after_in_both_forms():
 
 @pytest.mark.parametrize(
     ("limits", "cause"),
-    [({"deadline": 2}, "deadline of 2 s"), ({"timeout": 2}, "timeout of 2 s")],
+    [({"deadline": 6}, "deadline of 6 s"), ({"timeout": 6}, "timeout of 6 s")],
 )
 def test_slow_replies(server, caplog, limits, cause):
     done = threading.Event()
 
     def respond(n, text):
         if "slow" in text:
-            done.wait(20)
+            done.wait(900)
         return good("Final Score: 4")
 
     server.respond = respond

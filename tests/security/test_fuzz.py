@@ -19,7 +19,8 @@ def test_all_targets_are_here(fuzz):
 
 
 @pytest.mark.parametrize("name", TARGETS)
-def test_only_our_own_errors_and_nothing_written(fuzz, name):
+def test_only_our_own_errors_and_nothing_written(fuzz, name, monkeypatch):
+    monkeypatch.setattr(fuzz, "HANG", 900)  # A busy machine may take long to import what reads the first.
     outcome = fuzz.fuzz(fuzz.TARGETS[name], 300)
     assert outcome.inputs == 300
     assert outcome.accepted > 0

@@ -57,10 +57,10 @@ def test_nearest_divisor(number, wanted, nearest):
 
 
 def test_enormous_sizes_are_told_at_once():
-    began = time.perf_counter()
+    began = time.process_time()  # Of this process alone, however busy the machine is.
     with pytest.raises(UsageError, match="nearest possible updates_per_epoch is"):
         make_settings({"prompts_per_epoch": 10**18 + 9, "group_size": 3, "updates_per_epoch": 10**9 + 7})
-    assert time.perf_counter() - began < 2
+    assert time.process_time() - began < 2
 
 
 def test_the_defaults_read_back(tmp_path):
