@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Literal, get_args
+from typing import Literal
 
 from torch.nn import attention
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -12,23 +12,33 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from .errors import NftError
 
 Attention = Literal["auto", "cudnn", "flash", "flash3", "efficient", "math"]
-ATTENTION: tuple[Attention, ...] = get_args(Attention)
 KERNELS = {
     "cudnn": SDPBackend.CUDNN_ATTENTION,
     "flash": SDPBackend.FLASH_ATTENTION,
-    "flash3": SDPBackend.FLASH_ATTENTION,  # Which `activate_attention` has replaced.
+    "flash3": SDPBackend.FLASH_ATTENTION,  # Which `activate_flash3` replaces.
     "efficient": SDPBackend.EFFICIENT_ATTENTION,
     "math": SDPBackend.MATH,
 }
 
 
-def activate_attention(name: Attention) -> None:
-    """Load what a kernel needs that torch does not bring: FlashAttention 3 is a package of its own.
+@contextmanager
+def attention_kernel(name: Attention) -> Iterator[None]:
+    """Inside, torch's attention takes this kernel first, in all threads, and another where it cannot.
 
-    Raises NftError where it is not installed, or this torch cannot use it.
+    auto: torch's own choice. A mask or a head that is too wide is what a kernel may refuse.
+    Raises NftError where the kernel is not there.
     """
-    if name != "flash3":
+    if name == "auto":
+        yield
         return
+    if name == "flash3":
+        activate_flash3()
+    with sdpa_kernel([KERNELS[name], SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH], set_priority=True):
+        yield
+
+
+def activate_flash3() -> None:
+    """Put FlashAttention 3, which is a package of its own, in the place of torch's own FlashAttention."""
     activate = getattr(attention, "activate_flash_attention_impl", None)
     if activate is None:
         raise NftError("attention = flash3 needs torch 2.11 or later; without it use attention=auto.")
@@ -39,16 +49,3 @@ def activate_attention(name: Attention) -> None:
             f"attention = flash3 cannot be used here: {error}. It needs a Hopper GPU and FlashAttention 3, "
             "whose module is called flash_attn_interface; without it use attention=auto or attention=cudnn."
         ) from error
-
-
-@contextmanager
-def attention_kernel(name: Attention) -> Iterator[None]:
-    """Inside, `scaled_dot_product_attention` takes this kernel first, and another where it cannot.
-
-    auto: torch's own choice. A mask or a head that is too wide is what a kernel may refuse.
-    """
-    if name == "auto":
-        yield
-        return
-    with sdpa_kernel([KERNELS[name], SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH], set_priority=True):
-        yield

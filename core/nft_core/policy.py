@@ -13,7 +13,6 @@ from torch.nn import Parameter
 
 from nft_plugins import Condition, FlowModel
 
-from .attention import Attention, attention_kernel
 from .distributed import sum_value
 from .errors import CheckpointError, UsageError
 from .lora import ADAPTER, adapted_layers, add_lora, lora_metadata
@@ -39,7 +38,6 @@ class Policy:
     lora_targets: names of linear layers; `all-linear` for every one of them.
     ema_decay: 0 keeps no EMA, and `ema()` is the live policy.
     autocast: dtype of torch.autocast around the transformer, or None for its own dtype.
-    attention: the kernel of attention, one of `ATTENTION`.
     offload: keep the copies in host memory, pinned where there is a GPU; they visit the device when in place.
     merge: let `merged()` do what it says; with `fsdp` it does nothing.
     fsdp: share the transformer's weights, but for a LoRA's, with the other processes.
@@ -54,7 +52,6 @@ class Policy:
         lora_targets: Sequence[str] | str = (),
         ema_decay: float = 0.0,
         autocast: torch.dtype | None = None,
-        attention: Attention = "auto",
         keep_reference: bool = True,
         offload: bool = False,
         merge: bool = False,
@@ -62,7 +59,6 @@ class Policy:
     ) -> None:
         self.model = model
         self.autocast = autocast
-        self.attention = attention
         #: Of the transformer's matrix products.
         self.dtype = autocast or next(model.transformer.parameters()).dtype
         self.lora: LoraConfig | None = None
@@ -95,8 +91,7 @@ class Policy:
 
     def velocity(self, x_t: Tensor, t: Tensor, condition: Condition) -> Tensor:
         """v `[B, C, h, w]` float32 of whichever weights are in place."""
-        autocast = torch.autocast(self.device.type, self.autocast, enabled=self.autocast is not None)
-        with autocast, attention_kernel(self.attention):
+        with torch.autocast(self.device.type, self.autocast, enabled=self.autocast is not None):
             return self.model.velocity(x_t, t, condition).float()
 
     def old(self) -> Any:

@@ -91,6 +91,7 @@ def run(
         elif first:
             claim(folder)
 
+        from .attention import attention_kernel
         from .compiling import should_compile, warm_up
         from .distributed import agree, barrier, process_group, rank, same_everywhere
         from .quiet import quiet
@@ -101,6 +102,7 @@ def run(
         for warning in stack.enter_context(process_group(device, settings.peer_timeout, settings.join_timeout)):
             tell(warning)
         stack.enter_context(memory_errors())
+        stack.enter_context(attention_kernel(settings.attention))
         stack.enter_context(host.guests())
         # All processes go on from the same checkpoint, or none does.
         number = agree(int(found.name) if found else -1, device)
@@ -551,7 +553,6 @@ def make_policy(s: Settings, model: FlowModel, device: torch.device) -> Policy:
         lora_targets=s.lora_targets,
         ema_decay=s.ema_decay,
         autocast=None if native else dtype,
-        attention=s.attention,
         keep_reference=s.kl_weight > 0,
         offload=s.offload,
         # In 16 bits the sum would round away what a LoRA learns at first.
@@ -578,7 +579,6 @@ def assemble(
     """
     import torch
 
-    from .attention import activate_attention
     from .checkpoint import prune, save_checkpoint
     from .compiling import compile_blocks
     from .distributed import rank
@@ -607,7 +607,6 @@ def assemble(
         checkpoint_activations(model.transformer)
     if compiled:
         compile_blocks(model.transformer)
-    activate_attention(s.attention)
     if hasattr(model, "decode_in"):
         model.decode_in(decode_dtype(s, device))
     height, width = (s.resolution, s.resolution) if s.resolution else model.resolution

@@ -1,7 +1,8 @@
 import pytest
 import torch
+from torch.nn.attention import SDPBackend, _cur_sdpa_kernel_backends
 
-from nft_core.attention import activate_attention
+from nft_core.attention import attention_kernel
 from nft_core.errors import NftError, UsageError
 from nft_core.models.sd3 import SD3
 from nft_core.policy import Policy
@@ -96,30 +97,23 @@ def test_no_reference_is_kept_where_none_is_wanted(sd3_folder):
     assert not any(name.startswith("reference.") for name in policy.state())
 
 
-def test_kernels_of_attention_agree(sd3_folder):
-    """Those that a CPU has; `math` is asked for by name, and really taken."""
-    from torch.nn.attention import SDPBackend, _cur_sdpa_kernel_backends
-
-    taken = []
-
-    class Looking(SD3):
-        def velocity(self, *given):
-            taken.append(_cur_sdpa_kernel_backends(with_priority=True)[0])
-            return super().velocity(*given)
-
-    policies = [
-        Policy(Looking(str(sd3_folder)), lora_rank=0, attention=name) for name in ("auto", "math", "flash")
-    ]
-    expected, *others = [velocity(p) for p in policies]
-    for found in others:
-        torch.testing.assert_close(found, expected)
-    assert taken[1:] == [SDPBackend.MATH, SDPBackend.FLASH_ATTENTION]
+@pytest.mark.parametrize(("name", "kernel"), [("math", "MATH"), ("flash", "FLASH_ATTENTION")])
+def test_kernels_of_attention_agree(name, kernel, sd3_folder):
+    """Those that a CPU has; the one that is asked for comes first."""
+    policy = Policy(SD3(str(sd3_folder)), lora_rank=0)
+    before = set(_cur_sdpa_kernel_backends())
+    expected = velocity(policy)
+    with attention_kernel(name):
+        assert _cur_sdpa_kernel_backends(with_priority=True)[0] == SDPBackend[kernel]
+        torch.testing.assert_close(velocity(policy), expected)
+    assert set(_cur_sdpa_kernel_backends()) == before
 
 
 def test_an_attention_that_is_not_installed():
-    with pytest.raises(NftError, match="flash_attn_interface"):
-        activate_attention("flash3")
-    activate_attention("auto")
+    with pytest.raises(NftError, match="flash_attn_interface"), attention_kernel("flash3"):
+        pass
+    with attention_kernel("auto"):
+        pass
 
 
 def test_lora_targets(sd3_folder):
