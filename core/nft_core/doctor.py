@@ -135,7 +135,7 @@ def sentence(problem: dict[str, str]) -> str:
 def torch_problems(probed: dict[str, Any]) -> list[dict[str, str]]:
     problems = []
     if "torch_error" in probed:
-        mend = 'pip install --force-reinstall "torch>=2.8,<2.14"'
+        mend = 'pip install --force-reinstall "torch>=2.8"'
         problems.append({"what": "torch", "cause": probed["torch_error"], "mend": mend})
     if "gpus_error" in probed:
         mend = "look at `nvidia-smi`: the driver must be at least as new as torch's CUDA"

@@ -26,7 +26,7 @@ def process(*arguments, **environment):
         env=os.environ | environment,
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=900,
     )
 
 
@@ -56,7 +56,7 @@ def test_broken_torch_is_a_finding(site):
     result = process(**site("torch", "raise ImportError('libc10.so: cannot open shared object file')"))
     assert result.returncode == 1, result.stderr
     assert "torch is broken: ImportError: libc10.so" in result.stdout
-    assert 'to mend it: pip install --force-reinstall "torch>=2.8,<2.14"' in result.stdout
+    assert 'to mend it: pip install --force-reinstall "torch>=2.8"' in result.stdout
     assert "Traceback" not in result.stdout + result.stderr
 
 
