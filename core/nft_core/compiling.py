@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from time import perf_counter
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-from torch._dynamo.utils import counters
 
 from . import distributed
 from .sharding import blocks
@@ -53,7 +53,8 @@ def compiled_graphs() -> int:
 
     After the first epoch it should stay as it is: each further one is a shape or a state that was not foreseen.
     """
-    return int(counters["stats"]["unique_graphs"])
+    dynamo = sys.modules.get("torch._dynamo.utils")  # Where nobody compiles, its import would cost a second.
+    return int(dynamo.counters["stats"]["unique_graphs"]) if dynamo else 0
 
 
 def warm_up(run: Training, tell: Callable[[str], None]) -> None:

@@ -19,6 +19,7 @@ from nft_plugins import Condition, Reward
 
 from . import distributed
 from .advantages import combined_advantages, flat_groups, optimality
+from .compiling import compiled_graphs
 from .encodings import Encoded, sent
 from .errors import NftError, Stopped
 from .gallery import Gallery
@@ -333,6 +334,7 @@ def finish_epoch(run: Training, rollout: Rollout, seconds: float) -> None:
         flat_groups=flat_groups(scores.values, scores.valid, rollout.groups),
         nonfinite_steps=at.nonfinite_steps,
         **({"loss_scale": at.loss_scale} if s.precision == "fp16" else {}),
+        **({"compiled_graphs": graphs} if (graphs := compiled_graphs()) else {}),
         skipped=list(rollout.skipped),
         phases=phases,
     )

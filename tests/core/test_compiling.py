@@ -46,7 +46,11 @@ def test_a_warm_up_compiles_all_that_an_epoch_needs(run):
     assert all(p.grad is None for p in run.policy.parameters)
     count = len(compiled)
     assert count >= 3  # With the LoRA and without, and with gradients.
+    records = []
+    run.observe = lambda hook, **told: records.extend(r for name, r in told.items() if name == "record")
     train(run)
+    (epoch,) = [r for r in records if r["event"] == "epoch"]
+    assert epoch["compiled_graphs"] >= count
     # The evaluation's last batch is smaller than the others, which is one more shape.
     assert len(compiled) <= count + 4
 
