@@ -40,7 +40,8 @@ END = re.compile(r"(?:/|\bof\b|\bto\b|[-‐-―−~〜～])\s*(\d+(?:\.\d+)?)\D*
 #: "<final_score>"; without a sign between them where the line has nothing else.
 BETWEEN = (
     rf"(?:>|(?P<scale>{SCALE}){AROUND}(?:[:：=→\n|][:=]*|-(?=\s)|of\b"
-    rf"|(?:is|would be|should be)\b(?: therefore)?:?|(?<=[\s*_])(?=[\d.]+(?:\s*/\s*\d+)?[*_` \t.]*(?:\n|$)))){AROUND}"
+    r"|(?:is|would be|should be)\b(?: therefore)?:?"
+    rf"|(?<=[\s*_])(?=[\d.]+(?:\s*/\s*\d+)?[*_` \t.]*(?:\n|$)))){AROUND}"
 )
 #: How a number was worked out, as in "(3 + 5) / 2 = 4".
 SUM = rf"(?:[-+*/×÷·().\d \t]*\d[-+*/×÷·().\d \t]*[=≈]{AROUND})*"
