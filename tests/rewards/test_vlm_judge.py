@@ -398,6 +398,12 @@ def test_a_key_that_is_sent_back_is_not_logged(server, monkeypatch, caplog):
     assert not [KEY[i : i + 4] for i in range(8, len(KEY) - 3) if KEY[i : i + 4] in caplog.text]
 
 
+def test_a_key_that_is_none_changes_no_answer(server, monkeypatch):
+    monkeypatch.setenv("JUDGE_KEY", "4")
+    server.respond = by_prompt({"a": good("Final Score: 4")})
+    assert VLMJudge(url=server.url, api_key_env="JUDGE_KEY")(batch_of("a")).details["score"].tolist() == [4.0]
+
+
 def test_a_key_in_the_place_of_its_name_is_not_shown():
     for options in ({"api_key_env": KEY}, {"url": f"user:{KEY}@host/v1"}, {"url": f"http://host/v1?key={KEY}"}):
         with pytest.raises(ValueError, match="api_key_env") as caught:
