@@ -211,22 +211,29 @@ def scorable(
 
     policy: `error` refuses the file at the first prompt that it cannot; `drop` leaves such prompts out.
     """
-    kept, refused = [], None
+    kept, refused = [], ""
     for prompt in prompts:
-        try:
-            check(prompt.text, prompt.metadata)
-        except PromptError as error:
-            refused = refused or f"{prompt.where}: {error}"
-            if policy == "error":
-                raise UsageError(
-                    f"{refused} Give prompts that every reward can score, or leave such prompts "
-                    "out with --set unscorable=drop."
-                ) from error
-        else:
+        why = refusal_of(prompt, check)
+        refused = refused or why
+        if why and policy == "error":
+            raise UsageError(
+                f"{why} Give prompts that every reward can score, or leave such prompts out with "
+                "--set unscorable=drop."
+            )
+        if not why:
             kept.append(prompt)
     if not kept:
         raise UsageError(f"Of {len(prompts)} prompts none can be scored by every reward: {refused}")
     return kept
+
+
+def refusal_of(prompt: Prompt, check: Callable[[str, Mapping[str, Any]], None]) -> str:
+    """Why a reward cannot score a prompt, and where the prompt stands; empty where every reward can."""
+    try:
+        check(prompt.text, prompt.metadata)
+    except PromptError as error:
+        return f"{prompt.where}: {error}"
+    return ""
 
 
 def prompts_of_run(count: int, per_epoch: int, seed: int, epochs: int) -> Sequence[int]:
