@@ -204,8 +204,13 @@ def shapes_of(key: str) -> re.Pattern[str]:
             codes = (inner, inner.translate(str.maketrans("+/", "-_")), text.encode().hex())
             shapes |= {s for s in codes if len(s) > 4}
     whole = sorted(shapes, key=len, reverse=True)
-    cut = [re.escape(shape[:8]) + r"[^\s\"'<>&,;]*" for shape in whole if len(shape) >= 12]
-    return re.compile("|".join([*map(re.escape, whole), *cut]), re.IGNORECASE)
+    cut = [wrapped(shape[:8]) + r"[^\s\"'<>&,;]*" for shape in whole if len(shape) >= 12]
+    return re.compile("|".join([*map(wrapped, whole), *cut]), re.IGNORECASE)
+
+
+def wrapped(text: str) -> str:
+    """A pattern for a text that may be broken into lines, spaced out, or in UTF-16."""
+    return r"(?:[\s\0]|\\[nrt]){,20}".join(map(re.escape, text))
 
 
 def decoded(content: bytes) -> Any:

@@ -366,6 +366,8 @@ KEY = "sk-proj-Q7+x/9Zk_w2<&>Lm4TtB"
         html.escape(KEY),
         json.dumps(KEY).replace("/", r"\/"),
         KEY[:14] + "****",
+        f"{KEY[:5]}\\n{KEY[5:14]}\n    {KEY[14:]}",
+        "\0".join(KEY),
         quote(KEY, safe="")[:20],
     ],
 )
