@@ -12,6 +12,8 @@ import os
 OFF = {
     "ORT_DISABLE_TELEMETRY": "1",  # onnxruntime, which torch's compiler and the ocr reward import
     "HF_HUB_DISABLE_TELEMETRY": "1",  # huggingface_hub, diffusers, transformers, accelerate, peft
+    # transformers asks a service of huggingface.co's, with your token, to convert a model without safetensors.
+    "DISABLE_SAFETENSORS_CONVERSION": "1",
     "WANDB_ERROR_REPORTING": "false",  # wandb's reports of errors; not what the observer logs
     "PADDLE_PDX_DISABLE_MODEL_SOURCE_CHECK": "True",  # PaddleX asks each of its hosts whether it is there
 }

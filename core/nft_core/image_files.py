@@ -31,6 +31,8 @@ SUFFIXES = (
 OTHER_SUFFIXES = (
     *(".avif", ".heic", ".heif", ".jxl", ".jp2", ".j2k", ".svg", ".psd", ".ico", ".tga", ".qoi", ".dds"),
     *(".ppm", ".pgm", ".pbm", ".pnm", ".exr", ".hdr", ".eps", ".dng", ".cr2", ".cr3", ".nef", ".arw", ".raw"),
+    *(".orf", ".rw2", ".raf", ".hif", ".jxr", ".icns", ".pcx", ".dib", ".sgi", ".rgb", ".xbm", ".xpm", ".xcf"),
+    *(".kra", ".svgz", ".avifs", ".bpg", ".dcm", ".fits", ".ras", ".im", ".jxs"),
 )
 #: What stands beside images, and is none.
 BESIDE = (".txt", ".json", ".jsonl", ".csv")

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import ast
 import json
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -18,6 +20,14 @@ from .seeds import generator
 TEXT, JSON = (".txt", ""), (".jsonl", ".ndjson", ".json")
 #: How pandas reads tables, by suffix.
 TABLES = {".csv": "read_csv(FILE)", ".tsv": r"read_csv(FILE, sep='\t')", ".parquet": "read_parquet(FILE)"}
+#: How files begin that came in the place of what was meant, in lower case.
+INSTEAD = {
+    "version https://git-lfs": "a pointer of Git LFS; `git lfs pull` fetches the file itself",
+    "<!doctype html": "a web page; fetch the file itself",
+    "<html": "a web page; fetch the file itself",
+}
+#: An object in JSON, or as Python prints it.
+OBJECT = re.compile(r"""[\[\s]*\{\s*(["'])\w+\1\s*:""")
 
 
 class Prompt(NamedTuple):
@@ -36,7 +46,7 @@ def read_prompts(path: Path) -> list[Prompt]:
     """
     suffix = path.suffix.lower()
     if suffix not in TEXT + JSON:
-        raise UsageError(refusal(path))
+        raise UsageError(refusal(path, suffix))
     try:
         text = path.read_text(encoding="utf-8-sig")
     except (OSError, ValueError) as error:  # ValueError: no UTF-8, or a path that no file can have.
@@ -44,20 +54,30 @@ def read_prompts(path: Path) -> list[Prompt]:
         raise UsageError(f"Cannot read the prompt file {path}: {error}{what}.") from error
     if "\0" in text:  # UTF-16 without its mark, or no text at all.
         raise UsageError(f"Cannot read the prompt file {path}: it holds null bytes; expected text in UTF-8.")
+    for start, what in INSTEAD.items():
+        if text[:100].lstrip().lower().startswith(start):
+            raise UsageError(f"The prompt file {path} is {what}.")
     if suffix in JSON:
         prompts = [make_prompt(record, where) for record, where in read_records(text, path)]
     elif is_json(text):
         raise UsageError(f"The prompt file {path} holds JSON: give it a name that ends in .jsonl.")
     else:
         prompts = [Prompt(line, {}, where) for line, where in split_lines(text, path)]
+        for prompt in prompts:
+            if OBJECT.match(prompt.text):
+                raise UsageError(
+                    f"{prompt.where}: expected a prompt, got an object: let the file's name end in .jsonl."
+                )
+        if len(prompts) > 1 and all("\t" in prompt.text for prompt in prompts):
+            raise UsageError(refusal(path, ".tsv"))
     if not prompts:
         raise UsageError(f"The prompt file {path} holds no prompt: expected one a line.")
     return prompts
 
 
-def refusal(path: Path) -> str:
-    """Why a file of that name is no prompt file, and what to do."""
-    table = TABLES.get(path.suffix.lower())
+def refusal(path: Path, suffix: str) -> str:
+    """Why a file is no prompt file, and what to do. suffix: of its kind."""
+    table = TABLES.get(suffix)
     advice = "If it is one of these, let its name end so."
     if table:
         advice = (
@@ -114,6 +134,14 @@ def parse_json(text: str) -> Any:
         return None
 
 
+def parse_python(text: str) -> Any:
+    """The value that Python prints so; None where it is none."""
+    try:
+        return ast.literal_eval(text.strip())
+    except (ValueError, SyntaxError, RecursionError, MemoryError):
+        return None
+
+
 def make_prompt(record: Any, where: str) -> Prompt:
     """A prompt from a string, or from an object with `prompt` and metadata. Raises UsageError."""
     try:
@@ -137,8 +165,8 @@ def make_prompt(record: Any, where: str) -> Prompt:
 def read_fields(record: Any) -> dict[str, Any]:
     """The fields of an object, and those of its `metadata`, `geneval_metadata` and the like beside them.
 
-    null is absent, and a text that is itself an object or a list in JSON, as tables hold it, is that. Empty
-    for what is no object.
+    null is absent, and a text that is itself an object or a list in JSON, as tables hold it, is that; metadata
+    may be as Python prints it. Empty for what is no object.
     """
     if not isinstance(record, dict):
         return {}
@@ -147,8 +175,11 @@ def read_fields(record: Any) -> dict[str, Any]:
     if "value" in record:
         fields["value"] = record["value"]
     for name, value in list(fields.items()):
-        if f"_{name}".endswith("_metadata") and isinstance(value, dict):
-            fields = value | fields
+        if f"_{name}".endswith("_metadata"):
+            if isinstance(value, str) and OBJECT.match(value):
+                value = read_value(parse_python(value))
+            if isinstance(value, dict):
+                fields = value | fields
     return fields
 
 
@@ -180,22 +211,29 @@ def scorable(
 
     policy: `error` refuses the file at the first prompt that it cannot; `drop` leaves such prompts out.
     """
-    kept, refused = [], None
+    kept, refused = [], ""
     for prompt in prompts:
-        try:
-            check(prompt.text, prompt.metadata)
-        except PromptError as error:
-            refused = refused or f"{prompt.where}: {error}"
-            if policy == "error":
-                raise UsageError(
-                    f"{refused} Give prompts that every reward can score, or leave such prompts "
-                    "out with --set unscorable=drop."
-                ) from error
-        else:
+        why = refusal_of(prompt, check)
+        refused = refused or why
+        if why and policy == "error":
+            raise UsageError(
+                f"{why} Give prompts that every reward can score, or leave such prompts out with "
+                "--set unscorable=drop."
+            )
+        if not why:
             kept.append(prompt)
     if not kept:
         raise UsageError(f"Of {len(prompts)} prompts none can be scored by every reward: {refused}")
     return kept
+
+
+def refusal_of(prompt: Prompt, check: Callable[[str, Mapping[str, Any]], None]) -> str:
+    """Why a reward cannot score a prompt, and where the prompt stands; empty where every reward can."""
+    try:
+        check(prompt.text, prompt.metadata)
+    except PromptError as error:
+        return f"{prompt.where}: {error}"
+    return ""
 
 
 def prompts_of_run(count: int, per_epoch: int, seed: int, epochs: int) -> Sequence[int]:

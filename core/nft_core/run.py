@@ -22,7 +22,7 @@ from .launch import told
 from .observers.metrics import trim
 from .places import placeless
 from .progress import Progress
-from .prompts import Prompt, prompts_of_run, read_prompts, scorable
+from .prompts import Prompt, prompts_of_run, read_prompts, refusal_of, scorable
 from .resume import FREE, digest, find, holds_a_run, locked, restore
 from .settings import Settings, make_settings, to_toml
 from .specs import RewardSpec, parse_observer, parse_reward
@@ -277,15 +277,19 @@ def usable(
     tell: Callable[[str], None],
 ) -> tuple[list[Prompt], list[Prompt]]:
     """Those that the rewards can score; held-out prompts are split off where there are none."""
-    given = len(prompts) + len(held_out)
     from .lending import kept
 
+    everything = [*prompts, *held_out]
     with kept("The check of prompts"):
         prompts = scorable(prompts, check, policy)
         held_out = scorable(held_out, check, policy) if held_out else []
-    lost = given - len(prompts) - len(held_out)
-    if lost:
-        tell(f"{lost} of {given} prompts are left out: not every reward can score them.")
+        lost = len(everything) - len(prompts) - len(held_out)
+        if lost:
+            example = next(filter(None, (refusal_of(prompt, check) for prompt in everything)))
+            tell(
+                f"{lost} of {len(everything)} prompts are left out: not every reward can score them, such as "
+                f"{example}"
+            )
     if held_out:
         shared = {p.text for p in prompts} & {p.text for p in held_out}
         if shared:

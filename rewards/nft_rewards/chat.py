@@ -29,6 +29,8 @@ T = TypeVar("T")
 LARGEST_REPLY = 1 << 20
 #: Seconds before the first retry; each further one waits twice as long.
 BACKOFF = 0.5
+#: Letters of a key that is a secret. Without keys a server takes any, such as "1" or "no": answers too.
+SHORTEST = 4
 #: The server has been found and will answer no request: a wrong path, key or model, or a redirect.
 REFUSALS = (301, 302, 303, 307, 308, 401, 403, 404)
 
@@ -96,7 +98,7 @@ class ChatServer:
     def redacted(self, reply: Any) -> Any:
         """A reply, or the Failed that came of it, without the key, which a server may send back."""
         key = self.key()
-        if not key or isinstance(reply, (int, float, NoneType)):
+        if len(key) < SHORTEST or isinstance(reply, (int, float, NoneType)):
             return reply
         if isinstance(reply, str):
             return shapes_of(key).sub("***", reply)
@@ -202,8 +204,13 @@ def shapes_of(key: str) -> re.Pattern[str]:
             codes = (inner, inner.translate(str.maketrans("+/", "-_")), text.encode().hex())
             shapes |= {s for s in codes if len(s) > 4}
     whole = sorted(shapes, key=len, reverse=True)
-    cut = [re.escape(shape[:8]) + r"[^\s\"'<>&,;]*" for shape in whole if len(shape) >= 12]
-    return re.compile("|".join([*map(re.escape, whole), *cut]), re.IGNORECASE)
+    cut = [wrapped(shape[:8]) + r"[^\s\"'<>&,;]*" for shape in whole if len(shape) >= 12]
+    return re.compile("|".join([*map(wrapped, whole), *cut]), re.IGNORECASE)
+
+
+def wrapped(text: str) -> str:
+    """A pattern for a text that may be broken into lines, spaced out, or in UTF-16."""
+    return r"(?:[\s\0]|\\[nrt]){,20}".join(map(re.escape, text))
 
 
 def decoded(content: bytes) -> Any:

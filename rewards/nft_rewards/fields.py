@@ -8,6 +8,9 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
+#: What tables write for null, in lower case.
+NULLS = ("", "null", "none", "nan", "<na>")
+
 
 def field(record: Mapping[str, Any], name: str) -> Any:
     """The value of a field, or None where it is absent, null or NaN, which is what pandas makes of null.
@@ -30,6 +33,12 @@ def decoded(value: Any) -> Any:
         except (ValueError, SyntaxError, RecursionError, MemoryError):
             continue
     return value
+
+
+def meant(record: Mapping[str, Any], name: str) -> Any:
+    """What a field means, decoded; None where it is absent, null, or what tables write for null."""
+    value = decoded(field(record, name))
+    return None if isinstance(value, str) and value.strip().lower() in NULLS else value
 
 
 def whole_number(value: Any) -> int | None:

@@ -20,7 +20,7 @@ from torch import Tensor
 from nft_plugins import Batch, PromptError, Scores
 
 from .clip import Precision
-from .fields import decoded, field, whole_number
+from .fields import decoded, field, meant, whole_number
 from .pixels import finite
 
 DETECTOR = "nft_rewards.photographs:PhotoDetector"
@@ -69,7 +69,7 @@ def read_metadata(metadata: Mapping[str, Any]) -> dict[str, Any]:
 
     Raises PromptError for metadata that is not GenEval's.
     """
-    include, exclude = (decoded(field(metadata, name)) for name in ("include", "exclude"))
+    include, exclude = (meant(metadata, name) for name in ("include", "exclude"))
     if not isinstance(include, (list, tuple)) or not include:
         raise PromptError(f'needs metadata include: [{{"class": ..., "count": ...}}, ...], got {include!r}')
     if not isinstance(exclude, (list, tuple, NoneType)):
@@ -78,7 +78,7 @@ def read_metadata(metadata: Mapping[str, Any]) -> dict[str, Any]:
     return {
         "include": clauses[: len(include)],
         "exclude": clauses[len(include) :],
-        "tag": field(metadata, "tag"),
+        "tag": meant(metadata, "tag"),
     }
 
 
@@ -90,11 +90,11 @@ def read_clause(clause: Any, i: int) -> dict[str, Any]:
     if count is None or count < 1:
         raise PromptError(f"clause {i} needs a count of 1 or more, got {clause!r}")
     read = {"class": clause["class"], "count": count}
-    if (color := field(clause, "color")) is not None:
+    if (color := meant(clause, "color")) is not None:
         if not isinstance(color, str):
             raise PromptError(f"clause {i}: {color!r} is no color's name")
         read["color"] = color
-    if (position := decoded(field(clause, "position"))) is not None:
+    if (position := meant(clause, "position")) is not None:
         pair = position if isinstance(position, (list, tuple)) and len(position) == 2 else (None, None)
         target = whole_number(pair[1])
         if pair[0] not in RELATIONS or target is None or not 0 <= target < i:

@@ -16,24 +16,47 @@ TOP = 20
 THOUGHT = r"(?:\w+:)?(?:think|thinking|thought|reasoning)"
 OPENING, CLOSING = (re.compile(rf"[<\[◁]{slash}{THOUGHT}[>\]▷]", re.IGNORECASE) for slash in ("", "/"))
 
-LABEL = re.compile(r"final[ \t_*-]*score", re.IGNORECASE)
+LABEL = re.compile(r"final[\s_*-]*score", re.IGNORECASE)
 #: Characters after a label in which its number begins.
 NEAR = 200
+#: Full-width signs, and characters that cannot be seen.
+PLAIN = str.maketrans(
+    {"．": ".", "／": "/", "⁄": "/", "∕": "/", "﹕": ":"} | dict.fromkeys("\u200b\u200c\u200d\u2060\ufeff")
+)
 #: What may stand around a number: white space, Markdown, brackets, quotes, tags, LaTeX's commands.
-AROUND = r"(?:[\s*_`\"'“”‘’()\[\]{}<>$|#]|</?\w+>|\\[a-z]*)*"
+AROUND = r"(?:[\s*_`\"'“”‘’()\[\]{}<>【】$|#]|</?\w+>|\\[a-z]*)*"
 #: The same within a line.
 BESIDE = r"[ \t*_`\"'”’()\[\]{}$\\]*"
-#: From the label to its number, as in "Final Score (1-5): ", "final score is ", "### Final Score\n".
-BETWEEN = rf"(?:{AROUND}\([^()\n]*\))?{AROUND}(?:[:：=→\n|]|-(?=\s)|(?:is|of)\b){AROUND}"
-#: A number that stands alone: neither a part of another or of a word, nor the begin of a range.
+#: Between the ends of a range.
+TO = rf"{BESIDE}(?:[-‐-―−~〜～至到]|(?:to|through)\b){BESIDE}"
+#: What a label says of its scale, or of what it scores.
+SCALE = (
+    rf"(?:{AROUND}[(\[][^()\[\]\n]*[)\]]|,? (?:out of|on a scale (?:of|from)) (?:\d+{TO})?\d+"
+    r"|,? (?:for|of) (?:the|this) (?:\w+ )?(?:image|picture))?"
+)
+#: The end of that scale.
+END = re.compile(r"(?:/|\bof\b|\bto\b|[-‐-―−~〜～])\s*(\d+(?:\.\d+)?)\D*$")
+#: From the label to its number, as in "Final Score (1-5): ", "final score is ", "### Final Score\n",
+#: "<final_score>"; without a sign between them where the line has nothing else.
+BETWEEN = (
+    rf"(?:>|(?P<scale>{SCALE}){AROUND}(?:[:：=→\n|][:=]*|-(?=\s)|of\b"
+    r"|(?:is|would be|should be)\b(?: therefore)?:?"
+    rf"|(?<=[\s*_])(?=[\d.]+(?:\s*/\s*\d+)?[*_` \t.]*(?:\n|$)))){AROUND}"
+)
+#: How a number was worked out, as in "(3 + 5) / 2 = 4".
+SUM = rf"(?:[-+*/×÷·().\d \t]*\d[-+*/×÷·().\d \t]*[=≈]{AROUND})*"
+#: A number that stands alone: neither a part of another, of a word or of a sum, nor the begin of a range.
 NUMBER = re.compile(
-    rf"(?P<between>{BETWEEN})(?P<number>[+-]?(?:\d+(?:\.\d+)?|\.\d+)(?:e[+-]?\d+)?)"
-    rf"(?![\da-z%]|[.,…]+\d|{BESIDE}(?:[-‐-―−~〜～]|(?:to|or|and)\b){BESIDE}\d)"
-    rf"(?:{BESIDE}(?:/|(?:out )?of\b){BESIDE}(?P<of>\d+(?:\.\d+)?))?",
+    rf"(?P<between>{BETWEEN}){SUM}(?P<number>[+-]?(?:\d+(?:\.\d+)?|\.\d+)(?:e[+-]?\d+)?)"
+    rf"(?![\da-z%½⅓⅔¼¾]|[.,…]+\d|[ \t]+\d+/|{TO}\d|{BESIDE},?{BESIDE}(?:(?:or|and)\b|[&或和]){BESIDE}\d"
+    rf"|{BESIDE}(?:[+×÷·→=≈]|[-=]>){BESIDE}\d|[ \t]*\*[ \t]*\d)"
+    rf"(?:{BESIDE}(?:points?\b|stars?\b|分)?{BESIDE}"
+    rf"(?:(?:/|of\b|out of\b|on a scale (?:of|from)\b)(?:{BESIDE}(?:an?|the|possible|total|max(?:imum)?|of)\b)*"
+    rf"{BESIDE}(?:[01]{TO})?|(?:in\b)?{BESIDE}[01]{TO})(?P<of>\d+(?:\.\d+)?))?",
     re.IGNORECASE,
 )
 #: A label that has something else than a number; in quotes, as in 'Final Score:', it is but named.
-OTHER = re.compile(rf"(?:{AROUND}\([^()\n]*\))?{AROUND}[:：=](?![\"'”’])|{BETWEEN}\d", re.IGNORECASE)
+OTHER = re.compile(rf"{SCALE}{AROUND}[:：=](?![\"'”’])|{BETWEEN}\d", re.IGNORECASE)
 #: After a number on a line of its own: it numbers the items of a list.
 ITEM = re.compile(r"[.)][ \t]+\w")
 
@@ -52,11 +75,13 @@ class Found(NamedTuple):
 
 def final_score(text: str) -> Found | None:
     """The number after the last `Final Score:`, plain, bold or boxed; None for a range and other words."""
+    text = text.translate(PLAIN)
     for label in reversed(list(LABEL.finditer(text))):
         tail = text[label.end() : label.end() + NEAR]
         match = NUMBER.match(tail)
         if match and not ("\n" in match["between"] and ITEM.match(tail, match.end("number"))):
-            return Found(match["number"], match["of"])
+            end = END.search(match["scale"] or "")
+            return Found(match["number"], match["of"] or (end and end[1]))
         if match or OTHER.match(tail):
             return None
     return None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import unicodedata
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -18,6 +19,8 @@ CLOSING = {
     **{"「": "」", "『": "』", "｢": "｣", "﹁": "﹂", "﹃": "﹄"},
 }
 QUOTES = {*CLOSING, *"".join(CLOSING.values())}
+#: What is written for inches too, and what follows it then, as in `12" wide` and `12"x8"`.
+INCHES, INCH = '"”＂', re.compile(r"[\W_]|$|[x×]\s*\d", re.IGNORECASE)
 
 #: Signs that a picture cannot tell apart, or that few recognisers know.
 ALIKE = str.maketrans(
@@ -38,13 +41,15 @@ UNSEEN = {*map(chr, [0x34F, 0x115F, 0x1160, 0x17B4, 0x17B5, 0x2800, 0x3164, 0xFF
 def target_text(prompt: str, metadata: Mapping[str, Any]) -> str:
     """The words to be read: metadata `text`, or else all quoted words of the prompt, in order.
 
-    A list of texts is joined; what a prompt quotes again counts once. Raises PromptError where there are no
-    words, and where a quote has no partner or may be an inch mark, as in `a 12" pipe`.
+    A list of texts is joined, without its nulls; what a prompt quotes again counts once. Raises PromptError
+    where there are no words, and where a quote has no partner or may be an inch mark, as in `a 5"x" sign`.
     """
     given = field(metadata, "text")
     if given is not None:
         many = decoded(given)
-        texts = many if isinstance(many, (list, tuple)) and all(isinstance(t, str) for t in many) else [given]
+        if isinstance(many, (list, tuple)):
+            many = [t for t in many if t is not None]
+        texts = many if isinstance(many, list) and all(isinstance(t, str) for t in many) else [given]
         if not texts or not all(isinstance(t, str) and t.strip() for t in texts):
             raise PromptError(f"metadata text must be a text or a list of texts, none empty, got {given!r}")
         return " ".join(texts)
@@ -55,21 +60,26 @@ def target_text(prompt: str, metadata: Mapping[str, Any]) -> str:
         once.setdefault(letters.rstrip(".,;:") or letters, words)
     text = " ".join(once.values())
     if not text.strip():
-        raise PromptError(f"no words to read: expected metadata text or words in double quotes, got {prompt!r}")
+        raise PromptError(
+            "no words to read: expected metadata text or words in double quotes (single ones may be "
+            f"apostrophes), got {prompt!r}"
+        )
     return text
 
 
 def quoted(prompt: str) -> Iterator[str]:
-    """The texts between quotes, outermost ones only.
+    """The texts between quotes, outermost ones only; an inch mark, as in `a 12" pipe`, is none.
 
-    Raises PromptError for a quote without a partner, and for one right after a number.
+    Raises PromptError for a quote without a partner, for one between a number and a letter, and for one with
+    nothing in it.
     """
     # Prompts that were cut out of JSON keep its backslashes.
-    prompt, i = prompt.replace('\\"', '"'), 0
+    prompt, i = undoubled(prompt.replace('\\"', '"')), 0
     while i < len(prompt):
-        if prompt[i] in QUOTES:
+        after_number = prompt[i] in INCHES and unicodedata.category(prompt[i - 1 : i] or " ") in ("Nd", "No")
+        if prompt[i] in QUOTES and not (after_number and INCH.match(prompt, i + 1)):
             end = find_closing(prompt, i)
-            if prompt[i] in '"”＂' and prompt[:i][-1:].isdigit():
+            if after_number:
                 raise PromptError(
                     f"{prompt[i : end and end + 1]} begins right after a number, so it may be an inch mark; "
                     f"put a space before it or give metadata text: {prompt!r}"
@@ -79,9 +89,22 @@ def quoted(prompt: str) -> Iterator[str]:
                     f"a double quote without a partner, {prompt[i]}, leaves the words to read open; give "
                     f"metadata text: {prompt!r}"
                 )
-            yield prompt[i + 1 : end].strip()
+            if not (words := prompt[i + 1 : end].strip()):
+                raise PromptError(
+                    f"no words to read between two quotes; leave them out or give metadata text: {prompt!r}"
+                )
+            yield words
             i = end
         i += 1
+
+
+def undoubled(prompt: str) -> str:
+    """The prompt without CSV's quotes: a line of it stands in quotes, with those inside written twice."""
+    inner = prompt.strip()[1:-1]
+    for text in (inner, prompt) if prompt.strip() == f'"{inner}"' else (prompt,):
+        if '""' in text and '"' not in text.replace('""', ""):
+            return text.replace('""', '"')
+    return prompt
 
 
 def find_closing(prompt: str, start: int) -> int | None:

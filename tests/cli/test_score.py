@@ -258,7 +258,7 @@ def test_odd_files_of_these_kinds(tmp_path):
 def test_what_a_folder_leaves_out_is_named(folder, plugin):
     for name in ("a.png", "0/samples/0000.png", "0/grid.png", ".hidden.png"):
         flat(folder / name, 51)
-    for name in ("b.HEIC", "c.svg", "a.txt", "notes.md"):
+    for name in ("b.HEIC", "c.svg", "d.orf", "a.txt", "notes.md"):
         (folder / name).write_text("a")
     (folder / "gone.png").symlink_to(folder / "nothing.png")
     (folder / "linked").symlink_to(folder / "0")
@@ -269,7 +269,13 @@ def test_what_a_folder_leaves_out_is_named(folder, plugin):
     assert result.exit_code == 0
     assert set(rows(result)) == {"image", "a.png", "0/samples/0000.png", "mean"}
     kind, nothing = "a kind that is not read; convert it to PNG", "a link to nothing, or no file"
-    reasons = {"linked": "a link to a folder", "b.HEIC": kind, "c.svg": kind, "gone.png": nothing}
+    reasons = {
+        "linked": "a link to a folder",
+        "b.HEIC": kind,
+        "c.svg": kind,
+        "d.orf": kind,
+        "gone.png": nothing,
+    }
     reasons["0/grid.png"] = "a sheet of the images in samples/"
     said = ", ".join(f"{name} ({reason})" for name, reason in reasons.items())
     assert result.stderr == f"Warning: Not scored: {said}.\n"

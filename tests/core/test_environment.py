@@ -1,5 +1,6 @@
 """What is read of the environment is checked, and what would report to libraries' makers is switched off."""
 
+import inspect
 import os
 import subprocess
 import sys
@@ -82,3 +83,12 @@ def test_a_choice_of_the_users_stays():
 
 def test_telemetry_is_off_here():
     assert all(name in os.environ for name in OFF) and torch.get_default_dtype() == torch.float32
+
+
+def test_no_service_is_asked_to_convert_a_model():
+    """transformers would send it the id of a model without safetensors, and the user's token."""
+    from transformers import modeling_utils
+    from transformers.utils.import_utils import is_env_variable_true
+
+    assert is_env_variable_true("DISABLE_SAFETENSORS_CONVERSION")
+    assert "DISABLE_SAFETENSORS_CONVERSION" in inspect.getsource(modeling_utils)

@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 
 from nft_core.errors import UsageError
 from nft_core.prompts import Prompt, prompts_of_epoch, prompts_of_run, read_prompts, scorable
-from nft_core.run import DATA
+from nft_core.run import DATA, usable
 from nft_plugins import PromptError
 
 
@@ -54,6 +54,15 @@ def test_a_prompt_that_stands_twice_comes_twice_as_often(tmp_path):
             r"p.txt holds JSON: give it a name that ends in .jsonl",
         ),
         ("p", '\ufeff\n[\n"a",\n"b"\n]', r"p holds JSON"),
+        ("p.txt", 'a cat\n{"prompt": "b"},\n', r"p.txt:2: expected a prompt, got an object: .*\.jsonl"),
+        ("p.txt", "{'prompt': 'a'}\n", r"p.txt:1: expected a prompt, got an object"),
+        ("p.txt", "Prompt\tTag\na cat\tx\n", r"p.txt is of a kind that is not read.*sep="),
+        (
+            "p.txt",
+            "version https://git-lfs.github.com/spec/v1\noid sha256:0\n",
+            "p.txt is a pointer of Git LFS",
+        ),
+        ("p.jsonl", "\n<!DOCTYPE html>\n", "p.jsonl is a web page"),
         ("p.txt", "a\0 \0c\0a\0t\0", r"p.txt: it holds null bytes; expected text in UTF-8"),
         ("p.jsonl", '{"text": "a"}\n', r"p.jsonl:1: expected an object"),
         ("p.jsonl", '{"prompt": " "}\n', r"p.jsonl:1: the prompt is empty"),
@@ -100,10 +109,11 @@ def test_null_is_absent_and_text_in_json_is_what_it_says(tmp_path):
         {"prompt": "a cat", "include": json.dumps([clause])},
         {"geneval_metadata": inner},
         {"prompt": "a cat", "metadata": {"include": [clause], "prompt": "another"}},
+        {"prompt": "a cat", "metadata": str({"include": [{**clause, "color": None}], "exclude": None})},
     ]
     found = read_prompts(write(tmp_path, "p.jsonl", "\n".join(map(json.dumps, lines))))
-    assert [p.text for p in found] == ["a cat"] * 4
-    assert [p.metadata["include"] for p in found] == [[clause]] * 4
+    assert [p.text for p in found] == ["a cat"] * 5
+    assert [p.metadata["include"] for p in found] == [[clause]] * 5
     assert all("exclude" not in p.metadata for p in found)
     signs = {"prompt": "a", "text": "[1]", "more": "{a}", "words": '["A", "B"]'}
     (found,) = read_prompts(write(tmp_path, "p.jsonl", json.dumps(signs)))
@@ -122,6 +132,9 @@ def test_scorable():
         scorable([good, bad], check, "error")
     with pytest.raises(UsageError, match="Of 1 prompts none can be scored.*f:2: no text"):
         scorable([bad], check, "drop")
+    told = []
+    usable([good, bad], [good], check, "drop", told.append)
+    assert told[0] == ("1 of 3 prompts are left out: not every reward can score them, such as f:2: no text")
 
 
 @given(st.integers(1, 40), st.integers(1, 40), st.integers(0, 3))

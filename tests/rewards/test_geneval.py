@@ -172,6 +172,7 @@ NULLS = clause("cat", color=None, position=None, shape=None)
         wants(NULLS, exclude=None, tag=None),
         wants(NULLS, exclude=float("nan"), tag=float("nan")),
         wants(clause("cat", 1.0, color=float("nan"))),
+        wants(clause("cat", color="None", position="null"), exclude="", tag="nan"),
         wants(clause("cat", "1")),
         {"include": '[{"class": "cat", "count": 1, "color": null}]', "exclude": "[]"},
         {"include": ['{"class": "cat", "count": 1}']},

@@ -366,6 +366,8 @@ KEY = "sk-proj-Q7+x/9Zk_w2<&>Lm4TtB"
         html.escape(KEY),
         json.dumps(KEY).replace("/", r"\/"),
         KEY[:14] + "****",
+        f"{KEY[:5]}\\n{KEY[5:14]}\n    {KEY[14:]}",
+        "\0".join(KEY),
         quote(KEY, safe="")[:20],
     ],
 )
@@ -396,6 +398,12 @@ def test_a_key_that_is_sent_back_is_not_logged(server, monkeypatch, caplog):
         )
     assert "***" in caplog.text
     assert not [KEY[i : i + 4] for i in range(8, len(KEY) - 3) if KEY[i : i + 4] in caplog.text]
+
+
+def test_a_key_that_is_none_changes_no_answer(server, monkeypatch):
+    monkeypatch.setenv("JUDGE_KEY", "4")
+    server.respond = by_prompt({"a": good("Final Score: 4")})
+    assert VLMJudge(url=server.url, api_key_env="JUDGE_KEY")(batch_of("a")).details["score"].tolist() == [4.0]
 
 
 def test_a_key_in_the_place_of_its_name_is_not_shown():
