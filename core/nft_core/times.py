@@ -34,8 +34,8 @@ def draw_times(
         return inner[order[:count]].float()
     if kind == "uniform":
         # Stratified: `count` draws cover (0, 1] evenly, which lowers the gradient's variance.
-        shift = torch.rand((), generator=generator, dtype=torch.float32, device="cpu")
-        t = (torch.arange(count, device="cpu") + 1 - shift) / count
+        offset = torch.rand((), generator=generator, dtype=torch.float32, device="cpu")
+        t = (torch.arange(count, device="cpu") + 1 - offset) / count
     else:
         t = torch.randn(count, generator=generator, dtype=torch.float32, device="cpu").sigmoid()
     return shifted(t, shift).clamp(1e-4, 1)

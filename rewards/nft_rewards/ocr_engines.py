@@ -184,7 +184,8 @@ def inference_yml(file: Path) -> Any:
     import yaml
 
     try:
-        return yaml.load(file.read_text(encoding="utf-8"), getattr(yaml, "CBaseLoader", yaml.BaseLoader))
+        # The loader that makes text alone, and no objects.
+        return getattr(yaml, "CBaseLoader", yaml.BaseLoader)(file.read_text(encoding="utf-8")).get_single_data()
     except yaml.YAMLError as error:
         raise ValueError(f"{file} is no YAML: {error}") from error
 

@@ -210,7 +210,7 @@ BAD = {
     "no gpu": (["--tiny", "--reward", "ocr", "--device", "cuda"], 2, "sees no GPU"),
     "bad device": (["--tiny", "--reward", "ocr", "--device", "abacus"], 2, "Unknown device"),
     "no such model": (["--reward", "jpeg_compressibility", "--model", "nobody/nothing"], 1, "--tiny"),
-    "not a pipeline": (["--reward", "jpeg_compressibility", "--model", "."], 1, "model_index.json"),
+    "not a pipeline": (["--reward", "jpeg_compressibility", "--model", "."], 2, "model_index.json"),
     "out is taken": (["--tiny", "--reward", "ocr", "--out", "taken"], 2, "not empty"),
     "out is a file": (["--tiny", "--reward", "ocr", "--out", "empty.txt"], 2, "not empty"),
     "bad config": (["--config", "cats.txt"], 2, "not valid TOML"),
