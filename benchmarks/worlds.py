@@ -191,6 +191,8 @@ class RandomSD3(SD3):
     a loop costs depends on neither.
     """
 
+    has_weights = False
+
     def _load(self, wanted: Callable[[str], bool], having: Mapping[str, Any]) -> Any:
         modules = [name for name in ("transformer", "vae") if wanted(name)]
         made = {name: self.empty(name).requires_grad_(False).eval() for name in modules}
