@@ -119,7 +119,7 @@ def mask2former(folder, size="full"):
 
 
 def imagereward(folder, size="full"):
-    """ImageReward's weights under their published names, and a tokenizer of letters and words. Gives the folder."""
+    """ImageReward's weights under their published names, and a tokenizer of short words. Gives the folder."""
     from nft_rewards.blip import MED_CONFIG, SAFETENSORS, TEXT, VISION, BLIPScore, published_name
 
     less = {"num_hidden_layers": 2} if size == "small" else {}
