@@ -4,6 +4,7 @@ import importlib.util
 import json
 import math
 import string
+from itertools import product
 
 import torch
 
@@ -37,9 +38,13 @@ CLIPS = {
 HPSV2 = {"full": "ViT-H-14", "small": "ViT-S-32"}
 
 
+#: Words of three letters, of which a tokenizer can have as many as the published ones.
+WORDS = ["".join(letters) for letters in product(string.ascii_lowercase, repeat=3)]
+
+
 def randomise(model):
     """Weights that let images and prompts make a difference: of the size of 1 / sqrt(inputs), norms about 1."""
-    source = torch.Generator().manual_seed(0)
+    source = torch.Generator(next(model.parameters()).device).manual_seed(0)
     for name, p in model.named_parameters():
         inputs = math.prod(p.shape[1:]) if p.ndim > 1 and "embed" not in name else 25
         p.data.normal_(0, inputs**-0.5, generator=source)
@@ -51,7 +56,7 @@ def randomise(model):
 
 
 def clip(folder, kind, size="full"):
-    """A CLIPModel as the hub has it, with the names of older files; tokens are letters. Gives the folder."""
+    """A CLIPModel as the hub has it, with the names of older files; tokens are short. Gives the folder."""
     vision, text, width, activation = CLIPS[size][kind]
 
     def sizes(tower):
@@ -59,9 +64,12 @@ def clip(folder, kind, size="full"):
         shape = {"hidden_size": hidden, "intermediate_size": 4 * hidden, "hidden_act": activation}
         return shape | {"num_hidden_layers": layers, "num_attention_heads": heads}
 
-    letters = "abcdefghijklmnopqrstuvwxyz"
+    letters, pairs = string.ascii_lowercase, list(product(string.ascii_lowercase, repeat=2))
+    merges = [*pairs, *((w[:2], w[2]) for w in WORDS)]
+    merges += [(first, last + "</w>") for first, last in merges]
     vocab = ["<|startoftext|>", "<|endoftext|>", *letters, *(c + "</w>" for c in letters)]
-    tokenizer = CLIPTokenizer(vocab={t: i for i, t in enumerate(vocab)}, merges=[], model_max_length=77)
+    vocab += [first + last for first, last in merges]
+    tokenizer = CLIPTokenizer(vocab={t: i for i, t in enumerate(vocab)}, merges=merges, model_max_length=77)
     config = CLIPConfig(
         text_config=sizes(text) | {"vocab_size": 49408, "max_position_embeddings": 77, "eos_token_id": 1},
         vision_config=sizes(vision) | {"image_size": 224, "patch_size": 14},
@@ -111,7 +119,7 @@ def mask2former(folder, size="full"):
 
 
 def imagereward(folder, size="full"):
-    """ImageReward's weights under their published names, and a tokenizer of letters. Gives the folder."""
+    """ImageReward's weights under their published names, and a tokenizer of short words. Gives the folder."""
     from nft_rewards.blip import MED_CONFIG, SAFETENSORS, TEXT, VISION, BLIPScore, published_name
 
     less = {"num_hidden_layers": 2} if size == "small" else {}
@@ -121,7 +129,7 @@ def imagereward(folder, size="full"):
     save_file({published_name(name): w for name, w in model.state_dict().items()}, folder / SAFETENSORS)
     (folder / MED_CONFIG).write_text(json.dumps(config))
     letters = [*string.ascii_lowercase, *(f"##{letter}" for letter in string.ascii_lowercase)]
-    vocab = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *letters]
+    vocab = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *letters, *WORDS]
     vocab += [f"[unused{i}]" for i in range(TEXT["vocab_size"] - 2 - len(vocab))]
     (folder / "vocab.txt").write_text("\n".join(vocab) + "\n")
     (folder / "tokenizer_config.json").write_text('{"do_lower_case": true}')

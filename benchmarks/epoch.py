@@ -249,7 +249,10 @@ def measure(jobs: Sequence[Job], warmup: int) -> dict[str, Any]:
     return {name: summary(loop, warmup) for name, loop in told.items()}
 
 
-def answer(pipe: Connection, loop: str) -> Any:
+def answer(pipe: Connection, loop: str, seconds: float | None = None) -> Any:
+    """What a worker says. Raises TimeoutError after so many seconds, SystemExit where it has ended."""
+    if not pipe.poll(seconds):
+        raise TimeoutError(f"The worker of {loop} did not answer within {seconds:.0f} s.")
     try:
         return pipe.recv()
     except EOFError:

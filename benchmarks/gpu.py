@@ -28,36 +28,44 @@ from time import monotonic
 from typing import Any
 
 #: Sections with their shares of the minutes.
-SECTIONS = {"device": 0.05, "right": 0.22, "parts": 0.16, "fast": 0.33, "rewards": 0.1, "learning": 0.14}
+SECTIONS = {"device": 0.04, "right": 0.21, "parts": 0.15, "fast": 0.4, "rewards": 0.1, "learning": 0.1}
 #: Seconds that a section has to end by itself before it is killed.
 GRACE = 5.0
 
 
-def run_section(name: str, options: argparse.Namespace, seconds: float) -> None:
-    """Run a section in a process of its own, and end it and all that it started when its time is up."""
+def run_section(name: str, options: argparse.Namespace, seconds: float) -> int | None:
+    """Run a section in a process of its own, and end it and all that it started when its time is up.
+
+    Returns its exit code, or None where it was ended.
+    """
     command = [sys.executable, __file__, "--section", name, "--seconds", str(seconds)]
     command += ["--device", options.device, "--out", str(options.out), *["--small"] * options.small]
     with (options.out / f"{name}.log").open("wb") as log:
         process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, start_new_session=True)
         try:
             with suppress(subprocess.TimeoutExpired):
-                process.wait(seconds + GRACE)
+                return process.wait(seconds + GRACE)
+            return None
         finally:
             with suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)  # What it started may have outlived it.
             process.wait()
 
 
-def read_section(name: str, folder: Path) -> dict[str, Any]:
-    """What a section has written; where that is nothing, the end of its log as a failure."""
-    try:
-        told: dict[str, Any] = json.loads((folder / f"{name}.json").read_text(encoding="utf-8"))
-        return told
-    except (OSError, ValueError):
+def read_section(name: str, folder: Path, code: int | None) -> dict[str, Any]:
+    """What a section has written, and where it ended by itself in the middle, that with the end of its log.
+
+    code: its exit code, or None where its time was up.
+    """
+    told: dict[str, Any] = {"planned": [name], "rows": [], "running": name}
+    with suppress(OSError, ValueError):
+        told = json.loads((folder / f"{name}.json").read_text(encoding="utf-8"))
+    if code:
         log = folder / f"{name}.log"
-        end = log.read_text(encoding="utf-8", errors="replace")[-2000:] if log.exists() else ""
-        row = {"check": name, "ok": False, "result": "wrote nothing", "traceback": end}
-        return {"planned": [name], "rows": [row], "running": None}
+        end = log.read_text(encoding="utf-8", errors="replace")[-4000:] if log.exists() else ""
+        row = {"check": told["running"] or name, "ok": False, "result": f"ended with exit code {code}"}
+        told["rows"].append(row | {"traceback": end})
+    return told
 
 
 def problems(told: dict[str, dict[str, Any]]) -> Iterator[str]:
@@ -104,15 +112,15 @@ def main() -> None:
     names = options.sections.split(",")
     if unknown := [name for name in names if name not in SECTIONS]:
         parser.error(f"no section {', '.join(unknown)}: there are {', '.join(SECTIONS)}")
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # So that no section outlives this process.
     start, spent, told = monotonic(), 0.0, {}
     whole = sum(SECTIONS[name] for name in names)
     for name in names:
         spent += SECTIONS[name] / whole
         seconds = options.minutes * 60 * spent - (monotonic() - start)  # With what others have left over.
-        if seconds > GRACE:
-            (options.out / f"{name}.json").unlink(missing_ok=True)
-            run_section(name, options, seconds - GRACE)
-        told[name] = read_section(name, options.out)
+        (options.out / f"{name}.json").unlink(missing_ok=True)  # Of a run before.
+        code = run_section(name, options, seconds - GRACE) if seconds > GRACE else None
+        told[name] = read_section(name, options.out, code)
         for row in told[name]["rows"]:
             print(f"{name}: {row['check']}: {'' if row['ok'] else 'FAILED '}{row['result']}", flush=True)
     text = table(told)

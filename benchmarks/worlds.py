@@ -107,7 +107,9 @@ def settings_of(
     tiny = host.presets["tiny"].info
     base = {"rewards": REWARDS, "epochs": epochs, "device": device, "processes": 1, "eval_images": 1}
     if model:
-        base |= {"model": model, "reward_defaults": {name: dict(tiny.rewards[name]) for name in REWARDS}}
+        # In float32 on a GPU too, so that two devices' scores differ no more than their sums.
+        rewards = {name: {**tiny.rewards[name], "precision": "fp32"} for name in REWARDS}
+        base |= {"model": model, "reward_defaults": rewards}
     return resolve(host, "tiny" if world == "tiny" else None, base, WORLDS[world], *layers)
 
 
@@ -190,6 +192,8 @@ class RandomSD3(SD3):
     In place of text encoders it has random conditions of their outputs' shape, the same for the same text: what
     a loop costs depends on neither.
     """
+
+    has_weights = False
 
     def _load(self, wanted: Callable[[str], bool], having: Mapping[str, Any]) -> Any:
         modules = [name for name in ("transformer", "vae") if wanted(name)]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import platform
 import subprocess
+from contextlib import suppress
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
@@ -28,7 +29,9 @@ def describe(report: Report) -> tuple[str, dict[str, Any]]:
         properties = torch.cuda.get_device_properties(report.device)
         name = properties.name
         query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
-        driver = subprocess.run(query, capture_output=True, text=True, check=False).stdout.strip()
+        driver = ""
+        with suppress(OSError):  # A container may lack it.
+            driver = subprocess.run(query, capture_output=True, text=True, check=False).stdout.strip()
         figures |= {"driver": driver, "memory": properties.total_memory}
         figures["multiprocessors"] = properties.multi_processor_count
     figures["device"] = name

@@ -39,7 +39,11 @@ def learn(report: Report) -> tuple[str, dict[str, Any]]:
             sleep(0.2)
         if process.poll() is None:
             process.send_signal(signal.SIGINT)  # It ends its gradient step, and saves.
-        process.wait(END)
+        try:
+            process.wait(END)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
     found = records_of(run)
     epochs = [r for r in found if r["event"] == "epoch"]
     evaluations = [r for r in found if r["event"] == "eval"]

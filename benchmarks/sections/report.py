@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import shutil
 import traceback
@@ -21,6 +22,10 @@ Check = Callable[["Report"], tuple[str, dict[str, Any]]]
 
 class Wrong(Exception):
     """A check has found something that is not as it must be."""
+
+
+class Late(Exception):
+    """The section's time did not suffice for a check."""
 
 
 class Report:
@@ -56,13 +61,17 @@ class Report:
             row: dict[str, Any] = {"check": name, "ok": True}
             try:
                 row["result"], row["figures"] = check(self)
-            except Exception as error:
+            except Late:
+                self.write(None)
+                break
+            except (Exception, SystemExit) as error:  # A benchmark's own word for what went wrong.
                 said = " ".join(str(error).split())[:300]
                 row |= {"ok": False, "result": f"{type(error).__name__}: {said}"}
                 row["traceback"] = traceback.format_exc()[-4000:]
             row["seconds"] = monotonic() - start
             self.rows.append(row)
             self.write(None)
+            gc.collect()
             if self.device.type == "cuda":
                 torch.cuda.empty_cache()
 

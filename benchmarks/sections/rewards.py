@@ -9,7 +9,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from .report import Check, Report, Wrong
+from .report import Check, Late, Report, Wrong
 
 SCRIPT = Path(__file__).parents[1] / "rewards.py"
 NAMES = ("pickscore", "clipscore", "geneval", "imagereward", "hpsv2")
@@ -22,7 +22,12 @@ def score(name: str, report: Report) -> tuple[str, dict[str, Any]]:
     if report.small:
         sizes = ["--size", "small", "--images", "4", "--group", "2", "--side", "64", "--epochs", "1"]
     command = [sys.executable, str(SCRIPT), name, "--device", report.device.type, *sizes]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=max(report.left(), 1), check=False)
+    try:
+        done = subprocess.run(
+            command, capture_output=True, text=True, timeout=max(report.left(), 1), check=False
+        )
+    except subprocess.TimeoutExpired as error:
+        raise Late from error
     if done.returncode:
         raise Wrong(done.stderr[-2000:])
     if not (row := ROW.search(done.stdout)):

@@ -210,15 +210,14 @@ def slow_reward(report: Report) -> tuple[str, dict[str, Any]]:
         run.reward, start = chosen, monotonic()
         scores.append(sample(run, 1).scores.values)
         seconds.append(monotonic() - start)
-    if not torch.equal(*scores):
-        raise Wrong("the scores differ")
+    gap = float((scores[1] - scores[0]).norm() / scores[0].norm())
+    if not gap <= LATENTS:
+        raise Wrong(f"the scores differ by {gap:.1e}")
     batches = 8
     more = seconds[1] - seconds[0]
     figures = {"rollout": seconds[0], "with a slow reward": seconds[1], "reward": batches * pause}
-    return (
-        f"equal scores; {batches * pause:.2f} s of a reward make {seconds[0]:.2f} s {more:.2f} s longer",
-        figures,
-    )
+    text = f"{batches * pause:.2f} s of a reward make {seconds[0]:.2f} s {more:.2f} s longer"
+    return f"scores within {gap:.0e}; {text}", figures
 
 
 def full_memory(report: Report) -> tuple[str, dict[str, Any]]:
@@ -233,7 +232,7 @@ def full_memory(report: Report) -> tuple[str, dict[str, Any]]:
         peak, now = torch.cuda.max_memory_allocated(), torch.cuda.memory_allocated()
         torch.cuda.empty_cache()
         free, _ = torch.cuda.mem_get_info()
-        room = (peak - now) // 2
+        room = (peak - now) * 2 // 3  # Enough for half a batch, and for the reward beside it.
         filled = torch.empty(max(free - room, 0), dtype=torch.uint8, device=report.device)
     else:
         filled = None
@@ -371,11 +370,11 @@ CHECKS: dict[str, Check] = {
     "16 bits beside float32": half,
     "gradients by precision": gradients,
     "solvers": solvers,
-    "compiled blocks": compiled,
     "a slow reward": slow_reward,
     "full memory": full_memory,
     "plan and peak": planned,
     "fsdp with one process": fsdp,
     "8-bit moments": eight_bits,
     "killed and resumed": killed,
+    "compiled blocks": compiled,
 }

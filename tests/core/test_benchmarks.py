@@ -107,3 +107,123 @@ def test_processes_learn_the_same(modules, tmp_path, capsys):
     two["learned"][1]["loss"] *= 1.01
     with pytest.raises(SystemExit, match="did not learn the same"):
         scaling.report(options, {("strong", 1): [one], ("strong", 2): [two]})
+
+
+@pytest.fixture
+def gpu(modules):
+    return modules("gpu")
+
+
+def test_every_check_for_a_gpu_runs_once_in_small(tmp_path):
+    out = tmp_path / "out"
+    done = subprocess.run(
+        [sys.executable, BENCHMARKS / "gpu.py", "--device", "cpu", "--small", "--minutes", "60", "--out", out],
+        env=os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stdout[-6000:] + done.stderr
+    assert "No time was left" not in done.stdout
+    table = (out / "table.md").read_text()
+    assert done.stdout.endswith(f"\n{table}") and table.startswith("| section | check | result | s |")
+    checks = {}
+    for section in ("device", "right", "parts", "fast", "rewards", "learning"):
+        told = json.loads((out / f"{section}.json").read_text())
+        assert told["planned"] == [row["check"] for row in told["rows"]]
+        checks |= {row["check"]: row for row in told["rows"]}
+        assert all(f"| {section} | {row['check']} |" in table for row in told["rows"])
+    assert checks["killed and resumed"]["result"] == "bit for bit"
+    figures = checks["an epoch beside the published loop's"]["figures"]
+    assert figures["ratio"] > 0 and len(figures["epochs"]["ours"]) == len(figures["epochs"]["published"]) == 3
+
+
+def test_what_a_section_for_a_gpu_tells(gpu, modules, tmp_path):
+    report = modules("sections.report")
+
+    def wrong(report):
+        raise ValueError("a bad\nvalue")
+
+    def leave(report):
+        raise SystemExit("a worker has ended")
+
+    def late(report):
+        raise modules("sections.report").Late
+
+    checks = {
+        "good": lambda report: ("fine | and well", {"figure": 1}),
+        "wrong": wrong,
+        "leaves": leave,
+        "late": late,
+        "never": wrong,
+    }
+    report.Report(tmp_path, "right", "cpu", True, 60).run(checks)
+    told = {"right": gpu.read_section("right", tmp_path, 0)}
+    assert [(row["check"], row["ok"]) for row in told["right"]["rows"]] == [
+        ("good", True),
+        ("wrong", False),
+        ("leaves", False),
+    ]
+    failed, left, more = list(gpu.problems(told))
+    assert failed.startswith("FAILED right: wrong: ValueError: a bad value\nTraceback")
+    assert left.startswith("FAILED right: leaves: SystemExit: a worker has ended")
+    assert more == "No time was left for right: late, never"
+    assert gpu.table(told).splitlines()[2:] == [
+        "| right | good | fine / and well | 0 |",
+        "| right | wrong | **failed**: ValueError: a bad value | 0 |",
+        "| right | leaves | **failed**: SystemExit: a worker has ended | 0 |",
+    ]
+
+
+def test_a_section_for_a_gpu_that_dies_or_takes_too_long(gpu, tmp_path, monkeypatch, capsys):
+    script = tmp_path / "section.py"
+    script.write_text(
+        "import json, subprocess, sys, time, pathlib\n"
+        "name, out = sys.argv[2], pathlib.Path(sys.argv[sys.argv.index('--out') + 1])\n"
+        "rows = [{'check': 'a', 'ok': True, 'result': 'fine'}]\n"
+        "told = {'planned': ['a', 'b'], 'running': 'b', 'rows': rows}\n"
+        "(out / f'{name}.json').write_text(json.dumps(told))\n"
+        "if name == 'device':\n"
+        "    print('what it said last', flush=True)\n"
+        "    sys.exit(3)\n"
+        "child = subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(600)'])\n"
+        "(out / 'child').write_text(str(child.pid))\n"
+        "time.sleep(600)\n"
+    )
+    out = tmp_path / "out"
+    monkeypatch.setattr(gpu, "__file__", str(script))
+    monkeypatch.setattr(gpu, "GRACE", 0.1)
+    monkeypatch.setattr(sys, "argv", ["gpu.py", "--device", "cpu", "--minutes", "0.1", "--out", str(out)])
+    monkeypatch.setattr(gpu.signal, "signal", lambda *_: None)
+    monkeypatch.setattr(gpu, "SECTIONS", {"device": 0.5, "right": 0.5, "parts": 0.0})
+    (tmp_path / "out").mkdir()
+    (out / "parts.json").write_text('{"planned": ["old"], "rows": [], "running": null}')
+    with pytest.raises(SystemExit, match="1"):
+        gpu.main()
+    said = capsys.readouterr().out
+    assert "FAILED device: b: ended with exit code 3\nwhat it said last" in said
+    assert "No time was left for right: b" in said and "No time was left for parts: parts" in said
+    assert said.endswith("| right | a | fine | 0 |\n")
+    child = int((out / "child").read_text())
+    state = Path(f"/proc/{child}/stat")
+    assert not state.exists() or state.read_text().rpartition(")")[2].split()[0] == "Z"
+
+
+def test_what_an_epoch_should_take_on_a_gpu(modules, tmp_path, monkeypatch, capsys):
+    roofline, worlds = modules("roofline"), modules("worlds")
+    monkeypatch.setitem(worlds.SHAPES, "full", worlds.SHAPES["small"])
+    monkeypatch.setattr(sys, "argv", ["roofline.py", "--resolution", "64"])
+    roofline.main()
+    lines = [line.split("|")[1:-1] for line in capsys.readouterr().out.splitlines() if line.startswith("|")]
+    epochs = [float(line[-2]) for line in lines[2:]]
+    assert len(epochs) == 4 and epochs == sorted(epochs, reverse=True)
+    # Two products of one tensor, and what lies between: compiled, that reads and writes once.
+    a, b, c, d = range(4)
+    operations = [
+        roofline.Operation(True, 100, {a: 4}, {b: 4}),
+        roofline.Operation(False, 0, {b: 4}, {c: 4}),
+        roofline.Operation(False, 0, {c: 4}, {d: 4}),
+        roofline.Operation(True, 0, {d: 4}, {a: 4}),
+    ]
+    rates = roofline.Rates(flops=10.0, bandwidth=1.0)
+    assert rates.eager(operations) == 10 + 8 + 8 + 8
+    assert rates.compiled(operations) == 10 + 8 + 8
