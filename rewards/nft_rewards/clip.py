@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from math import isclose
 from typing import Any, Literal
 from weakref import WeakValueDictionary
 
@@ -163,7 +164,7 @@ def transformers_towers(checkpoint: str, processor: str, device: torch.device, d
     size, crop = geometry(images, int(config.vision_config.image_size), processor)
     length = int(config.text_config.max_position_embeddings)
     check_tokenizer(tokenizer, int(config.text_config.vocab_size), processor)
-    check_end(tokenizer, int(config.text_config.eos_token_id), length, processor)
+    check_end(tokenizer, config.text_config.eos_token_id, length, processor)
     model = load_pretrained(CLIPModel, checkpoint, lambda name: name.endswith("position_ids"))
     # Before it is cast: in bfloat16 a scale of 100 would be 98.9.
     logit_scale = float(model.logit_scale.detach().exp())
@@ -198,7 +199,15 @@ def geometry(config: Any, side: int, source: str) -> tuple[Size, tuple[int, int]
     """
     wanted: Mapping[str, Any] = {"do_resize": True, "do_rescale": True, "do_normalize": True, "resample": 3}
     other = [f"{n} = {getattr(config, n)}" for n, v in wanted.items() if getattr(config, n, None) != v]
-    size = {k: v for k, v in dict(config.size).items() if v is not None}
+    factor = config.rescale_factor
+    if not isinstance(factor, int | float) or not isclose(factor, 1 / 255, rel_tol=1e-3):  # Some round it.
+        other.append(f"rescale_factor = {factor}")
+    for name in ("image_mean", "image_std"):
+        values = getattr(config, name)
+        numbers = isinstance(values, list | tuple) and all(isinstance(v, int | float) for v in values)
+        if not numbers or len(values) != 3 or (name == "image_std" and min(values) <= 0):
+            other.append(f"{name} = {values}")
+    size, crop_size = ({k: v for k, v in dict(s or {}).items() if v} for s in (config.size, config.crop_size))
     resized: Size = 0
     if size.keys() == {"shortest_edge"}:
         resized = int(size["shortest_edge"])
@@ -208,11 +217,11 @@ def geometry(config: Any, side: int, source: str) -> tuple[Size, tuple[int, int]
         other.append(f"size = {size}")
     crop = (side, side)
     if config.do_center_crop:
-        crop = int(config.crop_size["height"]), int(config.crop_size["width"])
+        crop = int(crop_size.get("height", 0)), int(crop_size.get("width", 0))
     elif resized != crop:
         other.append(f"do_center_crop = {config.do_center_crop} with size = {size}")
     if crop != (side, side) or min((resized,) if isinstance(resized, int) else resized) < side:
-        other.append(f"size = {size} and crop_size = {config.crop_size} for a model of {side} px")
+        other.append(f"size = {size} and crop_size = {crop_size} for a model of {side} px")
     if other:
         raise OSError(
             f"the image processor of {source!r} has {'; '.join(other)}. Expected one that resizes (bicubic, "

@@ -212,6 +212,8 @@ def checked_config(cls: Any, checkpoint: str) -> Any:
             files = [find_file(checkpoint, "model.safetensors")]
     if not files:
         return config
+    for file in files:
+        check_dtypes(file)
     with torch.device("meta"), limited(sum(map(count_tensors, files))):
         model = cls(config)
     wanted = sum(t.numel() for t in (*model.parameters(), *model.buffers()))
@@ -268,6 +270,15 @@ def limited(tensors: int) -> Iterator[None]:
         yield
     finally:
         hook.remove()
+
+
+def check_dtypes(file: Path) -> None:
+    """Raise OSError for weights in whole numbers, of which a quantised model's config should tell."""
+    with safe_open(file, framework="pt") as opened:
+        names = opened.keys()
+        for name in names:
+            if (kind := opened.get_slice(name).get_dtype()) in ("I8", "U8"):
+                raise OSError(f"its weights are quantised, such as {name!r} ({kind}); take the original ones.")
 
 
 def count_tensors(file: Path) -> int:

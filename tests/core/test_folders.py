@@ -43,6 +43,10 @@ def rename(file, name):
     file.rename(file.with_name(name))
 
 
+def recast(file, dtype, **more):
+    save_file({name: x.to(dtype) for name, x in load_file(file).items()} | more, file, {"format": "pt"})
+
+
 HARMS = {
     "part": (lambda p: shutil.rmtree(p / "text_encoder_2"), "names text_encoder_2, and it has no such folder"),
     "tokenizer": (lambda p: shutil.rmtree(p / "tokenizer"), "names tokenizer, and it has no such folder"),
@@ -54,6 +58,27 @@ HARMS = {
     "fifo": (lambda p: pipe(p / T5), "model.safetensors is no file"),
     "index": (lambda p: (p / "model_index.json").write_text("[]"), "should hold a JSON object, and holds list"),
     "class": (lambda p: change(p / "model_index.json", _class_name=None), "names no pipeline class"),
+    "pipeline": (
+        lambda p: change(p / "model_index.json", _class_name="FluxPipeline"),
+        "works with CLIPTextModel. ",
+    ),
+    "clip": (
+        lambda p: change(p / "model_index.json", text_encoder=["transformers", "CLIPTextModel"]),
+        "works with CLIPTextModelWithProjection",
+    ),
+    "pointer": (lambda p: (p / T5).write_text("version https://git-lfs.github.com/spec/v1\n"), "git lfs pull"),
+    "two": (
+        lambda p: (
+            shutil.copy(p / T5, p / f"{T5[:-11]}fp16{T5[-12:]}"),
+            rename(p / T5, "model.bf16.safetensors"),
+        ),
+        "give one of them that name",
+    ),
+    "int8": (lambda p: recast(p / TRANSFORMER, torch.int8), r"weights are quantised, such as .* \(I8\)"),
+    "scaled": (
+        lambda p: recast(p / T5, torch.float8_e4m3fn, scaled_fp8=torch.ones(1)),
+        "quantised, such as 'scaled_",
+    ),
     "config": (lambda p: (p / "vae/config.json").write_text("[]"), "vae/config.json should hold a JSON object"),
     "unnamed": (lambda p: change(p / "model_index.json", tokenizer=[None, None]), "names no tokenizer"),
     "newer": (lambda p: change(p / "model_index.json", vae=["diffusers", "VAE9"]), "has no such class"),
@@ -74,10 +99,16 @@ def test_a_folder_that_is_not_whole(pipeline, harm):
         ("scheduler/scheduler_config.json", {"shift": 0}, "times should run from 1 down to 0"),
         ("scheduler/scheduler_config.json", {"num_train_timesteps": 4 * 10**9}, "whole number up to 1,000,000"),
         ("scheduler/scheduler_config.json", {"_class_name": "EulerDiscreteScheduler"}, "to predict epsilon"),
+        ("scheduler/scheduler_config.json", {"base_image_seq_len": 4096}, "settings give no times: ZeroDiv"),
         ("tokenizer/tokenizer_config.json", {"model_max_length": 10**9}, "the text encoder reads 12 tokens"),
         ("tokenizer/tokenizer_config.json", {"padding_side": "left"}, "should stand behind its words"),
-        ("transformer/config.json", {"num_layers": 10**9}, "of more than .* tensors, the files hold 75"),
-        ("text_encoder_3/config.json", {"num_layers": 10**9}, "of more than .* tensors, the files hold 11"),
+        ("transformer/config.json", {"num_layers": 10**9}, "of more than .* tensors, expected about 75"),
+        ("text_encoder_3/config.json", {"num_layers": 10**9}, "of more than .* tensors, expected about 11"),
+        ("transformer/config.json", {"num_layers": 1}, "by the config .* is of shape"),
+        ("text_encoder/config.json", {"num_hidden_layers": 1}, "hold layers that the config leaves out"),
+        ("text_encoder/config.json", {"hidden_size": 8}, "by the config .* is of shape"),
+        ("text_encoder/config.json", {"eos_token_id": None}, "eos_token_id = None"),
+        ("vae/config.json", {"scaling_factor": 0}, "scaling_factor should be a number, got 0"),
         ("vae/config.json", {"norm_num_groups": 3}, "is of no AutoencoderKL: ValueError"),
         ("text_encoder_3/config.json", {"quantization_config": {"quant_method": "fp8"}}, r"quantised \(fp8\)"),
     ],
@@ -136,3 +167,12 @@ def test_weights_that_are_missing_are_not_made_up(pipeline):
     save_file(weights, pipeline / TRANSFORMER, {"format": "pt"})
     with pytest.raises(NftError, match="text_encoder_3 lacks weights: 1, such as"):
         SD3(str(pipeline), max_sequence_length=8).encode(["a"])
+
+
+def test_a_plan_without_weights_has_bounds(pipeline):
+    from nft_core.models.checks import empty_part
+
+    (pipeline / TRANSFORMER).unlink()
+    change(pipeline / "transformer/config.json", num_layers=10**9)
+    with pytest.raises(OSError, match="of more than .* tensors, expected about 10,000"):
+        empty_part(str(pipeline / "transformer"), "diffusers", "SD3Transformer2DModel")

@@ -188,6 +188,7 @@ def test_pickles_are_refused(checkpoint, tmp_path):
         ("unexpected", "tensors 1 unexpected, such as 'head.weight'"),
         ("shape", "1 of another shape, such as 'visual_projection.weight'"),
         ("cut", "may be cut short"),
+        ("int8", "its weights are quantised, such as"),
     ],
 )
 def test_harmed_checkpoints_are_refused(checkpoint, tmp_path, harm, said):
@@ -203,6 +204,8 @@ def test_harmed_checkpoints_are_refused(checkpoint, tmp_path, harm, said):
     PickScore(str(folder))
     if harm == "missing":
         del state["visual_projection.weight"]
+    if harm == "int8":
+        state = {name: x.to(torch.int8) for name, x in state.items()}
     if harm == "unexpected":
         state["head.weight"] = torch.zeros(3)
     if harm == "shape":
@@ -232,6 +235,18 @@ def test_a_tokenizer_without_its_files_is_refused(checkpoint, tmp_path):
         PickScore(str(folder))
 
 
+def test_a_mark_that_the_encoder_has_no_place_for_is_no_fault(checkpoint):
+    """Gemma 3's tokenizer has one for images, the encoder of its smallest model none."""
+    from transformers import AddedToken, CLIPTokenizer
+
+    tokenizer = CLIPTokenizer.from_pretrained(checkpoint)
+    tokenizer.add_tokens([AddedToken("<image>", special=True)])
+    check_tokenizer(tokenizer, 54, "marked")
+    tokenizer.add_tokens(["cat"])
+    with pytest.raises(OSError, match="has 56 tokens and the model 54"):
+        check_tokenizer(tokenizer, 54, "enlarged")
+
+
 def test_a_tokenizer_that_lost_a_part_is_refused():
     from transformers import CLIPTokenizer
 
@@ -258,6 +273,14 @@ def test_a_text_that_is_not_read_at_its_end_is_refused(checkpoint, tmp_path, val
         PickScore(folder)
 
 
+@pytest.mark.parametrize("end", [None, [1]])
+def test_a_model_without_a_token_at_the_end_is_refused(checkpoint, tmp_path, end):
+    old = json.loads((Path(checkpoint) / "config.json").read_text())
+    text = old["text_config"] | {"eos_token_id": end}
+    with pytest.raises(OSError, match="eos_token_id = .* expected the number"):
+        PickScore(changed(checkpoint, tmp_path / "clip", "config.json", text_config=text))
+
+
 def test_a_processor_that_resizes_to_height_and_width(checkpoint, tmp_path, picture):
     from transformers.models.clip import CLIPImageProcessor
 
@@ -276,6 +299,10 @@ def test_a_processor_that_resizes_to_height_and_width(checkpoint, tmp_path, pict
         ({"size": {"longest_edge": 48}}, "longest_edge"),
         ({"crop_size": {"height": 32, "width": 32}}, "for a model of 48 px"),
         ({"do_center_crop": False}, "do_center_crop = False"),
+        ({"rescale_factor": 1.0}, "rescale_factor = 1.0"),
+        ({"image_mean": [0.5]}, "image_mean = "),
+        ({"image_std": [0, 0, 0]}, "image_std = "),
+        ({"crop_size": {"shortest_edge": 48}}, "crop_size = {'shortest_edge': 48}"),
     ],
 )
 def test_processors_that_do_something_else_are_refused(checkpoint, tmp_path, values, said):

@@ -10,23 +10,27 @@ import os
 import shlex
 import subprocess
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from importlib.metadata import version
+from importlib.util import find_spec
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, cast, get_args, get_type_hints
 
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
-from safetensors import SafetensorError, safe_open
 from torch.nn.modules.module import register_module_parameter_registration_hook
 
 from nft_plugins.vocabulary import check_end, check_tokenizer
+
+from .headers import check_dtypes, check_shapes, read_header
 
 #: Libraries that a pipeline's parts may be of.
 LIBRARIES = ("diffusers", "transformers")
 #: Numbers that a part may have beside its file's: tables of positions and the like.
 TABLES = 2**24
+#: Tensors of a part without files. Published ones have up to about 2,000.
+MOST_TENSORS = 10_000
 #: Steps of training that a scheduler may say; it makes a table of them.
 MOST_STEPS = 1_000_000
 #: Suffixes of pickles, which can run anything when they are read.
@@ -80,10 +84,29 @@ def check_pipeline(folder: Path, index: Mapping[str, Any], weights: bool = True)
             f"{folder} is not whole: its model_index.json names {', '.join(lacking)}, and it has no such "
             "folder. Download all of its files again."
         )
+    check_classes(class_of("diffusers", str(index["_class_name"])), parts)
     for name, (library, kind) in parts.items():
         check_part(folder / name, library, kind, weights)
     for name, tokenizer in tokenizers.items():
         check_texts(folder / name, parts[name], folder / tokenizer, parts[tokenizer], weights)
+
+
+def check_classes(pipeline: Any, parts: Mapping[str, tuple[str, str]]) -> None:
+    """Raise OSError for a transformer, or a CLIP's text encoder, of another class than the pipeline works with.
+
+    Of its other parts the annotations are looser than what is published.
+    """
+    hints: dict[str, Any] = {}
+    with suppress(NameError, TypeError):  # An annotation of what is not installed.
+        hints = get_type_hints(pipeline.__init__)
+    for name, kind in parts.items():
+        classes = tuple(c for c in get_args(hints.get(name)) or (hints.get(name),) if isinstance(c, type))
+        strict = name == "transformer" or any(c.__name__.startswith("CLIPText") for c in classes)
+        if strict and classes and not issubclass(class_of(*kind), classes):
+            raise OSError(
+                f"model_index.json names a {kind[1]} for {name}, and a {pipeline.__name__} works with "
+                f"{' or '.join(c.__name__ for c in classes)}. It may be another model's; download it again."
+            )
 
 
 def check_part(folder: Path, library: str, name: str, weights: bool) -> None:
@@ -100,6 +123,8 @@ def check_part(folder: Path, library: str, name: str, weights: bool) -> None:
     if not (isinstance(cls, type) and issubclass(cls, torch.nn.Module)):
         return
     config = read_object(folder / "config.json")
+    if name.startswith("Autoencoder"):
+        check_scale(config, folder / "config.json")
     if not weights and not files_in(folder, ".safetensors", *PICKLED):
         return
     files, _ = weights_of(folder, library)
@@ -108,9 +133,10 @@ def check_part(folder: Path, library: str, name: str, weights: bool) -> None:
         raise OSError(
             f"{folder}: the weights are quantised ({method}), which is not read here: take the original ones."
         )
+    tensors = {key: kind for file in files for key, kind in read_header(file).items()}
+    check_dtypes({key: dtype for key, (dtype, _) in tensors.items()}, folder)
     try:
-        with limited(folder, name, sum(map(count_tensors, files))):
-            model = empty_part(str(folder), library, name)
+        model = empty_part(str(folder), library, name, len(tensors))
     except OSError:
         raise
     except Exception as error:  # Numbers out of range raise anything.
@@ -118,12 +144,22 @@ def check_part(folder: Path, library: str, name: str, weights: bool) -> None:
         raise OSError(f"{folder / 'config.json'} is of no {name}: {said}.") from error
     wanted = sum(p.numel() for p in model.parameters())
     tables = sum(b.numel() for b in model.buffers())
-    held = sum(map(count_numbers, files))
+    held = sum(math.prod(shape) for _, shape in tensors.values())
     if wanted > held or tables > held + TABLES:
         raise OSError(
             f"{folder}: the config is of a {name} of {wanted + tables:,} numbers, the files hold {held:,}. "
             "They may be cut short or of another model; download them again."
         )
+    check_shapes({key: shape for key, (_, shape) in tensors.items()}, model, folder)
+
+
+def check_scale(config: Mapping[str, Any], file: Path) -> None:
+    """Raise OSError where a VAE's latents cannot be divided by its scale and moved by its shift."""
+    for name, least in (("scaling_factor", 1e-6), ("shift_factor", 0.0)):
+        value = config.get(name)
+        number = type(value) in (int, float) and math.isfinite(value)
+        if value is not None and not (number and abs(value) >= least):
+            raise OSError(f"{file}: {name} should be a number, got {value!r}. Download it again.")
 
 
 def class_of(library: str, name: str) -> Any:
@@ -173,7 +209,10 @@ def weights_of(folder: Path, library: str) -> tuple[list[Path], str | None]:
     indices = {f.name: f for f in files_in(folder, ".json") if f.name.startswith(f"{stem}.safetensors.index.")}
     for name, file in sorted(indices.items(), key=lambda item: len(item[0])):
         variant = name.removeprefix(f"{stem}.safetensors.index.").removesuffix("json").rstrip(".")
-        shards = sorted({folder / str(shard) for shard in read_object(file).get("weight_map", {}).values()})
+        names = read_object(file).get("weight_map")
+        if not isinstance(names, dict) or not names:
+            raise OSError(f"{file}: weight_map should name a file for each weight. Download it again.")
+        shards = sorted({folder / str(shard) for shard in names.values()})
         if pickles := [f for f in shards if f.suffix in PICKLED]:
             raise refusal(pickles, whole)
         if lacking := [f.name for f in shards if f not in found]:
@@ -182,6 +221,11 @@ def weights_of(folder: Path, library: str) -> tuple[list[Path], str | None]:
     variants = [f for f in found if f.name.startswith(f"{stem}.") and "-of-" not in f.name]
     if len(variants) == 1:
         return variants, variants[0].name.removeprefix(f"{stem}.").removesuffix(".safetensors")
+    if len(variants) > 1:
+        raise OSError(
+            f"{folder} holds {' and '.join(f.name for f in variants)}, and no {whole.name}: give one of them "
+            "that name."
+        )
     if pickles := files_in(folder, *PICKLED):
         raise refusal(pickles, whole)
     held = f"it holds {', '.join(f.name for f in found)}" if found else "it holds no safetensors"
@@ -202,7 +246,7 @@ def check_scheduler(config: Mapping[str, Any], source: object) -> None:
         )
     try:
         scheduler = flow_scheduler(config)
-        scheduler.set_timesteps(sigmas=[1.0, 0.75, 0.5, 0.25], mu=1.0)
+        scheduler.set_timesteps(sigmas=[1.0, 0.75, 0.5, 0.25], mu=shift_of(config, 1024))
         times = scheduler.sigmas.tolist()
     except Exception as error:  # Settings of other kinds or out of range.
         raise OSError(f"{source}: its settings give no times: {type(error).__name__}: {error}.") from error
@@ -212,6 +256,13 @@ def check_scheduler(config: Mapping[str, Any], source: object) -> None:
             f"{source}: times should run from 1 down to 0, and this {kind} gives {said}. Look at its shift and "
             "invert_sigmas."
         )
+
+
+def shift_of(config: Mapping[str, Any], tokens: int) -> float:
+    """A scheduler's `mu` for an image of that many tokens, where its shift depends on the size."""
+    few, many = config.get("base_image_seq_len", 256), config.get("max_image_seq_len", 4096)
+    low, high = config.get("base_shift", 0.5), config.get("max_shift", 1.15)
+    return float(low + (high - low) * (tokens - few) / (many - few))
 
 
 def flow_scheduler(config: Mapping[str, Any]) -> Any:
@@ -234,8 +285,12 @@ def check_texts(
     try:
         tokenizer = class_of(*tokenizer_kind).from_pretrained(folder)
     except Exception as error:  # Files of other forms raise anything.
-        said = " ".join(str(error).split())[:300]
-        raise OSError(f"Cannot read the tokenizer in {folder}: {type(error).__name__}: {said}.") from error
+        said = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}."
+        mend = "Download all of its files again."
+        models = [*folder.glob("*.model")]
+        if models and not (folder / "tokenizer.json").exists() and not find_spec("sentencepiece"):
+            said, mend = f"it is in {models[0].name} alone.", "That is read by: pip install sentencepiece"
+        raise OSError(f"Cannot read the tokenizer in {folder}: {said} {mend}") from error
     if words:
         check_tokenizer(tokenizer, int(config.get_text_config().vocab_size), str(folder))
     if config.model_type.startswith("clip"):
@@ -246,7 +301,7 @@ def check_texts(
                 f"{positions} tokens: write that."
             )
         if words:
-            check_end(tokenizer, int(config.eos_token_id), length, str(folder))
+            check_end(tokenizer, config.eos_token_id, length, str(folder))
 
 
 def load_whole(folder: Path, library: str, name: str, dtype: torch.dtype) -> torch.nn.Module:
@@ -273,13 +328,16 @@ def load_whole(folder: Path, library: str, name: str, dtype: torch.dtype) -> tor
     return cast(torch.nn.Module, module)
 
 
-def empty_part(source: str, library: str, name: str, **where: str) -> torch.nn.Module:
+def empty_part(
+    source: str, library: str, name: str, tensors: int = MOST_TENSORS, **where: str
+) -> torch.nn.Module:
     """A part by its config alone, on the meta device, which holds no numbers.
 
-    source: its folder, or a hub id with subfolder=. Raises OSError for a config that names code.
+    source: its folder, or a hub id with subfolder=. tensors: in its files, or the most that it may have.
+    Raises OSError for a config that names code, or that is of far more.
     """
     cls = class_of(library, name)
-    with torch.device("meta"):
+    with torch.device("meta"), limited(source, name, tensors):
         if library == "diffusers":
             return cast(torch.nn.Module, cls.from_config(cls.load_config(source, **where)))
         config = cls.config_class.from_pretrained(source, **where)
@@ -293,7 +351,7 @@ def empty_part(source: str, library: str, name: str, **where: str) -> torch.nn.M
 
 
 @contextmanager
-def limited(folder: Path, name: str, tensors: int) -> Iterator[None]:
+def limited(source: str, name: str, tensors: int) -> Iterator[None]:
     """Raise OSError as soon as a part that is made inside has far more weights than its files have tensors.
 
     A config can ask for so many layers that making them, even without memory for numbers, never ends.
@@ -305,8 +363,8 @@ def limited(folder: Path, name: str, tensors: int) -> Iterator[None]:
         made += 1
         if made > 4 * tensors + 1000:  # A file may hold in one tensor what a part has in a few.
             raise OSError(
-                f"{folder}: the config is of a {name} of more than {made - 1:,} tensors, the files hold "
-                f"{tensors:,}. They may be cut short or of another model; download them again."
+                f"{source}: the config is of a {name} of more than {made - 1:,} tensors, expected about "
+                f"{tensors:,}. Its files may be cut short or of another model; download them again."
             )
 
     hook = register_module_parameter_registration_hook(count)
@@ -314,25 +372,6 @@ def limited(folder: Path, name: str, tensors: int) -> Iterator[None]:
         yield
     finally:
         hook.remove()
-
-
-def count_tensors(file: Path) -> int:
-    """In a safetensors file, by its header alone. Raises OSError where it is none."""
-    try:
-        with safe_open(file, framework="pt") as opened:
-            return len(opened.keys())
-    except SafetensorError as error:
-        raise OSError(f"Cannot read weights from {file}: {error}. Download it again.") from error
-
-
-def count_numbers(file: Path) -> int:
-    """In a safetensors file, by its header alone. Raises OSError where it is none."""
-    try:
-        with safe_open(file, framework="pt") as opened:
-            names = opened.keys()
-            return sum(math.prod(opened.get_slice(name).get_shape()) for name in names)
-    except SafetensorError as error:
-        raise OSError(f"Cannot read weights from {file}: {error}. Download it again.") from error
 
 
 def refusal(pickles: Sequence[Path], target: Path) -> OSError:
@@ -365,6 +404,6 @@ def unhandled(source: str, pipeline: str, known: Iterable[str]) -> str:
 
 def predicts(scheduler: Mapping[str, Any]) -> str:
     """What a scheduler's config takes a model to predict."""
-    of_flow = "FlowMatch" in scheduler.get("_class_name", "FlowMatch") or scheduler.get("use_flow_sigmas")
+    of_flow = "FlowMatch" in str(scheduler.get("_class_name", "FlowMatch")) or scheduler.get("use_flow_sigmas")
     # Old files leave out what was the only thing to predict then.
     return "flow_prediction" if of_flow else str(scheduler.get("prediction_type", "epsilon"))

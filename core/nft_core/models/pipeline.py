@@ -20,7 +20,16 @@ from torch import Tensor
 from nft_plugins import Condition
 
 from ..errors import NftError
-from .checks import check_parts, check_pipeline, class_of, empty_part, flow_scheduler, load_whole, parts_of
+from .checks import (
+    check_parts,
+    check_pipeline,
+    class_of,
+    empty_part,
+    flow_scheduler,
+    load_whole,
+    parts_of,
+    shift_of,
+)
 from .sources import read_index
 
 log = logging.getLogger(__name__)
@@ -270,10 +279,7 @@ class PipelineModel:
 
     def shift(self, tokens: int, steps: int) -> float:
         """The scheduler's `mu` for an image of that many tokens, where its shift depends on the size."""
-        config = self.pipeline.scheduler.config
-        few, many = config.get("base_image_seq_len", 256), config.get("max_image_seq_len", 4096)
-        low, high = config.get("base_shift", 0.5), config.get("max_shift", 1.15)
-        return float(low + (high - low) * (tokens - few) / (many - few))
+        return shift_of(self.pipeline.scheduler.config, tokens)
 
     def save_lora(self, folder: Path, state: Mapping[str, Tensor], config: Mapping[str, Any]) -> None:
         # Without the metadata a LoRA loads with another alpha, silently.
