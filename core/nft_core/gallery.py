@@ -24,7 +24,7 @@ class Gallery:
 
     def __init__(self, draws: Draws) -> None:
         self.draws = draws
-        self.chosen = torch.arange(0)
+        self.chosen = torch.arange(0, device="cpu")
         self.parts: list[Tensor] = []
         self.rows: list[Tensor] = []
 
@@ -49,6 +49,6 @@ def choose(prompts: int, each: int, size: int) -> Tensor:
     """Indices of the images to keep, of `each` images of so many prompts. size: bytes of an image."""
     most = max(MOST_BYTES // size, LEAST)
     if prompts * each <= most:
-        return torch.arange(prompts * each)
+        return torch.arange(prompts * each, device="cpu")
     count = min(most, prompts)
-    return torch.tensor([i * prompts // count * each for i in range(count)])
+    return torch.tensor([i * prompts // count * each for i in range(count)], dtype=torch.int64, device="cpu")

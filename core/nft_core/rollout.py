@@ -211,7 +211,7 @@ def roll_out(
     if any(t.masked for t in tallies.values()):
         mine = filled(mine, everyones_names(mine, sampler.device))
     everyones = gather_scores(mine, index, len(draws), sampler.device)
-    x_0 = torch.cat(latents) if latents else torch.empty(0)
+    x_0 = torch.cat(latents) if latents else torch.empty(0, dtype=torch.float32, device="cpu")
     # An image of what is no number may have a score all the same, and must not be trained on.
     numbers = gather_rows(torch.cat(finite).float(), index, len(draws), sampler.device)
     everyones = withheld(everyones, numbers.bool())

@@ -134,7 +134,9 @@ def load_clip(checkpoint: str, processor: str, device: str, precision: Precision
     processor: where the tokenizer and the image preprocessing come from, if not from the checkpoint.
     Raises OSError where the files cannot be had.
     """
-    place = torch.empty(0, device=device).device  # With the number of the GPU, which `cuda` leaves out.
+    place = torch.empty(
+        0, dtype=torch.float32, device=device
+    ).device  # With the number of the GPU, which `cuda` leaves out.
     dtype = dtype_of(precision, place)
     key = (absolute(checkpoint), absolute(processor), place, dtype)
     clip = _loaded.get(key)
