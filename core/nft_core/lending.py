@@ -185,6 +185,8 @@ def process_kept(who: str, making: bool = False) -> Iterator[None]:
     try:
         yield
     finally:
+        if known is not trusted:  # That moment is over, as for a call that a run does not wait for.
+            before = before[len(known) :]
         for name in put_back(before):
             if name in NUMBERS and (who, name) not in told:
                 told.add((who, name))

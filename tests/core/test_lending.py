@@ -333,6 +333,23 @@ def test_what_a_reward_does_to_standard_output_the_run_does_not_see(monkeypatch)
         assert sys.stdout is shown
 
 
+def test_a_call_that_ends_after_the_run_does_not_put_its_output_back(monkeypatch):
+    called, go_on = threading.Event(), threading.Event()
+
+    def hangs(batch):
+        called.set()
+        go_on.wait(20)
+        return [1.0] * len(batch)
+
+    with scoring() as worker:
+        future = worker.submit(lambda: compose([hangs])(a_batch()))
+        called.wait(20)
+    monkeypatch.setattr(sys, "stdout", shown := io.StringIO())
+    go_on.set()
+    future.result()
+    assert sys.stdout is shown
+
+
 def test_a_ctrl_c_that_a_reward_raises_is_the_rewards():
     def interrupts(batch):
         raise KeyboardInterrupt
