@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from nft_plugins import Batch, Part, PromptError, Reward, Scores
+from nft_plugins.process import on_main_thread
 
 from .errors import NftError, UsageError, named_error, where
 from .guard import Failed, Guard, Tally, added, out_of_memory
@@ -255,13 +256,13 @@ def scored(name: str, reward: Reward, batch: Batch) -> Scores:
     """A member's scores. Neither the batch nor the state of the process can be spoiled for other members."""
     if isinstance(reward, Composed | Mapped | Guarded):  # Which see to that for their own members.
         return checked(name, partial(reward, batch), len(batch))
-    with process_kept(f"The reward {name!r}"):
+    with process_kept(f"the call of the reward {name!r}"):
         return checked(name, lambda: reward(lend(batch)), len(batch))
 
 
 def regrouped(name: str, reward: Any, scores: Scores, groups: Tensor) -> Scores:
     """What a member's `regroup` makes of its scores, on the same terms."""
-    with process_kept(f"The reward {name!r}"):
+    with process_kept(f"the call of the reward {name!r}"):
         return checked(name, lambda: reward.regroup(own(scores), groups.clone()), len(groups))
 
 
@@ -276,9 +277,10 @@ def checked(name: str, score: Callable[[], Scores], size: int) -> Scores:
             return held(name, scores, size)
     except NftError:
         raise
-    except KeyboardInterrupt:
-        raise
     except BaseException as error:  # As extensions raise in Rust or C++.
+        # Ctrl-C comes to the main thread alone.
+        if isinstance(error, KeyboardInterrupt) and on_main_thread():
+            raise
         if out_of_memory(error):
             raise NftError(
                 f"The reward {name!r} ran out of memory: {str(error) or 'MemoryError'} Score fewer images "

@@ -30,6 +30,7 @@ from nft_plugins import (
 from nft_plugins.hookspecs import OFFERS
 
 from .errors import named_error
+from .launch import Terminated, ctrl_c
 from .lending import python_kept
 from .quiet import printing_aside
 
@@ -106,21 +107,21 @@ Cards = dict[str, MutableMapping[str, Registered[Any]]]
 
 def discover(manager: pluggy.PluginManager, cards: Cards) -> list[Plugin]:
     """Register every plug-in that `NFT_PLUGINS` allows, and collect its cards; returns a row for each."""
-    rows = []
+    rows, names = [], chosen()  # Before a plug-in is imported, which might set NFT_PLUGINS.
     for found in find():
         row = Plugin(found.name, found.distribution, found.version)
         rows.append(row)
-        if not allowed(row):
+        if names is not None and row.distribution != OWN and row.name not in names:
             row.status, row.cause = "off", "not named in NFT_PLUGINS"
             continue
         if found.entry is None:
             row.broken(found.problem, f"pip install --force-reinstall {row.distribution}, or pip uninstall it")
             continue
-        with deprecations(row), printing_aside(), python_kept(), harmless(row, "looking at it"):
+        with ctrl_c(), deprecations(row), printing_aside(), python_kept(), harmless(row, "looking at it"):
             module = load(found.entry, row)
             if module is not None and fits(module, row) and attach(manager, module, row):
                 classify(module, row, cards)
-    return rows + [missing(name) for name in sorted(chosen() or ()) if name not in {r.name for r in rows}]
+    return rows + [missing(name) for name in sorted(names or ()) if name not in {r.name for r in rows}]
 
 
 def find() -> list[Found]:
@@ -178,11 +179,6 @@ def chosen() -> set[str] | None:
     return None if names is None else {name.strip() for name in names.split(",")} - {""}
 
 
-def allowed(row: Plugin) -> bool:
-    names = chosen()
-    return names is None or row.distribution == OWN or row.name in names
-
-
 def missing(name: str) -> Plugin:
     row = Plugin(name, "?", "?")
     row.broken(
@@ -209,7 +205,7 @@ def harmless(row: Plugin, what: str) -> Iterator[None]:
     """Whatever is raised inside, but for Ctrl-C, breaks the plug-in alone. what: was being done."""
     try:
         yield
-    except KeyboardInterrupt:
+    except Terminated:
         raise
     except BaseException as error:  # A panic of an extension in Rust is no Exception.
         mend = row.complaint

@@ -5,16 +5,17 @@ from __future__ import annotations
 import hashlib
 import json
 import sys
+import sysconfig
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .local import is_reference
+from .places import last_part, placeless
 from .prompts import Prompt
 from .settings import Settings
-from .specs import Policy, RewardSpec
+from .specs import RewardSpec, split
 
 if TYPE_CHECKING:
     from .discovery import Registered
@@ -22,11 +23,13 @@ if TYPE_CHECKING:
 
 #: Settings that an evaluation's pictures depend on; `steps` are its own.
 OF_PICTURES = (
-    *("seed", "eval_images", "solver", "solver_options", "resolution", "model", "model_options"),
+    *("seed", "eval_images", "solver", "solver_options", "resolution", "model_options", "family"),
     *("max_sequence_length", "precision", "decode_precision"),
 )
 #: What is the same in `evaluation` where only rewards differ.
 OF_SCORES = ("rewards", "total")
+#: Bytes that are read of a file of weights, at its start, in its middle and at its end.
+SAMPLE = 4096
 #: Distributions that results depend on, beside those that bring plug-ins.
 BENEATH = ("torch", "diffusers", "transformers")
 
@@ -37,21 +40,27 @@ def evaluation(
     specs: Sequence[RewardSpec],
     host: Host,
     sources: Mapping[str, str],
+    **resolved: str,
 ) -> dict[str, Any]:
     """The fingerprint of an evaluation, all text: what its pictures depend on, `rewards` and their `total`.
 
-    Means under the same fingerprint differ by the weights alone. sources: of `sources_of`.
+    Means under the same fingerprint differ by the weights alone. Where files lie is no part of it.
+    sources: of `sources_of`. resolved: settings of OF_PICTURES that leave the choice to the machine, as chosen.
     """
-    chosen = {name: getattr(settings, name) for name in OF_PICTURES}
-    chosen |= {"steps": settings.eval_steps or settings.steps}
-    family, colon, _ = settings.solver.partition(":")
-    chosen["solver"] = [settings.solver, brought(settings.solver, host.solvers.get(family + colon), sources)]
+    values = placeless(settings.model_dump(mode="json")) | resolved
+    chosen = {name: values[name] for name in OF_PICTURES}
+    chosen |= {"steps": settings.eval_steps or settings.steps, "model": model_digest(settings.model)}
+    group, colon, _ = settings.solver.partition(":")
+    chosen["solver"] = [chosen["solver"], brought(settings.solver, host.solvers.get(group + colon), sources)]
+    chosen["family"] = [chosen["family"], brought("", host.models.get(chosen["family"]), sources)]
     by_title: dict[str, list[Any]] = {}
     for spec in specs:
         # A reward may be made of others, which its options name.
-        names = [str(spec.name), *(str(v).partition(",")[0].partition("=")[0] for v in spec.options.values())]
-        made_of = [brought(name, host.rewards.get(name), sources) for name in names]
-        by_title.setdefault(spec.title, []).append([str(replace(spec, weight=1.0, guard=Policy())), made_of])
+        inner = [str(v).partition(",")[0].partition("=")[0] for v in spec.options.values()]
+        made_of = [brought(n, host.rewards.get(n), sources) for n in (str(spec.name), *inner)]
+        options = [spec.options, *(split(settings.reward_defaults.get(n, {}))[1] for n in inner)]
+        given = [{k: last_part(str(v)) for k, v in each.items()} for each in options]
+        by_title.setdefault(spec.title, []).append([last_part(str(spec.name)), given, made_of])
     return {
         "prompts": short_digest([[p.text, p.metadata] for p in held_out]),
         **{name: v if isinstance(v, str) else json.dumps(v, default=str) for name, v in chosen.items()},
@@ -64,7 +73,23 @@ def brought(name: str, card: Registered[Any] | None, sources: Mapping[str, str])
     """What brings a reward or a solver of that name: a plug-in's version, the user's files, or nothing."""
     if card is not None:
         return f"{card.distribution} {sources.get(card.distribution, '')}"
-    return str(sorted((k, v) for k, v in sources.items() if k.endswith(".py"))) if is_reference(name) else ""
+    return str([(path.name, file_digest(path)) for path in files_of(name)]) if is_reference(name) else ""
+
+
+def model_digest(name: str) -> str:
+    """A hub id as it is; of a folder its name, and a digest of its files' sizes and some of their bytes."""
+    folder = Path(name)
+    if not folder.is_dir():
+        return name
+    digest = hashlib.sha256()
+    for path in sorted(p for p in folder.rglob("*") if p.suffix in (".json", ".safetensors") and p.is_file()):
+        size = path.stat().st_size
+        digest.update(f"{path.relative_to(folder)} {size}".encode())
+        with path.open("rb") as file:  # Weights are large, and other ones differ nearly everywhere.
+            for place in (0, size // 2, max(size - SAMPLE, 0)):
+                file.seek(place)
+                digest.update(file.read(SAMPLE))
+    return f"{folder.name} {digest.hexdigest()[:12]}"
 
 
 def short_digest(value: Any) -> str:
@@ -114,8 +139,7 @@ def identity(evaluation: Any, name: str) -> Any:
 def sources_of(host: Host, references: Iterable[str] = ()) -> dict[str, str]:
     """Versions of plug-ins and of what is beneath them, by distribution; digests of the user's files, by name.
 
-    references: `MODULE:NAME`s that the run uses. With the file of a `FILE.py:NAME` count the modules beside it
-    that have been imported.
+    references: those of the run's rewards and solver, of which some are `FILE.py:NAME` or `MODULE:NAME`.
     """
     found = {row.distribution: row.version for row in host.plugins if row.status == "ok"}
     for name in BENEATH:
@@ -124,18 +148,36 @@ def sources_of(host: Host, references: Iterable[str] = ()) -> dict[str, str]:
         except PackageNotFoundError:
             continue
     files: dict[str, list[str]] = {}
-    for path in user_files({r.rpartition(":")[0].partition(".")[0] for r in references if is_reference(r)}):
-        files.setdefault(path.name, []).append(hashlib.sha256(path.read_bytes()).hexdigest()[:12])
+    for path in dict.fromkeys(path for r in references if is_reference(r) for path in files_of(r)):
+        files.setdefault(path.name, []).append(file_digest(path))
     return found | {name: " ".join(sorted(digests)) for name, digests in files.items()}
 
 
-def user_files(modules: set[str]) -> list[Path]:
-    """Files of what was imported by path, of modules beside it, and of `modules` and what is in them."""
-    files = {name: getattr(module, "__file__", None) for name, module in list(sys.modules.items())}
-    paths = {name: Path(file) for name, file in files.items() if isinstance(file, str) and file.endswith(".py")}
-    folders = {path.parent for name, path in paths.items() if name.startswith("nft_local:")}
-    used = {p for name, p in paths.items() if p.parent in folders or name.partition(".")[0] in modules}
-    return [path for path in used if path.is_file()]
+def files_of(reference: str) -> list[Path]:
+    """Of `FILE.py:NAME` the file and the imported modules beside it; of `MODULE:NAME` those of the package."""
+    location, _, _ = reference.rpartition(":")
+    modules = {name: getattr(module, "__file__", None) for name, module in list(sys.modules.items())}
+    paths = {
+        name: Path(file) for name, file in modules.items() if isinstance(file, str) and file.endswith(".py")
+    }
+    if location.endswith(".py"):
+        own = Path(location).resolve()
+        installed = [sysconfig.get_path(name) for name in ("stdlib", "purelib", "platlib")]
+        used = {own} | {
+            path
+            for name, path in paths.items()
+            # Others that were given by their path are rewards of their own.
+            if path.is_relative_to(own.parent)
+            and not name.startswith("nft_local:")
+            and not any(path.is_relative_to(place) for place in installed)
+        }
+    else:
+        used = {path for name, path in paths.items() if name.partition(".")[0] == location.partition(".")[0]}
+    return sorted(path for path in used if path.is_file())
+
+
+def file_digest(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()[:12]
 
 
 def differences(before: Mapping[str, str], now: Mapping[str, str]) -> list[str]:

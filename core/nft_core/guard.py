@@ -104,7 +104,7 @@ class Guard:
 
     def attempt(self, score: Callable[[], Scores], device: torch.device) -> Scores:
         # Of a call that takes too long, what it has changed so far is put back here, not when it ends at last.
-        with process_kept(f"The reward {self.name!r}"):
+        with process_kept(f"the call of the reward {self.name!r}"):
             scores = self.in_time(score, device) if self.policy.max_seconds else score()
         if self.policy.on_error != "stop":  # There, batches that differ end the run when they are put together.
             self.check_details(scores)

@@ -105,7 +105,7 @@ class Host:
             return Inside(self.make_reward(other.name, mine, device, defaults, loaded, (name, *inside)))
 
         offered = {"device": device, "make_reward": make_another}
-        with kept(f"The making of the {what}", making=True):
+        with kept(f"the making of the {what}", making=True):
             made = build(what, card.info.factory, (), options, offered)
         if not isinstance(made, Reward):
             raise NftError(f"The factory of the {what} gave {type(made).__name__}, not a reward.")

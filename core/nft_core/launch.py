@@ -179,7 +179,7 @@ def how(child: subprocess.Popen[bytes]) -> str:
 
 
 class Terminated(KeyboardInterrupt):
-    """A signal other than Ctrl-C's came; its number is `signal`."""
+    """A signal came; its number is `signal`. By default Ctrl-C is Python's own KeyboardInterrupt."""
 
     def __init__(self, number: int) -> None:
         super().__init__(number)
@@ -191,6 +191,15 @@ def terminate(number: int, frame: object) -> None:
         if signal.getsignal(other) == terminate:
             signal.signal(other, signal.SIG_IGN)  # A second one would end what is done on the first.
     raise Terminated(number)
+
+
+def ctrl_c() -> AbstractContextManager[None]:
+    """Inside, Ctrl-C raises Terminated, so that a plug-in's own KeyboardInterrupt is told from the user's."""
+
+    def press(number: int, frame: object) -> None:
+        raise Terminated(number)
+
+    return handling([signal.SIGINT] if callable(signal.getsignal(signal.SIGINT)) else [], press)
 
 
 def end_when_told() -> None:

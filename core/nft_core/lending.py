@@ -15,12 +15,12 @@ from nft_plugins import Batch, Part, Reward, Run, Scores
 from nft_plugins.process import (
     BY_IMPORTS,
     NUMBERS,
+    Noted,
     noted,
     of_a_thread,
-    of_python,
-    of_the_main_thread,
     on_main_thread,
     put_back,
+    python_places,
     shared_places,
 )
 
@@ -77,11 +77,14 @@ def state_of(tensor: Tensor) -> tuple[int, bool]:
 
 
 def apart(value: T) -> T:
-    """Tensors, and lists, tuples and dictionaries of them, that can be written to and nobody else sees it."""
+    """Tensors, arrays, and lists, tuples and dictionaries of them: what is written to them nobody else sees."""
+    import numpy as np
     import torch
 
     if isinstance(value, torch.Tensor):
         return lazy_copy(value)  # type: ignore[return-value]
+    if isinstance(value, np.ndarray):
+        return value.copy()
     if type(value) in (list, tuple):
         return type(value)(map(apart, value))  # type: ignore[call-arg,arg-type]
     if type(value) is dict:
@@ -133,7 +136,7 @@ def own(value: Any) -> Any:
         return {key: own(item) for key, item in value.items()}
     if isinstance(value, set | bytearray):
         return copy.copy(value)
-    return value
+    return apart(value)
 
 
 class Inside:
@@ -152,24 +155,44 @@ class Inside:
         return getattr(self.reward, name)
 
 
+#: What the main thread may change for a moment, as when a model chooses its kernel of attention.
+OF_MOMENTS = (*NUMBERS, "the standard streams")
+#: What `quiet_moment` has noted of it.
+trusted: Noted = []
+
+
+@contextmanager
+def quiet_moment() -> Iterator[None]:
+    """Inside, other threads put OF_MOMENTS back to what it is now, while no model and no reward is at work."""
+    global trusted
+    outer, trusted = trusted, [(p, value) for p, value in noted(shared_places()) if p.name in OF_MOMENTS]
+    try:
+        yield
+    finally:
+        trusted = outer
+
+
 @contextmanager
 def process_kept(who: str, making: bool = False) -> Iterator[None]:
     """Put back what is run inside changes of the process, and warn where numbers of other threads may be wrong.
 
-    who: a reward. making: it is imported or made, where libraries are imported, whose settings stay.
+    who: a call of a reward, in words.
+    making: it is imported or made, where libraries are imported, whose settings stay.
     """
-    left_out = BY_IMPORTS if making else ()
-    places = {name: place for name, place in shared_places().items() if name not in left_out}
-    before = noted(places)
+    known = [] if on_main_thread() else trusted
+    left_out = (BY_IMPORTS if making else ()) + (OF_MOMENTS if known else ())
+    before = known + noted(shared_places(), left_out)
     try:
         yield
     finally:
-        for name in put_back(places, before):
+        if known is not trusted:  # That moment is over, as for a call that a run does not wait for.
+            before = before[len(known) :]
+        for name in put_back(before):
             if name in NUMBERS and (who, name) not in told:
                 told.add((who, name))
                 print(
-                    f"Warning: {who} changed {name}, which holds for the whole process and may have changed "
-                    "what was computed beside it. It was put back.",
+                    f"Warning: {name} changed during {who}, which holds for the whole process and may have "
+                    "changed what was computed beside it. It was put back.",
                     file=sys.stderr,
                 )
 
@@ -177,13 +200,11 @@ def process_kept(who: str, making: bool = False) -> Iterator[None]:
 @contextmanager
 def python_kept() -> Iterator[None]:
     """Put back what is run inside changes of Python's own state, where nothing else is imported yet."""
-    mine = {**of_python(), **(of_the_main_thread() if on_main_thread() else {})}
-    places = {name: place for name, place in mine.items() if name not in BY_IMPORTS}
-    before = noted(places)
+    before = noted(python_places(), BY_IMPORTS)
     try:
         yield
     finally:
-        put_back(places, before)
+        put_back(before)
 
 
 @contextmanager
@@ -191,14 +212,13 @@ def thread_kept() -> Iterator[None]:
     """Put back what is run inside changes of this thread."""
     import torch
 
-    places = of_a_thread()
-    before = noted(places)
+    before = noted(of_a_thread())
     grad = torch.is_grad_enabled()
     try:
         with torch.inference_mode(torch.is_inference_mode_enabled()), torch.set_grad_enabled(grad):
             yield
     finally:
-        put_back(places, before)
+        put_back(before)
 
 
 @contextmanager

@@ -76,7 +76,7 @@ def import_file(path: Path) -> ModuleType:
         module = importlib.util.module_from_spec(spec)
         sys.modules[name] = module  # Before it runs: dataclasses look there.
         try:
-            with kept(f"The import of {path.name}", making=True):
+            with kept(f"the import of {path.name}", making=True):
                 spec.loader.exec_module(module)
         except BaseException:
             del sys.modules[name]
@@ -88,7 +88,7 @@ def import_module(name: str) -> ModuleType:
     """A module that is installed or stands in the current folder."""
     reach(Path.cwd())
     try:
-        with kept(f"The import of {name}", making=True):
+        with kept(f"the import of {name}", making=True):
             return importlib.import_module(name)
     except ModuleNotFoundError as error:
         if error.name and (name == error.name or name.startswith(f"{error.name}.")):

@@ -70,7 +70,12 @@ def stands(path: Path) -> bool:
 
 def placeless(values: Mapping[str, Any]) -> dict[str, Any]:
     """The settings with the last part of each whole path: what they are, wherever they lie."""
-    return with_paths(values, lambda name, text: Path(text).name if Path(text).is_absolute() else text)
+    return with_paths(values, lambda name, text: last_part(text))
+
+
+def last_part(text: str) -> str:
+    """The last part of a whole path; other text as it is."""
+    return Path(text).name if Path(text).is_absolute() else text
 
 
 def with_paths(values: Mapping[str, Any], change: Callable[[str, str], str]) -> dict[str, Any]:

@@ -18,6 +18,7 @@ from nft_plugins import Batch, Condition, FlowModel, Reward, Scores, Solver, Vel
 from .distributed import gather_rows, owned, rank, sum_values, together, world_size
 from .encodings import Encoded, sent
 from .guard import Tally, Worker, free_memory, on_device
+from .lending import quiet_moment
 from .pooling import concatenate, everyones_names, filled, gather_scores, withheld
 from .prompts import Prompt
 from .seeds import generator
@@ -210,7 +211,7 @@ def roll_out(
     if any(t.masked for t in tallies.values()):
         mine = filled(mine, everyones_names(mine, sampler.device))
     everyones = gather_scores(mine, index, len(draws), sampler.device)
-    x_0 = torch.cat(latents) if latents else torch.empty(0, dtype=torch.float32, device=sampler.device)
+    x_0 = torch.cat(latents) if latents else torch.empty(0, dtype=torch.float32, device="cpu")
     # An image of what is no number may have a score all the same, and must not be trained on.
     numbers = gather_rows(torch.cat(finite).float(), index, len(draws), sampler.device)
     everyones = withheld(everyones, numbers.bool())
@@ -237,7 +238,8 @@ def scoring() -> Iterator[Worker]:
     """A thread for rewards. On an error or Ctrl-C what is queued is dropped, what runs is not waited for."""
     worker = Worker("reward")
     try:
-        yield worker
+        with quiet_moment():
+            yield worker
     finally:
         worker.close()
 

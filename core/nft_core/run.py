@@ -118,9 +118,18 @@ def run(
         operations = count_on_gpu(settings, host, device, tell) if device.type == "cuda" else None
         compiled = should_compile(settings.compile, device, operations)
         training = assemble(settings, model, reward, solver, prompts, held_out, device, folder, compiled)
-        references = [settings.solver, *(spec.name for spec in specs if isinstance(spec.name, str))]
-        training.at.sources = sources_of(host, references)
-        training.evaluation = evaluation(settings, held_out, specs, host, training.at.sources)
+        named = [text for spec in specs for text in (spec.name, *spec.options.values())]
+        training.at.sources = sources_of(host, [settings.solver, *map(str, named)])
+        training.evaluation = evaluation(
+            settings,
+            held_out,
+            specs,
+            host,
+            training.at.sources,
+            precision=str(autocast_dtype(settings, device)),
+            decode_precision=str(decode_dtype(settings, device)),
+            family=find_family(settings, host)[0],
+        )
         training.at.evaluation = short_digest(training.evaluation)
         other = bool(path) and restore(training, path, allow_changes, tell)
         if compiled:
@@ -147,16 +156,18 @@ def run(
                         train(training)
                 except BaseException as caught:
                     # A second Ctrl-C means at once.
-                    if not isinstance(caught, KeyboardInterrupt | SaveError):
+                    if is_from_inside(caught, training.told()) or not isinstance(
+                        caught, KeyboardInterrupt | SaveError
+                    ):
                         rescue(training, folder, said.append)
                     if isinstance(caught, Stopped):
                         barrier()  # torchrun kills the first, which saves, 30 seconds after another has ended.
                     raise
-        except SystemExit as caught:  # A plug-in's. With its exit code the run would pass for whole.
-            error = NftError(f"The run was ended from inside: SystemExit({caught.code!r}) came{where(caught)}.")
-            raise error from caught
         except BaseException as caught:
             error = caught
+            if is_from_inside(caught, training.told()):  # With an exit code of 0 the run would pass for whole.
+                error = NftError(f"The run was ended from inside: {caught!r} came{where(caught)}.")
+                raise error from caught
             raise
         finally:
             observe("nft_run_finished", error=error)
@@ -208,6 +219,11 @@ def memory_errors() -> Iterator[None]:
             f"{first_line(error)} Lower rollout_batch, microbatch or resolution; the same command with --plan "
             "says what takes the memory, and which settings would fit."
         ) from error
+
+
+def is_from_inside(error: BaseException, told: int) -> bool:
+    """Whether a plug-in has raised what ends a process, and not the user. told: the user's signal, or 0."""
+    return isinstance(error, SystemExit) or (isinstance(error, KeyboardInterrupt) and not told)
 
 
 def rescue(training: Training, folder: Path, tell: Callable[[str], None]) -> None:
@@ -280,7 +296,7 @@ def usable(
     from .lending import kept
 
     everything = [*prompts, *held_out]
-    with kept("The check of prompts"):
+    with kept("the check of prompts"):
         prompts = scorable(prompts, check, policy)
         held_out = scorable(held_out, check, policy) if held_out else []
         lost = len(everything) - len(prompts) - len(held_out)

@@ -205,8 +205,7 @@ def process_kept(first: bool = False) -> Iterator[None]:
     """
     import torch
 
-    places = {name: place for name, place in process.all_places().items() if name not in process.RANDOM}
-    before, changed = process.noted(places), []
+    before = process.noted(process.all_places(), but=process.RANDOM)
     grad = torch.is_grad_enabled()
     with (
         torch.inference_mode(torch.is_inference_mode_enabled()),
@@ -215,7 +214,7 @@ def process_kept(first: bool = False) -> Iterator[None]:
         try:
             yield
         finally:
-            changed = process.put_back(places, before)
+            changed = process.put_back(before)
     if first:
         changed = [name for name in changed if name not in process.BY_IMPORTS]
     hold(
@@ -227,11 +226,9 @@ def process_kept(first: bool = False) -> Iterator[None]:
 
 def check_seeds(reward: Reward, batch: Batch) -> None:
     """Hold two calls, before which the random numbers stand elsewhere, not to leave them at the same place."""
-    places = {name: process.all_places()[name] for name in process.RANDOM}
-    before = process.noted(places)
+    before = [(p, value) for p, value in process.noted(process.all_places()) if p.name in process.RANDOM]
     first, second = [random_after(reward, batch, draws) for draws in (1, 2)]
-    for name, place in places.items():
-        place.put(before[name])
+    process.put_back(before)
     seeded = [name for name, state in first.items() if state == second[name]]
     hold(
         not seeded,
@@ -252,7 +249,7 @@ def random_after(reward: Reward, batch: Batch, draws: int) -> dict[str, Any]:
     call(reward, fresh(batch))
     return {
         "torch": torch.get_rng_state().tolist(),
-        "NumPy": process.numpy_random(),
+        "NumPy": repr([part.tolist() if hasattr(part, "tolist") else part for part in np.random.get_state()]),
         "Python": random.getstate(),
     }
 

@@ -5,6 +5,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from argparse import Namespace
 from pathlib import Path
 
@@ -205,7 +206,11 @@ def test_a_section_for_a_gpu_that_dies_or_takes_too_long(gpu, tmp_path, monkeypa
     assert said.endswith("| right | a | fine | 0 |\n")
     child = int((out / "child").read_text())
     state = Path(f"/proc/{child}/stat")
-    assert not state.exists() or state.read_text().rpartition(")")[2].split()[0] == "Z"
+    for _ in range(6000):  # A signal takes its time to arrive.
+        if not state.exists() or state.read_text().rpartition(")")[2].split()[0] == "Z":
+            return
+        time.sleep(0.1)
+    raise AssertionError("the child of a section goes on")
 
 
 def test_what_an_epoch_should_take_on_a_gpu(modules, tmp_path, monkeypatch, capsys):

@@ -40,6 +40,8 @@ def taken(host, prompts=PROMPTS, rewards=REWARDS, versions=None, **settings):
         ({"rewards": ["ocr,upscale=4", "pickscore=0.5"]}, ["reward ocr"], {"pickscore"}),
         ({"rewards": ["ocr"]}, ["reward pickscore"], {"ocr", "ocr/strict"}),
         ({"rewards": ["ocr,on_error=mask", "pickscore=0.5"]}, [], {"ocr", "ocr/strict", "pickscore", "total"}),
+        ({"family": "flux"}, ["family"], set()),
+        ({"reward_defaults": {"ocr": {"upscale": 4}}}, [], {"ocr", "ocr/strict", "pickscore", "total"}),
         ({"versions": {"nft-hub": "9"}}, ["solver", "reward ocr", "reward pickscore"], set()),
         # These change how far or how fast a run goes.
         (
@@ -54,6 +56,34 @@ def test_what_is_compared(host, change, what, comparable_still):
     assert changed(before, now) == what
     names = ("ocr", "ocr/strict", "pickscore", "total")
     assert {name for name in names if comparable(before, now, name)} == comparable_still
+
+
+def test_where_files_lie_makes_no_difference_and_what_is_in_them_does(host, tmp_path):
+    def fingerprint(place, weights=b"1" * 20000):
+        folder = tmp_path / place
+        (folder / "model").mkdir(parents=True, exist_ok=True)
+        (folder / "model" / "x.safetensors").write_bytes(weights)
+        (folder / "own.py").write_text("def cat(images): return images[:, 0, 0, 0]\n")
+        rewards = [f"ocr,words={folder / 'words.txt'}", f"{folder / 'own.py'}:cat"]
+        return taken(host, rewards=rewards, model=str(folder / "model"), solver=f"{folder / 'own.py'}:cat")
+
+    assert fingerprint("a") == fingerprint("b")
+    assert changed(fingerprint("a"), fingerprint("a", b"1" * 10000 + b"2" * 10000)) == ["model"]
+
+
+def test_what_the_machine_chooses_counts(host):
+    settings, specs = make_settings(), [parse_reward("ocr")]
+    on_cpu, on_gpu = (
+        evaluation(settings, PROMPTS, specs, host, {}, precision=p) for p in ("None", "torch.bfloat16")
+    )
+    assert changed(on_cpu, on_gpu) == ["precision"]
+
+
+def test_options_of_a_reward_inside_another_count(host):
+    before, now = (
+        taken(host, rewards=["rank,of=ocr"], reward_defaults={"ocr": {"upscale": n}}) for n in (1, 4)
+    )
+    assert changed(before, now) == ["reward rank"]
 
 
 def test_a_line_of_an_older_version_is_compared_with_its_like(host):
@@ -74,4 +104,9 @@ def test_files_of_ones_own_and_what_they_import(host, tmp_path, monkeypatch):
     now = sources_of(host, [reference])
     assert differences(before, now) == ["beside_own.py is another file"]
     assert changed(first, taken(host, rewards=["ocr", reference], versions=now)) == ["reward cat"]
+    # Another file of rewards in the folder is no part of this one.
+    (tmp_path / "other.py").write_text("def dog(images): return images[:, 0, 0, 0]\n")
+    third = taken(host, rewards=["ocr", reference, other := f"{tmp_path / 'other.py'}:dog"], versions=now)
+    load_object(other)
+    assert changed(third, taken(host, rewards=["ocr", reference, other], versions=now)) == []
     assert differences({"nft-ab3": "1.0", "gone": "1"}, {"nft-ab3": "1.1"}) == ["nft-ab3 1.0 then, 1.1 now"]

@@ -202,10 +202,9 @@ def test_a_mistake_of_the_user_is_never_masked():
         composed(raises(UsageError("no such folder")), Policy("mask"))(batch())
 
 
-@pytest.mark.parametrize("words", [Policy("mask"), Policy("mask", max_seconds=900)])
-def test_ctrl_c_passes(words):
+def test_ctrl_c_passes():
     with pytest.raises(KeyboardInterrupt):
-        composed(raises(KeyboardInterrupt()), words)(batch())
+        composed(raises(KeyboardInterrupt()), Policy("mask"))(batch())
 
 
 def test_invalid_samples_are_no_failure(capsys):

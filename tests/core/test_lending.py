@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import io
+import sys
 import threading
 from dataclasses import replace
 from pathlib import Path
@@ -9,20 +11,25 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from nft_core import lending
 from nft_core.composer import compose
 from nft_core.errors import NftError
 from nft_core.guard import Worker
 from nft_core.host import load_host
-from nft_core.lending import kept, lend
+from nft_core.lending import lend
+from nft_core.rollout import scoring
 from nft_core.specs import parse_reward
 from nft_plugins import Batch, Run, Scores, hookimpl, process
 
 
 def a_batch(n=3):
     images = torch.rand(n, 3, 8, 8, generator=torch.Generator().manual_seed(0))
-    metadata = [{"text": "HI", "include": [{"class": "cat", "count": 1}]} for _ in range(n)]
+    metadata = [
+        {"text": "HI", "include": [{"class": "cat", "count": 1}], "mask": np.ones(2), "feature": torch.ones(2)}
+        for _ in range(n)
+    ]
     return Batch(images, [f"p{i}" for i in range(n)], metadata, torch.arange(n))
 
 
@@ -32,9 +39,9 @@ def seen(batch):
     rows = zip(batch.prompts, batch.metadata, batch.groups.tolist(), strict=True)
     texts = [hash(str(row)) % 1000 for row in rows]
     kept_for_all = batch.shared("test", lambda: batch.images.mean((1, 2, 3)).double())
-    return Scores.of(
-        batch.images.sum((1, 2, 3)) + batch.uint8.sum((1, 2, 3)) + pictures + torch.tensor(texts) + kept_for_all
-    )
+    array = torch.from_numpy(batch.shared("array", lambda: batch.images.numpy().copy())).sum()
+    sums = batch.images.sum((1, 2, 3)) + batch.uint8.sum((1, 2, 3))
+    return Scores.of(sums + pictures + torch.tensor(texts) + kept_for_all + array)
 
 
 SPOILS = {
@@ -48,7 +55,10 @@ SPOILS = {
     "prompts": lambda b: b.prompts.sort(reverse=True),
     "metadata": lambda b: [m.pop("text") for m in b.metadata],
     "metadata inside": lambda b: [m["include"][0].update({"count": 9}) for m in b.metadata],
+    "arrays in metadata": lambda b: [m["mask"].fill(0) for m in b.metadata],
+    "tensors in metadata": lambda b: [m["feature"].zero_() for m in b.metadata],
     "groups": lambda b: b.groups.zero_(),
+    "a shared array": lambda b: b.shared("array", lambda: b.images.numpy().copy()).fill(0),
     "what is shared": lambda b: b.shared("test", lambda: b.images.mean((1, 2, 3)).double()).zero_(),
     "what is shared, by its images": lambda b: (
         b.images.zero_(),
@@ -132,7 +142,7 @@ def test_the_process_is_put_back_on_the_thread_of_rewards(name, fails):
             compose([reward])(a_batch())
         except NftError:
             assert fails
-        return process.put_back(process.all_places(), before)
+        return process.put_back(before)
 
     worker = Worker("test")
     assert worker.submit(call).result() == []
@@ -183,7 +193,7 @@ def test_changed_numbers_of_the_process_are_told_once(capsys, monkeypatch):
     reward = compose([doubles])
     reward(a_batch()), reward(a_batch())
     said = capsys.readouterr().err
-    assert said.count("'doubles' changed torch's default dtype, which holds for the whole process") == 1
+    assert said.count("torch's default dtype changed during the call of the reward 'doubles', which holds") == 1
 
 
 def test_the_making_of_a_reward_leaves_the_process(tmp_path):
@@ -202,8 +212,8 @@ def test_the_making_of_a_reward_leaves_the_process(tmp_path):
     reward = compose([f"{tmp_path}/mine.py:Mine"])
     batch = a_batch()
     reward.check_prompt("p", batch.metadata[0])
-    assert reward(batch).values.tolist() == [2, 2, 2]
-    assert process.put_back(process.all_places(), before) == ["the environment variables"]
+    assert reward(batch).values.tolist() == [4, 4, 4]
+    assert process.put_back(before) == ["the environment variables"]
 
 
 def test_a_reward_may_write_to_its_tensors_at_the_next_call():
@@ -276,7 +286,75 @@ def test_observers_cannot_change_what_others_are_told():
     assert record == {"epoch": 0}
 
 
-def test_nothing_is_put_back_that_was_not_changed(monkeypatch):
-    monkeypatch.setattr(process, "put_folder", lambda path: pytest.fail("it was not changed"))
-    with kept("nothing"):
-        pass
+def test_the_older_way_of_setting_a_precision_is_put_back_with_the_newer():
+    """Where they differ torch raises, and the run with it."""
+
+    def exact(batch):
+        torch.backends.cudnn.allow_tf32 = False
+        return [1.0] * len(batch)
+
+    before = torch.backends.cudnn.allow_tf32
+    compose([exact])(a_batch())
+    assert torch.backends.cudnn.allow_tf32 == before
+
+
+def test_nothing_is_put_back_that_was_not_changed():
+    assert process.put_back(process.noted(process.all_places())) == []
+
+
+def test_what_the_main_thread_changes_for_a_moment_is_not_put_back_for_good(capsys):
+    """A plug-in's model may choose a kernel of attention, or a dtype, for each of its passes."""
+    noted, left = threading.Event(), threading.Event()
+
+    def reward(batch):
+        noted.set()
+        left.wait(20)
+        return [1.0] * len(batch)
+
+    composed = compose([reward])
+    with scoring() as worker:
+        with sdpa_kernel(SDPBackend.MATH):
+            future = worker.submit(lambda: composed(a_batch()))
+            noted.wait(20)
+        left.set()
+        future.result()
+    assert torch.backends.cuda.flash_sdp_enabled() and not capsys.readouterr().err
+
+
+def test_what_a_reward_does_to_standard_output_the_run_does_not_see(monkeypatch):
+    monkeypatch.setattr(sys, "stdout", shown := io.StringIO())
+
+    def silences(batch):
+        sys.stdout = io.StringIO()
+        return [1.0] * len(batch)
+
+    with scoring() as worker:
+        worker.submit(lambda: compose([silences])(a_batch())).result()
+        assert sys.stdout is shown
+
+
+def test_a_call_that_ends_after_the_run_does_not_put_its_output_back(monkeypatch):
+    called, go_on = threading.Event(), threading.Event()
+
+    def hangs(batch):
+        called.set()
+        go_on.wait(20)
+        return [1.0] * len(batch)
+
+    with scoring() as worker:
+        future = worker.submit(lambda: compose([hangs])(a_batch()))
+        called.wait(20)
+    monkeypatch.setattr(sys, "stdout", shown := io.StringIO())
+    go_on.set()
+    future.result()
+    assert sys.stdout is shown
+
+
+def test_a_ctrl_c_that_a_reward_raises_is_the_rewards():
+    def interrupts(batch):
+        raise KeyboardInterrupt
+
+    with scoring() as worker, pytest.raises(NftError, match="'interrupts' failed: KeyboardInterrupt"):
+        worker.submit(lambda: compose([interrupts])(a_batch())).result()
+    with pytest.raises(KeyboardInterrupt):  # On the main thread it may be the user's.
+        compose([interrupts])(a_batch())

@@ -455,6 +455,11 @@ def test_the_first_checkpoint_that_cannot_be_written_promises_none(tmp_path, mon
         start(tmp_path / "a run").save()
 
 
+def test_an_interrupt_that_no_signal_has_sent_is_a_plugins():
+    assert runs.is_from_inside(KeyboardInterrupt(), 0) and runs.is_from_inside(SystemExit(0), 15)
+    assert not runs.is_from_inside(KeyboardInterrupt(), 2) and not runs.is_from_inside(ValueError(), 0)
+
+
 def test_whatever_is_raised_is_saved_first(tmp_path):
     """A plug-in's SystemExit and a Rust library's panic are no Exceptions."""
 

@@ -85,6 +85,8 @@ PLUGINS = {
     "badname": GOOD.replace('"constant"', '"My Reward"'),
     "exits": "raise SystemExit('no licence')\n",
     "panics": "class PanicException(BaseException):\n    pass\nraise PanicException('unwrap() on None')\n",
+    # It names plug-ins for the process, too late for those of this host.
+    "interrupts": "import os\nos.environ['NFT_PLUGINS'] = 'none'\nraise KeyboardInterrupt('of its own')\n",
     "panicslater": GOOD.replace('"constant"', '"panicslater"').replace(
         "    register(", "    class Panic(BaseException): pass\n    raise Panic('later')\n    register("
     ),
@@ -175,6 +177,7 @@ def loaded(site):
         ("badname", "'My Reward' is no name"),
         ("exits", "raised SystemExit: no licence"),
         ("panics", "importing plug_panics raised PanicException: unwrap() on None"),
+        ("interrupts", "importing plug_interrupts raised KeyboardInterrupt: of its own"),
         ("panicslater", "nft_register_rewards raised Panic: later"),
         ("speechless", "importing plug_speechless raised Speechless"),
         ("attributes", "raised RuntimeError: no attributes today"),
@@ -301,6 +304,15 @@ def test_an_import_does_not_move_the_process(site, monkeypatch):
     here = Path.cwd()
     load_host()
     assert Path.cwd() == here
+
+
+def test_ctrl_c_while_a_plugin_is_imported_ends_the_command():
+    import signal
+
+    from nft_core.discovery import Plugin, ctrl_c, harmless
+
+    with pytest.raises(KeyboardInterrupt), ctrl_c(), harmless(Plugin("x", "x", "1"), "importing x"):
+        signal.raise_signal(signal.SIGINT)
 
 
 def test_a_plugin_that_is_chosen_and_not_installed_is_listed(monkeypatch):
