@@ -1,5 +1,6 @@
 """A run finds its files from any folder, and after a move."""
 
+import sys
 from pathlib import Path
 
 import pytest
@@ -29,6 +30,7 @@ def project(tmp_path, monkeypatch):
     (place / "mine.py").write_text(REWARD)
     (place / "p.txt").write_text("a cat\n")
     monkeypatch.chdir(place)
+    monkeypatch.delitem(sys.modules, "mine", raising=False)  # Of another file's tests.
     return place
 
 

@@ -79,6 +79,8 @@ def folder(tmp_path, monkeypatch):
     (tmp_path / "mine.py").write_text(MODULE)
     (tmp_path / "beside.py").write_text(BESIDE)
     monkeypatch.chdir(tmp_path)
+    for name in ("mine", "beside"):  # Of another file's tests.
+        sys.modules.pop(name, None)
     before, path = set(sys.modules), list(sys.path)
     yield tmp_path
     sys.path[:] = path

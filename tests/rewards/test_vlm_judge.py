@@ -261,7 +261,7 @@ def test_tries_again(server):
     handler_end = Handler.end_headers
 
     def end_headers(self):
-        self.close_connection = True
+        self.send_header("Connection", "close")  # And it is told, or another request might take it meanwhile.
         handler_end(self)
 
     Handler.end_headers = end_headers
