@@ -1,6 +1,7 @@
 """Each worker of pytest-xdist has a core: threads of several, and of what they start, would fight for them."""
 
 import os
+import sys
 
 import pytest
 from hypothesis import HealthCheck, settings
@@ -21,3 +22,11 @@ def ours():
         return [line for line in stderr.splitlines() if line.startswith(("Error", "Warning", "Traceback"))]
 
     return pick
+
+
+@pytest.fixture(autouse=True)
+def same_path():
+    """Folders of one test, which importing a FILE.py puts on the path, are not searched by the next."""
+    before = list(sys.path)
+    yield
+    sys.path[:] = before
