@@ -48,12 +48,13 @@ from measures import Clock, shown, spread, table
 from safetensors.torch import load_file, save_file
 from worlds import WORLDS, is_made_here, load_pipeline, load_world, settings_of, write_configs
 
-from nft_core import run as runs
-from nft_core.compiling import warm_up
-from nft_core.host import load_host
+from nft_core.host.host import load_host
 from nft_core.prompts import Prompt
 from nft_core.quiet import quiet
+from nft_core.runs.inputs import check_sizes, load_rewards, prepare, usable
+from nft_core.runs.setup import assemble, autocast_dtype, pick_device
 from nft_core.settings import Settings, parse_assignment
+from nft_core.training.compiling import warm_up
 from nft_plugins import SteppedSolver
 
 #: Names of `--scale` and the settings that they stand for.
@@ -110,13 +111,11 @@ def prepared(job: Job) -> Prepared:
     quiet("diffusers", "transformers")
     host = load_host()
     settings = settings_of(job.world, host, job.model, job.epochs, job.device, job.settings)
-    device = runs.pick_device(settings.device)
-    specs, solver, prompts, held_out = runs.prepare(settings, host)
-    reward = runs.load_rewards(specs, host, device, settings.reward_defaults)
-    prompts, held_out = runs.usable(
-        prompts, held_out, reward.check_prompt, settings.unscorable, lambda text: None
-    )
-    runs.check_sizes(settings, len(prompts), len(held_out))
+    device = pick_device(settings.device)
+    specs, solver, prompts, held_out = prepare(settings, host)
+    reward = load_rewards(specs, host, device, settings.reward_defaults)
+    prompts, held_out = usable(prompts, held_out, reward.check_prompt, settings.unscorable, lambda text: None)
+    check_sizes(settings, len(prompts), len(held_out))
     return Prepared(settings, host, device, Clock(device), reward, solver, prompts, held_out[:1])
 
 
@@ -125,13 +124,13 @@ class Ours:
 
     def __init__(self, job: Job, world: Prepared) -> None:
         s, clock = world.settings, world.clock
-        self.autocast = runs.autocast_dtype(s, world.device)
+        self.autocast = autocast_dtype(s, world.device)
         model: Any = load_world(s, world.host, world.device)
         model.encode(["a"])  # Loads the text encoders, which the other loop has loaded too.
         model.encode = clock.timed("encode", model.encode)
         model.decode = clock.timed("decode", model.decode)
         with clock.epoch():
-            self.run = runs.assemble(
+            self.run = assemble(
                 s,
                 model,
                 world.reward,
@@ -156,7 +155,7 @@ class Ours:
         self.record = arguments.get("record", self.record)
 
     def epoch(self, number: int) -> dict[str, float]:
-        from nft_core.train import train_epoch
+        from nft_core.training.loop import train_epoch
 
         train_epoch(self.run)
         return {name: self.record[name] for name in measures.LEARNED}
@@ -176,7 +175,7 @@ class Theirs:
         s = world.settings
         if not isinstance(world.solver, SteppedSolver):
             raise SystemExit(f"{s.solver} does not go step by step, so its trajectory cannot be kept.")
-        self.autocast = runs.autocast_dtype(s, world.device)
+        self.autocast = autocast_dtype(s, world.device)
         if s.precision == "auto" and world.device.type == "cuda":
             self.autocast = torch.float16
             torch.backends.cuda.matmul.allow_tf32 = True  # As published.

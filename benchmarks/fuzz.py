@@ -26,13 +26,13 @@ import tomli_w
 from hypothesis import HealthCheck, Phase, given, seed, settings
 from hypothesis import strategies as st
 
-from nft_core.checkpoint import MANIFEST, read_manifest
-from nft_core.cli import default_folder
+from nft_core.cli.app import default_folder
 from nft_core.errors import NftError
-from nft_core.observers.metrics import FILE, read, read_lines
+from nft_core.host.specs import parse_observer, parse_reward
 from nft_core.prompts import read_prompts
+from nft_core.runs.checkpoint import MANIFEST, read_manifest
+from nft_core.runs.observers.metrics import FILE, read, read_lines
 from nft_core.settings import Settings, make_settings, parse_assignment, read_toml, shown, to_toml
-from nft_core.specs import parse_observer, parse_reward
 
 #: Seconds after which an input counts as a hang, on a machine that may be busy.
 HANG = 20.0

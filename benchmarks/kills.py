@@ -54,7 +54,7 @@ def start(arguments: list[str], log: Path) -> int:
         output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
         os.dup2(output, 1)
         os.dup2(output, 2)
-        from nft_core.cli import main
+        from nft_core.cli.app import main
 
         main(arguments, standalone_mode=False)
         code = 0
@@ -124,8 +124,6 @@ def main() -> None:
     options = parser.parse_args()
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     os.environ["HF_HUB_OFFLINE"] = "1"
-    import nft_core.models.sd3
-    import nft_core.run  # noqa: F401
 
     with tempfile.TemporaryDirectory() as place:
         figures = kill(Path(place), options.count, options.epochs, random.Random(options.seed))

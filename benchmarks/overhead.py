@@ -48,15 +48,15 @@ def run(tree: Path, epochs: int, assignments: list[str]) -> list[dict]:
 
 #: What is timed, by module and name.
 PARTS = [
-    ("nft_core.checkpoint", "save_checkpoint"),
-    ("nft_core.checkpoint", "prune"),
-    ("nft_core.observers.metrics", "append"),
-    ("nft_core.train", "reseed"),
-    ("nft_core.train", "figures"),
-    ("nft_core.train", "warnings"),
-    ("nft_core.train", "epoch_means"),
-    ("nft_core.distributed", "sum_values"),
-    ("nft_core.rollout", "everyones_tallies"),
+    ("nft_core.runs.checkpoint", "save_checkpoint"),
+    ("nft_core.runs.checkpoint", "prune"),
+    ("nft_core.runs.observers.metrics", "append"),
+    ("nft_core.training.loop", "reseed"),
+    ("nft_core.training.loop", "figures"),
+    ("nft_core.training.loop", "warnings"),
+    ("nft_core.training.loop", "epoch_means"),
+    ("nft_core.parallel.processes", "sum_values"),
+    ("nft_core.sampling.rollout", "everyones_tallies"),
 ]
 
 
@@ -64,7 +64,7 @@ def attributed(epochs: int, assignments: list[str]) -> None:
     """Run in this process with the parts timed, and print the share of each."""
     from importlib import import_module
 
-    from nft_core.cli import main
+    from nft_core.cli.app import main
 
     spent: dict[str, float] = {}
 

@@ -34,15 +34,15 @@ from measures import NOT_COUNTED, Clock
 from peft import LoraConfig, get_peft_model
 from torch import Tensor
 
-from nft_core.advantages import combined_advantages, optimality
-from nft_core.loss import kl_loss, nft_loss, noised
 from nft_core.models.sd3 import SD3
+from nft_core.objective.advantages import combined_advantages, optimality
+from nft_core.objective.loss import kl_loss, nft_loss, noised
+from nft_core.objective.schedules import lr_decay, next_kl_weight, old_decay, warmup
+from nft_core.objective.train_times import draw_times
 from nft_core.prompts import Prompt, prompts_of_epoch
-from nft_core.rollout import Draws
-from nft_core.schedules import lr_decay, next_kl_weight, old_decay, warmup
+from nft_core.sampling.draws import Draws
 from nft_core.settings import Settings
-from nft_core.times import draw_times
-from nft_core.train import split_images
+from nft_core.training.loop import split_images
 from nft_plugins import Batch, Reward, Scores, SteppedSolver, randn_like
 
 THREADS = 8

@@ -25,9 +25,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 from worlds import RandomSD3, write_configs
 
-from nft_core.lora import LeanLinear, adapted_layers
-from nft_core.measure import AsOnGpu
-from nft_core.policy import Policy
+from nft_core.planning.measure import AsOnGpu
+from nft_core.training.lora import LeanLinear, adapted_layers
+from nft_core.training.policy import Policy
 
 #: Images of the published recipe's epoch, its steps and training times; images of a pass, by its kind.
 IMAGES, STEPS, TIMES = 1152, 10, 9

@@ -34,25 +34,23 @@ from measures import shown, spread, table
 from safetensors.torch import load_file, save_file
 from worlds import load_world
 
-from nft_core import run as runs
-from nft_core.distributed import process_group, rank, sum_values
+from nft_core.parallel.processes import process_group, rank, sum_values
+from nft_core.runs.setup import assemble, pick_device
 
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
 
 
 def work(job: Job) -> None:
     """One of the processes; the first leaves what was measured and learned in the job's folder."""
-    from nft_core.train import train_epoch
+    from nft_core.training.loop import train_epoch
 
     torch.set_num_threads(job.threads)
     records: list[Mapping[str, Any]] = []
-    with process_group(runs.pick_device(job.device), 600):
+    with process_group(pick_device(job.device), 600):
         world = prepared(job)
         s, device = world.settings, world.device
         model = load_world(s, world.host, device)
-        run = runs.assemble(
-            s, model, world.reward, world.solver, world.prompts, world.held_out, device, job.folder
-        )
+        run = assemble(s, model, world.reward, world.solver, world.prompts, world.held_out, device, job.folder)
         weights = dict(zip(run.policy.names, run.policy.parameters, strict=True))
         initial = {name: p.detach().cpu().clone() for name, p in weights.items()}
         run.observe = lambda hook, **arguments: records.extend(r for n, r in arguments.items() if n == "record")

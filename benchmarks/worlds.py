@@ -13,11 +13,11 @@ from zlib import crc32
 
 import torch
 
-from nft_core import run as runs
-from nft_core.host import Host
+from nft_core.host.host import Host
 from nft_core.models.sd3 import SD3
 from nft_core.quiet import quiet
-from nft_core.run import resolve
+from nft_core.runs.inputs import resolve
+from nft_core.runs.setup import autocast_dtype, load_model
 from nft_core.settings import Settings
 from nft_plugins import Condition, FlowModel
 
@@ -221,8 +221,8 @@ class RandomSD3(SD3):
 def load_world(s: Settings, host: Host, device: torch.device) -> FlowModel:
     """The world's model as a run loads it, or a random one where its folder has no weights."""
     if not is_made_here(s):
-        return runs.load_model(s, host, device)
-    half = runs.autocast_dtype(s, device) if s.lora_rank else None
+        return load_model(s, host, device)
+    half = autocast_dtype(s, device) if s.lora_rank else None
     return RandomSD3(
         s.model, device=device, dtype=half or torch.float32, max_sequence_length=s.max_sequence_length
     )

@@ -21,9 +21,9 @@ from typing import Any
 import click
 
 import nft_plugins
-from nft_core.cli import main
-from nft_core.host import load_host
-from nft_core.reward_commands import described, written
+from nft_core.cli.app import main
+from nft_core.cli.rewards import described, written
+from nft_core.host.host import load_host
 from nft_plugins import hookspecs
 
 DOCS = Path(__file__).parent

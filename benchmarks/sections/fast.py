@@ -13,9 +13,9 @@ from epoch import Job, answer, work
 from measures import matrix_product_peak
 from worlds import settings_of, write_configs
 
-from nft_core.footprint import footprint
-from nft_core.host import load_host
-from nft_core.plan import GIB, need, peaks, phases, works
+from nft_core.host.host import load_host
+from nft_core.planning.footprint import footprint
+from nft_core.planning.plan import GIB, need, peaks, phases, works
 
 from .report import Check, Late, Report
 

@@ -19,10 +19,10 @@ from torch.nn.functional import scaled_dot_product_attention
 from torch.utils.flop_counter import FlopCounterMode
 from worlds import RandomSD3, write_configs
 
-from nft_core.attention import KERNELS
-from nft_core.compiling import compile_blocks, compiled_graphs
-from nft_core.lora import LeanLinear, adapted_layers
-from nft_core.policy import Policy
+from nft_core.training.attention import KERNELS
+from nft_core.training.compiling import compile_blocks, compiled_graphs
+from nft_core.training.lora import LeanLinear, adapted_layers
+from nft_core.training.policy import Policy
 
 from .report import Check, Report
 

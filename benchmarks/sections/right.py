@@ -24,15 +24,15 @@ from epoch import Job, Ours, prepared
 from torch import Tensor
 from worlds import RandomSD3, write_configs
 
-from nft_core.compiling import compile_blocks, compiled_graphs, warm_up
-from nft_core.footprint import footprint
-from nft_core.host import load_host
-from nft_core.lora import adapted_layers
+from nft_core.host.host import load_host
 from nft_core.models.libraries import Linear
-from nft_core.plan import peaks, phases
-from nft_core.policy import Policy
-from nft_core.rollout import Draws
-from nft_core.train import sample
+from nft_core.planning.footprint import footprint
+from nft_core.planning.plan import peaks, phases
+from nft_core.sampling.draws import Draws
+from nft_core.training.compiling import compile_blocks, compiled_graphs, warm_up
+from nft_core.training.loop import sample
+from nft_core.training.lora import adapted_layers
+from nft_core.training.policy import Policy
 
 from .report import Check, Report, Wrong
 

@@ -19,3 +19,13 @@ def check() -> None:
     """Raise UsageError where a launcher has left something else than numbers, before anything is loaded."""
     for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE"):
         number(name, 0)
+
+
+def started() -> bool:
+    """Whether this process is one of several already, of ours or of torchrun's."""
+    return "RANK" in os.environ
+
+
+def first() -> bool:
+    """Whether this process is the only one or the first of several."""
+    return number("RANK", 0) == 0

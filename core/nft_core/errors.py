@@ -1,11 +1,16 @@
 """Errors that a user can mend: one paragraph that says what was expected, what came and what to do."""
 
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    pass
+
 import errno
 import re
 import traceback
 from collections.abc import Iterable
 from difflib import get_close_matches
-from pathlib import Path
 
 
 class NftError(Exception):
@@ -107,3 +112,8 @@ def where(error: BaseException) -> str:
         return ""
     last = [f for f in theirs if f.filename == theirs[0].filename][-1]
     return f" ({Path(last.filename).name}, line {last.lineno})"
+
+
+def first_line(error: BaseException) -> str:
+    text = " ".join(str(error).split())
+    return text if len(text) < 400 else text[:400] + " ..."

@@ -79,7 +79,7 @@ def nft_register_observers(register: Callable[[ObserverInfo], None]) -> None:
         ObserverInfo(
             name="tensorboard",
             summary="TensorBoard: figures, pictures and settings in RUN/tensorboard",
-            factory="nft_core.observers.tensorboard:TensorBoard",
+            factory="nft_core.runs.observers.tensorboard:TensorBoard",
             modules=("tensorboard",),
             extra="tensorboard",
         )
@@ -88,7 +88,7 @@ def nft_register_observers(register: Callable[[ObserverInfo], None]) -> None:
         ObserverInfo(
             name="wandb",
             summary="Weights & Biases: the same, on their server; mode=offline: in RUN/wandb",
-            factory="nft_core.observers.wandb:WandB",
+            factory="nft_core.runs.observers.wandb:WandB",
             modules=("wandb",),
             extra="wandb",
         )

@@ -12,12 +12,12 @@ from typing import Annotated, Any, Literal
 import tomli_w
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
-from .advantages import AdvantageMode, Combine, Std
-from .attention import Attention
 from .errors import UsageError, unknown
-from .schedules import OLD_DECAY, LrSchedule
-from .times import TrainTimes
+from .objective.advantages import AdvantageMode, Combine, Std
+from .objective.schedules import OLD_DECAY, LrSchedule
+from .objective.train_times import TrainTimes
 
+Attention = Literal["auto", "cudnn", "flash", "flash3", "efficient", "math"]
 Count = Annotated[int, Field(ge=1)]
 NotNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]

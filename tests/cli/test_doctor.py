@@ -9,8 +9,8 @@ import pytest
 import torch
 from click.testing import CliRunner
 
-from nft_core import doctor
-from nft_core.cli import main
+from nft_core.cli import doctor
+from nft_core.cli.app import main
 from nft_core.errors import NftError
 
 SOUND = {"torch": {"version": "2.13.0+cpu", "cuda": None, "hip": None}, "gpus": []}
@@ -110,7 +110,7 @@ def test_a_broken_plugin(tmp_path, monkeypatch):
 def test_a_reward_that_is_not_ready_is_no_problem(monkeypatch):
     monkeypatch.setattr(doctor, "probe", lambda: SOUND)
     monkeypatch.setattr(doctor.shutil, "which", lambda name: None)
-    monkeypatch.setattr("nft_core.host.installed", lambda module: module != "rapidocr")
+    monkeypatch.setattr("nft_core.host.host.installed", lambda module: module != "rapidocr")
     result = nft()
     assert result.exit_code == 0, result.output
     rows = {
@@ -146,7 +146,7 @@ def test_a_broken_torchvision_is_explained_where_it_does_harm(monkeypatch):
     def fail(*given, **options):
         raise NftError("The reward cannot be loaded.") from ModuleNotFoundError("Could not import 'CLIPModel'")
 
-    monkeypatch.setattr("nft_core.listing.load_host", fail)
+    monkeypatch.setattr("nft_core.cli.listing.load_host", fail)
     result = CliRunner().invoke(main, ["rewards"])
     assert result.exit_code == 1
     assert result.stderr.startswith("Error: torchvision is broken: installed, but raises")

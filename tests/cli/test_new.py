@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner
 
+from nft_core.cli.new import KINDS, LONGEST, new
 from nft_core.errors import NftError, UsageError
-from nft_core.new import KINDS, LONGEST, new
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 #: A name for each kind; their lengths and letters differ.

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from nft_core.checkpoint import verify
+from nft_core.runs.checkpoint import verify
 
 pytestmark = pytest.mark.skipif(
     sys.platform != "linux", reason="Slurm's script, and the interface is called lo"

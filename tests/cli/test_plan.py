@@ -8,7 +8,7 @@ import sys
 import pytest
 from click.testing import CliRunner
 
-from nft_core.cli import main
+from nft_core.cli.app import main
 
 
 def nft(*arguments, cwd):
@@ -95,7 +95,9 @@ def test_profile(tmp_path, ours):
 
 def test_several_processes_are_told_to_profile(tmp_path, monkeypatch):
     told = []
-    monkeypatch.setattr("nft_core.launch.launch", lambda settings, out, processes, more: told.extend(more) or 0)
+    monkeypatch.setattr(
+        "nft_core.parallel.launch.launch", lambda settings, out, processes, more: told.extend(more) or 0
+    )
     arguments = ["run", "--tiny", "--reward", "geneval", "--set", "processes=2", "--out", str(tmp_path / "run")]
     monkeypatch.setenv("KINETO_LOG_LEVEL", "6")
     for more in ([], ["--profile"]):

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from nft_core.checkpoint import verify
+from nft_core.runs.checkpoint import verify
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="looks at /proc")
 

@@ -187,7 +187,7 @@ BAD = {
 def test_bad_input(case, peaceful, tmp_path, monkeypatch):
     from click.testing import CliRunner
 
-    from nft_core.cli import main
+    from nft_core.cli.app import main
 
     monkeypatch.chdir(tmp_path)
     shutil.copytree(peaceful, "run")

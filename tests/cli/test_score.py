@@ -13,10 +13,10 @@ import torch
 from click.testing import CliRunner
 from PIL import Image, ImageDraw, features
 
-from nft_core.cli import main
+from nft_core.cli.app import main
 from nft_core.errors import UsageError
-from nft_core.image_files import decode, find_images, size_of
-from nft_core.score import NoPrompt, find_prompts, score_images
+from nft_core.scoring.image_files import decode, find_images, size_of
+from nft_core.scoring.images import NoPrompt, find_prompts, score_images
 from nft_plugins import Scores
 from nft_plugins.testing import words
 
@@ -356,7 +356,7 @@ def test_a_full_memory_is_one_sentence(folder, plugin, monkeypatch):
         assert result.valid == {"jpeg_compressibility": True, "greedy": False}
         assert "The reward 'greedy' ran out of memory: " in result.errors["greedy"]
         with monkeypatch.context() as patch:
-            patch.setattr("nft_core.score.decode", lambda *arguments, take=take: take())
+            patch.setattr("nft_core.scoring.images.decode", lambda *arguments, take=take: take())
             result = nft("a.png", "--reward", "mean")
         assert result.exit_code == 1 and len(result.stderr.splitlines()) == 1
         assert result.stderr.startswith(

@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from nft_core.checkpoint import newest
+from nft_core.runs.checkpoint import newest
 
 #: A reward whose second process does what the file `mood` says, from the second epoch on.
 REWARD = """

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from nft_core.advantages import combined_advantages, flat_groups, group_advantages, optimality
 from nft_core.errors import UsageError
+from nft_core.objective.advantages import combined_advantages, flat_groups, group_advantages, optimality
 from nft_plugins import Part, Scores
 
 T = torch.tensor

@@ -4,8 +4,14 @@ import pytest
 import torch
 from tiny_run import start
 
-from nft_core.compiling import WORTH_COMPILING, compile_blocks, compiled_modules, should_compile, warm_up
-from nft_core.train import train
+from nft_core.training.compiling import (
+    WORTH_COMPILING,
+    compile_blocks,
+    compiled_modules,
+    should_compile,
+    warm_up,
+)
+from nft_core.training.loop import train
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 

@@ -8,16 +8,16 @@ from safetensors.torch import load_file
 from test_train import Toy, make
 from tiny_run import short_run, start
 
-from nft_core.checkpoint import load_checkpoint, save_checkpoint
-from nft_core.compiling import compile_blocks
-from nft_core.encodings import encode
 from nft_core.errors import CheckpointError, NftError, UsageError
 from nft_core.models.sd3 import SD3
-from nft_core.optimizers import GROWTH
-from nft_core.policy import Policy
-from nft_core.progress import Progress
 from nft_core.prompts import Prompt
-from nft_core.train import sample, take_step, train, train_epoch
+from nft_core.runs.checkpoint import load_checkpoint, save_checkpoint
+from nft_core.sampling.conditions import encode
+from nft_core.training.compiling import compile_blocks
+from nft_core.training.loop import sample, take_step, train, train_epoch
+from nft_core.training.optimizers import GROWTH
+from nft_core.training.policy import Policy
+from nft_core.training.state import Progress
 
 
 def learned(folder, tmp_path, *settings):
@@ -158,8 +158,8 @@ def test_moments_in_8_bits_train_and_are_kept(sd3_folder, tmp_path):
     model = SD3(str(sd3_folder))
 
     def fresh(optimizer="adamw8bit"):
-        from nft_core.optimizers import make_optimizer
         from nft_core.settings import make_settings
+        from nft_core.training.optimizers import make_optimizer
 
         policy = Policy(copy.deepcopy(model), lora_rank=0)
         return policy, make_optimizer(make_settings({"optimizer": optimizer}), policy.parameters)
@@ -229,7 +229,7 @@ TEXTS = [Prompt(text, {}) for text in ("a", "bb", "ccc", "bb", "dddd", "eeeee")]
 
 
 def test_encodings_are_read_from_the_cache(tmp_path, monkeypatch):
-    monkeypatch.setattr("nft_core.encodings.AT_ONCE", 2)
+    monkeypatch.setattr("nft_core.sampling.conditions.AT_ONCE", 2)
     model = Counting()
     plain = encode(model, TEXTS, range(6))
     model.encoded.clear()
@@ -249,12 +249,14 @@ def test_encodings_are_read_from_the_cache(tmp_path, monkeypatch):
 
 
 def test_many_encodings_go_to_a_file_that_goes_with_the_run(tmp_path, monkeypatch):
-    monkeypatch.setattr("nft_core.encodings.AT_ONCE", 2)
+    monkeypatch.setattr("nft_core.sampling.conditions.AT_ONCE", 2)
     plain = encode(Counting(), TEXTS, range(6))
-    monkeypatch.setattr("nft_core.encodings.MOST_HELD", 0)
+    monkeypatch.setattr("nft_core.sampling.conditions.MOST_HELD", 0)
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
     seen = []
-    monkeypatch.setattr("nft_core.encodings.load_file", lambda file: seen.append(file) or load_file(file))
+    monkeypatch.setattr(
+        "nft_core.sampling.conditions.load_file", lambda file: seen.append(file) or load_file(file)
+    )
     found = encode(Counting(), TEXTS, range(6))
     everything, device = torch.arange(6), torch.device("cpu")
     for name, rows in found.of(everything, device).items():

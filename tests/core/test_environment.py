@@ -10,12 +10,12 @@ import pytest
 import torch
 from click.testing import CliRunner
 
-from nft_core.cli import main
+from nft_core.cli.app import main
+from nft_core.environment import first
 from nft_core.errors import NftError, UsageError
-from nft_core.host import load_host
-from nft_core.launch import first
-from nft_core.plan import processes
-from nft_core.run import pick_device
+from nft_core.host.host import load_host
+from nft_core.planning.plan import processes
+from nft_core.runs.setup import pick_device
 from nft_core.settings import make_settings
 from nft_plugins.telemetry import OFF
 

@@ -4,12 +4,12 @@ import sys
 
 import pytest
 
-from nft_core.fingerprint import changed, comparable, differences, evaluation, sources_of
-from nft_core.host import load_host
-from nft_core.local import load_object
+from nft_core.host.host import load_host
+from nft_core.host.local import load_object
+from nft_core.host.specs import parse_reward
 from nft_core.prompts import Prompt
+from nft_core.runs.fingerprint import changed, comparable, differences, evaluation, sources_of
 from nft_core.settings import make_settings
-from nft_core.specs import parse_reward
 
 PROMPTS = [Prompt("a cat", {}), Prompt("a dog", {"tag": "animals"})]
 REWARDS = ["ocr", "pickscore=0.5"]

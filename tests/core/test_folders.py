@@ -9,9 +9,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from nft_core.errors import NftError
-from nft_core.host import load_host
+from nft_core.host.host import load_host
 from nft_core.models.sd3 import SD3
-from nft_core.run import check_model
+from nft_core.runs.setup import check_model
 from nft_core.settings import make_settings
 
 TRANSFORMER = "transformer/diffusion_pytorch_model.safetensors"

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from nft_core import gallery
-from nft_core.train import evaluate
+from nft_core.training import gallery
+from nft_core.training.evaluation import evaluate
 
 from .test_train import PROMPTS, make
 

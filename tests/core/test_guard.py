@@ -1,9 +1,11 @@
 """Each way in which a reward can fail, under each policy; nothing that fails becomes a number."""
 
+import gc
 import math
 import subprocess
 import sys
 import threading
+import weakref
 from concurrent.futures import CancelledError, wait
 from contextlib import nullcontext
 from types import SimpleNamespace
@@ -11,13 +13,16 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from nft_core import guard
-from nft_core.composer import Composed, Term, guarded
 from nft_core.errors import NftError, UsageError
-from nft_core.guard import Failed, Tally, Worker, pause
-from nft_core.pooling import concatenate, statistics
-from nft_core.rollout import awaited
-from nft_core.specs import Policy
+from nft_core.host.specs import Policy
+from nft_core.parallel import devices
+from nft_core.parallel.workers import Worker
+from nft_core.sampling.rollout import awaited
+from nft_core.scoring import failures as guard
+from nft_core.scoring.composer import Composed, Term, guarded
+from nft_core.scoring.failures import Failed, Tally, pause
+from nft_core.scoring.scores import concatenate
+from nft_core.scoring.statistics import statistics
 from nft_plugins import Batch, PromptError, Scores
 
 
@@ -353,14 +358,14 @@ def test_memory_is_freed_before_the_next_attempt(monkeypatch):
     def score(b):
         if not held:
             tensor = Tracked()
-            held.append(guard.weakref.ref(tensor))
+            held.append(weakref.ref(tensor))
             raise torch.OutOfMemoryError("full")
         return good(len(b))
 
     class Tracked: ...
 
     freed = []
-    monkeypatch.setattr(guard, "free_memory", lambda: (guard.gc.collect(), freed.append(held[0]() is None)))
+    monkeypatch.setattr(guard, "free_memory", lambda: (gc.collect(), freed.append(held[0]() is None)))
     assert composed(score, Policy(retry=1))(batch()).valid.all()
     assert freed == [True]
 
@@ -398,7 +403,7 @@ def test_a_process_that_ends_while_a_reward_is_at_work_keeps_its_exit_code():
     """torch aborts a process that takes the interpreter from under one of its calls."""
     code = (
         "import sys, threading, time, torch\n"
-        "from nft_core.guard import Worker\n"
+        "from nft_core.parallel.workers import Worker\n"
         "begun = threading.Event()\n"
         "def busy():\n"
         "    begun.set()\n"
@@ -425,10 +430,10 @@ def test_threads_of_a_name_share_a_stream(monkeypatch):
     monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
     here = SimpleNamespace(record_event=lambda: "images")
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device: here)
-    guard.side_stream.cache_clear()
+    devices.side_stream.cache_clear()
     gpu = torch.device("cuda", 0)
     for name in ("reward", "reward", "reward ocr"):
-        assert Worker(name).submit(guard.on_device(gpu, lambda: 5)).result() == 5
+        assert Worker(name).submit(devices.on_device(gpu, lambda: 5)).result() == 5
     assert made == [gpu] * 2
     assert waited == ["images", "scores"] * 3
-    guard.side_stream.cache_clear()
+    devices.side_stream.cache_clear()

@@ -11,7 +11,7 @@ import tiny_run
 import torch
 
 from nft_core.errors import NftError
-from nft_core.pooling import concatenate
+from nft_core.scoring.scores import concatenate
 from nft_plugins import Scores
 
 SCRIPT = Path(__file__).with_name("tiny_run.py")
@@ -116,9 +116,9 @@ def test_what_fails_or_differs_in_one_process_is_told_in_all(tmp_path):
     script = tmp_path / "details.py"
     script.write_text(
         "import sys, torch\n"
-        "from nft_core.distributed import owned, process_group, rank, together\n"
+        "from nft_core.parallel.processes import owned, process_group, rank, together\n"
         "from nft_core.errors import NftError, PeerError\n"
-        "from nft_core.pooling import gather_scores\n"
+        "from nft_core.scoring.scores import gather_scores\n"
         "from nft_plugins import Scores\n"
         "cpu = torch.device('cpu')\n"
         "with process_group(cpu, 900), open(f'{sys.argv[1]}/{rank()}', 'w') as told:\n"
@@ -152,7 +152,7 @@ def test_gradients_are_summed(tmp_path):
     script = tmp_path / "gradients.py"
     script.write_text(
         "import torch\n"
-        "from nft_core.distributed import process_group, rank, sum_gradients\n"
+        "from nft_core.parallel.processes import process_group, rank, sum_gradients\n"
         "with process_group(torch.device('cpu'), 900):\n"
         "    both, one, none = (torch.nn.Parameter(torch.zeros(2, n)) for n in (1, 2, 3))\n"
         "    both.grad = torch.full_like(both, 1.5 + rank())\n"

@@ -7,25 +7,25 @@ import sys
 
 import pytest
 
-from nft_core import launch
 from nft_core.output import lasting_output
+from nft_core.parallel import signals
 
 
 @pytest.fixture
 def defaults():
     """Every signal with the handler that a process is started with."""
-    before = {number: signal.getsignal(number) for number in launch.ENDING}
-    for number in launch.ENDING:
+    before = {number: signal.getsignal(number) for number in signals.ENDING}
+    for number in signals.ENDING:
         signal.signal(number, signal.SIG_DFL if number != signal.SIGINT else signal.default_int_handler)
     yield
     for number, handler in before.items():
         signal.signal(number, handler)
 
 
-@pytest.mark.parametrize("number", [*launch.ENDING])
+@pytest.mark.parametrize("number", [*signals.ENDING])
 def test_a_signal_is_noted_while_training_and_an_end_elsewhere(number, defaults):
-    launch.end_when_told()
-    with launch.told() as told:
+    signals.end_when_told()
+    with signals.told() as told:
         assert told() == 0
         os.kill(os.getpid(), number)
         assert told() == number
@@ -34,11 +34,11 @@ def test_a_signal_is_noted_while_training_and_an_end_elsewhere(number, defaults)
     with pytest.raises(KeyboardInterrupt) as interrupt:
         os.kill(os.getpid(), number)
     assert getattr(interrupt.value, "signal", signal.SIGINT) == number
-    assert 128 + number in launch.STOPPED
+    assert 128 + number in signals.STOPPED
 
 
 def test_a_second_ctrl_c_means_at_once(defaults):
-    with launch.told(), pytest.raises(KeyboardInterrupt):
+    with signals.told(), pytest.raises(KeyboardInterrupt):
         os.kill(os.getpid(), signal.SIGINT)
         os.kill(os.getpid(), signal.SIGINT)
 
@@ -47,8 +47,8 @@ def test_signals_that_are_ignored_or_a_librarys_are_left_alone(defaults):
     seen = []
     signal.signal(signal.SIGHUP, signal.SIG_IGN)  # nohup
     signal.signal(signal.SIGUSR1, lambda number, frame: seen.append(number))
-    launch.end_when_told()
-    with launch.told() as told:
+    signals.end_when_told()
+    with signals.told() as told:
         os.kill(os.getpid(), signal.SIGHUP)
         os.kill(os.getpid(), signal.SIGUSR1)
         assert told() == 0
@@ -62,7 +62,7 @@ def test_a_terminal_that_is_gone_ends_nothing(defaults, monkeypatch):
         raise OSError(5, "Input/output error")
 
     monkeypatch.setattr(os, "write", gone)
-    with launch.told() as told:
+    with signals.told() as told:
         signal.raise_signal(signal.SIGHUP)
         assert told() == signal.SIGHUP
 

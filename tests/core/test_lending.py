@@ -13,14 +13,14 @@ import pytest
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from nft_core import lending
-from nft_core.composer import compose
 from nft_core.errors import NftError
-from nft_core.guard import Worker
-from nft_core.host import load_host
-from nft_core.lending import lend
-from nft_core.rollout import scoring
-from nft_core.specs import parse_reward
+from nft_core.host import lending
+from nft_core.host.host import load_host
+from nft_core.host.lending import lend
+from nft_core.host.specs import parse_reward
+from nft_core.parallel.workers import Worker
+from nft_core.sampling.rollout import scoring
+from nft_core.scoring.composer import compose
 from nft_plugins import Batch, Run, Scores, hookimpl, process
 
 

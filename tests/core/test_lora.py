@@ -6,8 +6,8 @@ import pytest
 import torch
 from peft.tuners.lora import Linear
 
-from nft_core.lora import LeanLinear, adapted_layers, add_lora
 from nft_core.models.sd3 import SD3
+from nft_core.training.lora import LeanLinear, adapted_layers, add_lora
 
 
 @pytest.fixture(params=[torch.float32, torch.bfloat16], ids=["fp32", "bf16"])

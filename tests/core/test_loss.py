@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from nft_core.loss import branch_loss, kl_loss, nft_loss, noised
+from nft_core.objective.loss import branch_loss, kl_loss, nft_loss, noised
 
 # One sample of two elements; every number below is worked out in the comments.
 X0 = torch.tensor([[1.0, -1.0]])

@@ -14,12 +14,12 @@ import torch
 from families import FAMILIES, PUBLISHED, lumina2
 
 from nft_core.errors import UsageError
-from nft_core.host import load_host
-from nft_core.policy import Policy
+from nft_core.host.host import load_host
 from nft_core.prompts import Prompt
-from nft_core.run import assemble, load_model
+from nft_core.runs.setup import assemble, load_model
 from nft_core.settings import make_settings
-from nft_core.train import train
+from nft_core.training.loop import train
+from nft_core.training.policy import Policy
 from nft_plugins import Scores
 from nft_plugins.testing import check_model, check_plugin
 from nft_solvers.euler import Euler

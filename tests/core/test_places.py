@@ -6,13 +6,13 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner
 
-from nft_core import run as runs
-from nft_core.cli import main
+from nft_core.cli.app import main
 from nft_core.errors import UsageError
-from nft_core.host import load_host
-from nft_core.local import load_object
-from nft_core.places import anchored, anchored_folder, placeless
-from nft_core.resume import changes
+from nft_core.host.host import load_host
+from nft_core.host.local import load_object
+from nft_core.runs.inputs import prepare
+from nft_core.runs.places import anchored, anchored_folder, placeless
+from nft_core.runs.resume import changes
 from nft_core.settings import make_settings, to_toml
 
 REWARD = """import os
@@ -77,7 +77,9 @@ def test_what_has_moved_is_told_and_not_refused(project):
 def test_a_run_goes_on_from_another_folder(project, tmp_path, monkeypatch):
     """Its prompts and its reward are found, and its own folder is a whole path, whatever the reward does."""
     seen = []
-    monkeypatch.setattr(runs, "run", lambda settings, folder, *more: seen.append((settings, folder)))
+    monkeypatch.setattr(
+        "nft_core.runs.run.run_training", lambda settings, folder, *more: seen.append((settings, folder))
+    )
     given = ["--tiny", "--set", "processes=1", "--reward", "mine.py:warmth", "--prompts", "p.txt", "--out", "r"]
     done = CliRunner().invoke(main, ["run", *given])
     assert done.exit_code == 0, done.output
@@ -90,7 +92,7 @@ def test_a_run_goes_on_from_another_folder(project, tmp_path, monkeypatch):
         assert done.exit_code == 0, done.output
     assert [settings for settings, _ in seen] == [seen[0][0]] * 3
     assert [folder for _, folder in seen] == [project / "r", project / "r", tmp_path / "elsewhere" / "new"]
-    specs, _, prompts, _ = runs.prepare(seen[1][0], load_host())
+    specs, _, prompts, _ = prepare(seen[1][0], load_host())
     assert specs[0].title == "warmth" and [p.text for p in prompts] == ["a cat"]
 
 

@@ -14,19 +14,19 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from nft_core import plan
+from nft_core.cli.plan import reward_bytes
 from nft_core.errors import NftError
-from nft_core.footprint import META, Work, conditions, footprint, size, tensors_of
-from nft_core.host import load_host
-from nft_core.measure import AsOnGpu, Growth, Live, growth
-from nft_core.optimizers import make_optimizer
-from nft_core.plan import check_memory, copies, moments, need, phases, proposal, works
-from nft_core.plan_command import reward_bytes
+from nft_core.host.host import load_host
+from nft_core.host.specs import parse_reward
+from nft_core.planning import plan
+from nft_core.planning.footprint import META, Work, conditions, footprint, size, tensors_of
+from nft_core.planning.measure import AsOnGpu, Growth, Live, growth
+from nft_core.planning.plan import check_memory, copies, moments, need, phases, proposal, works
 from nft_core.prompts import Prompt
-from nft_core.run import assemble, load_model, make_policy
+from nft_core.runs.setup import assemble, load_model, make_policy
 from nft_core.settings import make_settings
-from nft_core.specs import parse_reward
-from nft_core.train import train
+from nft_core.training.loop import train
+from nft_core.training.optimizers import make_optimizer
 from nft_plugins import Scores
 from nft_solvers.dpm2 import DPM2
 

@@ -2,10 +2,10 @@ import pytest
 import torch
 from torch.nn.attention import SDPBackend, _cur_sdpa_kernel_backends
 
-from nft_core.attention import attention_kernel
 from nft_core.errors import NftError, UsageError
 from nft_core.models.sd3 import SD3
-from nft_core.policy import Policy
+from nft_core.training.attention import attention_kernel
+from nft_core.training.policy import Policy
 
 
 @pytest.fixture(params=[0, 4], ids=["full", "lora"])

@@ -6,13 +6,13 @@ import re
 import pytest
 import torch
 
-from nft_core.footprint import footprint
-from nft_core.host import load_host
-from nft_core.profile import TIMES, profiled
+from nft_core.host.host import load_host
+from nft_core.planning.footprint import footprint
+from nft_core.planning.profile import TIMES, profiled
 from nft_core.prompts import Prompt
-from nft_core.run import assemble, load_model
+from nft_core.runs.setup import assemble, load_model
 from nft_core.settings import make_settings
-from nft_core.train import train
+from nft_core.training.loop import train
 from nft_plugins import Scores
 from nft_solvers.euler import Euler
 

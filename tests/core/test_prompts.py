@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 
 from nft_core.errors import UsageError
 from nft_core.prompts import Prompt, prompts_of_epoch, prompts_of_run, read_prompts, scorable
-from nft_core.run import DATA, usable
+from nft_core.runs.inputs import DATA, usable
 from nft_plugins import PromptError
 
 

@@ -24,7 +24,7 @@ def test_bitsandbytes_is_imported_by_who_uses_it():
     code = (
         "import sys\n"
         "from torch.nn import Linear, Sequential\n"
-        "from nft_core.lora import LoraLayer, add_lora\n"
+        "from nft_core.training.lora import LoraLayer, add_lora\n"
         "from diffusers import DiffusionPipeline, SD3Transformer2DModel\n"
         "from diffusers.quantizers.bitsandbytes import utils\n"
         "from diffusers.utils import is_bitsandbytes_available\n"

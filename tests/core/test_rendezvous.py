@@ -11,11 +11,12 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from nft_core import rendezvous
-from nft_core.distributed import process_group
 from nft_core.errors import CheckpointError, PeerError, UsageError
-from nft_core.rendezvous import check, connecting, described, meet, ranks, warnings
-from nft_core.run import check_alike, pick_device
+from nft_core.parallel import rendezvous
+from nft_core.parallel.processes import process_group
+from nft_core.parallel.rendezvous import check, connecting, described, meet, ranks, warnings
+from nft_core.runs.inputs import check_alike
+from nft_core.runs.setup import pick_device
 from nft_core.settings import make_settings
 
 CPU = torch.device("cpu")
@@ -213,7 +214,7 @@ def test_processes_with_different_settings(monkeypatch):
         assert not {"device", "rollout_batch", "prompts"} & mine.keys()  # They may differ.
         return [json.dumps(mine | others), text]
 
-    monkeypatch.setattr("nft_core.distributed.gather_texts", gathered)
+    monkeypatch.setattr("nft_core.parallel.processes.gather_texts", gathered)
     others = {}
     check_alike(make_settings(), None, CPU)
     others = {"lr": 0.01}

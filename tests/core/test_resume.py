@@ -7,16 +7,18 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from nft_core import run as runs
-from nft_core.checkpoint import checkpoints, newest, prune, read_manifest, read_state, verify
-from nft_core.composer import compose
 from nft_core.errors import CheckpointError, NftError, SaveError, Stopped, UsageError
-from nft_core.observers.metrics import append, read, trim
-from nft_core.progress import Progress
-from nft_core.resume import check_changes, digest, find, locked, restore
+from nft_core.host.specs import Policy, RewardSpec
+from nft_core.runs.checkpoint import checkpoints, newest, prune, read_manifest, read_state, verify
+from nft_core.runs.folder import locked, write_settings
+from nft_core.runs.observers.metrics import append, read, trim
+from nft_core.runs.resume import check_changes, digest, find, restore
+from nft_core.runs.run import is_from_inside, rescue
+from nft_core.runs.setup import assemble
+from nft_core.scoring.composer import compose
 from nft_core.settings import make_settings, to_toml
-from nft_core.specs import Policy, RewardSpec
-from nft_core.train import train
+from nft_core.training.loop import train
+from nft_core.training.state import Progress
 from nft_solvers.euler import Euler
 
 from . import test_train as toy
@@ -43,7 +45,7 @@ def start(folder, **changes):
     # The global generator is that of a new process.
     torch.manual_seed(0)
     prompts = toy.PROMPTS
-    run = runs.assemble(settings, Toy(), toy.redness, Euler(), prompts, prompts, torch.device("cpu"), folder)
+    run = assemble(settings, Toy(), toy.redness, Euler(), prompts, prompts, torch.device("cpu"), folder)
     run.observe = lambda hook, **told: "record" in told and append(folder, told["record"])
     return run
 
@@ -81,7 +83,7 @@ def test_stopped_at_every_possible_moment(peaceful, tmp_path):
         run.told = lambda left=left: 0 if next(left, None) is not None else 15
         with pytest.raises(Stopped):
             train(run)
-        runs.rescue(run, folder, lambda text: None)
+        rescue(run, folder, lambda text: None)
         again = go_on(folder)
         train(again)
         assert untimed(folder) == records, moment
@@ -104,7 +106,7 @@ def test_an_error_in_the_middle_of_a_change_saves_nothing(tmp_path):
     with pytest.raises(RuntimeError):
         train(run)
     said = []
-    runs.rescue(run, tmp_path, said.append)
+    rescue(run, tmp_path, said.append)
     assert "in the middle of a step" in said[0]
     assert not (tmp_path / "checkpoints").exists()
 
@@ -123,7 +125,7 @@ def test_what_cannot_be_read_now_is_not_called_damaged(saved, monkeypatch):
     def stale(path):
         raise OSError(116, "Stale file handle")
 
-    monkeypatch.setattr("nft_core.checkpoint._entry", stale)
+    monkeypatch.setattr("nft_core.runs.checkpoint._entry", stale)
     with pytest.raises(NftError, match="Stale file handle. Try again"):
         newest(saved, pytest.fail)
 
@@ -291,7 +293,7 @@ def test_what_is_kept(last, best, left, tmp_path):
 
 def test_a_disk_that_takes_no_more_leaves_the_last_one(saved, monkeypatch):
     run = go_on(saved)
-    monkeypatch.setattr("nft_core.checkpoint.save_file", full)
+    monkeypatch.setattr("nft_core.runs.checkpoint.save_file", full)
     with pytest.raises(SaveError, match="nft resume"):
         run.save()
     assert newest(saved, pytest.fail).name == "000006"
@@ -436,7 +438,7 @@ def test_what_is_installed_otherwise_is_told(tmp_path):
 def test_settings_of_before_are_kept(tmp_path):
     first, second, third = (make_settings(toy.SETTINGS, {"lr": lr}) for lr in (0.1, 0.2, 0.3))
     for settings, step in ((first, 0), (first, 4), (second, 6), (third, 6)):
-        runs.write_settings(tmp_path, settings, step)
+        write_settings(tmp_path, settings, step)
     assert (tmp_path / "run.toml").read_text() == to_toml(third)
     # The second one was there for no step.
     assert {p.name: p.read_text() for p in tmp_path.glob("run-*")} == {"run-until-000006.toml": to_toml(first)}
@@ -445,19 +447,19 @@ def test_settings_of_before_are_kept(tmp_path):
 def test_settings_that_cannot_be_written_on_resume(tmp_path, monkeypatch):
     monkeypatch.setattr(Path, "write_text", full)
     with pytest.raises(NftError, match="Free some space, then give the command") as error:
-        runs.write_settings(tmp_path, make_settings(toy.SETTINGS), 4)
+        write_settings(tmp_path, make_settings(toy.SETTINGS), 4)
     assert "--out" not in str(error.value)
 
 
 def test_the_first_checkpoint_that_cannot_be_written_promises_none(tmp_path, monkeypatch):
-    monkeypatch.setattr("nft_core.checkpoint.save_file", full)
+    monkeypatch.setattr("nft_core.runs.checkpoint.save_file", full)
     with pytest.raises(SaveError, match=r"`nft resume '.*a run'` begins anew"):
         start(tmp_path / "a run").save()
 
 
 def test_an_interrupt_that_no_signal_has_sent_is_a_plugins():
-    assert runs.is_from_inside(KeyboardInterrupt(), 0) and runs.is_from_inside(SystemExit(0), 15)
-    assert not runs.is_from_inside(KeyboardInterrupt(), 2) and not runs.is_from_inside(ValueError(), 0)
+    assert is_from_inside(KeyboardInterrupt(), 0) and is_from_inside(SystemExit(0), 15)
+    assert not is_from_inside(KeyboardInterrupt(), 2) and not is_from_inside(ValueError(), 0)
 
 
 def test_whatever_is_raised_is_saved_first(tmp_path):
@@ -479,5 +481,5 @@ def test_whatever_is_raised_is_saved_first(tmp_path):
         with pytest.raises(type(error)):
             train(run)
         said = []
-        runs.rescue(run, tmp_path, said.append)
+        rescue(run, tmp_path, said.append)
         assert said[-1].startswith("Saved at epoch 1")

@@ -2,9 +2,9 @@ import pytest
 import torch
 
 from nft_core.errors import UsageError
-from nft_core.schedules import lr_decay, next_kl_weight, old_decay, warmup
+from nft_core.objective.schedules import lr_decay, next_kl_weight, old_decay, warmup
+from nft_core.objective.train_times import draw_times
 from nft_core.seeds import generator
-from nft_core.times import draw_times
 
 
 @pytest.mark.parametrize(

@@ -3,9 +3,9 @@
 import pytest
 import torch
 
-from nft_core.encodings import encode
 from nft_core.models.sd3 import SD3
 from nft_core.prompts import Prompt
+from nft_core.sampling.conditions import encode
 
 
 def test_its_own_size_is_the_default(sd3_folder):

@@ -14,17 +14,17 @@ import torch
 from safetensors.torch import load_file
 from tiny_run import start
 
-from nft_core import sharding
-from nft_core.checkpoint import OPTIMIZER, POLICY, save_checkpoint, verify
-from nft_core.distributed import process_group, rank
 from nft_core.errors import PeerError, UsageError
 from nft_core.models.sd3 import SD3
-from nft_core.policy import Policy
-from nft_core.resume import restore
-from nft_core.run import rescue
+from nft_core.parallel import sharding
+from nft_core.parallel.processes import process_group, rank
+from nft_core.parallel.sharding import InStep, local
+from nft_core.runs.checkpoint import OPTIMIZER, POLICY, save_checkpoint, verify
+from nft_core.runs.resume import restore
+from nft_core.runs.run import rescue
 from nft_core.settings import make_settings
-from nft_core.sharding import InStep, local
-from nft_core.train import sample, train_epoch
+from nft_core.training.loop import sample, train_epoch
+from nft_core.training.policy import Policy
 from nft_plugins import Scores
 
 CPU = torch.device("cpu")

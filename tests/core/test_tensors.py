@@ -10,7 +10,7 @@ import pytest
 import torch
 from tiny_run import start
 
-from nft_core.train import train
+from nft_core.training.loop import train
 from nft_plugins.testing import builtin_batches
 
 ROOT = Path(__file__).parents[2]

@@ -9,10 +9,10 @@ import torch
 from torch import nn
 
 from nft_core.prompts import Prompt
-from nft_core.run import assemble
+from nft_core.runs.setup import assemble
 from nft_core.seeds import generator
 from nft_core.settings import make_settings
-from nft_core.train import microbatches, split_images, train, updates
+from nft_core.training.loop import microbatches, split_images, train, updates
 from nft_plugins import FlowModel, Scores
 from nft_solvers.euler import Euler
 
@@ -227,7 +227,7 @@ def test_no_gradients_stay_through_the_next_rollout(tmp_path):
 
 
 def test_updates_hold_the_valid_images_alone(tmp_path):
-    from nft_core.train import sample
+    from nft_core.training.loop import sample
 
     run = make(tmp_path)
     rollout = sample(run, epoch=1)
@@ -275,7 +275,7 @@ def test_an_image_that_is_no_number_is_not_trained_on(tmp_path):
 
 
 def test_a_process_without_images_of_an_update_has_no_samples(tmp_path):
-    from nft_core.train import sample
+    from nft_core.training.loop import sample
 
     run = make(tmp_path)
     rollout = sample(run, epoch=1)

@@ -5,12 +5,12 @@ from dataclasses import replace
 import pytest
 import torch
 
-from nft_core.composer import compose
 from nft_core.errors import NftError
+from nft_core.host.specs import Policy, RewardSpec
+from nft_core.scoring.composer import compose
 from nft_core.settings import make_settings
-from nft_core.specs import Policy, RewardSpec
-from nft_core.train import train
-from nft_core.watch import warnings
+from nft_core.training.loop import train
+from nft_core.training.watch import warnings
 from nft_plugins import Scores
 
 from .test_train import SETTINGS, make

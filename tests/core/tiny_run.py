@@ -9,13 +9,13 @@ from pathlib import Path
 
 import torch
 
-from nft_core.composer import Composed, Term
-from nft_core.distributed import process_group, rank
+from nft_core.parallel.processes import process_group, rank
+from nft_core.parallel.sharding import local
 from nft_core.prompts import Prompt
-from nft_core.run import assemble, autocast_dtype
+from nft_core.runs.setup import assemble, autocast_dtype
+from nft_core.scoring.composer import Composed, Term
 from nft_core.settings import make_settings, parse_assignment
-from nft_core.sharding import local
-from nft_core.train import train
+from nft_core.training.loop import train
 from nft_plugins import Scores
 from nft_rewards.rank import Rank
 from nft_solvers.sde import SDE

@@ -10,8 +10,8 @@ import click
 import pytest
 import yaml
 
-from nft_core.cli import main
-from nft_core.host import load_host
+from nft_core.cli.app import main
+from nft_core.host.host import load_host
 from nft_core.settings import Settings
 from nft_plugins import Run, hookspecs
 

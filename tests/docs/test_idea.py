@@ -5,8 +5,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from nft_core import loss, schedules
-from nft_core.advantages import group_advantages, optimality
+from nft_core.objective import loss, schedules
+from nft_core.objective.advantages import group_advantages, optimality
 
 PAGE = (Path(__file__).parents[2] / "docs/idea.md").read_text(encoding="utf-8")
 

@@ -5,9 +5,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from nft_core.composer import Composed, Guarded, Term, compose, merged, reward
 from nft_core.errors import NftError, UsageError
-from nft_core.specs import RESERVED, Policy, RewardSpec, parse_reward
+from nft_core.host.specs import RESERVED, Policy, RewardSpec, parse_reward
+from nft_core.scoring.composer import Composed, Guarded, Term, compose, merged, reward
 from nft_plugins import Batch, PromptError, Scores
 from nft_plugins.testing import cards
 

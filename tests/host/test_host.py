@@ -297,7 +297,7 @@ def test_what_a_plugin_prints_goes_to_standard_error(site, listed):
 def test_an_import_does_not_move_the_process(site, monkeypatch):
     from pathlib import Path
 
-    from nft_core.host import load_host
+    from nft_core.host.host import load_host
 
     monkeypatch.syspath_prepend(str(site))
     monkeypatch.setenv("NFT_PLUGINS", "prints")
@@ -309,14 +309,14 @@ def test_an_import_does_not_move_the_process(site, monkeypatch):
 def test_ctrl_c_while_a_plugin_is_imported_ends_the_command():
     import signal
 
-    from nft_core.discovery import Plugin, ctrl_c, harmless
+    from nft_core.host.discovery import Plugin, ctrl_c, harmless
 
     with pytest.raises(KeyboardInterrupt), ctrl_c(), harmless(Plugin("x", "x", "1"), "importing x"):
         signal.raise_signal(signal.SIGINT)
 
 
 def test_a_plugin_that_is_chosen_and_not_installed_is_listed(monkeypatch):
-    from nft_core.host import load_host
+    from nft_core.host.host import load_host
 
     monkeypatch.setenv("NFT_PLUGINS", "nft_core, no-such")
     rows = load_host().plugins
@@ -337,7 +337,7 @@ DAMAGED = {
 
 
 def test_damaged_distributions_are_listed_and_nothing_else_suffers(site, tmp_path, monkeypatch):
-    from nft_core.host import load_host
+    from nft_core.host.host import load_host
 
     for name, files in DAMAGED.items():
         folder = tmp_path / f"{name}.dist-info"
@@ -358,9 +358,9 @@ def test_damaged_distributions_are_listed_and_nothing_else_suffers(site, tmp_pat
 
 
 def test_of_two_families_for_a_pipeline_none_is_taken_in_silence():
-    from nft_core.discovery import Registered
     from nft_core.errors import UsageError
-    from nft_core.host import load_host
+    from nft_core.host.discovery import Registered
+    from nft_core.host.host import load_host
     from nft_plugins import ModelInfo
 
     host = load_host()
@@ -383,7 +383,7 @@ def test_of_two_families_for_a_pipeline_none_is_taken_in_silence():
 
 def test_deprecations_are_noted(site, monkeypatch):
     """A hook is announced as going away, and a plug-in that implements it is listed with that."""
-    from nft_core.host import load_host
+    from nft_core.host.host import load_host
     from nft_plugins import ContractDeprecation, hookspecs
 
     def nft_register_rewards(register):
@@ -452,7 +452,7 @@ def test_observers_that_raise_are_reported_and_dropped(capsys):
     from pathlib import Path
 
     from nft_core.errors import NftError
-    from nft_core.host import load_host
+    from nft_core.host.host import load_host
     from nft_plugins import Run, hookimpl
 
     calls = []
@@ -488,7 +488,7 @@ def test_whatever_an_observer_raises_drops_it(capsys):
     """SystemExit, with which rich ends where nobody reads, and a Rust library's panic are no Exceptions."""
     from pathlib import Path
 
-    from nft_core.host import load_host
+    from nft_core.host.host import load_host
     from nft_plugins import Run, hookimpl
 
     class Panic(BaseException):
@@ -515,7 +515,7 @@ def test_whatever_an_observer_raises_drops_it(capsys):
 
 
 def test_observers_of_a_run_leave_with_it():
-    from nft_core.host import load_host
+    from nft_core.host.host import load_host
     from nft_plugins import hookimpl
 
     class Observer:

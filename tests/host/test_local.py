@@ -9,8 +9,8 @@ import torch
 
 from nft_core import compose, reward
 from nft_core.errors import NftError, UsageError
-from nft_core.host import load_host
-from nft_core.local import is_reference
+from nft_core.host.host import load_host
+from nft_core.host.local import is_reference
 from nft_plugins import Batch, PromptError, Scores
 
 MODULE = '''

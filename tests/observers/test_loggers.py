@@ -6,11 +6,11 @@ import pytest
 import torch
 
 from nft_core.errors import NftError
-from nft_core.host import load_host
-from nft_core.observers.metrics import scalars
-from nft_core.run import make_observers, observers
+from nft_core.host.host import load_host
+from nft_core.host.specs import ObserverSpec, parse_observer
+from nft_core.runs.inputs import make_observers, observers
+from nft_core.runs.observers.metrics import scalars
 from nft_core.settings import Settings
-from nft_core.specs import ObserverSpec, parse_observer
 from nft_plugins import Batch, Part, Run, Scores
 
 SETTINGS = {"model": "tiny", "epochs": 2, "lr": 0.5}
@@ -123,7 +123,7 @@ def test_wandb_without_an_account_stops_the_run_before_it_trains(host, tmp_path,
 
 @pytest.mark.parametrize(("name", "extra"), [("tensorboard", "tensorboard"), ("wandb", "wandb")])
 def test_one_that_is_not_installed_is_named_with_its_command(host, monkeypatch, name, extra):
-    monkeypatch.setattr("nft_core.host.installed", lambda module: module != name)
+    monkeypatch.setattr("nft_core.host.host.installed", lambda module: module != name)
     with pytest.raises(
         NftError, match=rf'The observer {name!r} needs {name}, not installed: pip install "nft-hub'
     ):

@@ -13,13 +13,13 @@ from rich.console import Console as Terminal
 from safetensors import SafetensorError
 
 from nft_core.errors import NftError, disk_advice
-from nft_core.observers import captions
-from nft_core.observers.console import Console, clock, comparison
-from nft_core.observers.metrics import Metrics, read
-from nft_core.observers.report import MOST, Curve, Report
-from nft_core.observers.samples import CELL, Samples, Sheet, caption, choose, find, fit, fitted
-from nft_core.observers.samples import read as read_samples
 from nft_core.output import lasting_output
+from nft_core.runs.observers import captions
+from nft_core.runs.observers.console import Console, clock, comparison
+from nft_core.runs.observers.metrics import Metrics, read
+from nft_core.runs.observers.report import MOST, Curve, Report
+from nft_core.runs.observers.samples import CELL, Samples, Sheet, caption, choose, find, fit, fitted
+from nft_core.runs.observers.samples import read as read_samples
 from nft_plugins import Batch, Part, Run, Scores
 
 

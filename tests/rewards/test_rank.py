@@ -5,9 +5,9 @@ from itertools import pairwise
 import pytest
 import torch
 
-from nft_core.composer import Composed, Term, compose
 from nft_core.errors import UsageError
-from nft_core.host import Host, load_host
+from nft_core.host.host import Host, load_host
+from nft_core.scoring.composer import Composed, Term, compose
 from nft_plugins import Batch, PromptError, Scores
 from nft_rewards.rank import Rank, group_ranks
 
@@ -158,7 +158,7 @@ def test_another_reward_of_groups_is_refused():
 
 
 def test_ranks_of_batches_become_ranks_of_groups():
-    from nft_core.pooling import concatenate
+    from nft_core.scoring.scores import concatenate
 
     values, groups = torch.tensor([5.0, 1.0, 4.0, 2.0, 3.0, 8.0]), torch.tensor([0, 1, 0, 1, 0, 1])
     valid = torch.tensor([True, True, True, False, True, True])

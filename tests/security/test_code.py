@@ -14,9 +14,9 @@ import nft_plugins
 import nft_rewards
 import nft_solvers
 import nft_tiny
-from nft_core.composer import reward
 from nft_core.errors import NftError
 from nft_core.models.sd3 import SD3
+from nft_core.scoring.composer import reward
 
 PACKAGES = (nft_core, nft_plugins, nft_rewards, nft_solvers, nft_tiny)
 SOURCES = sorted(f for p in PACKAGES for f in Path(p.__file__).parent.rglob("*.py"))

@@ -10,10 +10,10 @@ import pytest
 from click.testing import CliRunner
 from PIL import Image
 
-from nft_core.cli import main
+from nft_core.cli.app import main
 from nft_core.errors import UsageError
-from nft_core.image_files import decode, size_of
-from nft_core.score import find_prompts, score_images
+from nft_core.scoring.image_files import decode, size_of
+from nft_core.scoring.images import find_prompts, score_images
 
 resource = pytest.importorskip("resource")  # Windows has none.
 
@@ -57,7 +57,7 @@ MEASURE = """
 import resource, sys
 from pathlib import Path
 from nft_core.errors import UsageError
-from nft_core.image_files import decode, size_of
+from nft_core.scoring.image_files import decode, size_of
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 for path in map(Path, sys.argv[1:]):
     size_of(path)

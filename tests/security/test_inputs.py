@@ -6,8 +6,8 @@ import time
 import pytest
 
 from nft_core.errors import NftError, UsageError
-from nft_core.observers.metrics import FILE, read, read_lines
 from nft_core.prompts import read_prompts
+from nft_core.runs.observers.metrics import FILE, read, read_lines
 from nft_core.settings import Settings, make_settings, nearest_divisor, parse_assignment, read_toml, to_toml
 
 

@@ -4,12 +4,12 @@ import pytest
 import torch
 from click.testing import CliRunner
 
-from nft_core.cli import default_folder, main
-from nft_core.host import load_host
-from nft_core.observers.metrics import read
-from nft_core.run import make_observers, observers
+from nft_core.cli.app import default_folder, main
+from nft_core.host.host import load_host
+from nft_core.host.specs import parse_reward
+from nft_core.runs.inputs import make_observers, observers
+from nft_core.runs.observers.metrics import read
 from nft_core.settings import Settings
-from nft_core.specs import parse_reward
 from nft_plugins import Batch, Part, Run, Scores
 
 NAMES = [

@@ -15,9 +15,9 @@ import torch
 from safetensors.torch import load_file
 
 import nft_tiny
-from nft_core.composer import reward
 from nft_core.errors import NftError
 from nft_core.models.sd3 import SD3
+from nft_core.scoring.composer import reward
 from nft_rewards.aesthetic import FILE, make_head
 from nft_rewards.files import find_file, load_exactly, read_tensors
 

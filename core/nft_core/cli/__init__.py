@@ -1,0 +1,5 @@
+"""The `nft` command."""
+
+from .app import main
+
+__all__ = ["main"]

@@ -1,0 +1,334 @@
+"""The command `nft`, also `python -m nft_core`."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
+from datetime import datetime
+from pathlib import Path
+from signal import Signals
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from .. import environment
+from ..errors import MEMORY_FULL, NftError, Stopped, UsageError, is_memory_full
+from ..output import lasting_output
+from .doctor import doctor, explain
+from .listing import models, observers, plugins, rewards, solvers
+from .new import new
+from .rewards import check, info
+from .score import preset_name, score
+
+if TYPE_CHECKING:
+    from ..host.host import Host
+    from ..settings import Settings
+
+
+class Group(click.Group):
+    """Shows a user's errors as one paragraph, without a traceback."""
+
+    def invoke(self, ctx: click.Context) -> Any:
+        try:
+            check_folder()
+            return super().invoke(ctx)
+        except Stopped as stopped:
+            sys.exit(stopped.exit_code)
+        except KeyboardInterrupt as interrupt:
+            number = getattr(interrupt, "signal", 0)  # of `signals.Terminated`
+            if not number:
+                raise
+            click.echo(f"Ended by {Signals(number).name}, with nothing that had to be saved.", err=True)
+            sys.exit(128 + number)
+        except NftError as error:
+            click.echo(f"Error: {explain(error) or error}", err=True)
+            sys.exit(error.exit_code)
+        except Exception as error:
+            cause = explain(error)
+            if not cause and is_memory_full(error):
+                cause = f"{MEMORY_FULL} ({' '.join(str(error).split())[:200] or 'MemoryError'})"
+            if not cause:
+                raise
+            click.echo(f"Error: {cause}", err=True)
+            sys.exit(NftError.exit_code)
+
+
+def check_folder() -> None:
+    """Raise NftError where there is no current folder, in which torch would end the process."""
+    try:
+        Path.cwd()
+    except OSError as error:
+        raise NftError("The current folder was removed: go to another, and start from there.") from error
+
+
+@click.group(cls=Group, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+@click.version_option(package_name="nft-hub")
+def main() -> None:
+    """Online reinforcement learning of text-to-image models with DiffusionNFT.
+
+    Try it on a laptop, without a GPU, an account or a download:
+
+        nft run --tiny --reward pickscore --reward ocr
+    """
+
+
+for command in (score, doctor, plugins, rewards, solvers, models, observers, new):
+    main.add_command(command)
+for command in (info, check):
+    rewards.add_command(command)
+
+
+@main.command()
+@click.option(
+    "--reward",
+    "rewards_",
+    metavar="SPEC",
+    multiple=True,
+    help="A reward, NAME[=WEIGHT][,KEY=VALUE...]; FILE.py:FUNCTION or MODULE:NAME is one of yours. Repeatable.",
+)
+@click.option(
+    "--model",
+    metavar="PATH|HUB_ID",
+    help="A diffusers pipeline  [default: stabilityai/stable-diffusion-3.5-medium]",
+)
+@click.option(
+    "--tiny",
+    is_flag=True,
+    help="The embedded world, short for --preset tiny: a small real model that trains on a CPU.",
+)
+@click.option("--preset", metavar="NAME", help="A named set of settings.")
+@click.option(
+    "--combine",
+    type=click.Choice(["sum", "normalized"]),
+    help="How rewards are joined.  [default: sum]",
+)
+@click.option("--solver", metavar="NAME", help="Solver of the rollouts; see `nft solvers`.  [default: dpm2]")
+@click.option("--prompts", metavar="FILE", help="Training prompts, .txt, .jsonl or .json.")
+@click.option("--eval-prompts", metavar="FILE", help="Held-out prompts, .txt, .jsonl or .json.")
+@click.option("--epochs", type=int, help="Rollouts followed by updates.")
+@click.option("--seed", type=int, help="Of everything random in the run.  [default: 0]")
+@click.option("--device", metavar="NAME", help="cpu, cuda, cuda:N or auto.  [default: auto]")
+@click.option(
+    "--out",
+    type=click.Path(path_type=Path),
+    help="The run's folder, new or empty.  [default: runs/REWARDS-TIME]",
+)
+@click.option(
+    "--observer",
+    "observers",
+    metavar="SPEC",
+    multiple=True,
+    help="An observer to add, NAME[,KEY=VALUE...], such as tensorboard; see `nft observers`. Repeatable.",
+)
+@click.option(
+    "--config",
+    type=click.Path(path_type=Path),
+    metavar="FILE.toml",
+    help="Settings from a file, such as another run's run.toml.",
+)
+@click.option(
+    "--set",
+    "assignments",
+    metavar="KEY=VALUE",
+    multiple=True,
+    help="Any setting; repeatable. docs/settings.md lists them.",
+)
+@click.option(
+    "--resume",
+    type=click.Choice(["never", "auto"]),
+    default="never",
+    show_default=True,
+    help="auto: go on with the run in --out, where it holds one. See also `nft resume`.",
+)
+@click.option("--strict", is_flag=True, default=None, help="End the run at the first warning.")
+@click.option(
+    "--allow-changes", is_flag=True, help="Go on even with settings or prompts that change what is learned."
+)
+@click.option(
+    "--plan", is_flag=True, help="Train nothing: print the memory and the operations that it would take."
+)
+@click.option(
+    "--card", type=click.FloatRange(min=1), metavar="GIB", help="With --plan: for a GPU of that memory."
+)
+@click.option(
+    "--peak-tflops",
+    type=click.FloatRange(min=0, min_open=True),
+    metavar="N",
+    help="With --plan: the least time that it takes at that speed.",
+)
+@click.option("--profile", is_flag=True, help="Trace a part of the second epoch, and say what takes the time.")
+def run(
+    rewards_: tuple[str, ...],
+    observers: tuple[str, ...],
+    tiny: bool,
+    preset: str | None,
+    out: Path | None,
+    config: Path | None,
+    assignments: tuple[str, ...],
+    resume: str,
+    allow_changes: bool,
+    plan: bool,
+    card: float | None,
+    peak_tflops: float | None,
+    profile: bool,
+    **options: Any,
+) -> None:
+    """Train a model on rewards.
+
+    What is said later wins: preset, --config, --set, then the other options.
+    """
+    if profile:  # torch reads it when it is imported, and its profiler would say when it starts and stops.
+        os.environ.setdefault("KINETO_LOG_LEVEL", "6")
+    from ..host.host import load_host
+    from ..host.specs import parse_reward
+    from ..runs.inputs import resolve
+    from ..settings import parse_assignment, read_toml
+
+    chosen = preset_name(tiny, preset)
+    host = load_host()
+    given = {name: value for name, value in options.items() if value is not None}
+    if rewards_:
+        given["rewards"] = list(rewards_)
+    if observers:
+        given["observers"] = list(observers)
+    settings = resolve(
+        host,
+        chosen,
+        read_toml(config) if config else {},
+        dict(parse_assignment(a) for a in assignments),
+        given,
+    )
+    if plan:
+        from .plan import show_plan
+
+        show_plan(settings, host, card, peak_tflops)
+        return
+    if card or peak_tflops:
+        raise UsageError("--card and --peak-tflops belong to --plan, which trains nothing: give that too.")
+    if resume == "auto" and not out:
+        raise UsageError("--resume auto needs --out, the folder of the run to go on with.")
+    chosen_folder = nullcontext(out) if out else new_folder([parse_reward(r).title for r in settings.rewards])
+    with chosen_folder as folder:
+        start(settings, folder, host, resume == "auto", allow_changes, profile)
+
+
+@main.command("resume")
+@click.argument("folder", metavar="RUN", type=click.Path(path_type=Path))
+@click.option("--epochs", type=int, metavar="N", help="Train up to this epoch.")
+@click.option(
+    "--reward",
+    "rewards_",
+    metavar="SPEC",
+    multiple=True,
+    help="The rewards anew, such as with another on_error, retry or max_seconds; repeatable.",
+)
+@click.option("--device", metavar="NAME", help="auto, cpu, cuda or cuda:N")
+@click.option(
+    "--set", "assignments", metavar="KEY=VALUE", multiple=True, help="Another value of a setting; repeatable."
+)
+@click.option(
+    "--allow-changes", is_flag=True, help="Go on even with settings or prompts that change what is learned."
+)
+def go_on(
+    folder: Path,
+    rewards_: tuple[str, ...],
+    assignments: tuple[str, ...],
+    allow_changes: bool,
+    **options: Any,
+) -> None:
+    """Go on with a run from its newest whole checkpoint.
+
+    RUN is its folder. On a CPU it goes on, bit for bit, as if it had never ended.
+    """
+    from ..host.host import load_host
+    from ..runs.folder import settings_of
+    from ..settings import make_settings, parse_assignment
+
+    given = {name: value for name, value in options.items() if value is not None}
+    if rewards_:
+        given["rewards"] = list(rewards_)
+    settings = make_settings(settings_of(folder), dict(parse_assignment(a) for a in assignments), given)
+    start(settings, folder, load_host(), True, allow_changes)
+
+
+def start(
+    settings: Settings, folder: Path, host: Host, resume: bool, allow_changes: bool, profile: bool = False
+) -> None:
+    """Train in this process, or in several that it starts."""
+    from ..parallel.launch import count, end_with_the_parent, launch
+    from ..parallel.signals import end_when_told
+    from ..runs.folder import claim, holds_a_run
+    from ..runs.inputs import prepare
+    from ..runs.places import anchored, anchored_folder
+    from ..runs.run import run_training
+    from ..settings import make_settings, to_toml
+
+    # The run, and whoever goes on with it, may stand in another folder.
+    settings, folder = make_settings(anchored(settings.model_dump())), anchored_folder(folder)
+
+    environment.check()
+    end_with_the_parent()
+    end_when_told()
+    processes = 1 if environment.started() else count(settings.processes, settings.device)
+    with lasting_output():
+        if processes == 1:
+            run_training(
+                settings,
+                folder,
+                host,
+                click.echo,
+                resume,
+                allow_changes,
+                count_on_gpu,
+                profiled if profile else None,
+            )
+            return
+        prepare(settings, host)
+        again = ["--resume", "auto", *(["--allow-changes"] if allow_changes else [])]
+        if not (resume and holds_a_run(folder)):
+            claim(folder)
+        more = [*(again if resume else []), *(["--profile"] if profile else [])]
+        sys.exit(launch(to_toml(settings), folder, processes, more))
+
+
+def count_on_gpu(*given: Any) -> float | None:
+    """Count the run's operations, and warn where the GPU's memory will not do. Imported for a GPU alone."""
+    from ..planning.plan import count_on_gpu
+
+    return count_on_gpu(*given)
+
+
+def profiled(*given: Any) -> AbstractContextManager[None]:
+    """Profile a part of an epoch."""
+    from ..planning.profile import profiled
+
+    return profiled(*given)
+
+
+@contextmanager
+def new_folder(rewards: list[str]) -> Iterator[Path]:
+    """A run's folder that no other run has; gone again where nothing was written to it.
+
+    It is `default_folder`'s, with a number behind it where another run has begun in the same second.
+    """
+    from ..runs.folder import make
+
+    wanted = default_folder(rewards)
+    folder, number = wanted, 1
+    while environment.first() and not make(folder, new=True):
+        number += 1
+        folder = wanted.with_name(f"{wanted.name}-{number}")
+    try:
+        yield folder
+    finally:
+        with suppress(OSError):  # Something is in them.
+            folder.rmdir()
+            folder.parent.rmdir()
+
+
+def default_folder(rewards: list[str]) -> Path:
+    """`runs/pickscore+ocr-20260131-235959`, in the folder the command is called from."""
+    names = "+".join("".join(c for c in r if c.isalnum() or c in "_-") for r in rewards)
+    return Path("runs") / f"{names[:60] or 'run'}-{datetime.now():%Y%m%d-%H%M%S}"

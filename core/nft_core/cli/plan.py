@@ -1,0 +1,246 @@
+"""`nft run --plan`: the plan of a run as tables."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import click
+import torch
+
+from ..host.host import Host
+from ..host.local import is_reference
+from ..host.specs import RewardSpec
+from ..planning.footprint import Footprint, footprint
+from ..planning.plan import (
+    CARDS,
+    CONTEXT,
+    GIB,
+    SLACK,
+    USABLE,
+    Phases,
+    changes,
+    copies,
+    need,
+    peaks,
+    phases,
+    processes,
+    proposal,
+    works,
+)
+from ..prompts import Prompt, prompts_of_run
+from ..quiet import quiet
+from ..runs.inputs import prepare
+from ..runs.setup import pick_device
+from ..settings import Settings
+from .tables import new_table, print_table
+
+
+def show_plan(s: Settings, host: Host, card: float | None, rate: float | None) -> None:
+    """Print what a run takes, whether that fits, and which settings would.
+
+    card: GiB of a GPU to plan for; None: this machine's GPU, or with the device cpu its own memory.
+    rate: TFLOP/s, for the least time that an epoch takes; None tells no time.
+    """
+    quiet("diffusers", "transformers")
+    specs, _, prompts, held_out = prepare(s, host)
+    # A plan for GPUs needs none.
+    there = s.device == "cpu" or torch.cuda.is_available()
+    device = pick_device(s.device) if there else torch.device("cuda")
+    rewards, unknown = reward_bytes(specs, host, device.type)
+    f = footprint(s, host, device, both=True)
+    table = phases(s, f, rewards)
+    click.echo(headline(s, f, device))
+    show_phases(table)
+    for line in remarks(s, f, table, unknown, prompts, held_out):
+        click.echo(line)
+    show_works(s, f, rate)
+    rooms = [(f"a GPU of {size:g} GiB", round(size * GIB * USABLE)) for size in CARDS]
+    if here := memory(device, card):
+        click.echo(verdict(table, *here))
+        rooms = [here] if card or device.type == "cpu" else [here, *rooms]
+    else:
+        click.echo("There is no GPU here to compare with: --card 24 compares with one of 24 GiB.")
+    show_proposals(s, f, rewards, rooms)
+
+
+def headline(s: Settings, f: Footprint, device: torch.device) -> str:
+    trained = sum(f.trained)
+    what = f"a LoRA of rank {s.lora_rank}" if f.lora else "the whole transformer"
+    where = "a CPU" if device.type == "cpu" else "a GPU"
+    several = f", in each of {processes(s)} processes" if processes(s) > 1 else ""
+    return (
+        f"{s.model}: {what} is trained ({trained:,} numbers), in {f.precision}, on {where}{several}. "
+        "Nothing was loaded."
+    )
+
+
+def show_phases(table: Phases) -> None:
+    unit, name = (GIB, "GiB") if max(peaks(table).values()) >= 4 * GIB else (2**20, "MiB")
+    shown = new_table()
+    shown.add_column(f"{name} in", no_wrap=True)
+    for phase in table:
+        shown.add_column(phase, justify="right")
+    rows = dict.fromkeys(row for column in table.values() for row in column)
+    for row in [*sorted(rows, key=lambda row: row in ("activations", "latents and images"))]:
+        values = [column.get(row, 0) for column in table.values()]
+        if any(values):
+            shown.add_row(row, *(f"{value / unit:,.2f}" if value else "" for value in values))
+    shown.add_section()
+    shown.add_row("at most", *(f"{value / unit:,.2f}" for value in peaks(table).values()))
+    print_table(shown)
+
+
+def remarks(
+    s: Settings,
+    f: Footprint,
+    table: Phases,
+    unknown: Sequence[str],
+    prompts: list[Prompt],
+    held_out: list[Prompt],
+) -> Iterator[str]:
+    step = f.recomputed if s.gradient_checkpointing else f.step
+    assert step is not None
+    each = step.held(s.microbatch + 1) - step.held(s.microbatch)
+    yield f"Activations that wait for the backward pass: {amount(each)} for each image of the microbatch."
+    drawn = prompts_of_run(len(prompts), min(s.prompts_per_epoch, len(prompts)), s.seed, s.epochs)
+    texts = len({prompts[i].text for i in drawn}) + len({p.text for p in held_out})
+    away = sum(copies(s, f).values()) if s.offload else 0
+    yield (
+        f"In the host's memory: {amount(texts * f.row)} for conditions of {texts} prompts at most"
+        + (f", {amount(away)} for old, reference and EMA weights" if away else "")
+        + f"; {amount(sum(f.texts.values()))} for text encoders until the prompts are encoded."
+    )
+    if any(row.startswith("reward ") for row in table["reward"]):
+        yield "Rewards are as their cards say, weights alone: what they take while they score is not counted."
+    if unknown:
+        yield f"Of these rewards nothing is known: {', '.join(unknown)}."
+    if s.compile is not False:
+        yield "What torch.compile saves and takes is not counted."
+
+
+def amount(size: int) -> str:
+    return f"{size / GIB:.2f} GiB" if size >= GIB / 10 else f"{size / 2**20:.2f} MiB"
+
+
+def show_works(s: Settings, f: Footprint, rate: float | None) -> None:
+    found = works(s, f)
+    large = sum(work.total for work in found) > 1e14
+    unit, names = (1e12, "TPT") if large else (1e9, "GTG")
+    shown = new_table()
+    shown.add_column("an epoch", no_wrap=True)
+    titles = [
+        "images",
+        "passes each",
+        f"{names[0]}FLOP a pass",
+        f"{names[1]}FLOP",
+        f"{names[2]}B of weights read",
+    ]
+    for title in titles + ([f"seconds at {rate:g} TFLOP/s"] if rate else []):
+        shown.add_column(title, justify="right")
+
+    def row(total: float, read: float) -> list[str]:
+        least = [f"{total / rate / 1e12:.4g}"] if rate else []
+        return [f"{total / unit / 1000:.4g}", f"{read / unit:.3g}", *least]
+
+    for work in found:
+        each = [str(work.images), str(work.passes), f"{work.flops / unit:.4g}"]
+        shown.add_row(work.name, *each, *row(work.total, work.read))
+    shown.add_section()
+    shown.add_row("in all", "", "", "", *row(sum(w.total for w in found), sum(w.read for w in found)))
+    print_table(shown)
+
+
+def memory(device: torch.device, card: float | None) -> tuple[str, int] | None:
+    """A name and bytes of what there is to compare with."""
+    if card:
+        return f"a GPU of {card:g} GiB", round(card * GIB * USABLE)
+    if device.type == "cpu":
+        return "this machine", os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    if not torch.cuda.is_available():
+        return None
+    here = torch.cuda.get_device_properties(device)
+    return here.name, here.total_memory
+
+
+def verdict(table: Phases, name: str, room: int) -> str:
+    wanted, (phase, _) = need(table), max(peaks(table).items(), key=lambda item: item[1])
+    assumed = (
+        f"with {SLACK:.0%} for allocator and kernels and {CONTEXT / GIB:g} GiB for CUDA, which are assumed"
+    )
+    said = (
+        f"Wanted: {wanted / GIB:.1f} GiB, in the phase {phase}, {assumed}. For {name}, {room / GIB:.1f} GiB: "
+    )
+    return said + (
+        "it fits." if wanted <= room else f"it does not fit, {(wanted - room) / GIB:.1f} GiB are lacking."
+    )
+
+
+def show_proposals(s: Settings, f: Footprint, rewards: dict[str, int], rooms: list[tuple[str, int]]) -> None:
+    shown = new_table()
+    shown.add_column("what fits", no_wrap=True)
+    shown.add_column("settings", overflow="fold")
+    for title in ("GiB wanted", "operations", "weights read"):
+        shown.add_column(title, justify="right")
+
+    def against(work: str, fitting: Settings) -> str:
+        """What that epoch takes more than the one that was asked for."""
+        asked, found = (sum(getattr(w, work) for w in works(x, f)) for x in (s, fitting))
+        return f"x {found / asked:.2f}"
+
+    for name, room in rooms:
+        fitting, lacking = proposal(s, f, rewards, room)
+        if fitting is None:
+            shown.add_row(name, f"none: the smallest lack {lacking / GIB:.1f} GiB", "", "", "")
+            continue
+        wanted = f"{need(phases(fitting, f, rewards)) / GIB:.1f}"
+        shown.add_row(
+            name, changes(s, fitting) or "as asked", wanted, against("total", fitting), against("read", fitting)
+        )
+    print_table(shown)
+
+
+def reward_bytes(specs: Sequence[RewardSpec], host: Host, device: str) -> tuple[dict[str, int], list[str]]:
+    """Bytes by reward's name, and the names of those of which nothing is known.
+
+    Of local files what they hold, else what the card says, which knows nothing of a part of one's own
+    (`MODULE:NAME`). A model that the card calls shared counts once.
+    """
+    known: dict[str, int] = {}
+    unknown: list[str] = []
+    counted: set[str] = set()
+    for spec in specs:
+        name = spec.title
+        files = [f for value in spec.options.values() for f in local_files(value)]
+        said = str(getattr(host.reward(spec.name).info, "memory", ""))
+        if files:
+            known[name] = sum(f.stat().st_size for f in files)
+        elif said and not any(isinstance(v, str) and is_reference(v) for v in spec.options.values()):
+            precision = str(spec.options.get("precision", "auto"))
+            low = device != "cpu" if precision == "auto" else precision != "fp32"
+            known[name] = 0
+            for shared, figure in figures(said, name, low):
+                known[name] += 0 if shared in counted else figure
+                counted.add(shared)
+        else:
+            unknown.append(name)
+    return known, unknown
+
+
+def local_files(option: Any) -> list[Path]:
+    path = Path(option) if isinstance(option, str) else None
+    if path is None or not path.exists():
+        return []
+    return [path] if path.is_file() else sorted(path.glob("*.safetensors"))
+
+
+def figures(said: str, name: str, low: bool) -> Iterator[tuple[str, int]]:
+    """`(whose model, bytes)` of each model in a card's words, such as `1.7 GB in fp32, 0.9 GB in bf16`."""
+    models = re.findall(
+        r"([\d.]+) GB in fp32(?:, ([\d.]+) GB in bf16)?(?:[; ]*\(?(?:\w+, )?shared with (\w+))?", said
+    )
+    for i, (whole, half, shared) in enumerate(models):
+        yield shared or (name if not i else f"{name} {i}"), round(float(half if low and half else whole) * 1e9)

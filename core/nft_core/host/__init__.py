@@ -1,0 +1,1 @@
+"""Plug-ins: found, loaded, and made from their names and options."""

@@ -1,0 +1,310 @@
+"""Find entry points, load each in its own guard, classify what they offer."""
+
+from __future__ import annotations
+
+import os
+import re
+import traceback
+import warnings
+from collections.abc import Iterator, Mapping, MutableMapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field, fields
+from importlib.metadata import Distribution, EntryPoint, distributions
+from pathlib import Path
+from typing import Any, Generic, NamedTuple, TypeVar
+
+import pluggy
+
+from nft_plugins import (
+    CONTRACT,
+    ENTRY_POINT_GROUP,
+    PROJECT,
+    ContractDeprecation,
+    ModelInfo,
+    ObserverInfo,
+    Preset,
+    RewardInfo,
+    SolverInfo,
+    hookspecs,
+)
+from nft_plugins.hookspecs import OFFERS
+
+from ..errors import named_error
+from ..parallel.signals import Terminated, ctrl_c
+from ..quiet import printing_aside
+from .lending import python_kept
+
+#: The distribution whose plug-ins are the built-ins.
+OWN = "nft-hub"
+NAME = re.compile(r"[a-z0-9][a-z0-9_-]*:?")
+Info = TypeVar("Info", RewardInfo, SolverInfo, ModelInfo, ObserverInfo, Preset)
+
+
+class Found(NamedTuple):
+    """An entry point, and the distribution that brings it; none, and a problem, where it cannot be read."""
+
+    entry: EntryPoint | None
+    distribution: str
+    version: str
+    problem: str = ""
+
+    @property
+    def name(self) -> str:
+        return self.entry.name if self.entry else self.distribution
+
+
+@dataclass
+class Plugin:
+    """A row of `nft plugins`: where a plug-in comes from, whether it works, and if not, why and what to do.
+
+    contract: the version it was written for, where it says so.
+    notes: what works with it, but not for ever or not without something else.
+    traceback: of what it raised, for its author.
+    """
+
+    name: str
+    distribution: str
+    version: str
+    status: str = "ok"
+    cause: str = ""
+    mend: str = ""
+    offers: list[str] = field(default_factory=list)
+    contract: str | None = None
+    notes: list[str] = field(default_factory=list)
+    traceback: str = ""
+
+    def broken(self, cause: str, mend: str = "", error: BaseException | None = None) -> None:
+        """Mark as broken; the first cause stays."""
+        if self.status != "broken":
+            self.status, self.cause, self.mend = "broken", cause, mend or self.complaint
+            self.traceback = "".join(traceback.format_exception(error)) if error else ""
+
+    @property
+    def complaint(self) -> str:
+        return f"tell the author of {self.distribution}, or pip uninstall {self.distribution}"
+
+
+@dataclass(frozen=True)
+class Registered(Generic[Info]):
+    """A card and the plug-ins that claim its name: one, unless they conflict; none where it is a user's own."""
+
+    info: Info
+    owners: tuple[str, ...]
+
+    @property
+    def distribution(self) -> str:
+        """What pip calls the package that brings it."""
+        return self.owners[0].partition(" ")[0] if self.owners else ""
+
+    @property
+    def built_in(self) -> bool:
+        return self.distribution == OWN
+
+
+#: Cards by name, by the hook that registers them.
+Cards = dict[str, MutableMapping[str, Registered[Any]]]
+
+
+def discover(manager: pluggy.PluginManager, cards: Cards) -> list[Plugin]:
+    """Register every plug-in that `NFT_PLUGINS` allows, and collect its cards; returns a row for each."""
+    rows, names = [], chosen()  # Before a plug-in is imported, which might set NFT_PLUGINS.
+    for found in find():
+        row = Plugin(found.name, found.distribution, found.version)
+        rows.append(row)
+        if names is not None and row.distribution != OWN and row.name not in names:
+            row.status, row.cause = "off", "not named in NFT_PLUGINS"
+            continue
+        if found.entry is None:
+            row.broken(found.problem, f"pip install --force-reinstall {row.distribution}, or pip uninstall it")
+            continue
+        with ctrl_c(), deprecations(row), printing_aside(), python_kept(), harmless(row, "looking at it"):
+            module = load(found.entry, row)
+            if module is not None and fits(module, row) and attach(manager, module, row):
+                classify(module, row, cards)
+    return rows + [missing(name) for name in sorted(names or ()) if name not in {r.name for r in rows}]
+
+
+def find() -> list[Found]:
+    """The entry points of the group; the built-ins first, then by name.
+
+    Of several distributions of a name Python imports from the first, and so only its entry points count.
+    """
+    unique: dict[tuple[str, str], Found] = {}
+    taken = set()
+    for distribution in distributions():
+        key = re.sub("[-_.]+", "-", by_folder(distribution)[0]).lower()
+        if key in taken:
+            continue
+        taken.add(key)
+        entries, problem = read_entries(distribution)
+        if entries or problem:
+            name, version = named(distribution)
+            each = [Found(e, name, version) for e in entries] or [Found(None, name, version, problem)]
+            unique.update({(found.name, name): found for found in each})
+    return sorted(unique.values(), key=lambda f: (f.distribution != OWN, f.name, f.distribution))
+
+
+def read_entries(distribution: Distribution) -> tuple[list[EntryPoint], str]:
+    """A distribution's entry points of the group, or why they cannot be read."""
+    try:
+        if ENTRY_POINT_GROUP not in (distribution.read_text("entry_points.txt") or ""):
+            return [], ""
+        return [e for e in distribution.entry_points if e.group == ENTRY_POINT_GROUP], ""
+    except Exception as error:  # A damaged file, of any package that is installed here.
+        return [], f"its entry_points.txt cannot be read: {type(error).__name__}: {error}"
+
+
+def named(distribution: Distribution) -> tuple[str, str]:
+    """Name and version; by its folder where its metadata say nothing."""
+    name, version = by_folder(distribution)
+    try:
+        metadata = distribution.metadata
+        return str(metadata["Name"] or name), str(metadata["Version"] or version)
+    except Exception:  # There are no metadata, or none that can be read.
+        return name, version
+
+
+def by_folder(distribution: Distribution) -> tuple[str, str]:
+    """Name and version as NAME-VERSION.dist-info has them, which is quicker to read than metadata."""
+    folder = getattr(distribution, "_path", None)
+    if folder is None:  # Of a finder that knows no folders.
+        return f"unnamed {id(distribution)}", "?"
+    name, _, version = Path(str(folder)).stem.partition("-")
+    return name, version or "?"
+
+
+def chosen() -> set[str] | None:
+    """The plug-ins that `NFT_PLUGINS` names; None where it is not set."""
+    names = os.environ.get("NFT_PLUGINS")
+    return None if names is None else {name.strip() for name in names.split(",")} - {""}
+
+
+def missing(name: str) -> Plugin:
+    row = Plugin(name, "?", "?")
+    row.broken(
+        "NFT_PLUGINS names it, and no plug-in of that name is installed", "install it, or mend NFT_PLUGINS"
+    )
+    return row
+
+
+@contextmanager
+def deprecations(row: Plugin) -> Iterator[None]:
+    """Notes of what the plug-in uses and a later contract will not have."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always", ContractDeprecation)
+        yield
+    for warning in caught:
+        if issubclass(warning.category, ContractDeprecation):
+            row.notes.append(f"deprecated: {warning.message}")
+        else:
+            warnings.warn_explicit(warning.message, warning.category, warning.filename, warning.lineno)
+
+
+@contextmanager
+def harmless(row: Plugin, what: str) -> Iterator[None]:
+    """Whatever is raised inside, but for Ctrl-C, breaks the plug-in alone. what: was being done."""
+    try:
+        yield
+    except Terminated:
+        raise
+    except BaseException as error:  # A panic of an extension in Rust is no Exception.
+        mend = row.complaint
+        if isinstance(error, ModuleNotFoundError):
+            mend = f"install the package that brings the module {error.name}, or {mend}"
+        row.broken(f"{what} raised {named_error(error)}", mend, error)
+
+
+def load(entry: EntryPoint, row: Plugin) -> object | None:
+    module: object | None = None
+    with harmless(row, f"importing {entry.value}"):
+        module = entry.load()
+    return module
+
+
+def fits(module: object, row: Plugin) -> bool:
+    """Whether the plug-in was written for this contract, where it says for which."""
+    declared = getattr(module, "CONTRACT", None)
+    if declared is None:
+        return True
+    row.contract = str(declared)
+    match = re.fullmatch(r"(\d+)\.(\d+)", row.contract)
+    if not match:
+        row.broken(f'CONTRACT = {declared!r} is no contract version: expected "MAJOR.MINOR", as "{CONTRACT}"')
+        return False
+    major, minor = (int(part) for part in CONTRACT.split("."))
+    wanted, since = int(match[1]), int(match[2])
+    cause = f"it was written for the contract {row.contract}, and this {OWN} has {CONTRACT}"
+    if (wanted, since) > (major, minor):
+        row.broken(cause, f"pip install --upgrade {OWN}")
+    elif wanted < major:
+        row.broken(cause, f"pip install --upgrade {row.distribution}, or tell its author")
+    return row.status != "broken"
+
+
+def attach(manager: pluggy.PluginManager, module: object, row: Plugin) -> bool:
+    """Register with pluggy, which looks at the hooks' names and arguments."""
+    try:
+        manager.register(module, f"{row.distribution}:{row.name}")
+    except (pluggy.PluginValidationError, ValueError) as error:
+        row.broken(" ".join(str(error).split()))
+        return False
+    if problem := hook_problem(module):
+        row.broken(problem)
+        manager.unregister(module)
+    return row.status != "broken"
+
+
+def hook_problem(plugin: object) -> str:
+    """What is wrong with the names of a module's or an object's hooks."""
+    specified = {name for name in vars(hookspecs) if name.startswith("nft_")}
+    hooks = {name for name in dir(plugin) if hasattr(getattr(plugin, name, None), f"{PROJECT}_impl")}
+    if wrong := sorted(hooks - specified):
+        return f"no such hook: {', '.join(wrong)}; hooks are {', '.join(sorted(specified))}"
+    return "" if hooks else "it implements no hook: mark functions with @nft_plugins.hookimpl"
+
+
+def classify(module: object, row: Plugin, cards: Cards) -> None:
+    """Collect the cards of one plug-in, each hook in its own guard."""
+    for hook, kind in OFFERS.items():
+        implementation = getattr(module, hook, None)
+        if implementation is None:
+            continue
+        mine: list[Any] = []
+        with harmless(row, hook):
+            implementation(mine.append)
+        for info in mine:
+            with harmless(row, f"a card of {hook}"):
+                _claim(info, kind, cards[hook], hook, row)
+
+
+def malformed(info: Any) -> str:
+    """What in a card is of another type than listings can show; empty where nothing is."""
+    kinds = {"str": (str, "text"), "tuple[str, ...]": (tuple, "a tuple of texts")}
+    for f in fields(info):
+        value = getattr(info, f.name)
+        kind, words = kinds.get(
+            str(f.type), (Mapping, "a mapping") if "Mapping" in str(f.type) else (object, "")
+        )
+        if not isinstance(value, kind) or (kind is tuple and not all(isinstance(v, str) for v in value)):
+            return f"{f.name} = {value!r}, not {words}"
+    return ""
+
+
+def _claim(info: Any, kind: type, cards: MutableMapping[str, Registered[Any]], hook: str, row: Plugin) -> None:
+    owner = f"{row.distribution} ({row.name})"
+    if not isinstance(info, kind):
+        row.broken(f"{hook} registered a {type(info).__name__}, not a {kind.__name__}")
+    elif not isinstance(info.name, str) or not NAME.fullmatch(info.name):
+        row.broken(f"{info.name!r} is no name: lower-case letters, digits, _ and -")
+    elif wrong := malformed(info):
+        row.broken(f"the card of {info.name!r} has {wrong}")
+    elif info.name in cards:
+        other = cards[info.name]
+        cards[info.name] = Registered(other.info, (*other.owners, owner))
+        row.broken(
+            f"the name {info.name!r} is claimed by {' and '.join(cards[info.name].owners)}",
+            f"pip uninstall {row.distribution}, or NFT_PLUGINS= with the plug-ins you want",
+        )
+    else:
+        cards[info.name] = Registered(info, (owner,))
+        row.offers.append(info.name)

@@ -1,0 +1,116 @@
+"""Factories, which cards name, and the options that users give them."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import inspect
+import json
+import typing
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+from ..errors import NftError, UsageError, named_error, unknown, where
+
+#: What factories are given if they take it, and so is no option.
+OFFERED = {"device", "make_reward"}
+
+
+def installed(module: str) -> bool:
+    try:
+        return importlib.util.find_spec(module) is not None
+    except (ImportError, ValueError):
+        return False
+
+
+def resolve(factory: str | Callable[..., Any]) -> Callable[..., Any]:
+    """The factory behind `module:attribute`. Raises NftError where it cannot be imported."""
+    if callable(factory):
+        return factory
+    module, _, attribute = factory.partition(":")
+    try:
+        return typing.cast(Callable[..., Any], getattr(importlib.import_module(module), attribute))
+    except KeyboardInterrupt:
+        raise
+    except BaseException as error:  # A broken package raises anything when it is imported.
+        raise NftError(f"Cannot import {factory!r}: {named_error(error)}.") from error
+
+
+def build(
+    what: str,
+    factory: str | Callable[..., Any],
+    arguments: Iterable[Any],
+    options: Mapping[str, Any],
+    offered: Mapping[str, Any],
+) -> Any:
+    """Call a factory with the user's options, and with those of `offered` that it takes.
+
+    Raises UsageError for an option that is not in its signature or has a value of another type.
+    """
+    call = resolve(factory)
+    parameters = inspect.signature(call).parameters
+    open_ended = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
+    named = {n: p for n, p in parameters.items() if p.kind in (p.KEYWORD_ONLY, p.POSITIONAL_OR_KEYWORD)}
+    given: dict[str, Any] = {}
+    for name, value in options.items():
+        if (name not in named and not open_ended) or name in OFFERED - {"device"}:
+            raise unknown(f"option of the {what}", name, set(named) - OFFERED)
+        given[name] = convert(what, name, value, annotation(call, name)) if name in named else literal(value)
+    given = {name: value for name, value in offered.items() if name in named} | given
+    try:
+        inspect.signature(call).bind(*arguments, **given)
+    except TypeError as error:
+        raise UsageError(f"The {what} cannot be made with these options: {error}") from error
+    try:
+        return call(*arguments, **given)
+    except NftError:
+        raise
+    except ValueError as error:
+        raise UsageError(f"The {what} cannot be made with these options: {error}") from error
+    except OSError as error:  # whose text says enough
+        raise NftError(f"The {what} cannot be loaded: {error}{where(error)}") from error
+    except KeyboardInterrupt:
+        raise
+    except BaseException as error:
+        raise NftError(f"The {what} cannot be loaded: {named_error(error)}{where(error)}") from error
+
+
+def annotation(call: Callable[..., Any], name: str) -> Any:
+    target = call.__init__ if inspect.isclass(call) else call
+    try:
+        return typing.get_type_hints(target).get(name, Any)
+    except (NameError, TypeError):
+        return Any
+
+
+def convert(what: str, name: str, value: Any, kind: Any) -> Any:
+    """A value of the annotated type from the command line, where it is a string, or from TOML."""
+    from pydantic import PydanticSchemaGenerationError, TypeAdapter, ValidationError
+
+    plain = literal(value)
+    try:
+        adapter = TypeAdapter(kind)
+    except PydanticSchemaGenerationError:
+        return plain
+    try:
+        # The value as JSON reads it, if that is of the type as it stands; else its text, converted.
+        return adapter.validate_python(plain, strict=True)
+    except ValidationError:
+        pass
+    try:
+        return adapter.validate_python(value)
+    except ValidationError as error:
+        message = error.errors()[0]["msg"]
+        raise UsageError(
+            f"The option {name!r} of the {what}: {message[0].lower()}{message[1:]}, got {value!r}."
+        ) from error
+
+
+def literal(value: Any) -> Any:
+    """Numbers, true, false, null and lists as JSON writes them, and none; other strings as they are."""
+    if isinstance(value, str) and value.lower() == "none":
+        return None
+    try:
+        return json.loads(value) if isinstance(value, str) else value
+    except ValueError:
+        return value

@@ -1,0 +1,308 @@
+"""The plug-in host: what all plug-ins of this environment offer, by name, and what is made of it."""
+
+from __future__ import annotations
+
+import inspect
+import sys
+import typing
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import pluggy
+
+from nft_plugins import (
+    PROJECT,
+    FlowModel,
+    ModelInfo,
+    ObserverInfo,
+    Preset,
+    Reward,
+    RewardInfo,
+    Solver,
+    SolverInfo,
+    hookspecs,
+)
+
+from ..errors import NftError, UsageError, unknown, where
+from ..quiet import printing_aside
+from .discovery import Cards, Info, Plugin, Registered, discover, hook_problem
+from .factories import annotation, build, convert, installed, resolve
+from .lending import Inside, kept, own
+from .local import is_reference, load_object, local_reward
+from .specs import RESERVED, ObserverSpec, Policy, parse_reward, split
+
+
+@dataclass
+class Host:
+    """What all plug-ins offer, by name."""
+
+    manager: pluggy.PluginManager
+    plugins: list[Plugin] = field(default_factory=list)
+    asked: list[object] = field(default_factory=list)
+    rewards: dict[str, Registered[RewardInfo]] = field(default_factory=dict)
+    solvers: dict[str, Registered[SolverInfo]] = field(default_factory=dict)
+    models: dict[str, Registered[ModelInfo]] = field(default_factory=dict)
+    observers: dict[str, Registered[ObserverInfo]] = field(default_factory=dict)
+    presets: dict[str, Registered[Preset]] = field(default_factory=dict)
+
+    @property
+    def cards(self) -> Cards:
+        """All cards, by the hook that registers them."""
+        return {
+            "nft_register_rewards": self.rewards,
+            "nft_register_solvers": self.solvers,
+            "nft_register_models": self.models,
+            "nft_register_observers": self.observers,
+            "nft_register_presets": self.presets,
+        }
+
+    def reward(self, name: str | Callable[..., Any]) -> Registered[RewardInfo]:
+        """The card of a reward by name, `FILE.py:NAME` or `MODULE:NAME`, or of a Python function or object."""
+        if not isinstance(name, str) or is_reference(name):
+            return local_reward(name)
+        return self._one("reward", name, self.rewards)
+
+    def make_reward(
+        self,
+        name: str | Callable[..., Any],
+        options: Mapping[str, Any],
+        device: str = "cpu",
+        defaults: Mapping[str, Mapping[str, Any]] | None = None,
+        loaded: dict[tuple[Any, str], Reward] | None = None,
+        inside: tuple[str, ...] = (),
+    ) -> Reward:
+        """Load a reward. Raises UsageError for the name or an option, NftError where it cannot be loaded.
+
+        name: as of `reward`.
+        defaults: options, by name, of the rewards that this one is made of.
+        loaded: rewards by name and options; one that is there is not loaded again.
+        inside: names of the rewards that this one is made for.
+        """
+        loaded = {} if loaded is None else loaded
+        key = (name if isinstance(name, str) else id(name), repr(sorted(options.items())))
+        if key in loaded:
+            return loaded[key]
+        card = self.reward(name)
+        name, what = card.info.name, described("reward", card)
+        require(card, what)
+
+        def make_another(spec: str) -> Reward:
+            other = parse_reward(spec)
+            if other.weight != 1:
+                raise UsageError(f"{other.name!r} inside the reward {name!r} takes no weight, got {spec!r}.")
+            if other.guard != Policy():
+                raise UsageError(
+                    f"{other.name!r} inside the reward {name!r} takes no {', '.join(RESERVED)}, got {spec!r}: "
+                    "give them to the outer reward."
+                )
+            if other.name in (name, *inside):
+                raise UsageError(
+                    f"The reward {other.name!r} cannot be made of itself, got {spec!r}: name another."
+                )
+            mine = {**split((defaults or {}).get(other.name, {}))[1], **other.options}
+            return Inside(self.make_reward(other.name, mine, device, defaults, loaded, (name, *inside)))
+
+        offered = {"device": device, "make_reward": make_another}
+        with kept(f"the making of the {what}", making=True):
+            made = build(what, card.info.factory, (), options, offered)
+        if not isinstance(made, Reward):
+            raise NftError(f"The factory of the {what} gave {type(made).__name__}, not a reward.")
+        loaded[key] = made
+        return made
+
+    def make_solver(self, name: str, options: Mapping[str, Any]) -> Solver:
+        """A solver by name, or by `FILE.py:NAME`; `diffusers:CLASS` is made by the family `diffusers:`."""
+        family, colon, member = name.partition(":")
+        if is_reference(name) and family + colon not in self.solvers:
+            what, factory, arguments = f"solver {name!r}", load_object(name), ()
+            if isinstance(factory, Solver) and not inspect.isclass(factory) and not options:
+                return factory
+        else:
+            card = self._one("solver", family + colon, self.solvers)
+            if colon and not member:
+                raise UsageError(f"The solver {name!r} is a family: name one of its members, as {name}CLASS.")
+            what, factory, arguments = described("solver", card), card.info.factory, (member,) if colon else ()
+        made = build(what, factory, arguments, options, {})
+        if not isinstance(made, Solver):
+            raise NftError(f"The factory of the {what} gave {type(made).__name__}, not a solver.")
+        return made
+
+    def make_observer(self, spec: ObserverSpec) -> object:
+        """An observer by name. Raises UsageError and NftError as `make_reward` does."""
+        card = self._one("observer", spec.name, self.observers)
+        what = described("observer", card)
+        require(card, what)
+        made = build(what, card.info.factory, (), spec.options, {})
+        if problem := hook_problem(made):
+            raise NftError(f"The factory of the {what} gave {type(made).__name__}, and {problem}.")
+        return typing.cast(object, made)
+
+    def make_model(self, family: str, checkpoint: str, options: Mapping[str, Any], **offered: Any) -> FlowModel:
+        """A base model of a family, with the user's options, and with what is offered that its factory takes.
+
+        Raises UsageError for an option that is not in its signature or has a value of another type.
+        """
+        card = self._one("model family", family, self.models)
+        factory = resolve(card.info.factory)
+        known = dict(inspect.signature(factory).parameters)
+        every = any(p.kind is p.VAR_KEYWORD for p in known.values())
+        own = {n for n, p in list(known.items())[1:] if p.kind is not p.VAR_KEYWORD} - {"device", "dtype"}
+        what = f"model family {family!r}"
+        for name in options:
+            if name not in own and not every:
+                raise unknown(f"option of the {what}", name, own)
+        given = {n: v for n, v in offered.items() if every or n in known or n in ("device", "dtype")}
+        given |= {n: convert(what, n, v, annotation(factory, n)) for n, v in options.items()}
+        made = factory(checkpoint, **given)
+        if not isinstance(made, FlowModel):
+            what = described("model family", card)
+            raise NftError(f"The factory of the {what} gave {type(made).__name__}, not a model.")
+        return made
+
+    def family(self, pipeline: str, chosen: str = "") -> str | None:
+        """The name of the family that handles a pipeline's class; None where there is none.
+
+        chosen: by the user. Raises UsageError where it does not handle the class, and where nothing is chosen
+        and several families do: none stands silently in another's place.
+        """
+        handling = [name for name, card in self.models.items() if pipeline in card.info.pipelines]
+        if chosen:
+            card = self._one("model family", chosen, self.models)
+            if chosen not in handling:
+                raise UsageError(
+                    f"family = {chosen!r} handles {', '.join(card.info.pipelines)}, and the model is a "
+                    f"{pipeline}: leave family away, or choose one of {', '.join(handling) or 'none'}."
+                )
+            return chosen
+        if len(handling) > 1:
+            whose = [f"{name!r} of {' and '.join(self.models[name].owners)}" for name in handling]
+            raise UsageError(
+                f"The pipeline class {pipeline} is handled by the families {' and '.join(whose)}: choose one "
+                "with --set family=NAME, or uninstall the other."
+            )
+        return handling[0] if handling else None
+
+    def _one(self, kind: str, name: str, cards: Mapping[str, Registered[Info]]) -> Registered[Info]:
+        if name not in cards:
+            raise unknown(kind, name, cards, self._hint())
+        if len(owners := cards[name].owners) > 1:
+            raise UsageError(
+                f"The {kind} {name!r} is claimed by {' and '.join(owners)}: uninstall one of them, or "
+                "choose the plug-ins to load with the environment variable NFT_PLUGINS."
+            )
+        return cards[name]
+
+    def lacks(self, row: Plugin) -> list[str]:
+        """What a plug-in offers and this environment cannot run, with what mends it."""
+        return [
+            f"{name} needs {', '.join(missing)}: {remedy(card)}"
+            for cards in self.cards.values()
+            for name, card in cards.items()
+            if card.owners == (f"{row.distribution} ({row.name})",) and (missing := lacking(card))
+        ]
+
+    def try_all(self) -> None:
+        """Make everything that strangers offer, with default options; what cannot be made breaks its row."""
+        makers: list[tuple[Mapping[str, Registered[Any]], Callable[[str], object]]] = [
+            (self.rewards, lambda name: self.make_reward(name, {})),
+            (self.solvers, lambda name: self.make_solver(name, {})),
+            (self.observers, lambda name: self.make_observer(ObserverSpec(name))),
+        ]
+        rows = {f"{row.distribution} ({row.name})": row for row in self.plugins}
+        for cards, make in makers:
+            for name, card in cards.items():
+                if card.built_in or name.endswith(":"):  # A family has no default.
+                    continue
+                try:
+                    with printing_aside():
+                        make(name)
+                except NftError as error:
+                    mend = remedy(card) if lacking(card) else ""
+                    for owner in card.owners:
+                        rows[owner].broken(str(error), mend, error.__cause__)
+
+    def _hint(self) -> str:
+        """Who else might have brought a name that nobody has."""
+        broken = [f"{p.name} is broken: {p.cause}" for p in self.plugins if p.status == "broken"]
+        off = [p.name for p in self.plugins if p.status == "off"]
+        said = [f"Of the plug-ins {'; '.join(broken)} (`nft plugins` says what mends it)."] if broken else []
+        return " ".join([*said, *([f"NFT_PLUGINS leaves out {', '.join(off)}."] if off else [])])
+
+    def register(self, observer: object, name: str) -> None:
+        """Add an observer of this process."""
+        self.manager.register(observer, name)
+
+    def ask(self, observer: object, name: str) -> None:
+        """Add an observer that the user has asked for: where it cannot even start, the run does not."""
+        self.register(observer, name)
+        self.asked.append(observer)
+
+    @contextmanager
+    def guests(self) -> Iterator[None]:
+        """Observers registered inside leave at the end: the next run finds the host as it was."""
+        before = set(self.manager.get_plugins())
+        try:
+            yield
+        finally:
+            for plugin in self.manager.get_plugins() - before:
+                self.manager.unregister(plugin)
+            self.asked.clear()
+
+    def notify(self, hook: str, **arguments: Any) -> None:
+        """Tell every observer. One that raises, be it SystemExit, is reported and dropped.
+
+        Only an NftError stops the run, and what one that was asked for raises before anything is trained.
+        """
+        for implementation in reversed(getattr(self.manager.hook, hook).get_hookimpls()):
+            # Each has its own: what one changes, the others and the run do not see.
+            wanted = {name: own(arguments[name]) for name in implementation.argnames}
+            try:
+                implementation.function(**wanted)
+            except (NftError, KeyboardInterrupt):
+                raise
+            except BaseException as error:
+                name, cause = implementation.plugin_name, f"{type(error).__name__}: {error}{where(error)}"
+                if hook == "nft_run_started" and implementation.plugin in self.asked:
+                    raise NftError(f"The observer {name} cannot start: {cause}") from error
+                self.manager.unregister(implementation.plugin)
+                print(
+                    f"Warning: the plug-in {name} failed in {hook} and is left out from now on: {cause}",
+                    file=sys.stderr,
+                )
+
+
+def load_host() -> Host:
+    """A host with every plug-in of this environment that `NFT_PLUGINS` allows."""
+    manager = pluggy.PluginManager(PROJECT)
+    manager.add_hookspecs(hookspecs)
+    host = Host(manager)
+    host.plugins += discover(manager, host.cards)
+    for row in host.plugins:
+        row.notes += host.lacks(row)
+    return host
+
+
+def described(kind: str, card: Registered[Any]) -> str:
+    """What messages call it: a stranger's with the package that brings it."""
+    brought = "" if card.built_in or not card.distribution else f" of {card.distribution}"
+    return f"{kind} {card.info.name!r}{brought}"
+
+
+def lacking(card: Registered[Any]) -> list[str]:
+    """The modules that a card names and this environment does not have."""
+    return [m for m in getattr(card.info, "modules", ()) if not installed(m)]
+
+
+def require(card: Registered[Any], what: str) -> None:
+    """Raise NftError, with the command that brings them, where modules are not installed."""
+    if missing := lacking(card):
+        raise NftError(f"The {what} needs {', '.join(missing)}, not installed: {remedy(card)}.")
+
+
+def remedy(card: Registered[Any]) -> str:
+    """The command that brings a card's modules."""
+    if card.info.extra:
+        return f'pip install "{card.distribution}[{card.info.extra}]"'
+    return f"see the documentation of {card.distribution}"

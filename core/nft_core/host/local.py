@@ -1,0 +1,242 @@
+"""Without a package: objects by `FILE.py:NAME` or `MODULE:NAME`, and plain functions as rewards."""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import importlib.util
+import inspect
+import math
+import sys
+import typing
+from collections.abc import Callable, Mapping
+from contextlib import chdir
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
+
+from nft_plugins import Batch, RewardInfo, Scores
+
+from ..errors import NftError, UsageError, named_error, unknown, where
+from .discovery import Registered
+from .factories import OFFERED
+from .lending import kept
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+#: What a function may take by name: fields of the batch, or the batch itself.
+FIELDS = ("images", "prompts", "metadata", "groups", "uint8", "pil", "batch")
+
+
+def is_reference(name: str) -> bool:
+    """Whether a name is `FILE.py:NAME` or `MODULE:NAME`."""
+    location, colon, attribute = name.rpartition(":")
+    return bool(colon) and location != "" and attribute.isidentifier()
+
+
+def load_object(reference: str) -> Any:
+    """The object behind `FILE.py:NAME`, the file as seen from the current folder, or `MODULE:NAME`.
+
+    Raises UsageError for a file, a module or a name that is not there, and NftError for a file that cannot
+    be imported.
+    """
+    location, _, attribute = reference.rpartition(":")
+    try:
+        with chdir(Path.cwd()):  # Some files change the folder when they are imported.
+            module = import_file(Path(location)) if location.endswith(".py") else import_module(location)
+    except NftError:
+        raise
+    except KeyboardInterrupt:
+        raise
+    except BaseException as error:
+        raise NftError(f"Importing {location} raised {named_error(error)}{where(error)}.") from error
+    if not hasattr(module, attribute):
+        own = [n for n, o in vars(module).items() if getattr(o, "__module__", "") == module.__name__]
+        mine = [n for n in own if not n.startswith("_") and callable(vars(module)[n])]
+        raise unknown(f"function or class of {location}", attribute, mine)
+    return getattr(module, attribute)
+
+
+def import_file(path: Path) -> ModuleType:
+    """The module of a file, with the modules beside it in reach, as `python FILE.py` has them."""
+    if not path.is_file():
+        place = "" if path.is_absolute() else f" in {Path.cwd()}"
+        raise UsageError(
+            f"There is no file {path}{place}: expected FILE.py:NAME. If a run's file has moved, --reward says "
+            "where it is now."
+        )
+    path = path.resolve()
+    name = f"nft_local:{path}"
+    if name not in sys.modules:
+        reach(path.parent)
+        spec = importlib.util.spec_from_file_location(name, path)
+        assert spec is not None and spec.loader is not None  # It ends in .py.
+        module = importlib.util.module_from_spec(spec)
+        sys.modules[name] = module  # Before it runs: dataclasses look there.
+        try:
+            with kept(f"the import of {path.name}", making=True):
+                spec.loader.exec_module(module)
+        except BaseException:
+            del sys.modules[name]
+            raise
+    return sys.modules[name]
+
+
+def import_module(name: str) -> ModuleType:
+    """A module that is installed or stands in the current folder."""
+    reach(Path.cwd())
+    try:
+        with kept(f"the import of {name}", making=True):
+            return importlib.import_module(name)
+    except ModuleNotFoundError as error:
+        if error.name and (name == error.name or name.startswith(f"{error.name}.")):
+            raise UsageError(
+                f"There is no module {name!r}, neither installed nor in {Path.cwd()}: expected MODULE:NAME or "
+                "FILE.py:NAME."
+            ) from error
+        raise
+
+
+def reach(folder: Path) -> None:
+    """Let modules in a folder be imported; last, so that none stands before an installed one."""
+    if str(folder) not in sys.path:
+        sys.path.append(str(folder))
+
+
+def local_reward(name: str | Callable[..., Any]) -> Registered[RewardInfo]:
+    """The card of a reward that nobody has registered: a reference, or a Python function, class or object.
+
+    A class, or a function that takes no field of the batch, is a factory: its parameters are the options.
+    A function that takes fields is the reward, and its other parameters are the options.
+    """
+    target = load_object(name) if isinstance(name, str) else name
+    title = name if isinstance(name, str) else getattr(name, "__name__", type(name).__name__)
+    if not callable(target):
+        raise UsageError(f"{title} is no reward: expected a function, a class or an object that can be called.")
+    summary = (inspect.getdoc(target) or "").partition("\n")[0]
+    return Registered(RewardInfo(title, summary, factory(target, title)), ())
+
+
+def factory(target: Callable[..., Any], title: str) -> Callable[..., Any]:
+    """What makes a reward of `target`, with its options, and nothing else, as its signature."""
+    is_object = not inspect.isclass(target) and not inspect.isroutine(target)
+    if is_object:
+        return lambda: adapted(target, title)
+    taken = () if inspect.isclass(target) else fields_of(target)
+    signature = inspect.signature(target)
+    options = [p for n, p in signature.parameters.items() if n not in taken]
+    required = [p.name for p in options if p.default is p.empty and p.kind is p.POSITIONAL_OR_KEYWORD]
+    if required and not taken and not inspect.isclass(target) and not set(required) <= OFFERED:
+        raise UsageError(
+            f"{title} takes {', '.join(required)}: a reward takes what it needs of {', '.join(FIELDS)}, "
+            "by these names; other parameters are options."
+        )
+
+    @functools.wraps(target)
+    def make(**given: Any) -> Any:
+        return FunctionReward(target, title, taken, given) if taken else adapted(target(**given), title)
+
+    if inspect.isclass(target):
+        make.__annotations__ = hints(target.__init__)
+    # Options can be given by name alone, whatever stood before or behind them.
+    make.__signature__ = signature.replace(  # type: ignore[attr-defined]
+        parameters=[p.replace(kind=p.KEYWORD_ONLY) if p.kind is p.POSITIONAL_OR_KEYWORD else p for p in options]
+    )
+    return make
+
+
+def hints(function: Any) -> dict[str, Any]:
+    try:
+        return typing.get_type_hints(function)
+    except (NameError, TypeError, AttributeError):
+        return {}
+
+
+def fields_of(function: Any) -> tuple[str, ...]:
+    """The fields of the batch among a function's parameters."""
+    return tuple(n for n in inspect.signature(function).parameters if n in FIELDS)
+
+
+def adapted(made: Any, title: str) -> Any:
+    """What a factory made, as a reward."""
+    if not callable(made):
+        raise NftError(
+            f"{title} gave {type(made).__name__}, not a reward: a function or an object with __call__."
+        )
+    return FunctionReward(made, title, fields_of(made), {})
+
+
+@dataclass(frozen=True, eq=False)
+class FunctionReward:
+    """A function or object that takes fields of the batch and returns a number for each image.
+
+    takes: the fields that it is given by name; without any, it is given the batch.
+    """
+
+    function: Callable[..., Any]
+    title: str
+    takes: tuple[str, ...]
+    options: Mapping[str, Any]
+
+    def __call__(self, batch: Batch) -> Scores:
+        if not self.takes:
+            return scores_of(self.function(batch, **self.options), len(batch), self.title)
+        given = {name: batch if name == "batch" else getattr(batch, name) for name in self.takes}
+        return scores_of(self.function(**given, **self.options), len(batch), self.title)
+
+    def __getattr__(self, name: str) -> Any:
+        # What else an object offers: check_prompt, regroup.
+        if name.startswith("__"):
+            raise AttributeError(name)
+        return getattr(self.function, name)
+
+
+def scores_of(result: Any, size: int, title: str) -> Scores:
+    """What a function returned, as scores: None and what is not finite are invalid.
+
+    Raises NftError for what is neither `Scores` nor `size` numbers in a list, an array or a tensor.
+    """
+    import torch
+
+    if isinstance(result, Scores):
+        return result
+    try:
+        values = numbers(result)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise NftError(
+            f"The reward {title!r} must return {size} numbers, in a list, an array or a tensor, or Scores; got "
+            f"{shown(result)}."
+        ) from error
+    if values.shape != torch.Size([size]):
+        raise NftError(
+            f"The reward {title!r} must return a number for each of {size} images, so the shape [{size}]; got "
+            f"{list(values.shape)}."
+        )
+    return Scores.of(values)
+
+
+def numbers(result: Any) -> Tensor:
+    import numpy as np
+    import torch
+
+    if isinstance(result, torch.Tensor):
+        if result.is_complex():
+            raise TypeError("complex")
+        return result.detach().float()
+    if isinstance(result, list | tuple):
+        # One by one: a list may hold tensors, and None where an image could not be scored.
+        return torch.tensor(
+            [math.nan if v is None else float(v) for v in result], dtype=torch.float32, device="cpu"
+        )
+    if isinstance(result, np.ndarray):
+        return torch.from_numpy(result.astype(np.float32))
+    raise TypeError(type(result).__name__)
+
+
+def shown(value: Any) -> str:
+    if value is None:
+        return "None: is a return missing?"
+    text = repr(value)
+    return f"{type(value).__name__} {text}" if len(text) < 60 else f"{type(value).__name__} {text[:60]}..."

@@ -1,0 +1,192 @@
+"""Rewards and observers by name: `NAME[=WEIGHT][,KEY=VALUE...]`, on the command line, in TOML and in Python."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal, TypeAlias, get_args
+
+from ..errors import UsageError
+
+FORM = "NAME[=WEIGHT][,KEY=VALUE...], such as pickscore, ocr=0.5 or ocr=0.5,upscale=4"
+OBSERVER_FORM = "NAME[,KEY=VALUE...], such as tensorboard or wandb,project=ocr"
+OnError: TypeAlias = Literal["stop", "mask", "skip"]
+#: Bounds that no run needs to pass, so that a slip of the keyboard is told at once.
+MOST_RETRIES, MOST_SECONDS, MOST_WEIGHT = 1000, 1e6, 1e30
+
+
+@dataclass(frozen=True)
+class Policy:
+    """What is done where a reward fails; the names are words of its spec, which its factory never sees.
+
+    on_error: `stop` ends the run, `mask` leaves the samples out, `skip` the reward for the epoch.
+    retry: attempts after the first.
+    max_seconds: that a call may take; 0: any time.
+    """
+
+    on_error: OnError = "stop"
+    retry: int = 0
+    max_seconds: float = 0.0
+
+    def words(self) -> dict[str, Any]:
+        """What differs from the default, as a spec has it."""
+        return {name: value for name, value in vars(self).items() if value != getattr(Policy, name)}
+
+
+#: Words of every reward's spec.
+RESERVED = tuple(vars(Policy()))
+
+
+@dataclass(frozen=True)
+class RewardSpec:
+    """A reward's name, or a Python function or object that is one, its weight in the sum, and its options.
+
+    guard: what is done where it fails.
+    """
+
+    name: str | Callable[..., Any]
+    weight: float = 1.0
+    options: Mapping[str, Any] = field(default_factory=dict)
+    guard: Policy = Policy()
+
+    def __str__(self) -> str:
+        words = {**self.options, **self.guard.words()}
+        return f"{self.name}={self.weight!r}" + "".join(f",{key}={value}" for key, value in words.items())
+
+    def with_options(self, options: Mapping[str, Any]) -> RewardSpec:
+        """The spec with further options, the guard's words among them; they come before its own."""
+        words, rest = split(options)
+        guard = parse_policy(words, self.title, self.guard)
+        return replace(self, options={**self.options, **rest}, guard=guard)
+
+    @property
+    def title(self) -> str:
+        """What figures are called: the name, or the last part of `FILE.py:NAME`."""
+        if isinstance(self.name, str):
+            return self.name.rpartition(":")[2]
+        return str(getattr(self.name, "__name__", type(self.name).__name__))
+
+
+@dataclass(frozen=True)
+class ObserverSpec:
+    """An observer's name and the options that its factory is given."""
+
+    name: str
+    options: Mapping[str, Any] = field(default_factory=dict)
+
+
+def parse_reward(
+    given: str | Mapping[str, Any] | Callable[..., Any],
+    defaults: Mapping[str, Mapping[str, Any]] | None = None,
+) -> RewardSpec:
+    """A spec from its text, from a TOML table with `name`, `weight` and options, or from a function.
+
+    defaults: options by reward name, where the spec does not give them.
+    Raises UsageError for a text or table of another form, a weight that is no finite number, or a word of the
+    guard with a value that it does not have.
+    """
+    if not isinstance(given, str | Mapping):
+        if not callable(given):
+            raise UsageError(f"A reward is written {FORM}, or is a function; got {_short(given)}.")
+        return RewardSpec(given)
+    name, weight, options = _parse(given, "A reward", FORM)
+    spec = RewardSpec(name, 1.0 if weight == "" else finite_weight(weight, name))
+    return spec.with_options((defaults or {}).get(name, {})).with_options(options)
+
+
+def split(options: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The guard's words among options, and the factory's options."""
+    words = {name: value for name, value in options.items() if name in RESERVED}
+    return words, {name: value for name, value in options.items() if name not in RESERVED}
+
+
+def parse_policy(words: Mapping[str, Any], name: str, base: Policy) -> Policy:
+    """`base` with some words changed, which come from a command line, TOML or Python.
+
+    Raises UsageError, naming the reward, for a value that a word does not have.
+    """
+
+    def wrong(word: str, expected: str) -> UsageError:
+        return UsageError(f"Reward {name!r}: {word} must be {expected}, got {_short(words[word])}.")
+
+    policy = base
+    if "on_error" in words:
+        if words["on_error"] not in get_args(OnError):
+            raise wrong("on_error", f"one of {', '.join(get_args(OnError))}")
+        policy = replace(policy, on_error=words["on_error"])
+    if "retry" in words:
+        number = _number(words["retry"])
+        if not 0 <= number <= MOST_RETRIES or number % 1:
+            raise wrong("retry", f"a whole number from 0 to {MOST_RETRIES}")
+        policy = replace(policy, retry=int(number))
+    if "max_seconds" in words:
+        number = _number(words["max_seconds"])
+        if not 0 <= number <= MOST_SECONDS:
+            raise wrong("max_seconds", f"seconds, 0 for any time, {MOST_SECONDS:.0f} at most")
+        policy = replace(policy, max_seconds=number)
+    return policy
+
+
+def _short(value: Any) -> str:
+    try:
+        text = repr(value)
+    except (ValueError, RecursionError):  # An integer of thousands of digits, or lists nested as deep.
+        return f"a very large {type(value).__name__}"
+    return text if len(text) < 100 else f"{text[:100]}..."
+
+
+def _number(value: Any) -> float:
+    """NaN, which is in no range, for what is no number."""
+    try:
+        return math.nan if isinstance(value, bool) else float(value)
+    except (TypeError, ValueError, OverflowError):
+        return math.nan
+
+
+def parse_observer(given: str | Mapping[str, Any]) -> ObserverSpec:
+    """A spec from its text, or from a TOML table with `name` and options.
+
+    Raises UsageError for a text or table of another form.
+    """
+    name, weight, options = _parse(given, "An observer", OBSERVER_FORM)
+    if weight != "":
+        raise UsageError(f"Observer {name!r}: it has no weight; an observer is written {OBSERVER_FORM}.")
+    return ObserverSpec(name, options)
+
+
+def _parse(given: str | Mapping[str, Any], what: str, form: str) -> tuple[str, Any, dict[str, Any]]:
+    """Name, weight (empty where there is none) and options."""
+    if isinstance(given, Mapping):
+        options = dict(given)
+        name, weight = options.pop("name", ""), options.pop("weight", "")
+        if not isinstance(name, str) or not name:
+            raise UsageError(f"{what} needs a name: expected {form}, got {_short(dict(given))}.")
+        return name, weight, options
+    head, *rest = given.split(",")
+    name, equals, weight = (part.strip() for part in head.partition("="))
+    if not name or (equals and not weight):
+        raise UsageError(f"{what} is written {form}, got {given!r}.")
+    options = {}
+    for item in rest:
+        key, assigned, value = (part.strip() for part in item.partition("="))
+        if not key or not assigned:
+            raise UsageError(f"{item!r} is no option of {name!r}: {what.lower()} is written {form}.")
+        if key in options:
+            raise UsageError(f"The option {key!r} of {name!r} is given twice.")
+        options[key] = value
+    return name, weight, options
+
+
+def finite_weight(weight: Any, name: str) -> float:
+    """The weight as a number. Raises UsageError for what is no finite number, or larger than MOST_WEIGHT."""
+    try:
+        number = float(weight)
+    except (TypeError, ValueError, OverflowError):
+        number = math.nan
+    if not abs(number) <= MOST_WEIGHT:
+        raise UsageError(
+            f"Reward {name!r}: the weight must be a finite number, got {_short(weight)}; write {FORM}, with "
+            f"{MOST_WEIGHT:g} at most."
+        )
+    return number

@@ -1,0 +1,1 @@
+"""The mathematics of DiffusionNFT: advantages, loss, schedules and times. Tensors in, tensors out."""

@@ -1,0 +1,94 @@
+"""From rewards to optimality probabilities: group-normalised advantages, as pure functions of tensors."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from nft_plugins import Scores
+
+from ..errors import UsageError
+
+Std = Literal["global", "group"]
+Combine = Literal["sum", "normalized"]
+AdvantageMode = Literal["all", "positive_only", "negative_only", "one_only", "binary"]
+
+#: Added to every standard deviation, as published: a group that agrees gets advantages of 0, not 0 / 0.
+EPSILON = 1e-4
+
+
+def group_mean(values: Tensor, valid: Tensor, groups: Tensor) -> Tensor:
+    """The mean over the valid members of each sample's group, `[N]`; 0 where a group has none."""
+    _, index = groups.unique(return_inverse=True)
+    size = int(index.max()) + 1
+    zeros = values.new_zeros(size)
+    total = zeros.index_add(0, index, values.where(valid, 0))
+    count = zeros.index_add(0, index, valid.to(values))
+    return (total / count.clamp_min(1))[index]
+
+
+def group_advantages(values: Tensor, valid: Tensor, groups: Tensor, std: Std = "global") -> Tensor:
+    """`(R - mean of the group) / (std + 1e-4)`, `[N]` float32; 0 for samples that are not valid.
+
+    values: `[N]`; valid: `[N]` bool; groups: `[N]` int, equal for images of the same prompt.
+    std: `global`, of all valid values together (the published default), or `group`, of each group.
+    Both are population deviations.
+    """
+    if not valid.any():
+        return torch.zeros(len(values), dtype=torch.float32, device="cpu")
+    values = values.double()
+    centred = values - group_mean(values, valid, groups)
+    if std == "group":
+        deviation = group_mean(centred.square(), valid, groups).sqrt()
+    else:
+        deviation = values[valid].std(correction=0)
+    return (centred / (deviation + EPSILON)).where(valid, 0).float()
+
+
+def combined_advantages(
+    scores: Scores, groups: Tensor, combine: Combine = "sum", std: Std = "global"
+) -> Tensor:
+    """Advantages of a composed reward, `[N]`.
+
+    `sum` normalises the weighted sum (the paper's). `normalized` normalises each part first and
+    then takes the weighted sum, so that a reward's spread does not decide how much it counts.
+    """
+    if combine == "sum" or not scores.parts:
+        return group_advantages(scores.values, scores.valid, groups, std)
+    total = torch.zeros(len(scores), dtype=torch.float32, device="cpu")
+    for weight, part in scores.parts.values():
+        total += weight * group_advantages(part.values, scores.valid, groups, std)
+    return total
+
+
+def optimality(advantages: Tensor, clip: float, mode: AdvantageMode = "all") -> Tensor:
+    """Optimality probabilities r in [0, 1]: `1/2 + clamp(A, -clip, clip) / (2 clip)`.
+
+    mode: which advantages count, after the published code: `all`; `positive_only` and
+    `negative_only` replace the others by 0; `one_only` keeps 1 for the positive and 0 for the rest;
+    `binary` keeps the sign.
+    """
+    a = advantages.clamp(-clip, clip)
+    match mode:
+        case "all":
+            pass
+        case "positive_only":
+            a = a.clamp_min(0)
+        case "negative_only":
+            a = a.clamp_max(0)
+        case "one_only":
+            a = (a > 0).to(a)
+        case "binary":
+            a = a.sign()
+        case _:
+            raise UsageError(f"advantage_mode must be one of {AdvantageMode.__args__}, got {mode!r}")
+    return (a / (2 * clip) + 0.5).clamp(0, 1)
+
+
+def flat_groups(values: Tensor, valid: Tensor, groups: Tensor) -> float:
+    """Share of the groups whose valid values are all equal, and so teach nothing."""
+    ids = groups.unique()
+    flat = [bool((v := values[valid & (groups == g)]).numel() < 2 or v.min() == v.max()) for g in ids]
+    return sum(flat) / len(flat)

@@ -1,0 +1,64 @@
+"""How the old policy follows the live one, `old <- d old + (1 - d) theta`, and how the learning rate and the KL
+weight move."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from math import cos, pi
+from typing import Literal
+
+from ..errors import UsageError, unknown
+
+LrSchedule = Literal["constant", "cosine", "inverse_sqrt"]
+
+#: Named schedules: step -> d. The published code calls them `decay_type` 0, 1 and 2.
+OLD_DECAY: dict[str, Callable[[int], float]] = {
+    "on_policy": lambda step: 0.0,
+    "ramp": lambda step: min(0.001 * step, 0.5),
+    "slow": lambda step: min(max(0.0075 * (step - 75), 0.0), 0.999),
+}
+
+
+def old_decay(schedule: str | float, step: int) -> float:
+    """d in [0, 1) after `step` gradient steps.
+
+    schedule: a number for a constant d; `on_policy` (0: the old policy is the live one of an epoch
+    ago); `ramp` (0.001 a step up to 0.5); `slow` (0 for 75 steps, then 0.0075 a step up to 0.999).
+    """
+    if isinstance(schedule, str) and schedule not in OLD_DECAY:
+        raise unknown("old_decay schedule", schedule, OLD_DECAY)
+    d = OLD_DECAY[schedule](step) if isinstance(schedule, str) else float(schedule)
+    if not 0 <= d < 1:
+        raise UsageError(f"old_decay must be in [0, 1), got {d}: at 1 the old policy would never move")
+    return d
+
+
+def warmup(steps: int, step: int) -> float:
+    """The learning rate's factor at gradient step `step` (from 0): linear up to 1 over `steps`."""
+    return min((step + 1) / steps, 1.0) if steps > 0 else 1.0
+
+
+def lr_decay(schedule: LrSchedule, share: float, warmup: int, step: int) -> float:
+    """The learning rate's factor at gradient step `step` (from 0), when `share` in [0, 1) of the run's epochs
+    is over.
+
+    `constant`: 1 (the published runs'). `cosine`: `(1 + cos(pi share)) / 2`, from 1 down to 0.
+    `inverse_sqrt`: `sqrt(warmup / (step + 1))` after the warm-up, whatever the run's length.
+    """
+    match schedule:
+        case "cosine":
+            return (1 + cos(pi * share)) / 2
+        case "inverse_sqrt":
+            return min(1.0, max(warmup, 1) / (step + 1)) ** 0.5
+        case _:
+            return 1.0
+
+
+def next_kl_weight(weight: float, kl: float, target: float, least: float) -> float:
+    """The next epoch's KL weight: times `kl / target`, a fifth up or a tenth down at most, never below `least`.
+
+    kl: of the epoch that ended. target: 0 leaves the weight alone.
+    After Ziegler et al., arXiv 1909.08593, section 2.2, whose controller moves by a fiftieth and has no floor.
+    Here a KL that runs away is caught sooner than it is let go: within ten epochs it can be too late.
+    """
+    return max(least, weight * min(max(kl / target, 0.9), 1.2)) if target else weight

@@ -1,0 +1,1 @@
+"""Processes, signals, devices, threads and shards."""

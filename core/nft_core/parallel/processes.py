@@ -1,0 +1,174 @@
+"""Processes. Every helper is a no-op in a run of one process; `launch` or torchrun starts more."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from datetime import timedelta
+from zlib import crc32
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from ..errors import PeerError, Stopped
+from .rendezvous import announced, connecting, meet, warnings
+
+
+@contextmanager
+def process_group(device: torch.device, patience: float, join: float = 600.0) -> Iterator[list[str]]:
+    """Join the group that the environment announces, and leave it at the end; gives warnings about it.
+
+    patience: seconds that a process waits for another. That one has died is the launcher's to notice.
+    join: seconds that all processes have to come, and then to connect.
+    Raises PeerError where another one fails, or does not come, and UsageError where they do not fit together.
+    """
+    rank, size = announced()
+    if size == 1:
+        yield []
+        return
+    store, members = meet(device, rank, size, join)
+    wait = timedelta(seconds=patience)
+    store.set_timeout(wait)
+    try:
+        with connecting(rank, size, join):
+            backend = "nccl" if device.type == "cuda" else "gloo"
+            dist.init_process_group(backend, timeout=wait, store=store, rank=rank, world_size=size)
+            sum_value(1.0, device)  # NCCL connects when it is first needed.
+        yield warnings(members)
+    except RuntimeError as error:
+        if isinstance(error, dist.DistError) or "gloo" in str(error):
+            raise PeerError(
+                "Another process of this run has stopped, and its own message says why; or it did not answer "
+                f"for peer_timeout = {patience:g} s."
+            ) from error
+        raise
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+def rank() -> int:
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def world_size() -> int:
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def barrier() -> None:
+    """Wait until every process is here."""
+    if world_size() > 1:
+        dist.barrier()
+
+
+def owned(count: int) -> Tensor:
+    """Indices in 0..count-1 of this process: every world_size-th, so each prompt's images spread out."""
+    return torch.arange(rank(), count, world_size(), device="cpu")
+
+
+def largest_share(indices: Tensor) -> int:
+    """How many of these the process owns that owns the most of them."""
+    return int((indices % world_size()).bincount().max())
+
+
+def gather_rows(rows: Tensor, index: Tensor, count: int, device: torch.device) -> Tensor:
+    """`[count, ...]` of all processes' rows, in order, on the CPU, on every process.
+
+    rows: this process's rows `[n, ...]`; index: `[n]`, where they belong.
+    """
+    if world_size() == 1:
+        return rows[index.argsort()].cpu()
+    # A row is zero everywhere but on its owner, so the sum is exact. gloo and nccl both sum these dtypes.
+    full = torch.zeros(count, *rows.shape[1:], dtype=rows.dtype, device=device)
+    full[index.to(device)] = rows.to(device)
+    dist.all_reduce(full)
+    return full.cpu()
+
+
+def sum_gradients(parameters: Iterable[torch.nn.Parameter]) -> None:
+    """Add up all processes' gradients, once an update, as one flat message.
+
+    A process that owned no image of the update has none. A parameter that has none in any keeps none, so that
+    the optimizer leaves it alone, as it does in one process.
+    """
+    if world_size() == 1:
+        return
+    parameters = list(parameters)
+    there = [p.grad is not None for p in parameters]
+    grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
+    flags = torch.tensor(there, device=grads[0].device, dtype=grads[0].dtype)
+    flat = torch.cat([*(g.flatten() for g in grads), flags])
+    dist.all_reduce(flat)
+    *sums, anywhere = flat.split([*(g.numel() for g in grads), len(there)])
+    for p, g, total, used in zip(parameters, grads, sums, anywhere.tolist(), strict=True):
+        p.grad = g.copy_(total.view_as(g)) if used else None
+
+
+@contextmanager
+def together(device: torch.device, finish: Callable[[], None] = lambda: None) -> Iterator[None]:
+    """What fails inside in one process fails in all, so that none waits for another for ever.
+
+    Inside there may be no other exchange between processes: the one that failed would not take part.
+
+    finish: what this process still has to do for others, when it is through or has failed. What that raises
+        ends this process alone.
+    """
+    failure: BaseException | None = None
+    try:
+        yield
+    except KeyboardInterrupt:  # at once
+        raise
+    except BaseException as error:  # SystemExit and a Rust library's panic among them
+        failure = error
+    finish()
+    stopped = failure.signal if isinstance(failure, Stopped) else 0
+    failed, signal = sum_values([float(bool(failure) and not stopped), float(stopped)], device)
+    if failed and (stopped or not failure):
+        raise PeerError("Another process of this run failed; its own message says why.") from failure
+    if signal and not failure:
+        raise Stopped(15)
+    if failure:
+        raise failure
+
+
+def same_everywhere(text: str, device: torch.device) -> bool:
+    """Whether all processes hold the same text; the answer is the same in all."""
+    if world_size() == 1:
+        return True
+    code = torch.tensor([crc32(text.encode()), -crc32(text.encode())], dtype=torch.int64, device=device)
+    dist.all_reduce(code, dist.ReduceOp.MAX)  # The largest, and minus the smallest.
+    return int(code.sum()) == 0
+
+
+def gather_texts(text: str, device: torch.device) -> list[str]:
+    """Every process's text, in order, on every process; as bytes, without pickle."""
+    if world_size() == 1:
+        return [text]
+    own = torch.tensor(list(text.encode()), dtype=torch.uint8, device="cpu")
+    longest = torch.tensor(len(own), dtype=torch.int64, device=device)
+    dist.all_reduce(longest, dist.ReduceOp.MAX)
+    padded = torch.zeros(int(longest), dtype=torch.uint8, device="cpu")
+    padded[: len(own)] = own
+    rows = [torch.zeros_like(padded, device=device) for _ in range(world_size())]
+    dist.all_gather(rows, padded.to(device))
+    return [bytes(row.tolist()).rstrip(b"\0").decode() for row in rows]
+
+
+def sum_value(value: float, device: torch.device) -> float:
+    """The sum of a figure over all processes."""
+    return sum_values([value], device)[0]
+
+
+def sum_values(values: Sequence[float], device: torch.device) -> list[float]:
+    """The sums of figures over all processes, float64."""
+    if world_size() == 1:
+        return list(values)
+    total = torch.tensor(values, dtype=torch.float64, device=device)
+    dist.all_reduce(total)
+    return total.tolist()
+
+
+def agree(number: int, device: torch.device) -> int:
+    """The first process's number, in all."""
+    return round(sum_value(float(number) if rank() == 0 else 0.0, device))

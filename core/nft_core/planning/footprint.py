@@ -1,0 +1,339 @@
+"""What a run's model takes: its parts' bytes, and each computation's memory and FLOPs for any number of images.
+
+Nothing is loaded: the run's own model, policy, solver and losses work on the meta device (`measure`).
+"""
+
+from __future__ import annotations
+
+import copy
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_map_only
+
+from nft_plugins import Condition, FlowModel, Solver
+
+from ..errors import NftError, UsageError, first_line
+from ..host.host import Host
+from ..models.pipeline import ENCODED_AT_ONCE, OF_TEXT, PipelineModel
+from ..objective.loss import kl_loss, nft_loss
+from ..parallel.sharding import blocks
+from ..runs.setup import autocast_dtype, decode_dtype, load_model, make_policy
+from ..settings import Settings
+from ..training.lora import adapted_layers
+from ..training.memory import checkpoint_activations
+from ..training.policy import Policy
+from .measure import FEW, AsOnGpu, Growth, Live, growth, recompute_as_on_gpu
+
+META = torch.device("meta")
+PRECISIONS = {None: "fp32", torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
+
+
+@dataclass(frozen=True)
+class Footprint:
+    """What a run's model takes, whatever the sizes of its batches.
+
+    precision: of matrix products. weights: bytes of the transformer as it is loaded, by dtype; tables: those of
+        them that are no parameters, and which processes do not share. gathered: bytes of what is whole at once
+        where they share the rest: what is around the blocks, one of these, and the next.
+    casts: bytes of the trained weights in 16 bits, which autocast holds during a pass.
+    trained: numbers of each parameter that is trained. merged: bytes of the layers that a LoRA is added to for
+        rollouts.
+    others: bytes of the VAE and the like. texts: of the text encoders, by part; encode: bytes that are alive at
+        most while they work.
+    row: bytes of a prompt's condition. latent, image: of one.
+    forward: a pass of the old policy; reference: FLOPs of the reference's, an image. decode: of the VAE.
+    step: forward and backward pass for one training time, marked in between; `recomputed` with gradient
+        checkpointing. Either is None where it was not asked for, or where the model cannot.
+    passes: of the velocity, for an image. state: bytes that the solver holds for one.
+    """
+
+    precision: str
+    weights: Mapping[str, int]
+    tables: int
+    gathered: int
+    casts: int
+    trained: Sequence[int]
+    lora: bool
+    merged: int
+    others: Mapping[str, int]
+    texts: Mapping[str, int]
+    encode: int
+    row: int
+    latent: int
+    image: int
+    forward: Growth
+    reference: float
+    decode: Growth
+    step: Growth | None
+    recomputed: Growth | None
+    passes: int
+    state: int
+
+
+def footprint(s: Settings, host: Host, device: torch.device, both: bool = False) -> Footprint:
+    """Count what the settings' model takes on a device of that kind.
+
+    both: with gradient checkpointing and without, and not only as it is set.
+    Raises NftError where the model or its tokenizers cannot be loaded, or do not work without numbers.
+    """
+    update = {
+        "precision": PRECISIONS[autocast_dtype(s, device)],
+        "decode_precision": PRECISIONS[decode_dtype(s, device)],
+    }
+    s = s.model_copy(update=update)
+    model = load_model(s, host, META)
+    try:
+        return counted(s, host, model, both)
+    except NftError:
+        raise
+    except Exception as error:  # A model that looks at numbers, which there are none of.
+        raise NftError(
+            f"{s.model} cannot be planned for, since its family does not work on the meta device, which has "
+            f"shapes and no numbers: {type(error).__name__}: {first_line(error)}"
+        ) from error
+
+
+def counted(s: Settings, host: Host, model: FlowModel, both: bool) -> Footprint:
+    """Of a model on the meta device. None of the settings' precisions is auto."""
+    height, width = (s.resolution, s.resolution) if s.resolution else model.resolution
+    try:
+        shape = model.latent_shape(height, width)
+    except ValueError as error:
+        raise UsageError(f"Setting resolution: {error}.") from error
+    weights = Counter[str]()
+    for x in tensors_of(model.transformer):
+        weights[str(x.dtype).removeprefix("torch.")] += size(x)
+    gathered = largest_units(model.transformer)
+    if not s.lora_rank and s.precision != "fp32":  # Trained weights are put together in 16 bits.
+        gathered //= 2
+    condition, texts, encode = conditions(model)
+    if hasattr(model, "decode_in"):
+        model.decode_in(decode_dtype(s, META))
+    with META:  # A LoRA's weights are made there too.
+        policy = make_policy(s, model, META)
+    solver = host.make_solver(s.solver, s.solver_options)
+    passes, state = solved(solver, model.times(s.steps, height, width), shape)
+    work = Work(policy, shape, condition, s)
+    forward, decode = growth(work.old), growth(work.decode)
+    step = growth(work.step) if both or not s.gradient_checkpointing else None
+    recomputed = growth(work.step) if (both or s.gradient_checkpointing) and work.recompute() else None
+    return Footprint(
+        precision=s.precision,
+        weights=dict(weights),
+        tables=sum(map(size, model.transformer.buffers())),
+        gathered=gathered,
+        casts=work.casts,
+        trained=[p.numel() for p in policy.parameters],
+        lora=policy.lora is not None,
+        merged=sum(size(adapted_weight(layer)) for layer in adapted_layers(model.transformer))
+        if policy.merge
+        else 0,
+        others={name: sum(map(size, tensors_of(module))) for name, module in other_modules(model)},
+        texts=texts,
+        encode=encode,
+        row=sum(size(rows[:1].contiguous()) for rows in condition.values()),
+        latent=4 * prod(shape),
+        image=4 * 3 * height * width,
+        forward=forward,
+        reference=work.base() if policy.lora else forward.flops,
+        decode=decode,
+        step=step,
+        recomputed=recomputed,
+        passes=passes,
+        state=state,
+    )
+
+
+class Work:
+    """The run's computations on meta tensors, for `growth`.
+
+    condition: a row or more, to make others like.
+    """
+
+    def __init__(
+        self,
+        policy: Policy,
+        shape: Sequence[int],
+        condition: Condition,
+        s: Settings,
+    ) -> None:
+        self.policy, self.shape, self.condition, self.s = policy, shape, condition, s
+        self.autocast = policy.autocast
+        self.device = policy.device
+        #: Bytes of the trained weights in 16 bits, which autocast holds to the end of a pass.
+        self.casts = 0
+        for p in policy.parameters:
+            p.grad = torch.empty_like(p)  # As the microbatch before leaves it.
+
+    def latents(self, *sizes: int) -> Tensor:
+        return torch.empty(*sizes, *self.shape, device=self.device, dtype=torch.float32)
+
+    def conditions(self, images: int) -> dict[str, Tensor]:
+        rows = self.condition.items()
+        return {name: x.new_empty(images, *x.shape[1:], device=self.device) for name, x in rows}
+
+    def velocity(self, x_t: Tensor) -> Tensor:
+        """As the policy's own, which cannot ask torch for autocast here."""
+        t = torch.empty(len(x_t), device=self.device, dtype=torch.float32)
+        c = self.conditions(len(x_t))
+        with AsOnGpu(self.autocast) as mode:
+            v = self.policy.model.velocity(x_t, t, c).float()
+            self.casts = sum(map(size, mode.casts.values()))
+        return v
+
+    @torch.no_grad()
+    def old(self, images: int, mark: object) -> Tensor:
+        with self.policy.old():
+            return self.velocity(self.latents(images))
+
+    @torch.no_grad()
+    def base(self) -> float:
+        """FLOPs of the velocity without a LoRA, an image."""
+        with self.policy._without_lora(), Live() as live:
+            self.velocity(self.latents(FEW))
+        return float(live.flops / FEW)
+
+    @torch.no_grad()
+    def decode(self, images: int, mark: object) -> Tensor:
+        x_0 = self.latents(images)
+        with AsOnGpu():
+            return self.policy.model.decode(x_0)
+
+    def step(self, images: int, mark: Any) -> None:
+        """One training time of a microbatch, with all times' latents at hand, as in `train.train_epoch`."""
+        s, times = self.s, self.s.train_times_count
+        x_0 = self.latents(images)
+        noise, x_t, v_old = (self.latents(times, images) for _ in range(3))
+        v_ref = self.latents(times, images) if s.kl_weight else None
+        t, r = torch.empty(2, images, device=self.device, dtype=torch.float32)
+        v = self.velocity(x_t[0])
+        mark()
+        loss = nft_loss(v, v_old[0], x_t[0], x_0, t, r, s.beta, s.advantage_clip)
+        if v_ref is not None:
+            loss = loss + s.kl_weight * kl_loss(v, v_ref[0])
+        loss.sum().backward()  # type: ignore[no-untyped-call]
+        del noise  # Which is there until here.
+
+    def recompute(self) -> bool:
+        """Have activations computed anew in the backward pass from here on; whether the transformer can."""
+        transformer = self.policy.model.transformer
+        try:
+            checkpoint_activations(transformer)
+        except UsageError:
+            if self.s.gradient_checkpointing:
+                raise
+            return False
+        recompute_as_on_gpu(transformer, self.autocast)
+        return True
+
+
+def size(x: Tensor) -> int:
+    return x.numel() * x.element_size()
+
+
+def adapted_weight(layer: Any) -> Tensor:
+    """Of the layer that a LoRA adapts."""
+    return cast(Tensor, layer.base_layer.weight)
+
+
+def tensors_of(module: torch.nn.Module) -> Iterator[Tensor]:
+    yield from module.parameters()
+    yield from module.buffers()
+
+
+def largest_units(transformer: torch.nn.Module) -> int:
+    """Bytes that stand whole at once where processes share the transformer, a block at a time."""
+    own = {id(module): 0 for module in (transformer, *blocks(transformer))}
+    owner: dict[int, int] = {}
+    for module in (transformer, *reversed(blocks(transformer))):  # Inner ones last: they have their own.
+        owner |= {id(p): id(module) for p in module.parameters()}
+    for p in transformer.parameters():
+        own[owner[id(p)]] += size(p)
+    around = own.pop(id(transformer))
+    return around + 2 * max(own.values(), default=0)
+
+
+def other_modules(model: FlowModel) -> Iterator[tuple[str, torch.nn.Module]]:
+    """The model's modules beside the transformer, each once."""
+    parts = {**getattr(getattr(model, "pipeline", None), "components", {}), **vars(model)}
+    seen = {id(model.transformer)}
+    for name, part in parts.items():
+        if isinstance(part, torch.nn.Module) and id(part) not in seen:
+            seen.add(id(part))
+            yield name, part
+
+
+def conditions(model: FlowModel) -> tuple[dict[str, Tensor], dict[str, int], int]:
+    """A condition, the text encoders' bytes by part, and what is alive at most while they work."""
+    prompts = ["a"] * ENCODED_AT_ONCE
+    if not isinstance(model, PipelineModel):
+        with Live() as live:
+            condition = model.encode(prompts)
+        return dict(condition), {}, max(live.after, default=0)
+    needed = [name for name in model._parts() if name.startswith("tokenizer")]
+    missing = [name for name in needed if Path(model.name).is_dir() and not (Path(model.name) / name).is_dir()]
+    if missing:
+        raise NftError(
+            f"{model.name} has no {', '.join(missing)}: a plan needs a model's configs and tokenizers, and no "
+            "weights. Put what is missing there."
+        )
+    encoders = {n: without_numbers(model.empty(n)) for n in model._parts() if n.startswith("text_encoder")}
+    twin = copy.copy(model)
+    twin.device = torch.device("cpu")  # Tokens are real, and masks are read.
+    rest = {n: p for n, p in model.pipeline.components.items() if not n.startswith(OF_TEXT)}
+    twin._texts = twin._load(lambda name: name in needed, rest | encoders)
+    with Live() as live:
+        condition = twin.encode(prompts)
+    texts = {name: sum(map(size, tensors_of(encoder))) for name, encoder in encoders.items()}
+    return dict(condition), texts, max(live.after, default=0)
+
+
+class Unread(AsOnGpu):
+    """Says no where a tensor that has no numbers is asked whether it is true."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is Tensor.__bool__ and args[0].is_meta:
+            return False
+        return super().__torch_function__(func, types, args, kwargs)
+
+
+def without_numbers(encoder: torch.nn.Module) -> torch.nn.Module:
+    """A text encoder on the meta device that takes tokens from the CPU and gives zeros there."""
+    forward = encoder.forward
+
+    def shapes(*args: Any, attention_mask: Any = None, **kwargs: Any) -> Any:
+        # Without the mask, by which some look prompts up.
+        args, kwargs = tree_map_only(Tensor, lambda x: x.to(META), (args, kwargs))
+        with Unread():
+            outputs = forward(*args, **kwargs)
+        return tree_map_only(Tensor, lambda x: torch.zeros(x.shape, dtype=x.dtype, device="cpu"), outputs)
+
+    encoder.forward = shapes
+    encoder.to = lambda *args: encoder  # type: ignore[method-assign]
+    return encoder
+
+
+def solved(solver: Solver, times: Sequence[float], shape: Sequence[int]) -> tuple[int, int]:
+    """How often the solver asks for the velocity, and the bytes that it holds for an image, by doing it."""
+    asked = 0
+
+    def velocity(x_t: Tensor, t: float) -> Tensor:
+        nonlocal asked
+        asked += 1
+        return torch.zeros_like(x_t)
+
+    with torch.no_grad(), Live("cpu") as live:
+        solver.solve(
+            velocity,
+            torch.zeros(1, *shape, dtype=torch.float32, device="cpu"),
+            times,
+            [torch.Generator().manual_seed(0)],
+        )
+    return asked, max(live.after)

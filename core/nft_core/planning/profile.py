@@ -1,0 +1,214 @@
+"""`nft run --profile`: a steady part of an epoch under torch.profiler, and how much of the device it uses."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from time import perf_counter
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.profiler import profile, record_function
+
+from nft_plugins import Condition
+
+from ..errors import NftError
+from ..host.host import Host
+from ..parallel.processes import owned
+from ..training.state import Training
+from .footprint import Footprint, footprint
+
+#: Training times that are traced, and as many after them that are timed: a longer trace cannot be read.
+TIMES = 3
+#: Rows of the table of what takes the time.
+ROWS = 10
+#: Sides of the matrix products that show what the device can do, and how many are tried.
+SIDES, TRIES = {"cuda": 8192, "cpu": 1024}, 5
+#: What parts are called in the trace.
+ROLLOUT, FROZEN, LIVE = "rollout batch", "frozen velocity", "live velocity"
+
+
+@dataclass
+class Stretch:
+    """Images that went through passes of each kind, and the seconds that it took."""
+
+    traced: bool
+    images: dict[str, int] = field(default_factory=dict)
+    seconds: float = 0.0
+
+    def add(self, kind: str, images: int) -> None:
+        self.images[kind] = self.images.get(kind, 0) + images
+
+
+class Probe:
+    """Traces the last rollout batch of an epoch and the first TIMES training times after it.
+
+    What is said of speed comes from the rollout batch before and the TIMES training times after, without the
+    profiler, which slows small models; where there are none, from those under it.
+    """
+
+    def __init__(self, run: Training, folder: Path, host: Host) -> None:
+        self.run, self.folder, self.host, self.device = run, folder, host, run.policy.device
+        # In the first epoch much is done for the first time.
+        self.epoch = min(run.at.epoch + 2, run.settings.epochs)
+        self.theirs = run.sampler.make, run.policy.velocity, run.phase, run.observe
+        self.profiler = profile()
+        self.tracing = False
+        self.made = self.times = 0
+        self.start = 0.0
+        self.sampled: Stretch | None = None
+        self.trained: Stretch | None = None
+        self.current: Stretch | None = None
+
+    def attach(self) -> None:
+        self.put(self.batch, self.velocity, self.phase, self.observe)
+
+    def detach(self) -> None:
+        """Put back what was there, and leave no profiler running."""
+        self.put(*self.theirs)
+        self.trace(False)
+
+    def put(self, make: Any, velocity: Any, phase: Any, observe: Any) -> None:
+        run: Any = self.run
+        run.sampler.make, run.policy.velocity, run.phase, run.observe = make, velocity, phase, observe
+
+    def trace(self, on: bool) -> None:
+        if on != self.tracing:
+            self.tracing = on
+            (self.profiler.start if on else self.profiler.stop)()
+
+    def batch(self, draws: Any, rows: Tensor, condition: Condition) -> tuple[Tensor, Tensor]:
+        """In place of `Sampler.make`."""
+        make = self.theirs[0]
+        if self.run.at.epoch + 1 != self.epoch:
+            return make(draws, rows, condition)
+        last = self.made + len(rows) >= len(owned(len(draws)))
+        self.trace(last)
+        start = now(self.device)
+        with record_function(ROLLOUT):
+            made = make(draws, rows, condition)
+        if not last or not self.sampled:
+            self.sampled = Stretch(last, {ROLLOUT: len(rows)}, now(self.device) - start)
+        self.made += len(rows)
+        return made
+
+    def velocity(self, x_t: Tensor, t: Tensor, condition: Condition) -> Tensor:
+        """In place of `Policy.velocity`, by which training asks for velocities and rollouts do not."""
+        kind = LIVE if torch.is_grad_enabled() else FROZEN
+        if self.made and kind == LIVE:
+            # Stretches go from one training time to another, so that what is in them is whole.
+            if self.times % TIMES == 0:
+                self.end()
+                if self.times < 2 * TIMES:
+                    self.current, self.start = Stretch(self.tracing), now(self.device)
+            self.times += 1
+        if self.current:
+            self.current.add(kind, len(x_t))
+        with record_function(kind):
+            return self.theirs[1](x_t, t, condition)
+
+    def end(self) -> None:
+        """Of a stretch."""
+        if self.current:
+            self.current.seconds = now(self.device) - self.start
+            self.trained, self.current = self.current, None
+            self.trace(False)
+
+    @contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        """In place of `Training.phase`."""
+        with self.theirs[2](name):
+            yield
+            if name == "train":
+                self.end()
+
+    def observe(self, hook: str, **arguments: Any) -> None:
+        """In place of `Training.observe`: what was found is told when the epoch's own time is taken."""
+        self.theirs[3](hook, **arguments)
+        if hook == "nft_epoch_finished" and self.made:
+            self.detach()
+            self.folder.mkdir(parents=True, exist_ok=True)
+            self.profiler.export_chrome_trace(str(self.folder / "trace.json"))
+            text = "\n".join(self.report())
+            (self.folder / "profile.txt").write_text(text + "\n", encoding="utf-8")
+            print(text)
+
+    def report(self) -> Iterator[str]:
+        yield f"Profile of epoch {self.epoch}; a trace for ui.perfetto.dev is in {self.folder / 'trace.json'}"
+        yield from costs(self.profiler, self.device.type)
+        try:
+            counted = footprint(self.run.settings, self.host, self.device)
+        except NftError as error:
+            yield f"FLOPs are not known. {error}"
+            return
+        dtype = self.run.policy.dtype
+        side, most = SIDES[self.device.type], product_speed(self.device, dtype)
+        for stretch in filter(None, [self.sampled, self.trained]):
+            yield speed(stretch, counted, self.run, most)
+        name = str(dtype).removeprefix("torch.")
+        yield f"The best of {TRIES} products of {side} x {side} matrices in {name} has {per_second(most)} here."
+
+
+def costs(profiler: profile, device: str) -> Iterator[str]:
+    """The operations with the most time of their own, on the device."""
+    own = "self_device_time_total" if device == "cuda" else "self_cpu_time_total"
+    # Kernels have rows of their own beside those of the operations that launch them.
+    operations = [e for e in profiler.key_averages() if e.device_type.name == "CPU"]
+    found = [e for e in operations if e.key not in (ROLLOUT, FROZEN, LIVE)]
+    total = sum(getattr(e, own) for e in found) or 1
+    where = "GPU" if device == "cuda" else "CPU"
+    yield f"{'share':>6}{'ms':>10}{'calls':>8}  operation, by its own time on the {where}"
+    for e in sorted(found, key=lambda e: -getattr(e, own))[:ROWS]:
+        yield f"{getattr(e, own) / total:>6.1%}{getattr(e, own) / 1000:>10.2f}{e.count:>8}  {e.key}"
+
+
+def speed(stretch: Stretch, f: Footprint, run: Training, most: float) -> str:
+    step = f.recomputed if run.settings.gradient_checkpointing else f.step
+    assert step is not None  # Taken with the run's own settings.
+    sampling = f.passes * (f.reference if f.merged else f.forward.flops) + f.decode.flops
+    each = {ROLLOUT: sampling, FROZEN: f.forward.flops, LIVE: step.flops}
+    flops = sum(each[kind] * images for kind, images in stretch.images.items())
+    what = " and ".join(f"{n} x {kind}" for kind, n in stretch.images.items())
+    under = " under the profiler" if stretch.traced else ""
+    rate = flops / stretch.seconds
+    return (
+        f"Images x passes: {what}: {flops / 1e12:.4g} TFLOP in {stretch.seconds:.3g} s{under}, "
+        f"{per_second(rate)}, {rate / most:.1%} of a matrix product's."
+    )
+
+
+def per_second(rate: float) -> str:
+    return f"{rate / 1e12:.4g} TFLOP/s" if rate > 1e12 else f"{rate / 1e9:.4g} GFLOP/s"
+
+
+def now(device: torch.device) -> float:
+    """Seconds, when the device has done what it was given."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return perf_counter()
+
+
+def product_speed(device: torch.device, dtype: torch.dtype) -> float:
+    """FLOP/s of the best of some matrix products."""
+    side = SIDES[device.type]
+    a, b = (torch.randn(side, side, device=device, dtype=torch.float32).to(dtype) for _ in "ab")
+    times = []
+    for _ in range(TRIES + 1):  # The first one is for warming up, and counts where it is the best all the same.
+        start = now(device)
+        a @ b
+        times.append(now(device) - start)
+    return 2 * side**3 / min(times)
+
+
+@contextmanager
+def profiled(run: Training, folder: Path, host: Host) -> Iterator[None]:
+    """Profile the run that goes on inside, once, into `folder`."""
+    probe = Probe(run, folder, host)
+    probe.attach()
+    try:
+        yield
+    finally:
+        probe.detach()

@@ -1,0 +1,189 @@
+"""What a run's figures depend on beside its weights: like is compared with like, and changes are named."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import sys
+import sysconfig
+from collections.abc import Iterable, Mapping, Sequence
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ..host.local import is_reference
+from ..host.specs import RewardSpec, split
+from ..prompts import Prompt
+from ..settings import Settings
+from .places import last_part, placeless
+
+if TYPE_CHECKING:
+    from ..host.discovery import Registered
+    from ..host.host import Host
+
+#: Settings that an evaluation's pictures depend on; `steps` are its own.
+OF_PICTURES = (
+    *("seed", "eval_images", "solver", "solver_options", "resolution", "model_options", "family"),
+    *("max_sequence_length", "precision", "decode_precision"),
+)
+#: What is the same in `evaluation` where only rewards differ.
+OF_SCORES = ("rewards", "total")
+#: Bytes that are read of a file of weights, at its start, in its middle and at its end.
+SAMPLE = 4096
+#: Distributions that results depend on, beside those that bring plug-ins.
+BENEATH = ("torch", "diffusers", "transformers")
+
+
+def evaluation(
+    settings: Settings,
+    held_out: Sequence[Prompt],
+    specs: Sequence[RewardSpec],
+    host: Host,
+    sources: Mapping[str, str],
+    **resolved: str,
+) -> dict[str, Any]:
+    """The fingerprint of an evaluation, all text: what its pictures depend on, `rewards` and their `total`.
+
+    Means under the same fingerprint differ by the weights alone. Where files lie is no part of it.
+    sources: of `sources_of`. resolved: settings of OF_PICTURES that leave the choice to the machine, as chosen.
+    """
+    values = placeless(settings.model_dump(mode="json")) | resolved
+    chosen = {name: values[name] for name in OF_PICTURES}
+    chosen |= {"steps": settings.eval_steps or settings.steps, "model": model_digest(settings.model)}
+    group, colon, _ = settings.solver.partition(":")
+    chosen["solver"] = [chosen["solver"], brought(settings.solver, host.solvers.get(group + colon), sources)]
+    chosen["family"] = [chosen["family"], brought("", host.models.get(chosen["family"]), sources)]
+    by_title: dict[str, list[Any]] = {}
+    for spec in specs:
+        # A reward may be made of others, which its options name.
+        inner = [str(v).partition(",")[0].partition("=")[0] for v in spec.options.values()]
+        made_of = [brought(n, host.rewards.get(n), sources) for n in (str(spec.name), *inner)]
+        options = [spec.options, *(split(settings.reward_defaults.get(n, {}))[1] for n in inner)]
+        given = [{k: last_part(str(v)) for k, v in each.items()} for each in options]
+        by_title.setdefault(spec.title, []).append([last_part(str(spec.name)), given, made_of])
+    return {
+        "prompts": short_digest([[p.text, p.metadata] for p in held_out]),
+        **{name: v if isinstance(v, str) else json.dumps(v, default=str) for name, v in chosen.items()},
+        "rewards": {title: short_digest(given) for title, given in by_title.items()},
+        "total": short_digest([by_title, [spec.weight for spec in specs]]),
+    }
+
+
+def brought(name: str, card: Registered[Any] | None, sources: Mapping[str, str]) -> str:
+    """What brings a reward or a solver of that name: a plug-in's version, the user's files, or nothing."""
+    if card is not None:
+        return f"{card.distribution} {sources.get(card.distribution, '')}"
+    return str([(path.name, file_digest(path)) for path in files_of(name)]) if is_reference(name) else ""
+
+
+def model_digest(name: str) -> str:
+    """A hub id as it is; of a folder its name, and a digest of its files' sizes and some of their bytes."""
+    folder = Path(name)
+    if not folder.is_dir():
+        return name
+    digest = hashlib.sha256()
+    for path in sorted(p for p in folder.rglob("*") if p.suffix in (".json", ".safetensors") and p.is_file()):
+        size = path.stat().st_size
+        digest.update(f"{path.relative_to(folder)} {size}".encode())
+        with path.open("rb") as file:  # Weights are large, and other ones differ nearly everywhere.
+            for place in (0, size // 2, max(size - SAMPLE, 0)):
+                file.seek(place)
+                digest.update(file.read(SAMPLE))
+    return f"{folder.name} {digest.hexdigest()[:12]}"
+
+
+def short_digest(value: Any) -> str:
+    """A few letters that differ where the value does."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()[:12]
+
+
+def pictures(evaluation: Any) -> dict[str, Any]:
+    """The part of a fingerprint that pictures depend on; empty for a line of an older version."""
+    given = evaluation if isinstance(evaluation, Mapping) else {}
+    return {name: value for name, value in given.items() if name not in OF_SCORES}
+
+
+def changed(before: Any, now: Any) -> list[str]:
+    """Names of what differs between two fingerprints, rewards by theirs."""
+    if not before or not now:
+        return [] if before == now else ["what it was in an older version is not known"]
+    a, b = ({**pictures(e), **{f"reward {n}": v for n, v in rewards(e).items()}} for e in (before, now))
+    names = [name for name in {**a, **b} if a.get(name) != b.get(name)]
+    # A total of other rewards is another one in any case.
+    return names or (["weights of rewards"] if total(before) != total(now) else [])
+
+
+def comparable(before: Any, now: Any, name: str) -> bool:
+    """Whether a figure of two evaluations differs by the weights alone."""
+    return pictures(before) == pictures(now) and identity(before, name) == identity(now, name)
+
+
+def rewards(evaluation: Any) -> Mapping[str, str]:
+    found = evaluation.get("rewards") if isinstance(evaluation, Mapping) else None
+    return found if isinstance(found, Mapping) else {}
+
+
+def total(evaluation: Any) -> Any:
+    return evaluation.get("total") if isinstance(evaluation, Mapping) else None
+
+
+def identity(evaluation: Any, name: str) -> Any:
+    """What a figure of an evaluation is of.
+
+    name: of a reward, of its detail, `REWARD/DETAIL`, or `total`.
+    """
+    title = name.partition("/")[0].partition(":")[0]
+    return total(evaluation) if name == "total" else rewards(evaluation).get(title)
+
+
+def sources_of(host: Host, references: Iterable[str] = ()) -> dict[str, str]:
+    """Versions of plug-ins and of what is beneath them, by distribution; digests of the user's files, by name.
+
+    references: those of the run's rewards and solver, of which some are `FILE.py:NAME` or `MODULE:NAME`.
+    """
+    found = {row.distribution: row.version for row in host.plugins if row.status == "ok"}
+    for name in BENEATH:
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    files: dict[str, list[str]] = {}
+    for path in dict.fromkeys(path for r in references if is_reference(r) for path in files_of(r)):
+        files.setdefault(path.name, []).append(file_digest(path))
+    return found | {name: " ".join(sorted(digests)) for name, digests in files.items()}
+
+
+def files_of(reference: str) -> list[Path]:
+    """Of `FILE.py:NAME` the file and the imported modules beside it; of `MODULE:NAME` those of the package."""
+    location, _, _ = reference.rpartition(":")
+    modules = {name: getattr(module, "__file__", None) for name, module in list(sys.modules.items())}
+    paths = {
+        name: Path(file) for name, file in modules.items() if isinstance(file, str) and file.endswith(".py")
+    }
+    if location.endswith(".py"):
+        own = Path(location).resolve()
+        installed = [sysconfig.get_path(name) for name in ("stdlib", "purelib", "platlib")]
+        used = {own} | {
+            path
+            for name, path in paths.items()
+            # Others that were given by their path are rewards of their own.
+            if path.is_relative_to(own.parent)
+            and not name.startswith("nft_local:")
+            and not any(path.is_relative_to(place) for place in installed)
+        }
+    else:
+        used = {path for name, path in paths.items() if name.partition(".")[0] == location.partition(".")[0]}
+    return sorted(path for path in used if path.is_file())
+
+
+def file_digest(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()[:12]
+
+
+def differences(before: Mapping[str, str], now: Mapping[str, str]) -> list[str]:
+    """In words, what both know and is another now: versions of distributions, files of the user's."""
+    return [
+        f"{name} is another file" if name.endswith(".py") else f"{name} {before[name]} then, {now[name]} now"
+        for name in sorted(before.keys() & now.keys())
+        if before[name] != now[name]
+    ]

@@ -1,0 +1,112 @@
+"""A run's folder: claimed by one run, locked by one process, and its settings."""
+
+from __future__ import annotations
+
+import os
+import shlex
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ..errors import CheckpointError, NftError, UsageError
+from ..settings import Settings, read_toml
+
+if TYPE_CHECKING:
+    pass
+from typing import TYPE_CHECKING
+
+from ..errors import disk_advice
+from ..settings import to_toml
+
+if TYPE_CHECKING:
+    pass
+
+
+def settings_of(folder: Path) -> dict[str, Any]:
+    """A run's settings, from its run.toml, or else from its newest checkpoint. Raises UsageError."""
+    if (folder / "run.toml").exists():
+        return read_toml(folder / "run.toml")
+    from .checkpoint import checkpoints, read_state
+
+    for path in checkpoints(folder):
+        try:
+            return read_state(path)[1]
+        except CheckpointError:
+            continue
+    raise UsageError(
+        f"{folder} is no run's folder: expected run.toml and checkpoints/ in it. Give the folder that "
+        "`nft run` wrote to, such as runs/NAME."
+    )
+
+
+def holds_a_run(folder: Path) -> bool:
+    """Whether there is something to go on with. Raises UsageError for a folder of something else."""
+    if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
+        return False
+    settings_of(folder)
+    return True
+
+
+@contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Keep a second process of this machine out of a run's folder, as long as this one lives."""
+    try:
+        import fcntl
+    except ImportError:  # Windows
+        yield
+        return
+    place = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(place, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        os.close(place)
+        raise NftError(f"{folder} is in use by another process of nft: wait for it or stop it.") from error
+    except OSError:  # A file system without locks.
+        pass
+    try:
+        yield
+    finally:
+        os.close(place)
+
+
+def claim(folder: Path) -> None:
+    """Refuse a folder that holds anything: a run never overwrites another."""
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        command = f"nft resume {shlex.quote(str(folder))}"
+        goes_on = f" `{command}` goes on with the run in it." if (folder / "run.toml").exists() else ""
+        raise UsageError(
+            f"{folder} exists and is not empty. Choose another --out, or remove it first; "
+            f"nothing in it was changed.{goes_on}"
+        )
+
+
+def make(folder: Path, new: bool = False) -> bool:
+    """Make a folder; returns whether it is there now, or with `new` whether it is there by this call."""
+    try:
+        folder.mkdir(parents=True, exist_ok=not new)
+    except OSError as error:
+        if new and isinstance(error, FileExistsError):
+            return False
+        advice = f"{disk_advice(error)}, or choose another --out"
+        raise NftError(f"Cannot write to {folder}: {error}. {advice}.") from error
+    return True
+
+
+def write_settings(folder: Path, settings: Settings, step: int) -> None:
+    """Write `run.toml`. Other settings that stand there held until this gradient step, and are kept by it."""
+    file, aside, before = folder / "run.toml", folder / ".run.toml", folder / f"run-until-{step:06d}.toml"
+    text = to_toml(settings)
+
+    def write(path: Path, content: str) -> None:
+        aside.write_text(content, encoding="utf-8")
+        aside.replace(path)
+
+    try:
+        former = file.read_text(encoding="utf-8") if file.exists() else text
+        if former != text and not before.exists():
+            write(before, former)
+        write(file, text)
+    except OSError as error:
+        advice = f"{disk_advice(error)}, then give the command again"
+        raise NftError(f"Cannot write to {folder}: {error}. {advice}.") from error

@@ -1,0 +1,108 @@
+"""Paths in a run's settings: whole ones, so that the run goes on from any folder."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from ..errors import UsageError
+from ..host.local import is_reference
+from ..host.specs import parse_observer, parse_reward
+from ..prompts import is_text
+
+NOT_UTF_8 = "the name is not in UTF-8, in which run files are written; rename what is called so"
+#: Settings, and options, that are always paths. Others are where a file or a folder stands there.
+PATHS = ("prompts", "eval_prompts", "cache", "folder")
+
+
+def anchored(values: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings with whole paths for those that are seen from the current folder, `FILE.py:NAME` among them.
+
+    Raises UsageError for a path that is not in UTF-8.
+    """
+    whole = with_paths(values, anchor)
+    for name, value in whole.items():
+        if not is_text(json.dumps(value, ensure_ascii=False, default=str)):
+            raise UsageError(f"Setting {name} = {value!r}: {NOT_UTF_8}.")
+    return whole
+
+
+def anchored_folder(folder: Path) -> Path:
+    """The whole path of a run's folder. Raises UsageError where it is not in UTF-8."""
+    whole = folder.resolve()
+    if not is_text(str(whole)):
+        raise UsageError(f"The run's folder {str(whole)!r}: {NOT_UTF_8}, or choose another with --out.")
+    return whole
+
+
+def anchor(name: str, text: str) -> str:
+    """The whole path of a setting or an option that is a path; others as they are."""
+    location, colon, attribute = text.rpartition(":")
+    if is_reference(text):
+        file = location if location.endswith(".py") else own_module(location)
+        return f"{anchor('', file)}{colon}{attribute}" if file else text
+    path = Path(text)
+    # A bare word may be the name of something else, and of a file by chance.
+    path_like = name == "model" or len(path.parts) > 1 or path.suffix
+    if text and (name in PATHS or (path_like and stands(path))):
+        return str(path.expanduser().absolute())
+    return text
+
+
+def own_module(name: str) -> str:
+    """The file of a module of the current folder; empty for others, as installed ones come first."""
+    file = Path(f"{name}.py")
+    if not (name.isidentifier() and file.is_file()):
+        return ""
+    spec = find_spec(name)
+    return "" if spec and spec.origin != str(file.absolute()) else str(file)
+
+
+def stands(path: Path) -> bool:
+    try:
+        return path.exists()
+    except (OSError, ValueError):  # No path at all, such as a long text.
+        return False
+
+
+def placeless(values: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings with the last part of each whole path: what they are, wherever they lie."""
+    return with_paths(values, lambda name, text: last_part(text))
+
+
+def last_part(text: str) -> str:
+    """The last part of a whole path; other text as it is."""
+    return Path(text).name if Path(text).is_absolute() else text
+
+
+def with_paths(values: Mapping[str, Any], change: Callable[[str, str], str]) -> dict[str, Any]:
+    """The settings with `change(NAME, TEXT)` for each text that may be a path."""
+
+    def options(given: Mapping[str, Any]) -> dict[str, Any]:
+        return {name: change(name, v) if isinstance(v, str) else v for name, v in given.items()}
+
+    def reward(given: Any) -> Any:
+        spec = parse_reward(given)
+        old = {"name": spec.name, **spec.options}
+        new = options(old)
+        return given if new == old else {**new, "weight": spec.weight, **spec.guard.words()}
+
+    def observer(given: Any) -> Any:
+        spec = parse_observer(given)
+        new = options(spec.options)
+        return given if new == spec.options else {"name": spec.name, **new}
+
+    changed = dict(values)
+    for name in ("model", "solver", *PATHS):
+        if isinstance(values.get(name), str):
+            changed[name] = change(name, values[name])
+    for name in ("model_options", "solver_options"):
+        if name in values:
+            changed[name] = options(values[name])
+    for name, adapt in (("rewards", reward), ("observers", observer)):
+        if name in values:
+            changed[name] = [adapt(given) for given in values[name]]
+    return changed

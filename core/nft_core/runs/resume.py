@@ -1,0 +1,130 @@
+"""Going on with a run: from which checkpoint, with which settings, and with whose prompts."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shlex
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ..errors import CheckpointError, UsageError
+from ..host.specs import Policy, RewardSpec, parse_reward
+from ..prompts import Prompt
+from ..settings import Settings, make_settings
+from .fingerprint import differences
+from .folder import settings_of
+from .places import placeless
+
+if TYPE_CHECKING:
+    from ..training.state import Training
+
+#: Settings that a run may go on with at another value: they change how far, how fast and how closely watched it
+#: goes, not what is learned. Sizes of batches and the number of processes change results by rounding alone.
+FREE = {
+    *("epochs", "device", "processes", "parallel", "rollout_batch", "decode_batch", "microbatch", "observers"),
+    *("join_timeout", "peer_timeout", "merge_lora", "cache", "gradient_checkpointing", "offload", "compile"),
+    *("attention",),
+    *("eval_every", "eval_images", "eval_steps", "checkpoint_every", "keep_last", "keep_best"),
+    *("prompts", "eval_prompts"),  # What is in these files is compared.
+    *("max_nonfinite", "max_skips", "strict", "watch_x0", "watch_gap", "watch_flat_groups", "watch_reward"),
+}
+
+
+def find(folder: Path, settings: Settings, allow_changes: bool, tell: Callable[[str], None]) -> Path | None:
+    """The newest whole checkpoint, or None where the run begins anew.
+
+    Raises UsageError, with each of them, for settings that would change what is learned.
+    """
+    from .checkpoint import checkpoints, newest, read_state
+
+    path = newest(folder, tell)
+    if path is None and checkpoints(folder):
+        raise CheckpointError(
+            f"None of the checkpoints of {folder} is whole. Put back a copy of one, or remove "
+            f"{folder / 'checkpoints'} to begin anew."
+        )
+    if path is None:
+        check_changes(settings_of(folder), settings, allow_changes, tell)
+        tell(f"{folder} has no checkpoint yet: the run begins anew.")
+        return None
+    progress, before = read_state(path)
+    check_changes(before, settings, allow_changes, tell)
+    update = f", {progress.update} steps into epoch {progress.epoch + 1}" if progress.update else ""
+    tell(f"Going on from {path}: epoch {progress.epoch} of {settings.epochs}{update}.")
+    if progress.epoch >= settings.epochs:
+        tell(f"The run is finished. To train further: nft resume {shlex.quote(str(folder))} --epochs N")
+    return path
+
+
+def check_changes(
+    before: Mapping[str, Any], settings: Settings, allow_changes: bool, tell: Callable[[str], None]
+) -> None:
+    """Tell which settings have changed; raise UsageError for those that change what is learned."""
+    grave, free = changes(before, settings)
+    if grave and not allow_changes:
+        raise UsageError(
+            "These settings change what is learned, and the checkpoint was made with others: "
+            f"{'; '.join(grave)}. Leave them as they were, or go on all the same with --allow-changes."
+        )
+    if grave or free:
+        tell(f"Settings that have changed: {'; '.join([*grave, *free])}.")
+
+
+def changes(before: Mapping[str, Any], settings: Settings) -> tuple[list[str], list[str]]:
+    """Settings that differ from a checkpoint's, in words: those that change what is learned, and the others."""
+    now = settings.model_dump(mode="json")
+    before = {**make_settings().model_dump(mode="json"), **before}
+    said = {n: f"{n} ({before[n]!r} before, {now[n]!r} now)" for n in sorted(now) if now[n] != before[n]}
+    free = FREE
+    if settings.lr_schedule == "cosine" and "epochs" in said:
+        said["epochs"] += ", over which lr_schedule = cosine, which --tiny has, falls to 0"
+        free = FREE - {"epochs"}
+    if said:
+        # A file may lie elsewhere now, and what is done where a reward fails may change.
+        was, is_now = (placeless(v) | {"rewards": unguarded(placeless(v)["rewards"])} for v in (before, now))
+        free = free | {n for n in said if n != "epochs" and was[n] == is_now[n]}
+    return [said[n] for n in said if n not in free], [said[n] for n in said if n in free]
+
+
+def unguarded(rewards: Sequence[Any]) -> list[RewardSpec]:
+    """Rewards without what is done where they fail, which may change."""
+    return [replace(parse_reward(given), guard=Policy()) for given in rewards]
+
+
+def digest(prompts: Sequence[Prompt], held_out: Sequence[Prompt]) -> str:
+    """Of the prompts that a run trains on and evaluates on, and their metadata, in order."""
+    rows = [[p.text, p.metadata] for p in prompts], [[p.text, p.metadata] for p in held_out]
+    return hashlib.sha256(json.dumps(rows, sort_keys=True, default=str).encode()).hexdigest()
+
+
+def restore(
+    training: Training, path: Path, allow_changes: bool, tell: Callable[[str], None] = lambda text: None
+) -> bool:
+    """Put a run where its checkpoint stands; returns whether it learns from other things from there.
+
+    tell: told which plug-ins and files of the user's are others than when the checkpoint was made.
+    Raises UsageError for other prompts, and CheckpointError for a checkpoint of another model.
+    """
+    from .checkpoint import load_checkpoint, read_state
+
+    progress, before = read_state(path)
+    if progress.prompts != training.at.prompts and not allow_changes:
+        raise UsageError(
+            "The prompts have changed since the checkpoint was made: give the same files, or go on all the "
+            "same with --allow-changes."
+        )
+    load_checkpoint(path, training.policy, training.optimizer)
+    grave, _ = changes(before, training.settings)
+    now = training.at
+    other = bool(grave) or progress.prompts != now.prompts
+    if differ := differences(progress.sources, now.sources):
+        tell(f"Not as when the checkpoint was made: {'; '.join(differ)}. Figures may differ for that.")
+    if other or progress.evaluation != now.evaluation:
+        progress.evaluations.clear()  # Rewards of another kind, or of other images, are not compared with.
+        progress.baseline.clear()
+    progress.prompts, progress.evaluation, progress.sources = now.prompts, now.evaluation, now.sources
+    training.at = progress
+    return other

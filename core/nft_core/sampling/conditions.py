@@ -1,0 +1,201 @@
+"""Conditions of prompts: encoded once, kept in memory or in a file of the cache, and handed out by rows."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import socket
+import sys
+import tempfile
+from collections.abc import Iterable, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+from uuid import uuid4
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file
+from torch import Tensor
+
+from nft_plugins import Condition, FlowModel
+
+from ..environment import number
+from ..parallel import processes
+from ..parallel.devices import sent
+from ..prompts import Prompt
+
+CPU = torch.device("cpu")
+#: Bytes of encodings that each process may hold in memory.
+MOST_HELD = 2 * 2**30
+#: Texts that a model encodes at once: few enough to be held in memory twice.
+AT_ONCE = 1024
+#: Beside the model's files, what an encoding depends on.
+LIBRARIES = ("torch", "transformers", "diffusers")
+#: As safetensors names dtypes.
+DTYPES = {
+    **{torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"},
+    **{torch.int64: "I64", torch.int32: "I32", torch.int16: "I16", torch.int8: "I8"},
+    **{torch.uint8: "U8", torch.bool: "BOOL"},
+}
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """Conditions of the prompts of a file. Equal texts share a row, and what is never drawn has none.
+
+    condition: tensors with a row a text. row: `[prompts]`, each prompt's row, or -1.
+    """
+
+    condition: Condition
+    row: Tensor
+
+    def of(self, prompts: Tensor, device: torch.device) -> Condition:
+        """A row for each of the prompts' indices, on `device`, each different row copied there once."""
+        rows, places = self.row[prompts].unique(return_inverse=True)
+        places = sent(places, device)
+        return {name: sent(c[rows.to(c.device)], device)[places] for name, c in self.condition.items()}
+
+
+def encode(
+    model: FlowModel,
+    prompts: Sequence[Prompt],
+    drawn: Iterable[int],
+    cache: Path | None = None,
+    device: torch.device = CPU,
+) -> Encoded:
+    """Encode the prompts at these indices, or read them from a folder, the cache, where they are.
+
+    Of several processes the first one of each machine writes the cache, and all of them map the same file. More
+    than MOST_HELD bytes go to such a file without a cache too: 25,000 prompts of a model with a T5 are 40 GB,
+    which each process would hold. Once all have mapped that file its name is removed: it goes with the run.
+
+    device: by which processes speak to one another.
+    """
+    texts = list(dict.fromkeys(prompts[i].text for i in drawn))
+    row = {text: i for i, text in enumerate(texts)}
+    rows = torch.tensor([row.get(p.text, -1) for p in prompts], dtype=torch.int64, device="cpu")
+    if not texts:
+        return Encoded(model.encode(texts), rows)
+    if cache is not None:
+        return Encoded(encode_to_file(model, texts, cache), rows)
+    one = model.encode(texts[:1])
+    if len(texts) * sum(r.nbytes for r in one.values()) <= MOST_HELD:
+        return Encoded(model.encode(texts), rows)
+    folder = make_scratch(device)
+    try:
+        condition = encode_to_file(model, texts, folder)
+        processes.barrier()
+    finally:
+        if is_first_here():
+            shutil.rmtree(folder, ignore_errors=True)
+    return Encoded(condition, rows)
+
+
+def encode_to_file(model: FlowModel, texts: Sequence[str], folder: Path) -> Condition:
+    """The encodings in a file of the folder, mapped; in memory where the file could not be written."""
+    file = folder / f"{key(model, texts)}.safetensors"
+    if is_first_here() and not is_whole(file):
+        write(model, texts, file)
+    processes.barrier()
+    return load_file(file) if is_whole(file) else model.encode(texts)
+
+
+def is_whole(file: Path) -> bool:
+    """Whether a file of the cache can be read; one that was cut short, as by a full disk, is made anew."""
+    if not file.is_file():
+        return False
+    try:
+        with safe_open(file, framework="pt"):
+            return True
+    except (SafetensorError, OSError):
+        return False
+
+
+def is_first_here() -> bool:
+    """Whether this is the first process of its machine."""
+    return number("LOCAL_RANK", 0) == 0
+
+
+def make_scratch(device: torch.device) -> Path:
+    """A new folder among the machine's temporary files, the same for all processes of a machine."""
+    folder = tempfile.mkdtemp(prefix="nft-encoded-") if is_first_here() else ""
+    mine = json.dumps([socket.gethostname(), folder])
+    everyones = [json.loads(text) for text in processes.gather_texts(mine, device)]
+    here = [path for host, path in everyones if host == socket.gethostname() and path]
+    return Path(here[0] if here else tempfile.gettempdir())
+
+
+def key(model: FlowModel, texts: Sequence[str]) -> str:
+    """A name for encodings: another model, file, option, library or text makes another."""
+    plain = (int, float, str, torch.dtype)
+    options = {n: repr(v) for n, v in sorted(vars(model).items()) if isinstance(v, plain)}
+    files = sorted(f for f in Path(model.name).rglob("*") if f.is_file()) if Path(model.name).is_dir() else []
+    parts: list[Any] = [
+        type(model).__qualname__,
+        options,
+        # Of a hub id, the folder of the revision.
+        str(getattr(getattr(model.transformer, "config", None), "_name_or_path", "")),
+        [(str(f.resolve()), f.stat().st_size, f.stat().st_mtime_ns) for f in files],
+        str(getattr(model, "device", "")).partition(":")[0],
+        [version(name) for name in LIBRARIES],
+        list(texts),
+    ]
+    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:32]
+
+
+def write(model: FlowModel, texts: Sequence[str], file: Path) -> None:
+    """Encode texts into a file, a part at a time, so that it may be larger than the memory.
+
+    A cache is a convenience: where it cannot be written, that is told, and the run goes on without.
+    """
+    aside = file.with_name(f".{uuid4().hex}")
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        views: dict[str, Tensor] = {}
+        for start in range(0, len(texts), AT_ONCE):
+            condition = model.encode(texts[start : start + AT_ONCE])
+            views = views or empty_file(aside, condition, len(texts))
+            for name, rows in condition.items():
+                views[name][start : start + len(rows)] = rows.cpu()
+        aside.replace(file)
+    except OSError as error:
+        print(f"Encoded prompts are not kept in {file.parent}: {error}.", file=sys.stderr)
+    finally:
+        with suppress(OSError):  # Of an interrupt, too.
+            aside.unlink()
+
+
+def empty_file(file: Path, condition: Condition, count: int) -> dict[str, Tensor]:
+    """A safetensors file for `count` rows of each tensor, mapped: what is written to them is in the file.
+
+    Raises OSError where the disk has not the room, since writing to a map beyond it would end the process.
+    """
+    header: dict[str, Any] = {}
+    end = 0
+    # The widest numbers first, so that each begins at a multiple of its size.
+    for name, rows in sorted(condition.items(), key=lambda item: -item[1].element_size()):
+        start, end = end, end + count * rows[0].numel() * rows.element_size()
+        shape = [count, *rows.shape[1:]]
+        header[name] = {"dtype": DTYPES[rows.dtype], "shape": shape, "data_offsets": [start, end]}
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 64 + 56)  # So that the numbers begin at a multiple of 64 bytes.
+    free = shutil.disk_usage(file.parent).free
+    if end > free:
+        raise OSError(f"they take {end / 1e9:.1f} GB, and the disk has {free / 1e9:.1f} GB left")
+    with file.open("wb") as opened:
+        opened.write(len(text).to_bytes(8, "little") + text)
+        begin = opened.tell()
+        opened.truncate(begin + end)
+        if hasattr(os, "posix_fallocate") and end:  # The room is ours from here on.
+            os.posix_fallocate(opened.fileno(), begin, end)
+    whole = torch.from_file(str(file), shared=True, size=begin + end, dtype=torch.uint8)[begin:]
+    views = {}
+    for name, rows in condition.items():
+        start, end = header[name]["data_offsets"]
+        views[name] = whole[start:end].view(rows.dtype).view(header[name]["shape"])
+    return views

@@ -1,0 +1,1 @@
+"""Rewards joined into one, with failure policies, and their scores."""

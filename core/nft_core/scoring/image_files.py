@@ -1,0 +1,171 @@
+"""Image files: found in folders, and decoded.
+
+Decoding: PNG, JPEG, WebP, GIF, BMP, TIFF or AVIF, whatever the file is called; the first frame; turned as EXIF
+says; alpha is composited on white; no colour management; more pixels than Pillow's limit against decompression
+bombs, or more than 8 bits a channel, is an error.
+"""
+
+from __future__ import annotations
+
+import os
+import warnings
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps, features
+from torch import Tensor
+
+from ..errors import UsageError
+
+#: No others: Pillow would hand some formats to programs of their own.
+FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", *(("AVIF",) if features.check("avif") else ()))
+KINDS = "PNG, JPEG, WebP, GIF, BMP, TIFF" + (", AVIF" if "AVIF" in FORMATS else "")
+SUFFIXES = (
+    *(".png", ".jpg", ".jpeg", ".jpe", ".jfif", ".webp", ".gif", ".bmp", ".tif", ".tiff"),
+    *((".avif",) if "AVIF" in FORMATS else ()),
+)
+#: Of images that are not read. A folder's are named, so that nobody thinks that they were scored.
+OTHER_SUFFIXES = (
+    *(".avif", ".heic", ".heif", ".jxl", ".jp2", ".j2k", ".svg", ".psd", ".ico", ".tga", ".qoi", ".dds"),
+    *(".ppm", ".pgm", ".pbm", ".pnm", ".exr", ".hdr", ".eps", ".dng", ".cr2", ".cr3", ".nef", ".arw", ".raw"),
+    *(".orf", ".rw2", ".raf", ".hif", ".jxr", ".icns", ".pcx", ".dib", ".sgi", ".rgb", ".xbm", ".xpm", ".xcf"),
+    *(".kra", ".svgz", ".avifs", ".bpg", ".dcm", ".fits", ".ras", ".im", ".jxs"),
+)
+#: What stands beside images, and is none.
+BESIDE = (".txt", ".json", ".jsonl", ".csv")
+#: Files that are named one by one.
+NAMED = 20
+ORIENTATION = 0x0112
+#: The size of an image that cannot be read.
+UNREADABLE = (0, 0)
+
+
+def find_images(paths: Iterable[Path], tell: Callable[[str], None] = lambda text: None) -> list[Path]:
+    """Image files as given, and those in folders, at any depth and sorted, each once.
+
+    Hidden files and folders inside a folder are left out. What else of a folder is left out and seems to be
+    an image, `tell` is told. Raises UsageError for a path that is not there or is no image, and for a folder
+    without images.
+    """
+    found: dict[Path, Path] = {}
+    left: dict[Path, str] = {}
+    for path in map(Path, paths):
+        if path.is_dir():
+            files = sorted(walk(path, left))
+            if not files:
+                raise UsageError(f"The folder {path} holds no image: expected {listed(SUFFIXES)}.{names(left)}")
+        elif not path.exists():
+            raise UsageError(f"There is no {path}: expected image files or folders of them.")
+        elif not path.is_file() or (path.suffix.lower() not in SUFFIXES and size_of(path) == UNREADABLE):
+            raise UsageError(f"{path} is no image that can be read: expected {listed(SUFFIXES)}.")
+        else:
+            files = [path]
+        for file in files:
+            found.setdefault(file.resolve(), file)
+    if left:
+        tell(f"Warning:{names(left)}")
+    return list(found.values())
+
+
+def walk(folder: Path, left: dict[Path, str]) -> Iterator[Path]:
+    """The images of a folder at any depth; `left` is given what is left out, and why."""
+
+    def refused(error: OSError) -> None:
+        left[Path(error.filename)] = "a folder that cannot be read"
+
+    for place, folders, files in os.walk(folder, onerror=refused):
+        here = Path(place)
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        left.update((here / name, "a link to a folder") for name in folders if (here / name).is_symlink())
+        for name in sorted(files):
+            reason = why_left(here / name)
+            if reason:
+                left[here / name] = reason
+            elif reason is None:
+                yield here / name
+
+
+def why_left(file: Path) -> str | None:
+    """None for an image that is read, the reason for one that is not, and "" for what is no image."""
+    suffix = file.suffix.lower()
+    # A pipe would be waited for.
+    if file.name.startswith(".") or suffix in BESIDE or (suffix not in SUFFIXES and not file.is_file()):
+        return ""
+    if suffix in SUFFIXES:
+        if file.name == "grid.png" and (file.parent / "samples").is_dir():  # as GenEval's script writes it
+            return "a sheet of the images in samples/"
+        return None if file.is_file() else "a link to nothing, or no file"
+    if suffix in OTHER_SUFFIXES:
+        return "a kind that is not read; convert it to PNG"
+    return "" if size_of(file) == UNREADABLE else "another suffix; give its path to score it"
+
+
+def names(left: dict[Path, str]) -> str:
+    """A sentence with what was left out; nothing where nothing was."""
+    if not left:
+        return ""
+    said = [f"{path} ({reason})" for path, reason in list(left.items())[:NAMED]]
+    more = f" and {len(left) - NAMED} more" if len(left) > NAMED else ""
+    return f" Not scored: {', '.join(said)}{more}."
+
+
+def listed(suffixes: Iterable[str]) -> str:
+    return ", ".join(suffixes)
+
+
+@contextmanager
+def opened(source: Path | Image.Image, name: Path) -> Iterator[Image.Image]:
+    """An image whose header was read. Raises UsageError, which names it, for whatever a decoder raises."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # such as odd EXIF
+            warnings.simplefilter("error", Image.DecompressionBombWarning)
+            # Whoever gave an image goes on with it.
+            given = isinstance(source, Image.Image)
+            with nullcontext(source) if given else Image.open(source, formats=FORMATS) as image:
+                if is_deep(image):
+                    raise ValueError("more than 8 bits a channel; convert it to 8")
+                yield image
+    except Image.UnidentifiedImageError as error:
+        raise UsageError(f"Cannot read {name}: it is none of {KINDS}.") from error
+    except MemoryError as error:
+        raise UsageError(f"Cannot read {name}: the CPU's memory is full.") from error
+    except Exception as error:
+        raise UsageError(f"Cannot read {name}: {error or type(error).__name__}.") from error
+
+
+def is_deep(image: Image.Image) -> bool:
+    """Whether an image has more than 8 bits a channel.
+
+    Pillow opens 48-bit PNGs and TIFFs as RGB and cuts them; what it decodes them by says so.
+    """
+    # BGR;16 has 5 or 6 bits a channel.
+    raw = [str(tile[3]) for tile in getattr(image, "tile", ())]
+    return image.mode.startswith(("I", "F")) or any(";16" in r and "BGR;16" not in r for r in raw)
+
+
+def size_of(source: Path | Image.Image) -> tuple[int, int]:
+    """Height and width as the image is shown, from what stands before its pixels."""
+    try:
+        with opened(source, Path()) as image:
+            width, height = image.size
+            # A PNG may have EXIF behind its pixels, which Pillow would decode; a TIFF's size is turned already.
+            early = image.format != "TIFF" and (image.format != "PNG" or "exif" in image.info)
+            turned = early and image.getexif().get(ORIENTATION) in (5, 6, 7, 8)
+            return (width, height) if turned else (height, width)
+    except UsageError:
+        return UNREADABLE
+
+
+def decode(source: Path | Image.Image, name: Path | None = None) -> Tensor:
+    """`[3, H, W]` float32 in [0, 1]. name: what errors call it."""
+    with opened(source, name or Path(str(source))) as image:
+        upright = ImageOps.exif_transpose(image)
+        if upright.has_transparency_data:
+            layer = upright.convert("RGBA")
+            upright = Image.alpha_composite(Image.new("RGBA", layer.size, "white"), layer)
+        pixels = np.array(upright.convert("RGB"))
+    return torch.from_numpy(pixels).permute(2, 0, 1).float() / 255

@@ -1,0 +1,115 @@
+"""Scores of many batches and processes as those of all images, and what is told of them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from nft_plugins import Part, Scores
+
+from ..errors import NftError
+from ..parallel.processes import gather_rows, gather_texts, same_everywhere
+
+
+def map_scores(scores: Scores, f: Callable[[Tensor], Tensor]) -> Scores:
+    """f applied to every tensor of the scores and of their parts."""
+    return Scores(
+        f(scores.values),
+        f(scores.valid),
+        {name: f(d) for name, d in scores.details.items()},
+        {name: Part(w, map_scores(part, f)) for name, (w, part) in scores.parts.items()},
+    )
+
+
+class Names(NamedTuple):
+    """Names of the details of scores, and of those of their parts."""
+
+    details: tuple[str, ...]
+    parts: Mapping[str, Names]
+
+
+def names_of(scores: Scores) -> Names:
+    return Names(tuple(scores.details), {name: names_of(p.scores) for name, p in scores.parts.items()})
+
+
+def joined(names: Sequence[Names]) -> Names:
+    """All the names, in the order in which they come."""
+    parts = dict.fromkeys(name for n in names for name in n.parts)
+    return Names(
+        tuple(dict.fromkeys(name for n in names for name in n.details)),
+        {part: joined([n.parts[part] for n in names if part in n.parts]) for part in parts},
+    )
+
+
+def everyones_names(scores: Scores, device: torch.device) -> Names:
+    """The names in all processes."""
+    return joined([as_names(json.loads(t)) for t in gather_texts(json.dumps(names_of(scores)), device)])
+
+
+def as_names(read: Any) -> Names:
+    details, parts = read
+    return Names(tuple(details), {name: as_names(part) for name, part in parts.items()})
+
+
+def lacking(scores: Scores) -> bool:
+    """Whether a reward, or one that it is composed of, has no score for any sample, and so no details."""
+    if scores.parts:
+        return any(lacking(p.scores) for p in scores.parts.values())
+    return not scores.details and not scores.valid.any()
+
+
+def filled(scores: Scores, names: Names) -> Scores:
+    """The scores with their details in the order of `names`, NaN where a reward has no score for any sample.
+
+    Other scores with other details stay as they are: that is a mistake, which is told where they are joined.
+    """
+    details = scores.details
+    if lacking(scores) or set(details) == set(names.details):
+        nothing = torch.full_like(scores.values, torch.nan)
+        details = {name: details.get(name, nothing) for name in names.details}
+    parts = {name: Part(w, filled(part, names.parts[name])) for name, (w, part) in scores.parts.items()}
+    return Scores(scores.values, scores.valid, details, parts)
+
+
+def concatenate(scores: Sequence[Scores]) -> Scores:
+    """The scores of consecutive batches of the same reward as one, details NaN in batches without a score."""
+    names = joined([names_of(s) for s in scores])
+    try:
+        return Scores.cat([filled(s, names) for s in scores])
+    except ValueError as error:
+        raise NftError(f"A reward does not keep the contract: {error}.") from error
+
+
+def gather_scores(scores: Scores, index: Tensor, count: int, device: torch.device) -> Scores:
+    """`[count]` scores of all processes' images, in order. Raises NftError where processes' details differ."""
+    names = ", ".join(scores.details) or "none"
+    if not same_everywhere(names, device):
+        raise NftError(
+            "A reward does not keep the contract: it must give the same details in the same order in every "
+            f"process, and here it gave {names}, elsewhere others."
+        )
+
+    def gather(x: Tensor) -> Tensor:
+        rows = gather_rows(x.float() if x.dtype == torch.bool else x, index, count, device)
+        return rows.bool() if x.dtype == torch.bool else rows
+
+    return map_scores(scores, gather)
+
+
+def withheld(scores: Scores, kept: Tensor) -> Scores:
+    """The scores, none of which is valid, with all its parts, where `kept` `[N]` is False."""
+    parts = {name: Part(w, withheld(part, kept)) for name, (w, part) in scores.parts.items()}
+    return Scores(scores.values.where(kept, 0), scores.valid & kept, scores.details, parts)
+
+
+def shuffled_within_groups(scores: Scores, groups: Tensor, source: torch.Generator) -> Scores:
+    """Scores that have changed places within each group, whole samples at a time."""
+    order = torch.arange(len(groups), device="cpu")
+    for g in groups.unique():
+        members = (groups == g).nonzero().flatten()
+        order[members] = members[torch.randperm(len(members), generator=source, device="cpu")]
+    return map_scores(scores, lambda x: x[order])

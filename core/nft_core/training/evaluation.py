@@ -1,0 +1,52 @@
+"""Evaluation of the model that is being trained, on prompts that it is not trained on."""
+
+from __future__ import annotations
+
+from ..parallel import processes
+from ..sampling.draws import Draws
+from ..sampling.rollout import roll_out
+from ..scoring.statistics import statistics, which
+from ..seeds import reseed
+from .gallery import Gallery
+from .state import Training
+from .watch import warnings
+
+
+def evaluate(run: Training) -> dict[str, str]:
+    """Score `eval_images` images of each held-out prompt, from the same noise every time; returns warnings."""
+    s, at = run.settings, run.at
+    reseed(s.seed, "eval", at.epoch, processes.rank())
+    indices = range(len(run.eval_prompts))
+    # Epoch 0 in the key whatever the epoch: before and after differ by the weights alone.
+    draws = Draws(run.eval_prompts, indices, s.eval_images, s.seed, "eval", 0)
+    gallery = Gallery(draws)
+    with run.policy.ema(), run.policy.merged():
+        rollout = roll_out(
+            run.eval_sampler,
+            draws,
+            run.eval_condition,
+            run.reward,
+            run.progress,
+            run.phase,
+            stop=run.stop,
+            look=gallery.add,
+        )
+    run.phases.clear()
+    batch, scores = gallery.shown(rollout.scores, run.policy.device)
+    figures = statistics(rollout.scores, draws.metadata(), rollout.tallies)
+    known = {"which": which(rollout.scores), "evaluation": run.evaluation}
+    record = run.record("eval", at.epoch, images=len(draws), **figures, **known)
+    total = record["rewards"]["total"]
+    whole = not rollout.skipped and total["mean"] is not None  # Without one of its rewards a total is another.
+    if whole:
+        at.baseline.setdefault("reward", total["mean"])
+        at.baseline.setdefault("reward_std", total["std"])
+    record["skipped"] = list(rollout.skipped)
+    if not whole:
+        total.update(mean=None, std=None)
+    record["warnings"] = warnings(record, at.baseline, s) if whole else {}
+    if processes.rank() == 0:  # Observers are there alone.
+        run.observe("nft_eval_finished", record=record, batch=batch, scores=scores)
+    if whole:
+        at.evaluations[at.step] = total["mean"]
+    return record["warnings"]

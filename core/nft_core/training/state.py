@@ -1,0 +1,152 @@
+"""Where a run stands: all that a checkpoint must know of it beside weights and the optimizer.
+
+Nothing random is kept: every random number comes from the seed and from where the run stands (`seeds`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from math import isfinite
+from time import perf_counter
+from typing import Annotated, Any
+
+import torch
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from nft_plugins import Reward
+
+from ..errors import CheckpointError, Stopped
+from ..prompts import Prompt
+from ..sampling.conditions import Encoded
+from ..sampling.rollout import Sampler
+from ..settings import Settings
+from .policy import Policy
+
+Number = Annotated[float, Field(allow_inf_nan=False)]
+Count = Annotated[int, Field(ge=0)]
+
+
+class Progress(BaseModel):
+    """epoch, step: epochs finished and gradient steps taken.
+    update: gradient steps of the epoch under way. Its images are made anew when the run goes on, from the same
+        old weights and noise.
+    sums, grad_norms: of these steps: policy loss, KL, gap and number of samples; norms before clipping.
+    evaluated: whether the evaluation that is due after `epoch` is done.
+    evaluations: mean total reward by gradient step, of the evaluations so far.
+    kl_weight: now; `kl_target` may have raised it. lr: of the latest step.
+    loss_scale: what the loss is multiplied by before gradients are taken, in fp16. scaled: steps since it
+        changed.
+    nonfinite, nonfinite_steps: gradient steps left out since the last good one, and in this epoch.
+    skips: epochs in which a reward was left out.
+    baseline: of the first epoch and the first evaluation, what the watch compares with.
+    seconds: spent on the run so far.
+    prompts: a digest of the training prompts and the held-out ones.
+    evaluation: a digest of the evaluation's fingerprint.
+    sources: versions of plug-ins, and digests of the user's files.
+    """
+
+    model_config = ConfigDict(extra="forbid", validate_assignment=False)
+
+    epoch: Count = 0
+    step: Count = 0
+    update: Count = 0
+    sums: list[Number] = [0.0, 0.0, 0.0, 0.0, 0.0]
+    grad_norms: list[Number] = []
+    evaluated: bool = False
+    evaluations: dict[Count, Number] = {}
+    kl_weight: Number = 0.0
+    lr: Number = 0.0
+    loss_scale: Number = 1.0
+    scaled: Count = 0
+    nonfinite: Count = 0
+    nonfinite_steps: Count = 0
+    skips: Count = 0
+    baseline: dict[str, Number] = {}
+    seconds: Number = 0.0
+    prompts: str = ""
+    evaluation: str = ""
+    sources: dict[str, str] = {}
+
+
+def read_progress(state: Any) -> Progress:
+    """Raises CheckpointError for what is no state."""
+    try:
+        return Progress.model_validate(state)
+    except ValidationError as error:
+        first = error.errors()[0]
+        place = ".".join(map(str, first["loc"]))
+        raise CheckpointError(f"its state.json is not one: {place}: {first['msg']}") from error
+
+
+def finite(value: Any) -> Any:
+    """The same with None for each number in it that is not finite, for which JSON has no word."""
+    if isinstance(value, Mapping):
+        return {name: finite(v) for name, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [finite(v) for v in value]
+    return None if isinstance(value, float) and not isfinite(value) else value
+
+
+@dataclass
+class Training:
+    """Everything the loop needs, and where it stands.
+
+    observe: `(hook, **arguments)`, tells the run's observers; save: writes a checkpoint.
+    evaluation: the fingerprint of the evaluations.
+    told: the number of the signal that told this process to end, or 0.
+    torn: weights, moments and progress do not belong together: a moment, or for good after an error in it.
+    """
+
+    settings: Settings
+    policy: Policy
+    reward: Reward
+    sampler: Sampler
+    eval_sampler: Sampler
+    prompts: Sequence[Prompt]
+    eval_prompts: Sequence[Prompt]
+    condition: Encoded
+    eval_condition: Encoded
+    optimizer: torch.optim.Optimizer
+    observe: Callable[..., None]
+    save: Callable[[], None]
+    at: Progress
+    evaluation: Mapping[str, Any] = field(default_factory=dict)
+    told: Callable[[], int] = lambda: 0
+    torn: bool = False
+    started: float = field(default_factory=perf_counter)
+    phases: dict[str, float] = field(default_factory=dict)
+
+    @contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        """Add the time spent inside to a phase of the epoch."""
+        start = perf_counter()
+        try:
+            yield
+        finally:
+            self.phases[name] = self.phases.get(name, 0.0) + perf_counter() - start
+
+    @contextmanager
+    def change(self) -> Iterator[None]:
+        """Inside, what belongs together moves: a checkpoint is of before or of after."""
+        self.torn = True
+        yield
+        self.torn = False
+
+    def progress(self, phase: str, done: int, total: int) -> None:
+        self.observe("nft_progress", phase=phase, done=done, total=total)
+
+    def stop(self) -> None:
+        """Raise Stopped where this process was told to end."""
+        if signal := self.told():
+            raise Stopped(signal)
+
+    def seconds(self) -> float:
+        """Spent on the run, in this process and in those before it."""
+        return round(self.at.seconds + perf_counter() - self.started, 3)
+
+    def record(self, event: str, epoch: int, **figures: Any) -> dict[str, Any]:
+        """A line of `metrics.jsonl`, with None for what is no finite number."""
+        known = {"event": event, "epoch": epoch, "step": self.at.step, "seconds": self.seconds()}
+        return known | dict(finite(figures))

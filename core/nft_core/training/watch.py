@@ -1,0 +1,63 @@
+"""What goes wrong in training without an error: figures with thresholds, and advice where one is passed."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from ..settings import Settings
+
+
+def warnings(record: Mapping[str, Any], baseline: Mapping[str, float], s: Settings) -> dict[str, str]:
+    """What to warn of, by kind, in a line of `metrics.jsonl`; thresholds of 0 watch nothing.
+
+    baseline: `x0_rms` of the first epoch, `reward` and `reward_std` of the first evaluation.
+    """
+    if record["event"] == "eval":
+        return _of_an_evaluation(record, baseline, s)
+    found = {}
+    if record["nonfinite_steps"]:
+        found["nonfinite_steps"] = (
+            f"{record['nonfinite_steps']} gradient steps were not finite and were left out: lower lr, or use "
+            "precision=fp32."
+        )
+    if record["x0_rms"] is None:
+        found["x0_finite"] = "some latents are not finite: lower lr, or use precision=fp32."
+    grown = (record["x0_rms"] or 0.0) / (baseline.get("x0_rms") or 1.0)
+    if s.watch_x0 and grown > s.watch_x0:
+        found["x0_rms"] = (
+            f"latents have {grown:.2f} times the norm of the first epoch's (watch_x0 = {s.watch_x0:g}): the "
+            "policy runs away; lower lr, raise kl_weight or set kl_target, and look at the pictures."
+        )
+    if s.watch_gap and (record["old_gap"] or 0) > s.watch_gap:
+        found["old_gap"] = (
+            f"the live policy's velocity is {record['old_gap']:.2f} of its size away from the old one's "
+            f"(watch_gap = {s.watch_gap:g}): lower lr or updates_per_epoch, or let the old policy follow "
+            "faster (old_decay)."
+        )
+    if record["drift"] == 0 and record["grad_norm"] is not None:
+        found["drift"] = (
+            "the weights do not move: nothing is left to learn from (see flat_groups), or lr is too small."
+        )
+    if s.watch_flat_groups and record["flat_groups"] > s.watch_flat_groups:
+        found["flat_groups"] = (
+            f"in {record['flat_groups']:.0%} of the groups all images score the same and teach nothing "
+            f"(watch_flat_groups = {s.watch_flat_groups:g}): take an easier or a finer reward, or a larger "
+            "group_size."
+        )
+    return found
+
+
+def _of_an_evaluation(record: Mapping[str, Any], baseline: Mapping[str, float], s: Settings) -> dict[str, str]:
+    mean, std = record["rewards"]["total"]["mean"], baseline.get("reward_std")
+    if not s.watch_reward or mean is None or not std:
+        return {}
+    fall = (baseline["reward"] - mean) / std
+    if fall <= s.watch_reward:
+        return {}
+    return {
+        "reward": (
+            f"the held-out reward has fallen by {fall:.2f} of the base model's deviations (watch_reward = "
+            f"{s.watch_reward:g}): go back to an earlier checkpoint with a lower lr or a higher kl_weight."
+        )
+    }
