@@ -8,7 +8,7 @@ import subprocess
 import sys
 import tomllib
 import zipfile
-from importlib.metadata import PathDistribution
+from importlib.metadata import PathDistribution, distribution
 from pathlib import Path
 
 import pytest
@@ -26,9 +26,10 @@ def project(folder):
     return tomllib.loads((folder / "pyproject.toml").read_text(encoding="utf-8"))["project"]
 
 
-def run(*command, **environment):
+def run(*command, cwd=None, **environment):
     result = subprocess.run(
         [str(part) for part in command],
+        cwd=cwd,
         env=os.environ | environment,
         capture_output=True,
         text=True,
@@ -95,7 +96,8 @@ def test_the_installed_contract_is_the_imported_one():
 
 def test_a_second_copy_on_the_path_is_told(tmp_path):
     shutil.copytree(FOLDER, tmp_path / "nft_plugins")
-    rows = json.loads(run(sys.executable, "-m", "nft_core", "plugins", "--json", PYTHONPATH=str(tmp_path)))
+    command = (sys.executable, "-m", "nft_core", "plugins", "--json")
+    rows = json.loads(run(*command, cwd=tmp_path, PYTHONPATH=str(tmp_path)))
     (row,) = (row for row in rows if row["distribution"] == "nft-plugins")
     assert row["status"] == "broken"
     assert f"was imported from {tmp_path / 'nft_plugins'}, and nft-plugins is installed in" in row["cause"]
@@ -112,7 +114,10 @@ def install(tmp_path, monkeypatch):
         (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: nft-plugins\nVersion: {version}\n")
         if origin:
             (info / "direct_url.json").write_text(json.dumps(origin))
-        monkeypatch.setattr(discovery.importlib.metadata, "distribution", lambda name: PathDistribution(info))
+        found = {"nft-plugins": PathDistribution(info)}
+        monkeypatch.setattr(
+            discovery.importlib.metadata, "distribution", lambda name: found.get(name) or distribution(name)
+        )
 
     return put
 
