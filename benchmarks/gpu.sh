@@ -20,7 +20,7 @@ wheels)
         rapidfuzz==3.14.3 open_clip_torch==3.2.0 ftfy==6.3.1 wcwidth==0.2.14 zipp==4.1.2 requests==2.34.2 \
         urllib3==2.8.0 charset-normalizer==3.5.3 idna==3.20 certifi==2026.10.19.post1 markdown-it-py==4.3.0 \
         mdurl==0.1.2 pygments==2.21.0 typing-extensions==4.16.0 safetensors==0.8.0 click==8.4.2
-    "$python" -m pip wheel -q --no-deps -w .wheels .
+    "$python" -m pip wheel -q --no-deps -w .wheels ./nft_plugins .
     du -shc .wheels/*
     ;;
 run)

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, TypeAlias
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from typing_extensions import TypeAlias  # typing's came with Python 3.10
 
 #: A callable, or `"module:attribute"`, which keeps heavy imports out of listings.
 Factory: TypeAlias = "str | Callable[..., Any]"

@@ -7,13 +7,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol, TypeAlias, runtime_checkable
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 from .data import Batch, Scores
 
 if TYPE_CHECKING:
     import torch
     from torch import Tensor
+    from typing_extensions import TypeAlias  # typing's came with Python 3.10
 
     # One generator for the whole batch, or one for each image: then an image's noise does not
     # depend on the batch it is in. diffusers' schedulers take the same union.
@@ -70,7 +71,7 @@ class SteppedSolver:
 
     def solve(self, velocity: Velocity, noise: Tensor, times: Sequence[float], generator: Generator) -> Tensor:
         x, state = noise, self.init(noise, times)
-        for t, s in zip(times[:-1], times[1:], strict=True):
+        for t, s in zip(times[:-1], times[1:]):
             x, state = self.step(velocity, x, t, s, state, generator)
         return x
 

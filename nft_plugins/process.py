@@ -249,7 +249,7 @@ def same_torch_random(a: list[Any], b: list[Any]) -> bool:
     To take its draws back would make it draw the same numbers again.
     """
     alone = on_main_thread()
-    return all(x[1] == y[1] and (not alone or x[2].equal(y[2])) for x, y in zip(a, b, strict=False))
+    return all(x[1] == y[1] and (not alone or x[2].equal(y[2])) for x, y in zip(a, b))
 
 
 def same_numpy_random(a: Any, b: Any) -> bool:

@@ -34,7 +34,7 @@ def check_tokenizer(tokenizer: Any, size: int, source: str) -> None:
     # A part of a word may become another one when it stands alone; most words are found again.
     texts = tokenizer.batch_decode([[word] for word in words])
     read = tokenizer(texts, add_special_tokens=False, verbose=False).input_ids
-    found = sum(word in ids for word, ids in zip(words, read, strict=True))
+    found = sum(word in ids for word, ids in zip(words, read))
     if found < len(words) / 5:
         raise OSError(f"{said}, but of {len(words)} of its words it finds {found} in a text. {mend}")
 

@@ -4,6 +4,18 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+try:
+    from nft_plugins import CONTRACT  # noqa: F401
+except ImportError as error:
+    if error.name != "nft_plugins":
+        raise
+    # An nft-hub of before nft-plugins brought these files itself, and takes them away when it is upgraded.
+    raise ImportError(
+        f"nft-hub needs the package nft-plugins, and its files are not here ({error}). Run pip install "
+        "--force-reinstall --no-deps nft-plugins, or in nft-hub's folder pip install -e nft_plugins -e .",
+        name=error.name,
+    ) from error
+
 if TYPE_CHECKING:
     from .scoring.composer import compose, reward
 

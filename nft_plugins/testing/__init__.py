@@ -1,7 +1,7 @@
 """The conformance kit: what every plug-in must do, as checks to run in its own tests.
 
 Each check raises AssertionError, which says what a correct plug-in does. The same functions come as pytest
-fixtures, and `plugin_manager` with them, wherever nft-hub is installed.
+fixtures, and `plugin_manager` with them, wherever nft-plugins is installed.
 """
 
 from .cards import check_plugin

@@ -8,7 +8,7 @@ import re
 import typing
 from collections.abc import Callable, Mapping
 from types import ModuleType
-from typing import Any, TypeAlias
+from typing import Any, Union
 
 import pluggy
 
@@ -17,7 +17,7 @@ from ..cards import Factory, ModelInfo, ObserverInfo, Preset, RewardInfo, Solver
 from ..hookspecs import CONTRACT, OFFERS, PROJECT
 from .rules import Broken, hold, may_not_raise
 
-Card: TypeAlias = RewardInfo | SolverInfo | ModelInfo | ObserverInfo | Preset
+Card = Union[RewardInfo, SolverInfo, ModelInfo, ObserverInfo, Preset]
 
 #: What factories are given if they take it, and so is no option.
 OFFERED = ("device", "make_reward")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from itertools import pairwise
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any, cast
@@ -123,7 +122,7 @@ def check_times(model: FlowModel, size: tuple[int, int]) -> None:
             f"got {times!r} for {steps} steps",
         )
         hold(
-            times[0] == 1.0 and times[-1] == 0.0 and all(t > s for t, s in pairwise(times)),
+            times[0] == 1.0 and times[-1] == 0.0 and all(t > s for t, s in zip(times, times[1:])),
             "times must descend from exactly 1.0 to exactly 0.0",
             f"got {times!r}",
         )

@@ -43,11 +43,11 @@ def builtin_batches(device: str = "cpu") -> list[Batch]:
             # A class of the embedded world and one of COCO: a detector refuses those that it does not know.
             [
                 {"text": text, "include": [{"class": ("circle", "clock")[group % 2], "count": 1}]}
-                for group, (_, _, text) in zip(groups, row, strict=True)
+                for group, (_, _, text) in zip(groups, row)
             ],
             torch.tensor(groups, device=device, dtype=torch.int64),
         )
-        for row, groups in zip(pictures, ([0, 1, 2, 3, 4], [0, 1], [0], [0], [0], [0, 0, 0]), strict=True)
+        for row, groups in zip(pictures, ([0, 1, 2, 3, 4], [0, 1], [0], [0], [0], [0, 0, 0]))
     ]
 
 

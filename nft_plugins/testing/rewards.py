@@ -340,9 +340,8 @@ def unchanged(batch: Batch, before: tuple[Tensor, Sequence[str], Sequence[Mappin
 def unspoiled(batch: Batch) -> bool:
     """Whether the 8-bit images and the pictures are those of the images still."""
     new = fresh(batch)
-    return bool((batch.uint8 == new.uint8).all()) and all(
-        a.tobytes() == b.tobytes() for a, b in zip(batch.pil, new.pil, strict=True)
-    )
+    pictures, expected = ([image.tobytes() for image in b.pil] for b in (batch, new))
+    return bool((batch.uint8 == new.uint8).all()) and pictures == expected
 
 
 def fresh(batch: Batch) -> Batch:

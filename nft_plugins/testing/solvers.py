@@ -173,9 +173,9 @@ def check_noise(solver: Solver, stochastic: bool | None, device: str) -> bool:
     globally, mine = random_state(device), generators(1, 2, 3)
     before = [g.get_state() for g in mine]
     x_0 = solved(solver, gaussian, noise, UNEVEN, mine)
-    left_alone = all(torch.equal(g.get_state(), state) for g, state in zip(mine, before, strict=True))
+    left_alone = all(torch.equal(g.get_state(), state) for g, state in zip(mine, before))
     hold(
-        all(torch.equal(a, b) for a, b in zip(globally, random_state(device), strict=True)),
+        all(torch.equal(a, b) for a, b in zip(globally, random_state(device))),
         "noise must be drawn from the generators that are given (randn_like does so), not from torch's own",
     )
     again = (
@@ -279,7 +279,7 @@ def check_accuracy(solver: Solver, order: int | None, rounding: float, device: s
 
 def slope(points: Sequence[tuple[float, float]]) -> float:
     """Of the line nearest to the points."""
-    x_mean, y_mean = (sum(axis) / len(points) for axis in zip(*points, strict=True))
+    x_mean, y_mean = (sum(axis) / len(points) for axis in zip(*points))
     rise: float = sum((x - x_mean) * (y - y_mean) for x, y in points)
     run: float = sum((x - x_mean) ** 2 for x, _ in points)
     return rise / run

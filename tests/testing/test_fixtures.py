@@ -29,7 +29,7 @@ def test_the_plugin_manager_knows_the_hooks_and_is_fresh(plugin_manager):
 
 
 def test_they_import_no_torch(tmp_path):
-    """Every pytest run with nft-hub installed loads them, whatever it tests."""
+    """Every pytest run with nft-plugins installed loads them, whatever it tests."""
     fixtures = "check_plugin, check_reward, check_solver, check_model, plugin_manager"
     test = (
         f"import sys\n\ndef test({fixtures}):\n    assert not {{'torch', 'numpy', 'PIL'}} & set(sys.modules)\n"

@@ -73,7 +73,16 @@ def examine(host: Host) -> dict[str, Any]:
     """All findings; `problems` are those that need mending, each with its cause and the command."""
     probed = probe()
     rewards = [{"name": name, **readiness(card)} for name, card in sorted(host.rewards.items())]
-    names = ("nft-hub", "torch", "torchvision", "diffusers", "transformers", "peft", "accelerate")
+    names = (
+        "nft-hub",
+        "nft-plugins",
+        "torch",
+        "torchvision",
+        "diffusers",
+        "transformers",
+        "peft",
+        "accelerate",
+    )
     return {
         "python": platform.python_version(),
         "executable": sys.executable,

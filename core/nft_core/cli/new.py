@@ -12,7 +12,7 @@ import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import date
-from importlib.metadata import PackageNotFoundError, distribution
+from importlib.metadata import PackageNotFoundError, distribution, version
 from pathlib import Path
 from string import Template
 
@@ -157,6 +157,7 @@ def fillings(name: str, kind: Kind, licence: str, author: str) -> dict[str, str]
         "pipeline": f"Nft{''.join(word.title() for word in re.split('[-_]', name))}Pipeline",
         "description": Template(kind.description).substitute(name=name),
         "contract": CONTRACT,
+        "since": version("nft-plugins"),
         "spdx": SPDX[licence],
         "year": str(date.today().year),
         "author": author,

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib.metadata
+import json
 import os
 import re
 import traceback
@@ -9,12 +11,14 @@ import warnings
 from collections.abc import Iterator, Mapping, MutableMapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields
-from importlib.metadata import Distribution, EntryPoint, distributions
+from importlib.metadata import Distribution, EntryPoint, PackageNotFoundError, distributions
 from pathlib import Path
 from typing import Any, Generic, NamedTuple, TypeVar
+from urllib.parse import unquote, urlsplit
 
 import pluggy
 
+import nft_plugins
 from nft_plugins import (
     CONTRACT,
     ENTRY_POINT_GROUP,
@@ -36,6 +40,8 @@ from .lending import python_kept
 
 #: The distribution whose plug-ins are the built-ins.
 OWN = "nft-hub"
+#: The distribution that brings the contract.
+CONTRACT_PACKAGE = "nft-plugins"
 NAME = re.compile(r"[a-z0-9][a-z0-9_-]*:?")
 Info = TypeVar("Info", RewardInfo, SolverInfo, ModelInfo, ObserverInfo, Preset)
 
@@ -121,7 +127,8 @@ def discover(manager: pluggy.PluginManager, cards: Cards) -> list[Plugin]:
             module = load(found.entry, row)
             if module is not None and fits(module, row) and attach(manager, module, row):
                 classify(module, row, cards)
-    return rows + [missing(name) for name in sorted(names or ()) if name not in {r.name for r in rows}]
+    rows += [missing(name) for name in sorted(names or ()) if name not in {r.name for r in rows}]
+    return rows + contract_rows()
 
 
 def find() -> list[Found]:
@@ -212,6 +219,47 @@ def harmless(row: Plugin, what: str) -> Iterator[None]:
         if isinstance(error, ModuleNotFoundError):
             mend = f"install the package that brings the module {error.name}, or {mend}"
         row.broken(f"{what} raised {named_error(error)}", mend, error)
+
+
+def contract_rows() -> list[Plugin]:
+    """A broken row where the contract that was imported is not the one that is installed; else none.
+
+    Two copies come of a checkout as the current folder, of PYTHONPATH, and of one package upgraded without the
+    other. Their classes differ: a card of one copy is no card to a host with the other.
+    """
+    row = Plugin("nft_plugins", CONTRACT_PACKAGE, "?")
+    with harmless(row, f"looking for {CONTRACT_PACKAGE}"):
+        compare_contract(row)
+    return [row] if row.status == "broken" else []
+
+
+def compare_contract(row: Plugin) -> None:
+    """Break the row where the imported contract is another copy, or of another version, than it should be."""
+    imported = Path(nft_plugins.__file__).resolve().parent
+    again = f"in {OWN}'s folder, pip install -e nft_plugins -e ."
+    try:
+        package = importlib.metadata.distribution(CONTRACT_PACKAGE)
+    except PackageNotFoundError:
+        cause = f"the contract was imported from {imported}, and {CONTRACT_PACKAGE} is not installed"
+        row.broken(cause, again)
+        return
+    row.version, own = package.version, importlib.metadata.version(OWN)
+    if row.version != own:
+        cause = f"{OWN} {own} needs {CONTRACT_PACKAGE} of the same version, and {row.version} is installed"
+        row.broken(cause, f"pip install {CONTRACT_PACKAGE}=={own}, or {again}")
+    elif imported != (installed := folder_of(package)):
+        row.broken(
+            f"the contract was imported from {imported}, and {CONTRACT_PACKAGE} is installed in {installed}",
+            f"take {imported.parent} off PYTHONPATH and do not start nft there; to use that copy, {again}",
+        )
+
+
+def folder_of(package: Distribution) -> Path:
+    """The folder of the contract's modules that its distribution speaks of."""
+    origin = json.loads(package.read_text("direct_url.json") or "{}")
+    if origin.get("dir_info", {}).get("editable"):  # Its pyproject.toml lies beside the modules.
+        return Path(unquote(urlsplit(origin["url"]).path)).resolve()
+    return Path(str(package.locate_file("nft_plugins"))).resolve()
 
 
 def load(entry: EntryPoint, row: Plugin) -> object | None:
