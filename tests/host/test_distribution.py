@@ -13,8 +13,8 @@ from pathlib import Path
 
 import pytest
 
-from nft_core import discovery
-from nft_core.discovery import Plugin, compare_contract
+from nft_core.host import discovery
+from nft_core.host.discovery import Plugin, compare_contract
 
 ROOT = Path(__file__).parents[2]
 FOLDER = ROOT / "nft_plugins"

@@ -15,6 +15,9 @@ import torch
 #: deviations of rewards by 7e-4, and sums of the optimizer's moments by 1.2e-3 of their norm.
 OTHER_MACHINE = {"settings": 0.0, "listings": 0.0, "plans": 0.0, "scores": 1e-4, "runs": 5e-3}
 
+#: Compared on the machine that wrote them alone: between kernels their figures move by up to 5 %.
+ROUNDED_BY_THE_CPU = {"lora, bf16"}
+
 
 @pytest.fixture(autouse=True)
 def one_thread():
@@ -29,6 +32,8 @@ def check(name, found, part=None):
     golden = json.loads(pinned.golden_path(name).read_text())
     expected = golden["figures"] if part is None else golden["figures"][part]
     same = golden["machine"] == pinned.fingerprint()
+    if not same and part in ROUNDED_BY_THE_CPU:
+        pytest.skip("what bfloat16 rounds away differs from CPU to CPU by more than a fault would")
     tolerance = pinned.SAME_MACHINE if same else OTHER_MACHINE[name]
     found = json.loads(json.dumps(found))
     different = list(pinned.differences(expected, found, tolerance))
