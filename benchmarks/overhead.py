@@ -56,7 +56,7 @@ PARTS = [
     ("nft_core.training.epochs", "warnings"),
     ("nft_core.training.epochs", "compute_epoch_means"),
     ("nft_core.parallel.processes", "sum_values"),
-    ("nft_core.sampling.rollout", "everyones_tallies"),
+    ("nft_core.sampling.rollout", "sum_tallies"),
 ]
 
 

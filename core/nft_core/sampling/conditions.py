@@ -56,7 +56,7 @@ class Encoded:
 
     def of(self, prompts: Tensor, device: torch.device) -> Condition:
         """A row for each of the prompts' indices, on `device`, each different row copied there once."""
-        rows, places = self.row[prompts].unique(return_inverse=True)
+        rows, places = torch.unique(self.row[prompts], return_inverse=True)
         places = copy_to_device(places, device)
         return {
             name: copy_to_device(c[rows.to(c.device)], device)[places] for name, c in self.condition.items()
