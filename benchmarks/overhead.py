@@ -52,11 +52,11 @@ PARTS = [
     ("nft_core.runs.checkpoint", "prune"),
     ("nft_core.runs.observers.metrics", "append"),
     ("nft_core.training.loop", "reseed"),
-    ("nft_core.training.loop", "figures"),
-    ("nft_core.training.loop", "warnings"),
-    ("nft_core.training.loop", "epoch_means"),
+    ("nft_core.training.loop", "sum_figures"),
+    ("nft_core.training.epochs", "warnings"),
+    ("nft_core.training.epochs", "compute_epoch_means"),
     ("nft_core.parallel.processes", "sum_values"),
-    ("nft_core.sampling.rollout", "everyones_tallies"),
+    ("nft_core.sampling.rollout", "sum_tallies"),
 ]
 
 

@@ -42,7 +42,7 @@ from nft_core.objective.train_times import draw_times
 from nft_core.prompts import Prompt, prompts_of_epoch
 from nft_core.sampling.draws import Draws
 from nft_core.settings import Settings
-from nft_core.training.loop import split_images
+from nft_core.training.microbatches import split_images
 from nft_plugins import Batch, Reward, Scores, SteppedSolver, randn_like
 
 THREADS = 8

@@ -30,7 +30,7 @@ from nft_core.planning.footprint import footprint
 from nft_core.planning.plan import peaks, phases
 from nft_core.sampling.draws import Draws
 from nft_core.training.compiling import compile_blocks, compiled_graphs, warm_up
-from nft_core.training.loop import sample
+from nft_core.training.loop import sample_images
 from nft_core.training.lora import adapted_layers
 from nft_core.training.policy import Policy
 
@@ -173,7 +173,7 @@ def solvers(report: Report) -> tuple[str, dict[str, Any]]:
                 draws = Draws(run.prompts, [0, 1], 2, 0, "rollout", 1)
                 c = run.condition.of(draws.groups(), run.sampler.device)
                 with torch.no_grad():
-                    latents.append(run.sampler.latents(c, [draws.generator(n) for n in range(4)]).cpu())
+                    latents.append(run.sampler.sample_latents(c, [draws.generator(n) for n in range(4)]).cpu())
             found[name] = float((latents[0] - latents[1]).norm() / latents[1].norm())
     text = ", ".join(f"{name} {value:.0e}" for name, value in found.items())
     if not all(value < LATENTS for value in found.values()):
@@ -205,10 +205,10 @@ def slow_reward(report: Report) -> tuple[str, dict[str, Any]]:
         sleep(pause)
         return reward(batch)
 
-    sample(run, 1)
+    sample_images(run, 1)
     for chosen in (reward, slow):
         run.reward, start = chosen, monotonic()
-        scores.append(sample(run, 1).scores.values)
+        scores.append(sample_images(run, 1).scores.values)
         seconds.append(monotonic() - start)
     gap = float((scores[1] - scores[0]).norm() / scores[0].norm())
     if not gap <= LATENTS:
@@ -225,10 +225,10 @@ def full_memory(report: Report) -> tuple[str, dict[str, Any]]:
     settings = {"rollout_batch": 8, "decode_batch": 8, "resolution": 64 if report.small else 512}
     ours = small_run(report, report.device.type, **settings)
     run = ours.run
-    before, batch = sample(run, 1).x_0, run.sampler.batch
+    before, batch = sample_images(run, 1).x_0, run.sampler.batch
     if report.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
-        sample(run, 1)
+        sample_images(run, 1)
         peak, now = torch.cuda.max_memory_allocated(), torch.cuda.memory_allocated()
         torch.cuda.empty_cache()
         free, _ = torch.cuda.mem_get_info()
@@ -244,7 +244,7 @@ def full_memory(report: Report) -> tuple[str, dict[str, Any]]:
             return decode(x_0)
 
         run.sampler.model.decode = crowded
-    after = sample(run, 1).x_0
+    after = sample_images(run, 1).x_0
     del filled
     gap = float((after - before).norm() / before.norm())
     if not run.sampler.batch < batch or gap > LATENTS:

@@ -14,10 +14,11 @@ from nft_core.prompts import Prompt
 from nft_core.runs.checkpoint import load_checkpoint, save_checkpoint
 from nft_core.sampling.conditions import encode
 from nft_core.training.compiling import compile_blocks
-from nft_core.training.loop import sample, take_step, train, train_epoch
+from nft_core.training.loop import sample_images, train, train_epoch
 from nft_core.training.optimizers import GROWTH
 from nft_core.training.policy import Policy
 from nft_core.training.state import Progress
+from nft_core.training.steps import take_step
 
 
 def learned(folder, tmp_path, *settings):
@@ -202,14 +203,14 @@ class Crowded(Toy):
 def test_batches_are_halved_until_they_fit(tmp_path, capsys):
     usual, crowded = make(tmp_path, decode_batch=8), make(tmp_path, decode_batch=8)
     crowded.sampler.model = Crowded(3)
-    a, b = (sample(run, 1) for run in (usual, crowded))
+    a, b = (sample_images(run, 1) for run in (usual, crowded))
     torch.testing.assert_close(a.x_0, b.x_0)
     torch.testing.assert_close(a.scores.values, b.scores.values)
     assert (crowded.sampler.batch, crowded.sampler.decode_batch) == (2, 2)
     assert "going on with rollout_batch = 4 and decode_batch = 4" in capsys.readouterr().err
     crowded.sampler.model = Crowded(0)
     with pytest.raises(torch.OutOfMemoryError):
-        sample(crowded, 1)
+        sample_images(crowded, 1)
 
 
 class Counting(Toy):

@@ -17,7 +17,7 @@ from nft_core.errors import NftError, UsageError
 from nft_core.host.specs import Policy
 from nft_core.parallel import devices
 from nft_core.parallel.workers import Worker
-from nft_core.sampling.rollout import awaited
+from nft_core.sampling.rollout import await_scores
 from nft_core.scoring import failures as guard
 from nft_core.scoring.composer import Composed, Term, guarded
 from nft_core.scoring.failures import Failed, Tally, pause
@@ -392,11 +392,11 @@ def test_waiting_for_a_score_ends_when_told():
             raise NftError("Stopped.")
 
     with pytest.raises(NftError, match="Stopped"):
-        awaited(worker.submit(lambda: go.wait(900)), stop)
+        await_scores(worker.submit(lambda: go.wait(900)), stop)
     go.set()
     # A call that itself raises what waiting does is not taken for one that goes on.
     with pytest.raises(TimeoutError, match="slow"):
-        awaited(worker.submit(lambda: raises(TimeoutError("slow"))(None)), lambda: None)
+        await_scores(worker.submit(lambda: raises(TimeoutError("slow"))(None)), lambda: None)
 
 
 def test_a_process_that_ends_while_a_reward_is_at_work_keeps_its_exit_code():

@@ -19,7 +19,7 @@ from nft_core.host.host import load_host
 from nft_core.host.lending import lend
 from nft_core.host.specs import parse_reward
 from nft_core.parallel.workers import Worker
-from nft_core.sampling.rollout import scoring
+from nft_core.sampling.rollout import start_scoring
 from nft_core.scoring.composer import compose
 from nft_plugins import Batch, Run, Scores, hookimpl, process
 
@@ -312,7 +312,7 @@ def test_what_the_main_thread_changes_for_a_moment_is_not_put_back_for_good(caps
         return [1.0] * len(batch)
 
     composed = compose([reward])
-    with scoring() as worker:
+    with start_scoring() as worker:
         with sdpa_kernel(SDPBackend.MATH):
             future = worker.submit(lambda: composed(a_batch()))
             noted.wait(20)
@@ -328,7 +328,7 @@ def test_what_a_reward_does_to_standard_output_the_run_does_not_see(monkeypatch)
         sys.stdout = io.StringIO()
         return [1.0] * len(batch)
 
-    with scoring() as worker:
+    with start_scoring() as worker:
         worker.submit(lambda: compose([silences])(a_batch())).result()
         assert sys.stdout is shown
 
@@ -341,7 +341,7 @@ def test_a_call_that_ends_after_the_run_does_not_put_its_output_back(monkeypatch
         go_on.wait(20)
         return [1.0] * len(batch)
 
-    with scoring() as worker:
+    with start_scoring() as worker:
         future = worker.submit(lambda: compose([hangs])(a_batch()))
         called.wait(20)
     monkeypatch.setattr(sys, "stdout", shown := io.StringIO())
@@ -354,7 +354,7 @@ def test_a_ctrl_c_that_a_reward_raises_is_the_rewards():
     def interrupts(batch):
         raise KeyboardInterrupt
 
-    with scoring() as worker, pytest.raises(NftError, match="'interrupts' failed: KeyboardInterrupt"):
+    with start_scoring() as worker, pytest.raises(NftError, match="'interrupts' failed: KeyboardInterrupt"):
         worker.submit(lambda: compose([interrupts])(a_batch())).result()
     with pytest.raises(KeyboardInterrupt):  # On the main thread it may be the user's.
         compose([interrupts])(a_batch())

@@ -59,10 +59,10 @@ def events(folder):
 def test_a_part_is_traced_and_training_does_not_notice(sd3_folder, tmp_path, capsys):
     plain, run = (training(sd3_folder, tmp_path) for _ in range(2))
     train(plain)
-    before = run.sampler.make, run.policy.velocity, run.phase, run.observe
+    before = run.sampler.generate, run.policy.velocity, run.phase, run.observe
     with profiled(run, tmp_path / "profile", load_host()):
         train(run)
-    assert (run.sampler.make, run.policy.velocity, run.phase, run.observe) == before
+    assert (run.sampler.generate, run.policy.velocity, run.phase, run.observe) == before
     for one, other in zip(plain.policy.parameters, run.policy.parameters, strict=True):
         assert torch.equal(one, other)
     names = events(tmp_path / "profile")

@@ -23,7 +23,7 @@ from nft_core.runs.checkpoint import OPTIMIZER, POLICY, save_checkpoint, verify
 from nft_core.runs.resume import restore
 from nft_core.runs.run import rescue
 from nft_core.settings import make_settings
-from nft_core.training.loop import sample, train_epoch
+from nft_core.training.loop import sample_images, train_epoch
 from nft_core.training.policy import Policy
 from nft_plugins import Scores
 
@@ -140,7 +140,7 @@ def failures(folder, out):
 
     run.reward = moody
     with pytest.raises(RuntimeError if rank() == 1 else PeerError):
-        sample(run, 1)
+        sample_images(run, 1)
     assert rank() == 1 or sum(calls) == 8
     said, run.at.step = [], 7
     run.save = lambda: save(run, out)
@@ -149,7 +149,7 @@ def failures(folder, out):
     assert rank() == 1 or (out / "000007" / POLICY).exists()
     run.sampler.decode_batch, run.sampler.model = 8, SimpleNamespace(decode=full)
     with pytest.raises(torch.OutOfMemoryError if rank() == 1 else PeerError):  # Not mended by smaller batches.
-        sample(run, 1)
+        sample_images(run, 1)
 
 
 def full(x_0):

@@ -12,7 +12,8 @@ from nft_core.prompts import Prompt
 from nft_core.runs.setup import assemble
 from nft_core.seeds import generator
 from nft_core.settings import make_settings
-from nft_core.training.loop import microbatches, split_images, train, updates
+from nft_core.training.loop import train
+from nft_core.training.microbatches import make_microbatches, split_images, split_valid_images
 from nft_plugins import FlowModel, Scores
 from nft_solvers.euler import Euler
 
@@ -227,14 +228,14 @@ def test_no_gradients_stay_through_the_next_rollout(tmp_path):
 
 
 def test_updates_hold_the_valid_images_alone(tmp_path):
-    from nft_core.training.loop import sample
+    from nft_core.training.loop import sample_images
 
     run = make(tmp_path)
-    rollout = sample(run, epoch=1)
-    parts = list(updates(rollout, run.settings, epoch=1))
+    rollout = sample_images(run, epoch=1)
+    parts = list(split_valid_images(rollout, run.settings, epoch=1))
     assert sorted(torch.cat(parts).tolist()) == [0, 2, 3, 4, 6, 7]
     nothing = replace(rollout, scores=Scores(rollout.scores.values, torch.zeros(8, dtype=torch.bool)))
-    assert list(updates(nothing, run.settings, epoch=1)) == []
+    assert list(split_valid_images(nothing, run.settings, epoch=1)) == []
 
 
 @pytest.mark.parametrize(("count", "steps"), [(1152, 2), (96, 4), (7, 1), (6, 6)])
@@ -275,9 +276,9 @@ def test_an_image_that_is_no_number_is_not_trained_on(tmp_path):
 
 
 def test_a_process_without_images_of_an_update_has_no_samples(tmp_path):
-    from nft_core.training.loop import sample
+    from nft_core.training.loop import sample_images
 
     run = make(tmp_path)
-    rollout = sample(run, epoch=1)
+    rollout = sample_images(run, epoch=1)
     elsewhere = replace(rollout, index=rollout.index[:2], x_0=rollout.x_0[:2])
-    assert list(microbatches(run, elsewhere, torch.tensor([5, 6]), torch.zeros(8))) == []
+    assert list(make_microbatches(run, elsewhere, torch.tensor([5, 6]), torch.zeros(8))) == []

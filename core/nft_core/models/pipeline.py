@@ -103,7 +103,9 @@ class PipelineModel:
         """A pipeline of the parts that are wanted, frozen, and of those that there are already."""
         parts = [name for name in self._parts() if wanted(name)]
         # diffusers wants to be told of each part that is not to be loaded.
-        given = {n: None for n, kind in self.index.items() if isinstance(kind, list) and n not in parts}
+        given: dict[str, Any] = {
+            n: None for n, kind in self.index.items() if isinstance(kind, list) and n not in parts
+        }
         given |= having
         if self.device.type == "meta":
             given |= {name: self.empty(name) for name in parts if name != "scheduler"}
@@ -134,7 +136,7 @@ class PipelineModel:
     def empty(self, part: str) -> torch.nn.Module:
         """A part by its config alone, on the meta device, in the dtype that it would be loaded in."""
         folder = Path(self.name) / part
-        where = {} if folder.is_dir() else {"subfolder": part}
+        where: dict[str, Any] = {} if folder.is_dir() else {"subfolder": part}
         module = empty_part(str(folder) if folder.is_dir() else self.name, *self._parts()[part], **where)
         return module.to(self._dtype(part))
 

@@ -21,7 +21,7 @@ EPSILON = 1e-4
 
 def group_mean(values: Tensor, valid: Tensor, groups: Tensor) -> Tensor:
     """The mean over the valid members of each sample's group, `[N]`; 0 where a group has none."""
-    _, index = groups.unique(return_inverse=True)
+    _, index = torch.unique(groups, return_inverse=True)
     size = int(index.max()) + 1
     zeros = values.new_zeros(size)
     total = zeros.index_add(0, index, values.where(valid, 0))
@@ -89,6 +89,6 @@ def optimality(advantages: Tensor, clip: float, mode: AdvantageMode = "all") -> 
 
 def flat_groups(values: Tensor, valid: Tensor, groups: Tensor) -> float:
     """Share of the groups whose valid values are all equal, and so teach nothing."""
-    ids = groups.unique()
+    ids = torch.unique(groups)
     flat = [bool((v := values[valid & (groups == g)]).numel() < 2 or v.min() == v.max()) for g in ids]
     return sum(flat) / len(flat)

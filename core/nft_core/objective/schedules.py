@@ -49,7 +49,7 @@ def lr_decay(schedule: LrSchedule, share: float, warmup: int, step: int) -> floa
         case "cosine":
             return (1 + cos(pi * share)) / 2
         case "inverse_sqrt":
-            return min(1.0, max(warmup, 1) / (step + 1)) ** 0.5
+            return float(min(1.0, max(warmup, 1) / (step + 1)) ** 0.5)
         case _:
             return 1.0
 

@@ -16,7 +16,7 @@ from ..errors import is_memory_full
 T = TypeVar("T")
 
 
-def sent(rows: Tensor, device: torch.device) -> Tensor:
+def copy_to_device(rows: Tensor, device: torch.device) -> Tensor:
     """On the device, without waiting for it."""
     pinned = rows.device.type == "cpu" and device.type == "cuda"
     return (rows.pin_memory() if pinned else rows).to(device, non_blocking=True)

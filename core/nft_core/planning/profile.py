@@ -54,7 +54,7 @@ class Probe:
         self.run, self.folder, self.host, self.device = run, folder, host, run.policy.device
         # In the first epoch much is done for the first time.
         self.epoch = min(run.at.epoch + 2, run.settings.epochs)
-        self.theirs = run.sampler.make, run.policy.velocity, run.phase, run.observe
+        self.theirs = run.sampler.generate, run.policy.velocity, run.phase, run.observe
         self.profiler = profile()
         self.tracing = False
         self.made = self.times = 0
@@ -73,7 +73,7 @@ class Probe:
 
     def put(self, make: Any, velocity: Any, phase: Any, observe: Any) -> None:
         run: Any = self.run
-        run.sampler.make, run.policy.velocity, run.phase, run.observe = make, velocity, phase, observe
+        run.sampler.generate, run.policy.velocity, run.phase, run.observe = make, velocity, phase, observe
 
     def trace(self, on: bool) -> None:
         if on != self.tracing:

@@ -26,7 +26,7 @@ from nft_plugins import Condition, FlowModel
 
 from ..environment import number
 from ..parallel import processes
-from ..parallel.devices import sent
+from ..parallel.devices import copy_to_device
 from ..prompts import Prompt
 
 CPU = torch.device("cpu")
@@ -56,9 +56,11 @@ class Encoded:
 
     def of(self, prompts: Tensor, device: torch.device) -> Condition:
         """A row for each of the prompts' indices, on `device`, each different row copied there once."""
-        rows, places = self.row[prompts].unique(return_inverse=True)
-        places = sent(places, device)
-        return {name: sent(c[rows.to(c.device)], device)[places] for name, c in self.condition.items()}
+        rows, places = torch.unique(self.row[prompts], return_inverse=True)
+        places = copy_to_device(places, device)
+        return {
+            name: copy_to_device(c[rows.to(c.device)], device)[places] for name, c in self.condition.items()
+        }
 
 
 def encode(

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from nft_plugins import Batch
 
-from ..parallel.devices import sent
+from ..parallel.devices import copy_to_device
 from ..prompts import Prompt
 from ..seeds import generator
 
@@ -44,7 +44,7 @@ class Draws:
     def batch(self, rows: Tensor, images: Tensor) -> Batch:
         """Images n in `rows` with what they were made for."""
         prompts = [self.prompt(int(n)) for n in rows]
-        groups = sent(self.groups()[rows], images.device)
+        groups = copy_to_device(self.groups()[rows], images.device)
         return Batch(images, [p.text for p in prompts], [p.metadata for p in prompts], groups)
 
     def metadata(self) -> list[Mapping[str, Any]]:

@@ -1,4 +1,4 @@
-"""Sampling images and scoring them, the one overlapped with the other."""
+"""A rollout: generate images with a solver and score them, both at the same time."""
 
 from __future__ import annotations
 
@@ -19,6 +19,7 @@ from ..parallel.devices import free_memory, on_device
 from ..parallel.processes import gather_rows, owned, rank, sum_values, together, world_size
 from ..parallel.sharding import InStep
 from ..parallel.workers import Worker
+from ..scoring.composer import Composed
 from ..scoring.failures import Tally
 from ..scoring.scores import concatenate, everyones_names, filled, gather_scores, withheld
 from .conditions import Encoded
@@ -27,10 +28,11 @@ from .draws import Draws
 
 @dataclass
 class Sampler:
-    """Makes images: a solver on a grid of times, for one size of image.
+    """Generates images of one size with a solver on a grid of times.
 
-    batch, decode_batch: images sampled and decoded at once; halved where the device's memory does not do.
-    in_step: where the processes share the transformer.
+    times: from 1 (noise) down to 0 (an image). shape: of one image's latents, `(C, h, w)`.
+    batch, decode_batch: images sampled and decoded at once; halved where the device's memory is full.
+    in_step: keeps the processes' passes together where they share the transformer, or None.
     """
 
     model: FlowModel
@@ -43,44 +45,45 @@ class Sampler:
     device: torch.device
     in_step: InStep | None = None
 
-    def make(self, draws: Draws, rows: Tensor, condition: Condition) -> tuple[Tensor, Tensor]:
-        """x_0 and images `[B, 3, H, W]` of the images n in `rows`."""
-        x_0 = self.latents(condition, [draws.generator(int(n)) for n in rows])
-        # A decoder at full resolution wants more memory for an image than the transformer.
-        return x_0, torch.cat([self.model.decode(part) for part in x_0.split(self.decode_batch)])
+    def generate(self, draws: Draws, rows: Tensor, condition: Condition) -> tuple[Tensor, Tensor]:
+        """Generate the images n in `rows`: x_0 `[B, C, h, w]` and pixels `[B, 3, H, W]` in [0, 1]."""
+        x_0 = self.sample_latents(condition, [draws.generator(int(n)) for n in rows])
+        # A decoder at full resolution needs more memory for an image than the transformer, so it has smaller
+        # batches.
+        parts = torch.split(x_0, self.decode_batch)
+        return x_0, torch.cat([self.model.decode(part) for part in parts])
 
-    def smaller(self) -> bool:
-        """Halve the batches, if they can be."""
+    def halve_batches(self) -> bool:
+        """Halve both batch sizes; returns False where neither can be halved."""
         if self.in_step:  # Other processes are in the middle of a pass, or have other batches.
             return False
         before = self.batch, self.decode_batch
         self.batch, self.decode_batch = max(self.batch // 2, 1), max(self.decode_batch // 2, 1)
         return before != (self.batch, self.decode_batch)
 
-    def latents(self, condition: Condition, generators: list[torch.Generator]) -> Tensor:
-        """x_0 `[B, *shape]` float32 of one batch."""
+    def sample_latents(self, condition: Condition, generators: list[torch.Generator]) -> Tensor:
+        """Solve one batch from noise to x_0, `[B, *shape]` float32; each image has a generator of its own."""
         size = len(generators)
         noise = randn_like(torch.empty(size, *self.shape, device=self.device, dtype=torch.float32), generators)
-
-        asked = self.in_step.velocity if self.in_step else self.velocity
+        predict = self.in_step.velocity if self.in_step else self.velocity
 
         def velocity(x_t: Tensor, t: float) -> Tensor:
-            return asked(x_t, torch.full((size,), t, device=self.device, dtype=torch.float32), condition)
+            return predict(x_t, torch.full((size,), t, device=self.device, dtype=torch.float32), condition)
 
-        return self.solver.solve(_checked(velocity), noise, self.times, generators).float()
+        return self.solver.solve(_in_float32(velocity), noise, self.times, generators).float()
 
 
-def _checked(velocity: Velocity) -> Velocity:
-    """The velocity of a black-box solver: float32 in and out, whatever the solver computes in."""
+def _in_float32(velocity: Velocity) -> Velocity:
+    """Call a velocity in float32 and give its result the solver's dtype, such as float64."""
     return lambda x_t, t: velocity(x_t.float(), float(t)).to(x_t.dtype)
 
 
 @dataclass(frozen=True)
 class Rollout:
-    """The clean latents of this process's images, and what all processes' images scored.
+    """Holds the clean latents of this process's images, and the scores of all processes' images.
 
-    draws: what all N images were made from; index: `[n]`, which of them are here.
-    x_0: `[n, C, h, w]`; none where the images went to `look`, which are not trained on.
+    draws: prompts and seeds of all N images; index: `[n]`, which of them this process generated.
+    x_0: `[n, C, h, w]` float32 on the device; empty for an evaluation, which is not trained on.
     scores: `[N]` on the CPU; groups: `[N]`.
     tallies: what failures have cost each reward, in all processes.
     skipped: rewards that failed and were left out: their weight in `scores` is 0.
@@ -97,7 +100,7 @@ class Rollout:
 
 #: Batches that may wait for the reward: enough to keep it busy, few enough to fit beside the model.
 AHEAD = 2
-#: Seconds between two looks at whether the run was told to end.
+#: Seconds between two checks of whether the run was told to end.
 GLANCE = 0.2
 
 
@@ -112,80 +115,99 @@ def roll_out(
     stop: Callable[[], None] = lambda: None,
     look: Callable[[Tensor, Batch], None] | None = None,
 ) -> Rollout:
-    """Sample this process's share of the images, scoring each batch while the next is being made.
+    """Generate this process's share of the images, and score each batch while the next is generated.
 
     condition: of `draws.prompts`. progress: told (phase, images done, images in all).
     phase: times what runs inside it: `rollout`, and `reward`, the waits for scores.
     stop: called every now and then; what it raises ends the rollout, and no score is waited for.
+    stop: raises Stopped where the run was told to end.
     look: called with each batch and which images are in it; latents are not kept then.
     Raises what a reward raises, in all processes if in one.
     """
-    index = owned(len(draws))
-    groups = draws.groups()
-    tallies_of(reward)  # What a rollout that did not end has left.
-    latents, finite, pending, scores = [], [], [], []
-
-    def finish() -> None:
-        if sampler.in_step:
-            nothing = torch.zeros(1, *sampler.shape, device=sampler.device, dtype=torch.float32)
-            t, c = (
-                torch.ones(1, device=sampler.device, dtype=torch.float32),
-                condition.of(groups[:1], sampler.device),
-            )
-            sampler.in_step.finish(nothing, t, c)
-
-    with together(sampler.device, finish), scoring() as scorer:
+    index, groups = owned(len(draws)), draws.groups()
+    take_tallies(reward)  # A rollout that was cut off may have left some.
+    latents: list[Tensor] = []
+    finite: list[Tensor] = []
+    pending: list[Future[Scores]] = []
+    scores: list[Scores] = []
+    with together(sampler.device, partial(join_passes, sampler, condition, groups)), start_scoring() as scorer:
         todo = index
         while len(todo):
             stop()
-            rows = todo[: sampler.batch]
             with phase("rollout"):
-                try:
-                    c = condition.of(groups[rows], sampler.device)
-                    x_0, made = sampler.make(draws, rows, c)
-                except torch.OutOfMemoryError:
-                    if not sampler.smaller():
-                        raise
-                    made = None
-                if made is None:  # Out of the handler, where the tensors of the frames that failed are gone.
-                    free_memory()
-                    tell_smaller(sampler)
-                    continue
+                rows, x_0, images = generate_batch(sampler, draws, todo, condition, groups)
             todo = todo[len(rows) :]
-            batch = draws.batch(rows, made)
+            batch = draws.batch(rows, images)
             finite.append(x_0.isfinite().flatten(1).all(1))
             if look:
                 look(rows, batch)
             else:
                 latents.append(x_0)
+            # The reward scores this batch in another thread while the next one is generated.
             pending.append(scorer.submit(on_device(sampler.device, partial(reward, batch))))
             progress(draws.purpose, sum(map(len, finite)), len(index))
             if len(pending) > AHEAD:
                 with phase("reward"):
-                    awaited(pending[-1 - AHEAD], stop)
+                    await_scores(pending[-1 - AHEAD], stop)
         with phase("reward"):
             for future in pending:
-                scores.append(awaited(future, stop))
+                scores.append(await_scores(future, stop))
                 progress("reward", sum(map(len, scores)), len(index))
         mine = concatenate(scores)
-    tallies = everyones_tallies(tallies_of(reward), sampler.device)
-    if any(t.masked for t in tallies.values()):
+    tallies = sum_tallies(take_tallies(reward), sampler.device)
+    if any(t.masked for t in tallies.values()):  # Where a reward failed it gave no details: fill them with NaN.
         mine = filled(mine, everyones_names(mine, sampler.device))
     everyones = gather_scores(mine, index, len(draws), sampler.device)
+    # A latent that is NaN may get a score all the same, since its picture is merely black. Do not train on it.
+    sound = gather_rows(torch.cat(finite).float(), index, len(draws), sampler.device).bool()
+    everyones, skipped = finish_scores(withheld(everyones, sound), groups, reward, tallies, draws)
     x_0 = torch.cat(latents) if latents else torch.empty(0, dtype=torch.float32, device="cpu")
-    # An image of what is no number may have a score all the same, and must not be trained on.
-    numbers = gather_rows(torch.cat(finite).float(), index, len(draws), sampler.device)
-    everyones = withheld(everyones, numbers.bool())
-    if hasattr(reward, "regroup"):  # A group's images were spread over batches and processes until here.
-        everyones = reward.regroup(everyones, groups)
-    skipped = tuple(name for name, t in tallies.items() if t.skipped)
-    if skipped:
-        tell_skipped(skipped, tallies, draws)
-        everyones = reward.without(everyones, skipped)
     return Rollout(draws, index, x_0, everyones, groups, tallies, skipped)
 
 
+def generate_batch(
+    sampler: Sampler, draws: Draws, todo: Tensor, condition: Encoded, groups: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Generate the first of the images in `todo`, as many as memory allows; returns rows, x_0 and pixels."""
+    while True:
+        rows = todo[: sampler.batch]
+        try:
+            return rows, *sampler.generate(draws, rows, condition.of(groups[rows], sampler.device))
+        except torch.OutOfMemoryError:
+            if not sampler.halve_batches():
+                raise
+        # Outside `except`, so that the traceback no longer keeps GPU tensors alive.
+        free_memory()
+        tell_smaller(sampler)
+
+
+def join_passes(sampler: Sampler, condition: Encoded, groups: Tensor) -> None:
+    """Take part in the passes that other processes still have to make, where all share the transformer."""
+    if sampler.in_step:
+        device = sampler.device
+        x_t = torch.zeros(1, *sampler.shape, device=device, dtype=torch.float32)
+        t = torch.ones(1, device=device, dtype=torch.float32)
+        sampler.in_step.finish(x_t, t, condition.of(groups[:1], device))
+
+
+def finish_scores(
+    scores: Scores, groups: Tensor, reward: Reward, tallies: Mapping[str, Tally], draws: Draws
+) -> tuple[Scores, tuple[str, ...]]:
+    """Apply what needs all images' scores: comparisons within groups, and leaving out rewards that failed.
+
+    Returns the scores and the names of the rewards that were left out.
+    """
+    if hasattr(reward, "regroup"):  # A group's images were spread over batches and processes until here.
+        scores = reward.regroup(scores, groups)
+    skipped = tuple(name for name, tally in tallies.items() if tally.skipped)
+    if skipped and isinstance(reward, Composed):
+        tell_skipped(skipped, tallies, draws)
+        scores = reward.without(scores, skipped)
+    return scores, skipped
+
+
 def tell_smaller(sampler: Sampler) -> None:
+    """Tell the user which batch sizes the run goes on with after the memory was full."""
     whose = f" of process {rank()}" if world_size() > 1 else ""
     print(
         f"The memory of the device{whose} is full: going on with rollout_batch = {sampler.batch} and "
@@ -195,8 +217,8 @@ def tell_smaller(sampler: Sampler) -> None:
 
 
 @contextmanager
-def scoring() -> Iterator[Worker]:
-    """A thread for rewards. On an error or Ctrl-C what is queued is dropped, what runs is not waited for."""
+def start_scoring() -> Iterator[Worker]:
+    """Start a thread for rewards. After an error or Ctrl-C its queue is dropped and no call waited for."""
     worker = Worker("reward")
     try:
         with quiet_moment():
@@ -205,19 +227,20 @@ def scoring() -> Iterator[Worker]:
         worker.close()
 
 
-def awaited(future: Future[Scores], stop: Callable[[], None]) -> Scores:
+def await_scores(future: Future[Scores], stop: Callable[[], None]) -> Scores:
+    """Wait for a batch's scores, and meanwhile see whether the run was told to end."""
     while not wait([future], GLANCE).done:
         stop()
     return future.result()
 
 
-def tallies_of(reward: Reward) -> dict[str, Tally]:
-    """What failures have cost since this was asked last; only a composed reward counts it."""
-    return reward.tallies() if hasattr(reward, "tallies") else {}
+def take_tallies(reward: Reward) -> dict[str, Tally]:
+    """Take what failures have cost each reward since the last call; only a composed reward counts it."""
+    return reward.tallies() if isinstance(reward, Composed) else {}
 
 
-def everyones_tallies(tallies: Mapping[str, Tally], device: torch.device) -> dict[str, Tally]:
-    """Summed over all processes, which have the same rewards in the same order."""
+def sum_tallies(tallies: Mapping[str, Tally], device: torch.device) -> dict[str, Tally]:
+    """Sum tallies over all processes, which have the same rewards in the same order."""
     sums = sum_values([float(count) for tally in tallies.values() for count in tally], device)
     size = len(Tally._fields)
     counts = [Tally(*map(int, sums[i : i + size])) for i in range(0, len(sums), size)]
@@ -225,6 +248,7 @@ def everyones_tallies(tallies: Mapping[str, Tally], device: torch.device) -> dic
 
 
 def tell_skipped(skipped: Sequence[str], tallies: Mapping[str, Tally], draws: Draws) -> None:
+    """Warn the user, once for all processes, of each reward that was left out."""
     if rank() != 0:
         return
     when = f"epoch {draws.epoch}" if draws.purpose == "rollout" else "an evaluation"

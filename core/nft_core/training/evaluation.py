@@ -44,9 +44,9 @@ def evaluate(run: Training) -> dict[str, str]:
     record["skipped"] = list(rollout.skipped)
     if not whole:
         total.update(mean=None, std=None)
-    record["warnings"] = warnings(record, at.baseline, s) if whole else {}
+    record["warnings"] = found = warnings(record, at.baseline, s) if whole else {}
     if processes.rank() == 0:  # Observers are there alone.
         run.observe("nft_eval_finished", record=record, batch=batch, scores=scores)
     if whole:
         at.evaluations[at.step] = total["mean"]
-    return record["warnings"]
+    return found

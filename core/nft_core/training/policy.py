@@ -204,7 +204,7 @@ class Policy:
         total = float(torch.stack(squares).sum())
         if self.sharded:
             total = sum_value(total, self.device)
-        return (total / sum(p.numel() for p in self.parameters)) ** 0.5
+        return float((total / sum(p.numel() for p in self.parameters)) ** 0.5)
 
     def state(self) -> dict[str, Tensor]:
         """Every set of weights by `SET.PARAMETER`: live, old, and reference and ema where kept.

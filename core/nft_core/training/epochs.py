@@ -1,0 +1,112 @@
+"""The end of an epoch: its record, the old policy's move, and the evaluation and checkpoint that are due."""
+
+from __future__ import annotations
+
+from math import isfinite
+from typing import Any
+
+import torch
+
+from ..errors import NftError
+from ..objective.advantages import flat_groups
+from ..objective.schedules import next_kl_weight, old_decay
+from ..parallel import processes
+from ..sampling.rollout import Rollout
+from ..scoring.statistics import statistics
+from .compiling import compiled_graphs
+from .evaluation import evaluate
+from .state import Progress, Training
+from .watch import warnings
+
+
+def finish_epoch(training: Training, rollout: Rollout, seconds: float) -> None:
+    """Report how the epoch went, and let the old policy follow the live one."""
+    s, policy, at, scores = training.settings, training.policy, training.at, rollout.scores
+    epoch, means = at.epoch + 1, compute_epoch_means(at)
+    norm = float(torch.linalg.vector_norm(rollout.x_0, dtype=torch.float64))
+    # Each process holds a part of the latents: squares and their number are summed over all.
+    square, count = processes.sum_values([norm**2, rollout.x_0.numel()], policy.device)
+    phases = dict(training.phases)
+    phases["other"] = seconds - sum(phases.values())
+    record = training.record(
+        "epoch",
+        epoch,
+        epoch_seconds=seconds,
+        images=len(scores),
+        images_per_second=len(scores) / seconds,
+        **statistics(scores, rollout.draws.metadata(), rollout.tallies),
+        **means,
+        kl_weight=at.kl_weight,
+        lr=at.lr,
+        old_decay=old_decay(s.old_decay, at.step),
+        drift=policy.drift(),
+        x0_rms=(square / count) ** 0.5 if isfinite(square) else None,
+        flat_groups=flat_groups(scores.values, scores.valid, rollout.groups),
+        nonfinite_steps=at.nonfinite_steps,
+        **({"loss_scale": at.loss_scale} if s.precision == "fp16" else {}),
+        **({"compiled_graphs": graphs} if (graphs := compiled_graphs()) else {}),
+        skipped=list(rollout.skipped),
+        phases=phases,
+    )
+    training.phases.clear()
+    if record["x0_rms"] is not None:
+        at.baseline.setdefault("x0_rms", record["x0_rms"])
+    record["warnings"] = warnings(record, at.baseline, s)
+    training.observe("nft_epoch_finished", record=record)
+    # Weights and counters change together here; no checkpoint is taken in between.
+    with training.change():
+        policy.move_old(old_decay(s.old_decay, at.step))
+        if means["kl"] is not None:
+            at.kl_weight = next_kl_weight(at.kl_weight, means["kl"], s.kl_target, s.kl_weight)
+        at.epoch, at.update, at.evaluated = epoch, 0, False
+        at.sums, at.grad_norms, at.nonfinite_steps = [0.0] * len(at.sums), [], 0
+        at.skips += bool(rollout.skipped)
+    stop_where_asked(training, record)
+
+
+def compute_epoch_means(at: Progress) -> dict[str, float | None]:
+    """Average the losses over the epoch's samples of all processes; None where every step was left out.
+
+    `old_gap` is the root of sum |v - v_old|^2 / sum |v_old|^2: how far the live policy is from the old one.
+    """
+    policy_loss, kl, gap, size, count = at.sums
+    if not count:
+        return dict.fromkeys(("loss", "policy_loss", "kl", "grad_norm", "old_gap"))
+    return {
+        "loss": (policy_loss + at.kl_weight * kl) / count,
+        "policy_loss": policy_loss / count,
+        "kl": kl / count,
+        "grad_norm": sum(at.grad_norms) / len(at.grad_norms),
+        "old_gap": (gap / size) ** 0.5 if size else None,
+    }
+
+
+def stop_where_asked(training: Training, record: dict[str, Any]) -> None:
+    """Raise NftError for a warning under --strict, or where rewards were left out more often than max_skips."""
+    s = training.settings
+    if s.strict and record["warnings"]:
+        raise NftError(f"Stopped by --strict: {' '.join(record['warnings'].values())}")
+    if record["skipped"] and training.at.skips > s.max_skips:
+        raise NftError(
+            f"Rewards were left out in {training.at.skips} epochs (on_error=skip), the last "
+            f"{', '.join(record['skipped'])}: more than max_skips = {s.max_skips}. Mend the reward, or raise "
+            "max_skips, and resume the training."
+        )
+
+
+def evaluate_and_save(training: Training) -> None:
+    """Evaluate and save a checkpoint if either is due after the epochs done so far.
+
+    Nothing happens where a resumed run starts from a checkpoint that was saved after its evaluation.
+    """
+    s, at = training.settings, training.at
+    if at.evaluated:
+        return
+    ends = at.epoch in (0, s.epochs)
+    due = ends or (s.eval_every and at.epoch % s.eval_every == 0)
+    found = evaluate(training) if due else {}
+    at.evaluated = True
+    if s.strict and found:
+        raise NftError(f"Stopped by --strict: {' '.join(found.values())}")
+    if at.epoch and (ends or (s.checkpoint_every and at.epoch % s.checkpoint_every == 0)):
+        training.save()
