@@ -12,7 +12,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ..errors import PeerError, Stopped
-from .rendezvous import announced, connecting, meet, warnings
+from .rendezvous import connect_in_time, meet_others, read_rank_and_size
 
 
 @contextmanager
@@ -23,19 +23,19 @@ def process_group(device: torch.device, patience: float, join: float = 600.0) ->
     join: seconds that all processes have to come, and then to connect.
     Raises PeerError where another one fails, or does not come, and UsageError where they do not fit together.
     """
-    rank, size = announced()
+    rank, size = read_rank_and_size()
     if size == 1:
         yield []
         return
-    store, members = meet(device, rank, size, join)
+    store, warnings = meet_others(device, rank, size, join)
     wait = timedelta(seconds=patience)
     store.set_timeout(wait)
     try:
-        with connecting(rank, size, join):
+        with connect_in_time(rank, size, join):
             backend = "nccl" if device.type == "cuda" else "gloo"
             dist.init_process_group(backend, timeout=wait, store=store, rank=rank, world_size=size)
             sum_value(1.0, device)  # NCCL connects when it is first needed.
-        yield warnings(members)
+        yield warnings
     except RuntimeError as error:
         if isinstance(error, dist.DistError) or "gloo" in str(error):
             raise PeerError(
@@ -100,7 +100,7 @@ def sum_gradients(parameters: Iterable[torch.nn.Parameter]) -> None:
     flags = torch.tensor(there, device=grads[0].device, dtype=grads[0].dtype)
     flat = torch.cat([*(g.flatten() for g in grads), flags])
     dist.all_reduce(flat)
-    *sums, anywhere = flat.split([*(g.numel() for g in grads), len(there)])
+    *sums, anywhere = torch.split(flat, [*(g.numel() for g in grads), len(there)])
     for p, g, total, used in zip(parameters, grads, sums, anywhere.tolist(), strict=True):
         p.grad = g.copy_(total.view_as(g)) if used else None
 

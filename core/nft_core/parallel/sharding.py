@@ -24,7 +24,7 @@ from nft_plugins import Condition
 from ..errors import UsageError
 from .launch import PATIENCE
 from .processes import rank, world_size
-from .rendezvous import connecting
+from .rendezvous import connect_in_time
 
 
 def blocks(transformer: Module) -> list[Module]:
@@ -134,7 +134,7 @@ class InStep:
         self._velocity = velocity
         self._failure: Exception | None = None
         # A group of the CPUs: one of GPUs would have each wait for what its GPU still has to do.
-        with connecting(rank(), world_size(), join):
+        with connect_in_time(rank(), world_size(), join):
             self._group = dist.new_group(backend="gloo", timeout=timedelta(seconds=patience))
 
     def velocity(self, x_t: Tensor, t: Tensor, condition: Condition) -> Tensor:

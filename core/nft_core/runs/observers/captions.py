@@ -57,8 +57,8 @@ def drawn(font: ImageFont.FreeTypeFont, letter: str) -> tuple[tuple[int, int], b
 def system_fonts() -> list[Path]:
     """Font files of the system and of its user, plain faces first."""
     home = Path.home()
-    shares = [*os.environ.get("XDG_DATA_DIRS", "/usr/local/share:/usr/share").split(":"), home / ".local/share"]
-    folders = [*(Path(share) / "fonts" for share in shares), home / ".fonts"]
+    shares = os.environ.get("XDG_DATA_DIRS", "/usr/local/share:/usr/share").split(":")
+    folders = [*(Path(share) / "fonts" for share in shares), home / ".local/share/fonts", home / ".fonts"]
     folders += [root / "Library/Fonts" for root in (Path("/"), Path("/System"), home)]
     folders += [Path(os.environ.get("WINDIR", "C:/Windows")) / "Fonts"]
     kinds = (".ttf", ".otf", ".ttc")

@@ -135,11 +135,13 @@ def comparison(base: Mapping[str, Any], latest: Mapping[str, Any]) -> Table:
     notes = []
     for name in {**before, **after}:  # One of them may lack a reward that the other has.
         was, now = before.get(name), after.get(name)
-        both = was is not None and now is not None
-        reason = difference(base, latest, name) if both else ""
-        if reason:
-            notes.append(f"{name}: {reason}, so no change is given.")
-        table.add_row(name, show(was), show(now), f"{now - was:+.4g}" if both and not reason else "")
+        change = ""
+        if was is not None and now is not None:
+            if reason := difference(base, latest, name):
+                notes.append(f"{name}: {reason}, so no change is given.")
+            else:
+                change = f"{now - was:+.4g}"
+        table.add_row(name, show(was), show(now), change)
     table.caption = "\n".join(notes) or None
     return table
 
@@ -164,9 +166,10 @@ def is_evaluation(record: Mapping[str, Any]) -> bool:
 
 def figures(record: Mapping[str, Any]) -> dict[str, float | None]:
     """Means of the rewards, then of their details, then the total where there are several rewards."""
-    rewards = {name: r["mean"] for name, r in record["rewards"].items()}
+    rewards: dict[str, float | None] = {name: r["mean"] for name, r in record["rewards"].items()}
     total = {"total": rewards.pop("total")}
-    return rewards | record.get("details", {}) | (total if len(rewards) > 1 else {})
+    details: dict[str, float | None] = record.get("details", {})
+    return rewards | details | (total if len(rewards) > 1 else {})
 
 
 def means(record: Mapping[str, Any], like: Mapping[str, Any] | None = None) -> str:

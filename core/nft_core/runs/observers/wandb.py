@@ -29,9 +29,9 @@ class WandB:
     ) -> None:
         import wandb
 
-        self.wandb, self.log = wandb, None
-        self.given = {"project": project, "entity": entity, "mode": mode}
-        self.name = name
+        self.wandb = wandb
+        self.log: Any = None
+        self.project, self.entity, self.name, self.mode = project, entity, name, mode
 
     @hookimpl
     def nft_run_started(self, run: Run) -> None:
@@ -40,7 +40,9 @@ class WandB:
         known = note.read_text(encoding="utf-8").strip() if note.exists() else secrets.token_hex(4)
         note.write_text(known + "\n", encoding="utf-8")
         self.log = self.wandb.init(
-            **self.given,
+            project=self.project,
+            entity=self.entity,
+            mode=self.mode,
             id=known,
             resume="allow",
             name=self.name or run.folder.name,
