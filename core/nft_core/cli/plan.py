@@ -28,7 +28,7 @@ from ..planning.plan import (
     peaks,
     phases,
     processes,
-    proposal,
+    propose_settings,
     works,
 )
 from ..prompts import Prompt, prompts_of_run
@@ -192,7 +192,7 @@ def show_proposals(s: Settings, f: Footprint, rewards: dict[str, int], rooms: li
         return f"x {found / asked:.2f}"
 
     for name, room in rooms:
-        fitting, lacking = proposal(s, f, rewards, room)
+        fitting, lacking = propose_settings(s, f, rewards, room)
         if fitting is None:
             shown.add_row(name, f"none: the smallest lack {lacking / GIB:.1f} GiB", "", "", "")
             continue

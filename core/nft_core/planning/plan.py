@@ -7,9 +7,8 @@ Bytes and operations are counted (`footprint`), but for what rewards take, which
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from contextlib import suppress
-from itertools import product
 from math import ceil
 from typing import NamedTuple
 
@@ -32,8 +31,14 @@ SLACK = 0.05
 USABLE = 0.98
 #: GPUs that settings are proposed for, GiB.
 CARDS = (24, 40, 80)
-#: FLOP/s, and bytes/s of the GPU's memory and of the way from the host's: to rank settings by, and no more.
-RATE, BANDWIDTH, WAY = 1e14, 1e12, 2e10
+#: What a plan tries in turn where batches alone are not enough. Computing activations anew costs a third of
+#: training's operations, whatever the model; copies in the host's memory cost a transfer for each microbatch.
+ECONOMIES = (
+    {"gradient_checkpointing": False, "offload": False},
+    {"gradient_checkpointing": True, "offload": False},
+    {"gradient_checkpointing": False, "offload": True},
+    {"gradient_checkpointing": True, "offload": True},
+)
 #: Bytes of a number's two moments: 8-bit AdamW has a float32 scale for each 256 numbers.
 MOMENTS = {"adamw": 8.0, "adamw8bit": 2 * (1 + 4 / 256)}
 #: Parameters of fewer numbers keep float32 moments there.
@@ -191,59 +196,50 @@ def works(s: Settings, f: Footprint) -> list[Work]:
     return [work for work in found if s.kl_weight or work.name != "train: reference"]
 
 
-def seconds(s: Settings, f: Footprint) -> float:
-    """An epoch's time on a GPU that does not exist: for comparing settings, and for nothing else."""
-    visits = (2 if s.kl_weight and not f.lora else 1) if s.offload else 0
-    way = trained_bytes(s, f) * visits * ceil(s.prompts_per_epoch * s.group_size / s.microbatch)
-    return sum(work.total / RATE + work.read / BANDWIDTH for work in works(s, f)) + way / WAY
+def propose_settings(
+    s: Settings, f: Footprint, rewards: Mapping[str, int], room: int
+) -> tuple[Settings | None, int]:
+    """Find settings that fit into `room` bytes. Returns them and 0; or None and the bytes that are lacking.
 
-
-def proposal(s: Settings, f: Footprint, rewards: Mapping[str, int], room: int) -> tuple[Settings | None, int]:
-    """The fastest of the settings that fit into `room` bytes; or None, and the bytes that are lacking at least.
-
-    Batches are never larger than asked for. 8-bit moments, which change what is learned, are taken last.
+    They are the first of ECONOMIES that fits with some batches, with the largest of these. Batches are never
+    larger than asked for. 8-bit moments, which change what is learned, come after all the others.
     """
-    found: list[tuple[bool, float, Settings]] = []
-    lacking = []
     # bitsandbytes cannot train weights that processes share.
-    optimizers = {s.optimizer} if shared(s) and not f.lora else {"adamw8bit", s.optimizer}
-    for again, offload, optimizer in product((False, True), (False, True), sorted(optimizers)):
-        if (f.recomputed if again else f.step) is None:
-            continue
-        options = {"gradient_checkpointing": again, "offload": offload, "optimizer": optimizer}
-        tried = s.model_copy(update=options)
-        found += [(optimizer != s.optimizer, seconds(x, f), x) for x in fitting(tried, f, rewards, room)]
-        smallest = tried.model_copy(update=dict.fromkeys(("rollout_batch", "decode_batch", "microbatch"), 1))
-        lacking.append(need(phases(smallest, f, rewards)) - room)
-    if not found:
-        return None, min(lacking)
-    return min(found, key=lambda item: item[:2])[2], 0
+    optimizers = [s.optimizer] if shared(s) and not f.lora else [s.optimizer, "adamw8bit"]
+    tries = [s.model_copy(update={**e, "optimizer": o}) for o in dict.fromkeys(optimizers) for e in ECONOMIES]
+    tries = [x for x in tries if (f.recomputed if x.gradient_checkpointing else f.step) is not None]
+    for tried in tries:
+        if found := fit_batches(tried, f, rewards, room):
+            return found, 0
+    ones = dict.fromkeys(("rollout_batch", "decode_batch", "microbatch"), 1)
+    return None, min(need(phases(x.model_copy(update=ones), f, rewards)) for x in tries) - room
 
 
-def fitting(s: Settings, f: Footprint, rewards: Mapping[str, int], room: int) -> Iterator[Settings]:
-    """For each rollout batch, the settings with the largest others that fit."""
+def fit_batches(s: Settings, f: Footprint, rewards: Mapping[str, int], room: int) -> Settings | None:
+    """Halve the batches until every phase fits into `room` bytes; None where none does."""
 
     def fits(s: Settings, *names: str) -> bool:
         table = phases(s, f, rewards)
         return need({name: table[name] for name in names}) <= room
 
-    def largest(s: Settings, batch: str, *names: str) -> Settings | None:
+    def halve(s: Settings, batch: str, *names: str) -> Settings | None:
+        """Take the largest batch with which these phases fit."""
         tried = (s.model_copy(update={batch: n}) for n in halvings(getattr(s, batch)))
         return next((x for x in tried if fits(x, *names)), None)
 
-    if fits(s, "encode"):
-        for n in halvings(s.rollout_batch):
-            batch = s.model_copy(update={"rollout_batch": n})
-            sampling = largest(batch, "decode_batch", "rollout", "decode", "reward")
-            if sampling and (training := largest(sampling, "microbatch", "train")):
-                yield training
+    if not fits(s, "encode"):  # Which no batch changes.
+        return None
+    for n in halvings(s.rollout_batch):
+        batch = s.model_copy(update={"rollout_batch": n})
+        sampling = halve(batch, "decode_batch", "rollout", "decode", "reward")
+        if sampling and (training := halve(sampling, "microbatch", "train")):
+            return training
+    return None
 
 
-def halvings(n: int) -> Iterator[int]:
-    """n, n/2, ... 1."""
-    while n:
-        yield n
-        n //= 2
+def halvings(n: int) -> list[int]:
+    """List n, n/2, ... 1."""
+    return [n >> i for i in range(n.bit_length())]
 
 
 #: Settings that a plan may change.
@@ -284,7 +280,7 @@ def check_memory(
         return
     with suppress(NftError):
         f = footprint(s, host, device, both=True)
-    mended, _ = proposal(s, f, rewards, room + CONTEXT)  # Which is taken.
+    mended, _ = propose_settings(s, f, rewards, room + CONTEXT)  # Which is taken.
     advice = (
         f"This would fit: {changes(s, mended)}." if mended else "No setting would mend it: take a larger GPU."
     )
