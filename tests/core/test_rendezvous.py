@@ -21,7 +21,7 @@ from nft_core.parallel.rendezvous import (
     meet_others,
     name_ranks,
 )
-from nft_core.runs.inputs import check_alike
+from nft_core.runs.inputs import check_same_settings
 from nft_core.runs.setup import pick_device
 from nft_core.settings import make_settings
 
@@ -220,17 +220,17 @@ def test_processes_with_different_settings(monkeypatch):
 
     monkeypatch.setattr("nft_core.parallel.processes.gather_texts", gathered)
     others = {}
-    check_alike(make_settings(), None, CPU)
+    check_same_settings(make_settings(), None, CPU)
     others = {"lr": 0.01}
     with pytest.raises(
         UsageError, match=r"different settings: lr \(0.01 in process 0, 0.0003 in process 1\)\."
     ):
-        check_alike(make_settings(), None, CPU)
+        check_same_settings(make_settings(), None, CPU)
 
 
 def test_a_checkpoint_that_is_not_seen_here(tmp_path):
     with pytest.raises(CheckpointError, match="000002, from which process 0 goes on: .* all nodes share"):
-        check_alike(make_settings(), tmp_path / "000002", CPU)
+        check_same_settings(make_settings(), tmp_path / "000002", CPU)
 
 
 def test_fewer_gpus_than_processes(monkeypatch):

@@ -62,7 +62,7 @@ def barrier() -> None:
         dist.barrier()
 
 
-def owned(count: int) -> Tensor:
+def list_owned(count: int) -> Tensor:
     """Indices in 0..count-1 of this process: every world_size-th, so each prompt's images spread out."""
     return torch.arange(rank(), count, world_size(), device="cpu")
 
@@ -106,7 +106,7 @@ def sum_gradients(parameters: Iterable[torch.nn.Parameter]) -> None:
 
 
 @contextmanager
-def together(device: torch.device, finish: Callable[[], None] = lambda: None) -> Iterator[None]:
+def fail_together(device: torch.device, finish: Callable[[], None] = lambda: None) -> Iterator[None]:
     """What fails inside in one process fails in all, so that none waits for another for ever.
 
     Inside there may be no other exchange between processes: the one that failed would not take part.
@@ -132,7 +132,7 @@ def together(device: torch.device, finish: Callable[[], None] = lambda: None) ->
         raise failure
 
 
-def same_everywhere(text: str, device: torch.device) -> bool:
+def is_same_everywhere(text: str, device: torch.device) -> bool:
     """Whether all processes hold the same text; the answer is the same in all."""
     if world_size() == 1:
         return True
@@ -169,6 +169,6 @@ def sum_values(values: Sequence[float], device: torch.device) -> list[float]:
     return total.tolist()
 
 
-def agree(number: int, device: torch.device) -> int:
+def agree_on_number(number: int, device: torch.device) -> int:
     """The first process's number, in all."""
     return round(sum_value(float(number) if rank() == 0 else 0.0, device))

@@ -16,7 +16,7 @@ from nft_plugins import Batch, Condition, FlowModel, Reward, Scores, Solver, Vel
 
 from ..host.lending import quiet_moment
 from ..parallel.devices import free_memory, on_device
-from ..parallel.processes import gather_rows, owned, rank, sum_values, together, world_size
+from ..parallel.processes import fail_together, gather_rows, list_owned, rank, sum_values, world_size
 from ..parallel.sharding import InStep
 from ..parallel.workers import Worker
 from ..scoring.failures import Tally
@@ -120,7 +120,7 @@ def roll_out(
     look: called with each batch and which images are in it; latents are not kept then.
     Raises what a reward raises, in all processes if in one.
     """
-    index = owned(len(draws))
+    index = list_owned(len(draws))
     groups = draws.groups()
     tallies_of(reward)  # What a rollout that did not end has left.
     latents, finite, pending, scores = [], [], [], []
@@ -134,7 +134,7 @@ def roll_out(
             )
             sampler.in_step.finish(nothing, t, c)
 
-    with together(sampler.device, finish), scoring() as scorer:
+    with fail_together(sampler.device, finish), scoring() as scorer:
         todo = index
         while len(todo):
             stop()

@@ -23,7 +23,7 @@ from ..objective.schedules import lr_decay, next_kl_weight, old_decay, warmup
 from ..objective.train_times import draw_times
 from ..parallel import processes
 from ..parallel.devices import sent
-from ..parallel.sharding import clip_gradients, local
+from ..parallel.sharding import clip_gradients, take_local_part
 from ..prompts import prompts_of_epoch
 from ..sampling.draws import Draws
 from ..sampling.rollout import Rollout, roll_out
@@ -240,7 +240,7 @@ def take_step(run: Training, sums: Tensor) -> None:
 
 def unscale(parameters: Sequence[Parameter], at: Progress) -> None:
     """Gradients as they are without the loss scale of fp16, which grows when it has done well for long."""
-    torch._foreach_mul_([local(p.grad) for p in parameters if p.grad is not None], 1 / at.loss_scale)
+    torch._foreach_mul_([take_local_part(p.grad) for p in parameters if p.grad is not None], 1 / at.loss_scale)
     at.scaled += 1
     if at.scaled >= GROWTH:
         at.loss_scale, at.scaled = at.loss_scale * 2, 0

@@ -8,8 +8,8 @@ from typing import Any, Literal
 
 from nft_plugins import Batch, Run, Scores, hookimpl
 
-from .metrics import scalars
-from .samples import choose
+from .metrics import flatten_numbers
+from .samples import choose_samples
 
 
 class WandB:
@@ -57,7 +57,9 @@ class WandB:
 
     @hookimpl
     def nft_eval_finished(self, record: Mapping[str, Any], batch: Batch, scores: Scores) -> None:
-        pictures = [self.wandb.Image(s.image, caption=f"{s.prompt}\n{s.score}") for s in choose(batch, scores)]
+        pictures = [
+            self.wandb.Image(s.image, caption=f"{s.prompt}\n{s.score}") for s in choose_samples(batch, scores)
+        ]
         self._write("eval", record, samples=pictures)
 
     @hookimpl
@@ -66,5 +68,5 @@ class WandB:
             self.log.finish(exit_code=1 if error else 0)
 
     def _write(self, kind: str, record: Mapping[str, Any], **more: Any) -> None:
-        figures = {f"{kind}/{name}": value for name, value in {**scalars(record), **more}.items()}
+        figures = {f"{kind}/{name}": value for name, value in {**flatten_numbers(record), **more}.items()}
         self.log.log({**figures, "epoch": record["epoch"]})
