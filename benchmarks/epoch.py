@@ -51,8 +51,9 @@ from worlds import WORLDS, is_made_here, load_pipeline, load_world, settings_of,
 from nft_core.host.host import load_host
 from nft_core.prompts import Prompt
 from nft_core.quiet import quiet
-from nft_core.runs.inputs import check_sizes, load_rewards, prepare, usable
-from nft_core.runs.setup import assemble, autocast_dtype, pick_device
+from nft_core.runs.assembly import assemble_training
+from nft_core.runs.inputs import check_sizes, choose_prompts, load_rewards, prepare_inputs
+from nft_core.runs.setup import autocast_dtype, pick_device
 from nft_core.settings import Settings, parse_assignment
 from nft_core.training.compiling import warm_up
 from nft_plugins import SteppedSolver
@@ -112,11 +113,11 @@ def prepared(job: Job) -> Prepared:
     host = load_host()
     settings = settings_of(job.world, host, job.model, job.epochs, job.device, job.settings)
     device = pick_device(settings.device)
-    specs, solver, prompts, held_out = prepare(settings, host)
-    reward = load_rewards(specs, host, device, settings.reward_defaults)
-    prompts, held_out = usable(prompts, held_out, reward.check_prompt, settings.unscorable, lambda text: None)
+    inputs = prepare_inputs(settings, host)
+    reward = load_rewards(inputs.rewards, host, device, settings.reward_defaults)
+    prompts, held_out = choose_prompts(inputs, reward.check_prompt, settings.unscorable, lambda text: None)
     check_sizes(settings, len(prompts), len(held_out))
-    return Prepared(settings, host, device, Clock(device), reward, solver, prompts, held_out[:1])
+    return Prepared(settings, host, device, Clock(device), reward, inputs.solver, prompts, held_out[:1])
 
 
 class Ours:
@@ -130,7 +131,7 @@ class Ours:
         model.encode = clock.timed("encode", model.encode)
         model.decode = clock.timed("decode", model.decode)
         with clock.epoch():
-            self.run = assemble(
+            self.run = assemble_training(
                 s,
                 model,
                 world.reward,

@@ -14,8 +14,9 @@ from pathlib import Path
 from diffusers import SD3Transformer2DModel
 
 from nft_core.host.host import load_host
-from nft_core.runs.inputs import load_rewards, prepare, usable
-from nft_core.runs.setup import assemble, load_model, pick_device
+from nft_core.runs.assembly import assemble_training
+from nft_core.runs.inputs import choose_prompts, load_rewards, prepare_inputs
+from nft_core.runs.setup import load_model, pick_device
 from nft_core.sampling.draws import Draws
 from nft_core.sampling.rollout import roll_out
 from nft_core.settings import make_settings, read_toml
@@ -47,12 +48,12 @@ def main():
     folder = Path(sys.argv[1])
     settings = make_settings(read_toml(folder / "run.toml"), {"processes": 1, "device": "cpu"})
     host = load_host()
-    specs, solver, *files = prepare(settings, host)
+    inputs = prepare_inputs(settings, host)
     device = pick_device("cpu")
-    reward = load_rewards(specs, host, device, settings.reward_defaults)
-    prompts, held_out = usable(*files, reward.check_prompt, settings.unscorable, lambda text: None)
+    reward = load_rewards(inputs.rewards, host, device, settings.reward_defaults)
+    prompts, held_out = choose_prompts(inputs, reward.check_prompt, settings.unscorable, lambda text: None)
     model = load_model(settings, host, device)
-    run = assemble(settings, model, reward, solver, prompts, held_out, device, folder)
+    run = assemble_training(settings, model, reward, inputs.solver, prompts, held_out, device, folder)
     last = sys.argv[2] if len(sys.argv) > 2 else max((folder / "checkpoints").glob("[0-9]*"))
     trained = SD3Transformer2DModel.from_pretrained(last, subfolder="transformer").float().state_dict()
     print(f"| strict accuracy at margin | {' | '.join(map(str, MARGINS))} |\n|{'---|' * (len(MARGINS) + 1)}")

@@ -35,7 +35,8 @@ from safetensors.torch import load_file, save_file
 from worlds import load_world
 
 from nft_core.parallel.processes import process_group, rank, sum_values
-from nft_core.runs.setup import assemble, pick_device
+from nft_core.runs.assembly import assemble_training
+from nft_core.runs.setup import pick_device
 
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
 
@@ -50,7 +51,9 @@ def work(job: Job) -> None:
         world = prepared(job)
         s, device = world.settings, world.device
         model = load_world(s, world.host, device)
-        run = assemble(s, model, world.reward, world.solver, world.prompts, world.held_out, device, job.folder)
+        run = assemble_training(
+            s, model, world.reward, world.solver, world.prompts, world.held_out, device, job.folder
+        )
         weights = dict(zip(run.policy.names, run.policy.parameters, strict=True))
         initial = {name: p.detach().cpu().clone() for name, p in weights.items()}
         run.observe = lambda hook, **arguments: records.extend(r for n, r in arguments.items() if n == "record")

@@ -16,7 +16,7 @@ import torch
 from nft_core.host.host import Host
 from nft_core.models.sd3 import SD3
 from nft_core.quiet import quiet
-from nft_core.runs.inputs import resolve
+from nft_core.runs.inputs import make_run_settings
 from nft_core.runs.setup import autocast_dtype, load_model
 from nft_core.settings import Settings
 from nft_plugins import Condition, FlowModel
@@ -110,7 +110,7 @@ def settings_of(
         # In float32 on a GPU too, so that two devices' scores differ no more than their sums.
         rewards = {name: {**tiny.rewards[name], "precision": "fp32"} for name in REWARDS}
         base |= {"model": model, "reward_defaults": rewards}
-    return resolve(host, "tiny" if world == "tiny" else None, base, WORLDS[world], *layers)
+    return make_run_settings(host, "tiny" if world == "tiny" else None, base, WORLDS[world], *layers)
 
 
 def write_configs(folder: Path, size: str) -> str:

@@ -14,8 +14,8 @@ from measures import matrix_product_peak
 from worlds import settings_of, write_configs
 
 from nft_core.host.host import load_host
-from nft_core.planning.footprint import footprint
-from nft_core.planning.plan import GIB, need, peaks, phases, works
+from nft_core.planning.footprint import count_footprint
+from nft_core.planning.plan import GIB, count_needed, count_works, plan_phases, sum_phases
 
 from .report import Check, Late, Report
 
@@ -71,7 +71,7 @@ def compare(report: Report) -> tuple[str, dict[str, Any]]:
     pipes, said = {"ours": start(ours)}, {}
     host = load_host()
     s = settings_of(world, host, folder, 1, device, given)
-    counted = footprint(s, host, report.device)
+    counted = count_footprint(s, host, report.device)
     try:
         said["ours"] = answer(pipes["ours"], "ours", report.left())
         pipes["published"] = start(published)  # Which reads what the first has written.
@@ -83,7 +83,7 @@ def compare(report: Report) -> tuple[str, dict[str, Any]]:
     if not all(timed.values()):
         raise Late
     seconds = {name: median(e["seconds"] for e in each) for name, each in timed.items()}
-    operations = {w.name: w.total for w in works(s, counted)}
+    operations = {w.name: w.total for w in count_works(s, counted)}
     training = sum(total for name, total in operations.items() if name.startswith("train"))
     ratio = seconds["published"] / seconds["ours"]
     figures: dict[str, Any] = {"prompts": prompts, "seconds": seconds, "ratio": ratio, "epochs": epochs}
@@ -99,10 +99,11 @@ def compare(report: Report) -> tuple[str, dict[str, Any]]:
             figures[name]["peak_bytes"] = max(e["peak_bytes"] for e in each)
             text += f", {figures[name]['peak_bytes'] / GIB:.1f} GiB"
         told.append(text)
-    table = phases(s, counted, {})
-    figures["planned_bytes"] = max(peaks(table).values())
+    table = plan_phases(s, counted, {})
+    figures["planned_bytes"] = max(sum_phases(table).values())
     told.append(
-        f"planned {figures['planned_bytes'] / GIB:.1f} GiB, {need(table) / GIB:.1f} with what is assumed"
+        f"planned {figures['planned_bytes'] / GIB:.1f} GiB, "
+        f"{count_needed(table) / GIB:.1f} with what is assumed"
     )
     told += said["ours"]["said"][-1:]
     return "; ".join(told), figures

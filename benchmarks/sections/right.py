@@ -26,8 +26,8 @@ from worlds import RandomSD3, write_configs
 
 from nft_core.host.host import load_host
 from nft_core.models.libraries import Linear
-from nft_core.planning.footprint import footprint
-from nft_core.planning.plan import peaks, phases
+from nft_core.planning.footprint import count_footprint
+from nft_core.planning.plan import plan_phases, sum_phases
 from nft_core.sampling.draws import Draws
 from nft_core.training.compiling import compile_blocks, compiled_graphs, warm_up
 from nft_core.training.loop import sample_images
@@ -352,7 +352,7 @@ def planned(report: Report) -> tuple[str, dict[str, Any]]:
     settings = {"precision": "bf16", "lora_rank": 4, "resolution": 64 if report.small else 512}
     ours = small_run(report, report.device.type, **settings)
     s = ours.run.settings
-    plan = max(peaks(phases(s, footprint(s, load_host(), report.device), {})).values())
+    plan = max(sum_phases(plan_phases(s, count_footprint(s, load_host(), report.device), {})).values())
     if report.device.type != "cuda":
         ours.epoch(1)
         return f"planned {plan / 2**20:.0f} MiB; there is no GPU to compare with", {"planned": plan}

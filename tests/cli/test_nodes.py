@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from nft_core.runs.checkpoint import verify
+from nft_core.runs.checkpoint import verify_checkpoint
 
 pytestmark = pytest.mark.skipif(
     sys.platform != "linux", reason="Slurm's script, and the interface is called lo"
@@ -119,7 +119,7 @@ def test_slurm_saves_and_queues_the_run_again(arguments, tmp_path):
     assert (fake / "cancelled").read_text().split() == ["--signal=TERM", number]
     assert (fake / "requeued").read_text().split() == ["requeue", number]
     (saved,) = (folder / "checkpoints").iterdir()
-    verify(saved)
+    verify_checkpoint(saved)
     assert "Saved at epoch" in said
     assert (tmp_path / "rank0").exists() and (tmp_path / "rank1").exists()
 
@@ -157,4 +157,4 @@ def test_without_torchrun_a_node_dies(arguments, tmp_path):
     assert "Error: Another process of this run has stopped" in err and "Traceback" not in err
     assert "Saved at epoch" in out
     (saved,) = (folder / "checkpoints").iterdir()
-    verify(saved)
+    verify_checkpoint(saved)

@@ -96,7 +96,8 @@ def test_profile(tmp_path, ours):
 def test_several_processes_are_told_to_profile(tmp_path, monkeypatch):
     told = []
     monkeypatch.setattr(
-        "nft_core.parallel.launch.launch", lambda settings, out, processes, more: told.extend(more) or 0
+        "nft_core.parallel.launch.launch_processes",
+        lambda settings, out, processes, more: told.extend(more) or 0,
     )
     arguments = ["run", "--tiny", "--reward", "geneval", "--set", "processes=2", "--out", str(tmp_path / "run")]
     monkeypatch.setenv("KINETO_LOG_LEVEL", "6")

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from nft_core.runs.checkpoint import verify
+from nft_core.runs.checkpoint import verify_checkpoint
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="looks at /proc")
 
@@ -75,7 +75,7 @@ def test_one_process_is_killed(training):
     assert "process 1 of the run was killed by signal 9" in err
     assert "Traceback" not in err
     (saved,) = (folder / "checkpoints").iterdir()
-    verify(saved)
+    verify_checkpoint(saved)
 
 
 def test_the_parent_is_killed(training):
@@ -98,7 +98,7 @@ def test_an_interrupt_keeps_the_weights(how, training):
     assert "Traceback" not in err
     assert "Error" not in err
     (saved,) = (folder / "checkpoints").iterdir()
-    verify(saved)
+    verify_checkpoint(saved)
     assert (saved / "transformer" / "diffusion_pytorch_model.safetensors").exists()
     assert str(saved) in out.replace("\n", "")
 

@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from nft_core.runs.checkpoint import newest
+from nft_core.runs.checkpoint import find_newest_checkpoint
 
 #: A reward whose second process does what the file `mood` says, from the second epoch on.
 REWARD = """
@@ -87,7 +87,7 @@ def test_the_second_process(mood, cause, tmp_path):
     done = nft(*run, processes=2)
     assert done.returncode == 1
     assert cause in " ".join(done.stderr.split())
-    assert newest(folder, pytest.fail).name >= "000002"
+    assert find_newest_checkpoint(folder, pytest.fail).name >= "000002"
     (tmp_path / "mood").write_text("well")
     done = nft("resume", folder, processes=1)
     assert done.returncode == 0, done.stderr

@@ -14,7 +14,7 @@ from nft_core.cli.app import main
 from nft_core.environment import first
 from nft_core.errors import NftError, UsageError
 from nft_core.host.host import load_host
-from nft_core.planning.plan import processes
+from nft_core.planning.plan import count_planned_processes
 from nft_core.runs.setup import pick_device
 from nft_core.settings import make_settings
 from nft_plugins.telemetry import OFF
@@ -44,7 +44,7 @@ def test_who_reads_them_elsewhere_says_the_same(monkeypatch):
         first()
     monkeypatch.setenv("WORLD_SIZE", "")
     with pytest.raises(UsageError, match="WORLD_SIZE = ''"):
-        processes(make_settings({"rewards": ["x"]}))
+        count_planned_processes(make_settings({"rewards": ["x"]}))
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "")
     with pytest.raises(NftError, match="LOCAL_WORLD_SIZE = '': expected a whole number"):
         load_host().make_reward("ocr", {})

@@ -8,7 +8,13 @@ from nft_core.host.host import load_host
 from nft_core.host.local import load_object
 from nft_core.host.specs import parse_reward
 from nft_core.prompts import Prompt
-from nft_core.runs.fingerprint import changed, comparable, differences, evaluation, sources_of
+from nft_core.runs.fingerprint import (
+    collect_sources,
+    compare_sources,
+    fingerprint_evaluation,
+    is_comparable,
+    list_changes,
+)
 from nft_core.settings import make_settings
 
 PROMPTS = [Prompt("a cat", {}), Prompt("a dog", {"tag": "animals"})]
@@ -21,8 +27,10 @@ def host():
 
 
 def taken(host, prompts=PROMPTS, rewards=REWARDS, versions=None, **settings):
-    found = sources_of(host) | (versions or {})
-    return evaluation(make_settings(settings), prompts, [parse_reward(r) for r in rewards], host, found)
+    found = collect_sources(host) | (versions or {})
+    return fingerprint_evaluation(
+        make_settings(settings), prompts, [parse_reward(r) for r in rewards], host, found
+    )
 
 
 @pytest.mark.parametrize(
@@ -53,9 +61,9 @@ def taken(host, prompts=PROMPTS, rewards=REWARDS, versions=None, **settings):
 )
 def test_what_is_compared(host, change, what, comparable_still):
     before, now = taken(host), taken(host, **change)
-    assert changed(before, now) == what
+    assert list_changes(before, now) == what
     names = ("ocr", "ocr/strict", "pickscore", "total")
-    assert {name for name in names if comparable(before, now, name)} == comparable_still
+    assert {name for name in names if is_comparable(before, now, name)} == comparable_still
 
 
 def test_where_files_lie_makes_no_difference_and_what_is_in_them_does(host, tmp_path):
@@ -68,28 +76,29 @@ def test_where_files_lie_makes_no_difference_and_what_is_in_them_does(host, tmp_
         return taken(host, rewards=rewards, model=str(folder / "model"), solver=f"{folder / 'own.py'}:cat")
 
     assert fingerprint("a") == fingerprint("b")
-    assert changed(fingerprint("a"), fingerprint("a", b"1" * 10000 + b"2" * 10000)) == ["model"]
+    assert list_changes(fingerprint("a"), fingerprint("a", b"1" * 10000 + b"2" * 10000)) == ["model"]
 
 
 def test_what_the_machine_chooses_counts(host):
     settings, specs = make_settings(), [parse_reward("ocr")]
     on_cpu, on_gpu = (
-        evaluation(settings, PROMPTS, specs, host, {}, precision=p) for p in ("None", "torch.bfloat16")
+        fingerprint_evaluation(settings, PROMPTS, specs, host, {}, precision=p)
+        for p in ("None", "torch.bfloat16")
     )
-    assert changed(on_cpu, on_gpu) == ["precision"]
+    assert list_changes(on_cpu, on_gpu) == ["precision"]
 
 
 def test_options_of_a_reward_inside_another_count(host):
     before, now = (
         taken(host, rewards=["rank,of=ocr"], reward_defaults={"ocr": {"upscale": n}}) for n in (1, 4)
     )
-    assert changed(before, now) == ["reward rank"]
+    assert list_changes(before, now) == ["reward rank"]
 
 
 def test_a_line_of_an_older_version_is_compared_with_its_like(host):
-    assert comparable(None, None, "ocr")
-    assert not comparable(None, taken(host), "ocr")
-    assert changed(None, taken(host)) == ["what it was in an older version is not known"]
+    assert is_comparable(None, None, "ocr")
+    assert not is_comparable(None, taken(host), "ocr")
+    assert list_changes(None, taken(host)) == ["what it was in an older version is not known"]
 
 
 def test_files_of_ones_own_and_what_they_import(host, tmp_path, monkeypatch):
@@ -98,15 +107,15 @@ def test_files_of_ones_own_and_what_they_import(host, tmp_path, monkeypatch):
     monkeypatch.setattr(sys, "path", list(sys.path))
     reference = f"{tmp_path / 'own.py'}:cat"
     load_object(reference)
-    before = sources_of(host, [reference])
+    before = collect_sources(host, [reference])
     first = taken(host, rewards=["ocr", reference], versions=before)
     (tmp_path / "beside_own.py").write_text("SCALE = 2\n")
-    now = sources_of(host, [reference])
-    assert differences(before, now) == ["beside_own.py is another file"]
-    assert changed(first, taken(host, rewards=["ocr", reference], versions=now)) == ["reward cat"]
+    now = collect_sources(host, [reference])
+    assert compare_sources(before, now) == ["beside_own.py is another file"]
+    assert list_changes(first, taken(host, rewards=["ocr", reference], versions=now)) == ["reward cat"]
     # Another file of rewards in the folder is no part of this one.
     (tmp_path / "other.py").write_text("def dog(images): return images[:, 0, 0, 0]\n")
     third = taken(host, rewards=["ocr", reference, other := f"{tmp_path / 'other.py'}:dog"], versions=now)
     load_object(other)
-    assert changed(third, taken(host, rewards=["ocr", reference, other], versions=now)) == []
-    assert differences({"nft-ab3": "1.0", "gone": "1"}, {"nft-ab3": "1.1"}) == ["nft-ab3 1.0 then, 1.1 now"]
+    assert list_changes(third, taken(host, rewards=["ocr", reference, other], versions=now)) == []
+    assert compare_sources({"nft-ab3": "1.0", "gone": "1"}, {"nft-ab3": "1.1"}) == ["nft-ab3 1.0 then, 1.1 now"]

@@ -116,7 +116,7 @@ def test_what_fails_or_differs_in_one_process_is_told_in_all(tmp_path):
     script = tmp_path / "details.py"
     script.write_text(
         "import sys, torch\n"
-        "from nft_core.parallel.processes import owned, process_group, rank, together\n"
+        "from nft_core.parallel.processes import list_owned, process_group, rank, together\n"
         "from nft_core.errors import NftError, PeerError\n"
         "from nft_core.scoring.scores import gather_scores\n"
         "from nft_plugins import Scores\n"

@@ -24,8 +24,8 @@ def defaults():
 
 @pytest.mark.parametrize("number", [*signals.ENDING])
 def test_a_signal_is_noted_while_training_and_an_end_elsewhere(number, defaults):
-    signals.end_when_told()
-    with signals.told() as told:
+    signals.end_on_signals()
+    with signals.note_signals() as told:
         assert told() == 0
         os.kill(os.getpid(), number)
         assert told() == number
@@ -38,7 +38,7 @@ def test_a_signal_is_noted_while_training_and_an_end_elsewhere(number, defaults)
 
 
 def test_a_second_ctrl_c_means_at_once(defaults):
-    with signals.told(), pytest.raises(KeyboardInterrupt):
+    with signals.note_signals(), pytest.raises(KeyboardInterrupt):
         os.kill(os.getpid(), signal.SIGINT)
         os.kill(os.getpid(), signal.SIGINT)
 
@@ -47,8 +47,8 @@ def test_signals_that_are_ignored_or_a_librarys_are_left_alone(defaults):
     seen = []
     signal.signal(signal.SIGHUP, signal.SIG_IGN)  # nohup
     signal.signal(signal.SIGUSR1, lambda number, frame: seen.append(number))
-    signals.end_when_told()
-    with signals.told() as told:
+    signals.end_on_signals()
+    with signals.note_signals() as told:
         os.kill(os.getpid(), signal.SIGHUP)
         os.kill(os.getpid(), signal.SIGUSR1)
         assert told() == 0
@@ -62,7 +62,7 @@ def test_a_terminal_that_is_gone_ends_nothing(defaults, monkeypatch):
         raise OSError(5, "Input/output error")
 
     monkeypatch.setattr(os, "write", gone)
-    with signals.told() as told:
+    with signals.note_signals() as told:
         signal.raise_signal(signal.SIGHUP)
         assert told() == signal.SIGHUP
 

@@ -16,7 +16,8 @@ from families import FAMILIES, PUBLISHED, lumina2
 from nft_core.errors import UsageError
 from nft_core.host.host import load_host
 from nft_core.prompts import Prompt
-from nft_core.runs.setup import assemble, load_model
+from nft_core.runs.assembly import assemble_training
+from nft_core.runs.setup import load_model
 from nft_core.settings import make_settings
 from nft_core.training.loop import train
 from nft_core.training.policy import Policy
@@ -139,7 +140,7 @@ def test_an_epoch_and_its_checkpoint(made, rank, tmp_path):
         return Scores.of(batch.images.mean((1, 2, 3)))
 
     trained = load_model(settings, load_host(), CPU)
-    training = assemble(settings, trained, brightness, Euler(), prompts, prompts[:1], CPU, tmp_path)
+    training = assemble_training(settings, trained, brightness, Euler(), prompts, prompts[:1], CPU, tmp_path)
     training.observe = lambda hook, **said: records.extend(r for name, r in said.items() if name == "record")
     train(training)
     losses = [record["loss"] for record in records if "loss" in record]

@@ -10,9 +10,9 @@ from nft_core.cli.app import main
 from nft_core.errors import UsageError
 from nft_core.host.host import load_host
 from nft_core.host.local import load_object
-from nft_core.runs.inputs import prepare
-from nft_core.runs.places import anchored, anchored_folder, placeless
-from nft_core.runs.resume import changes
+from nft_core.runs.inputs import prepare_inputs
+from nft_core.runs.places import make_folder_whole, make_paths_whole, shorten_paths
+from nft_core.runs.resume import describe_changes
 from nft_core.settings import make_settings, to_toml
 
 REWARD = """import os
@@ -44,7 +44,7 @@ def test_whole_paths(project):
         "observers": ["tensorboard,folder=tb", "wandb"],
         "model_options": {"lora": "weights.bin", "guidance": 3.5},
     }
-    after = anchored(before)
+    after = make_paths_whole(before)
     mine = f"{project}/mine.py:warmth"
     assert after == {
         **{"model": f"{project}/model", "prompts": f"{project}/p.txt", "eval_prompts": ""},
@@ -57,20 +57,20 @@ def test_whole_paths(project):
         "observers": [{"name": "tensorboard", "folder": f"{project}/tb"}, "wandb"],
         "model_options": {"lora": f"{project}/weights.bin", "guidance": 3.5},
     }
-    assert anchored(after) == after
-    assert placeless(after)["rewards"][0]["name"] == "mine.py:warmth"
-    assert anchored({"model": "stabilityai/none", "solver": "a" * 9999})["solver"] == "a" * 9999
+    assert make_paths_whole(after) == after
+    assert shorten_paths(after)["rewards"][0]["name"] == "mine.py:warmth"
+    assert make_paths_whole({"model": "stabilityai/none", "solver": "a" * 9999})["solver"] == "a" * 9999
 
 
 def test_what_has_moved_is_told_and_not_refused(project):
     before = {"rewards": ["mine.py:warmth"], "prompts": "p.txt", "model": "/old/sd3"}
     moved = {"rewards": ["/new/mine.py:warmth"], "prompts": "/new/p.txt", "model": "/new/sd3"}
-    for was in (before, anchored(before)):
-        grave, free = changes(was, make_settings(moved))
+    for was in (before, make_paths_whole(before)):
+        grave, free = describe_changes(was, make_settings(moved))
         assert not grave
         assert [words.partition(" ")[0] for words in free] == ["model", "prompts", "rewards"]
     other = {"rewards": ["/new/other.py:warmth"], "model": "/new/flux"}
-    grave, _ = changes(anchored(before), make_settings(moved, other))
+    grave, _ = describe_changes(make_paths_whole(before), make_settings(moved, other))
     assert [words.partition(" ")[0] for words in grave] == ["model", "rewards"]
 
 
@@ -92,7 +92,7 @@ def test_a_run_goes_on_from_another_folder(project, tmp_path, monkeypatch):
         assert done.exit_code == 0, done.output
     assert [settings for settings, _ in seen] == [seen[0][0]] * 3
     assert [folder for _, folder in seen] == [project / "r", project / "r", tmp_path / "elsewhere" / "new"]
-    specs, _, prompts, _ = prepare(seen[1][0], load_host())
+    specs, _, prompts, _ = prepare_inputs(seen[1][0], load_host())
     assert specs[0].title == "warmth" and [p.text for p in prompts] == ["a cat"]
 
 
@@ -118,9 +118,9 @@ def test_a_file_that_changes_the_folder_when_it_is_imported(project):
 def test_names_that_are_not_in_utf_8(settings, message, tmp_path):
     """No run file, no report and no safetensors file can hold or have them."""
     with pytest.raises(UsageError, match=message):
-        anchored(settings)
+        make_paths_whole(settings)
     with pytest.raises(UsageError, match="The run's folder .*udce9': the name is not in UTF-8.*--out"):
-        anchored_folder(tmp_path / "\udce9")
+        make_folder_whole(tmp_path / "\udce9")
 
 
 def test_a_folder_that_was_removed(tmp_path, monkeypatch):

@@ -19,11 +19,27 @@ from nft_core.errors import NftError
 from nft_core.host.host import load_host
 from nft_core.host.specs import parse_reward
 from nft_core.planning import plan
-from nft_core.planning.footprint import META, Work, conditions, footprint, size, tensors_of
-from nft_core.planning.measure import AsOnGpu, Growth, Live, growth
-from nft_core.planning.plan import check_memory, copies, moments, need, phases, proposal, works
+from nft_core.planning.footprint import (
+    META,
+    Work,
+    count_bytes,
+    count_footprint,
+    encode_on_meta,
+    iterate_tensors,
+)
+from nft_core.planning.measure import AsOnGpu, Growth, Live, count_growth
+from nft_core.planning.plan import (
+    check_memory,
+    count_copies,
+    count_moments,
+    count_needed,
+    count_works,
+    plan_phases,
+    propose_settings,
+)
 from nft_core.prompts import Prompt
-from nft_core.runs.setup import assemble, load_model, make_policy
+from nft_core.runs.assembly import assemble_training, make_policy
+from nft_core.runs.setup import load_model
 from nft_core.settings import make_settings
 from nft_core.training.loop import train
 from nft_core.training.optimizers import make_optimizer
@@ -89,7 +105,7 @@ def settings_of(folder, **settings):
 def work_of(s, host, device):
     """The computations that are measured, on the meta device or, with numbers, on the CPU."""
     model = load_model(s, host, device)
-    condition = conditions(model)[0] if device == META else model.encode(["a b"])
+    condition = encode_on_meta(model)[0] if device == META else model.encode(["a b"])
     with device:
         policy = make_policy(s, model, device)
     work = Work(policy, model.latent_shape(32, 32), condition, s)
@@ -127,7 +143,7 @@ def test_other_numbers_of_images_follow(again, folder, host):
     work = work_of(settings_of(folder, gradient_checkpointing=again), host, META)
     assert not again or work.recompute()
     for compute in (work.step,) if again else (work.old, work.decode, work.step):
-        grown = growth(compute)
+        grown = count_growth(compute)
         marks = []
         with Live() as live:
             compute(7, lambda live=live, marks=marks: marks.append(live.now))
@@ -190,25 +206,27 @@ def test_meta_tensors_live_as_long_as_real_ones(again, folder, host):
     marks = []
     with Live("cpu") as live:
         real.step(5, lambda: marks.append(live.now))
-    step = growth(meta.step)
+    step = count_growth(meta.step)
     assert step.held(5) == pytest.approx(marks[0], rel=1e-3)
     assert step.peak(5) == pytest.approx(max(live.after), rel=1e-3)
     with Live("cpu") as live:
         real.decode(5, None)
-    assert growth(meta.decode).peak(5) == max(live.after)
+    assert count_growth(meta.decode).peak(5) == max(live.after)
 
 
 @pytest.mark.parametrize("rank", [4, 0], ids=["lora", "whole"])
 def test_a_real_run_takes_what_the_plan_says(rank, folder, host, tmp_path):
     """What a run on a CPU makes, from its first image on, against the plan of training: to one per cent."""
     s = settings_of(folder, lora_rank=rank, device="cpu", merge_lora="never", epochs=1, updates_per_epoch=2)
-    table = phases(s, footprint(s, host, CPU), {})
+    table = plan_phases(s, count_footprint(s, host, CPU), {})
     prompts = [Prompt(text, {}) for text in ("a", "b", "c d")]
 
     def brightness(batch):
         return Scores.of(batch.images.mean((1, 2, 3)))
 
-    run = assemble(s, load_model(s, host, CPU), brightness, DPM2(), prompts, prompts[:1], CPU, tmp_path)
+    run = assemble_training(
+        s, load_model(s, host, CPU), brightness, DPM2(), prompts, prompts[:1], CPU, tmp_path
+    )
     run.save = lambda: None
     with Live("cpu") as live:
         train(run)
@@ -391,7 +409,7 @@ def test_published_sizes(sd35, host):
     """By the configs alone; the published files are of 4.94 GB for the transformer and 9.52 GB for T5."""
     s = settings_of(sd35, precision="bf16", lora_rank=32)
     model = load_model(s, host, META)
-    bytes_of = lambda module: sum(map(size, tensors_of(module)))  # noqa: E731
+    bytes_of = lambda module: sum(map(count_bytes, iterate_tensors(module)))  # noqa: E731
     positions = 384 * 384 * 1536
     assert bytes_of(model.transformer) == 2 * (2_243_171_520 + positions)
     assert bytes_of(model.pipeline.vae) == 4 * 83_819_683
@@ -409,13 +427,13 @@ def test_weights_are_not_needed(taken, host, tmp_path):
     for weights in tmp_path.rglob("*.safetensors"):
         weights.unlink()
     s = s.model_copy(update={"model": str(tmp_path)})
-    bare = footprint(s, host, CUDA)
+    bare = count_footprint(s, host, CUDA)
     for name in ("weights", "texts", "encode", "row", "trained", "others"):
         assert getattr(bare, name) == getattr(whole, name)
     assert bare.step.peak(4) == whole.step.peak(4) and bare.step.flops == whole.step.flops
     shutil.rmtree(tmp_path / "tokenizer")
     with pytest.raises(NftError, match="names tokenizer, and it has no such folder"):
-        footprint(s, host, CUDA)
+        count_footprint(s, host, CUDA)
 
 
 @pytest.mark.parametrize("name", FAMILIES)
@@ -423,9 +441,9 @@ def test_every_family_can_be_planned_for(name, family_folder, host):
     family = FAMILIES[name]
     given = {"resolution": max(family.size), "max_sequence_length": family.length, "precision": "bf16"}
     s = settings_of(family_folder(name), gradient_checkpointing=True, **given)
-    f = footprint(s, host, CUDA)
+    f = count_footprint(s, host, CUDA)
     condition = load_model(s, host, CPU).encode(["a b c"])
-    assert f.row == sum(size(rows) for rows in condition.values())
+    assert f.row == sum(count_bytes(rows) for rows in condition.values())
     assert f.passes == 3 and f.encode > 0 and f.step is None
     assert 0 < f.recomputed.held(4) < f.recomputed.peak(4)
     assert 2 * f.forward.flops < f.recomputed.flops
@@ -441,18 +459,18 @@ def taken(folder, host):
     @cache
     def take(rank):
         s = settings_of(folder, lora_rank=rank, precision="bf16", microbatch=8, decode_batch=8)
-        return s, footprint(s, host, CUDA, both=True)
+        return s, count_footprint(s, host, CUDA, both=True)
 
     return take
 
 
 def total(s, f, **settings):
-    return need(phases(s.model_copy(update=settings), f, {"judge": 3}))
+    return count_needed(plan_phases(s.model_copy(update=settings), f, {"judge": 3}))
 
 
 def test_what_is_in_a_plan(taken):
     s, f = taken(4)
-    table = phases(s, f, {"judge": 3})
+    table = plan_phases(s, f, {"judge": 3})
     numbers = sum(f.trained)
     assert table["train"]["gradients"] == table["train"]["old policy"] == table["train"]["EMA"] == 4 * numbers
     assert table["train"]["moments, adamw"] == 8 * numbers
@@ -462,17 +480,17 @@ def test_what_is_in_a_plan(taken):
     assert all(rows["reward judge"] == 3 for rows in table.values())
     assert table["train"]["activations"] == f.step.peak(8)
     again = s.model_copy(update={"gradient_checkpointing": True})
-    assert phases(again, f, {})["train"]["activations"] == max(f.recomputed.peak(8), f.forward.peak(8))
+    assert plan_phases(again, f, {})["train"]["activations"] == max(f.recomputed.peak(8), f.forward.peak(8))
 
 
 def test_offloaded_copies_visit(taken):
     s, f = taken(0)
     trained = 4 * sum(f.trained)
-    here, away = phases(s, f, {}), phases(s.model_copy(update={"offload": True}), f, {})
+    here, away = plan_phases(s, f, {}), plan_phases(s.model_copy(update={"offload": True}), f, {})
     assert [here["train"][name] for name in ("old policy", "reference", "EMA")] == [trained] * 3
     assert sum(here["reward"].values()) - sum(away["reward"].values()) == 3 * trained
     assert away["rollout"]["activations"] - here["rollout"]["activations"] == trained
-    assert list(copies(s, f).values()) == [trained] * 3
+    assert list(count_copies(s, f).values()) == [trained] * 3
 
 
 def test_shared_weights(taken, host, monkeypatch):
@@ -481,16 +499,16 @@ def test_shared_weights(taken, host, monkeypatch):
     for rank in (0, 4):
         s, f = taken(rank)
         s = s.model_copy(update={"processes": 4, "parallel": "fsdp"})
-        rows = phases(s, f, {})["train"]
+        rows = plan_phases(s, f, {})["train"]
         parameters = sum(f.weights.values()) - f.tables
         assert rows["transformer, a part"] == f.tables + parameters / 4
         assert rows["old policy"] == (sum(f.trained) if rank == 0 else 4 * sum(f.trained))
         blocks = load_model(s, host, META).transformer.transformer_blocks
-        each = [sum(map(size, block.parameters())) for block in blocks]
+        each = [sum(map(count_bytes, block.parameters())) for block in blocks]
         whole = parameters - sum(each) + 2 * max(each)
         # Trained weights are put together in 16 bits, and autocast has nothing to hold beside.
         assert rows["blocks that are whole"] == f.gathered == (whole if rank else whole // 2)
-        alike = phases(s.model_copy(update={"parallel": "ddp"}), f, {})["train"]
+        alike = plan_phases(s.model_copy(update={"parallel": "ddp"}), f, {})["train"]
         assert alike["activations"] - rows["activations"] == (0 if rank else f.casts)
         assert rank or 0.99 < f.casts / (2 * sum(f.trained)) <= 1
 
@@ -506,12 +524,12 @@ def test_moments_are_the_optimizers(optimizer, folder, taken, host):
         p.grad = torch.zeros_like(p)
     made.step()
     states = [x for state in made.state.values() for n, x in state.items() if n != "step" and "qmap" not in n]
-    assert moments(s, taken(0)[1]) == pytest.approx(sum(map(size, states)), rel=0.002)
+    assert count_moments(s, taken(0)[1]) == pytest.approx(sum(map(count_bytes, states)), rel=0.002)
 
 
 def test_work_of_an_epoch(taken):
     s, f = taken(4)
-    by_name = {work.name: work for work in works(s, f)}
+    by_name = {work.name: work for work in count_works(s, f)}
     assert by_name["rollout"].total == 8 * 3 * f.forward.flops
     assert by_name["decode"].total == 8 * f.decode.flops
     assert by_name["train: old policy"].total == 8 * 3 * f.forward.flops
@@ -521,7 +539,7 @@ def test_work_of_an_epoch(taken):
     assert by_name["rollout"].read == 3 * weights  # One batch, three steps.
     assert by_name["train: forward and backward"].read == 3 * 2 * weights
     no_kl = make_settings(s.model_dump(), {"kl_weight": 0.0})
-    assert "train: reference" not in {work.name for work in works(no_kl, f)}
+    assert "train: reference" not in {work.name for work in count_works(no_kl, f)}
 
 
 def test_proposals(taken):
@@ -530,13 +548,13 @@ def test_proposals(taken):
     rewards = {"judge": 3}
 
     def found(room):
-        return proposal(s, f, rewards, room)
+        return propose_settings(s, f, rewards, room)
 
     assert found(total(s, f)) == (s, 0)
-    small = found(total(s, f, offload=True) - 1)[0]  # The copies of a LoRA are small, and the way is short.
+    small = found(total(s, f, offload=True) - 1)[0]
     assert (small.microbatch, small.rollout_batch, small.gradient_checkpointing) == (4, 8, False)
-    again = found(total(s, f, microbatch=1, offload=True) - 1)[0]
-    assert again.gradient_checkpointing and again.microbatch > 1
+    again = found(total(s, f, microbatch=1, rollout_batch=1, decode_batch=1, offload=True) - 1)[0]
+    assert again.gradient_checkpointing and not again.offload
     least = {"microbatch": 1, "rollout_batch": 1, "decode_batch": 1, "gradient_checkpointing": True}
     least = total(s, f, **least, offload=True, optimizer="adamw8bit")
     assert total(found(least)[0], f) <= least
@@ -546,7 +564,7 @@ def test_proposals(taken):
 def test_proposals_keep_the_moments_while_they_can(taken):
     s, f = taken(0)
     options = {"offload": True, "gradient_checkpointing": True, "microbatch": 1, "rollout_batch": 1}
-    found, _ = proposal(s, f, {"judge": 3}, total(s, f, **options))
+    found, _ = propose_settings(s, f, {"judge": 3}, total(s, f, **options))
     assert (found.optimizer, found.offload) == ("adamw", True)
 
 
@@ -586,8 +604,8 @@ def gpu(monkeypatch):
 
 def test_check_at_the_start(taken, host, gpu, monkeypatch):
     s, f = taken(4)
-    monkeypatch.setattr(plan, "footprint", lambda *given, **options: f)  # With gradient checkpointing too.
-    rows = phases(s, f, {})["train"]
+    monkeypatch.setattr(plan, "count_footprint", lambda *given, **options: f)  # With both.
+    rows = plan_phases(s, f, {})["train"]
     said = []
     gpu.allocated = gpu.reserved = sum(f.weights.values()) + sum(f.others.values()) + 1000  # A reward of 1000.
     wanted = round((sum(rows.values()) + 1000) * (1 + plan.SLACK))

@@ -7,10 +7,11 @@ import pytest
 import torch
 
 from nft_core.host.host import load_host
-from nft_core.planning.footprint import footprint
-from nft_core.planning.profile import TIMES, profiled
+from nft_core.planning.footprint import count_footprint
+from nft_core.planning.profile import TIMES, profile_run
 from nft_core.prompts import Prompt
-from nft_core.runs.setup import assemble, load_model
+from nft_core.runs.assembly import assemble_training
+from nft_core.runs.setup import load_model
 from nft_core.settings import make_settings
 from nft_core.training.loop import train
 from nft_plugins import Scores
@@ -45,7 +46,7 @@ def training(folder, tmp_path, **settings):
         return Scores.of(batch.images.mean((1, 2, 3)))
 
     model = load_model(s, load_host(), CPU)
-    run = assemble(s, model, brightness, Euler(), prompts, prompts[:1], CPU, tmp_path)
+    run = assemble_training(s, model, brightness, Euler(), prompts, prompts[:1], CPU, tmp_path)
     run.save = lambda: None
     return run
 
@@ -60,7 +61,7 @@ def test_a_part_is_traced_and_training_does_not_notice(sd3_folder, tmp_path, cap
     plain, run = (training(sd3_folder, tmp_path) for _ in range(2))
     train(plain)
     before = run.sampler.generate, run.policy.velocity, run.phase, run.observe
-    with profiled(run, tmp_path / "profile", load_host()):
+    with profile_run(run, tmp_path / "profile", load_host()):
         train(run)
     assert (run.sampler.generate, run.policy.velocity, run.phase, run.observe) == before
     for one, other in zip(plain.policy.parameters, run.policy.parameters, strict=True):
@@ -71,7 +72,7 @@ def test_a_part_is_traced_and_training_does_not_notice(sd3_folder, tmp_path, cap
     said = capsys.readouterr().out
     assert said == (tmp_path / "profile" / "profile.txt").read_text()
     assert "Profile of epoch 2" in said and len(re.findall(r"^ +[\d.]+%", said, flags=re.M)) == 10
-    f = footprint(run.settings, load_host(), CPU)
+    f = count_footprint(run.settings, load_host(), CPU)
     # The first batch, without the profiler, with the LoRA added to the base: two steps and the decoder.
     flops = 4 * (2 * f.reference + f.decode.flops)
     assert f"4 x rollout batch: {flops / 1e12:.4g} TFLOP" in said and "under the profiler" not in said
@@ -83,7 +84,7 @@ def test_a_part_is_traced_and_training_does_not_notice(sd3_folder, tmp_path, cap
 def test_a_run_with_little_to_see(sd3_folder, tmp_path, capsys):
     """One epoch of one batch and one time: all of it is under the profiler, which is said."""
     run = training(sd3_folder, tmp_path, epochs=1, rollout_batch=8, microbatch=8, train_times_count=1)
-    with profiled(run, tmp_path / "profile", load_host()):
+    with profile_run(run, tmp_path / "profile", load_host()):
         train(run)
     assert "Profile of epoch 1" in (said := capsys.readouterr().out)
     assert said.count("under the profiler") == 2
@@ -98,7 +99,7 @@ def test_an_error_leaves_no_profiler_running(sd3_folder, tmp_path):
 
     run.reward = fails
     run.eval_prompts, run.at.evaluated = [], True
-    with pytest.raises(ValueError, match="no"), profiled(run, tmp_path / "profile", load_host()):
+    with pytest.raises(ValueError, match="no"), profile_run(run, tmp_path / "profile", load_host()):
         train(run)
     assert not torch.autograd.profiler._is_profiler_enabled
     assert not (tmp_path / "profile").exists()

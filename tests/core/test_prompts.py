@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 
 from nft_core.errors import UsageError
 from nft_core.prompts import Prompt, prompts_of_epoch, prompts_of_run, read_prompts, scorable
-from nft_core.runs.inputs import DATA, usable
+from nft_core.runs.inputs import DATA, Inputs, drop_unscorable
 from nft_plugins import PromptError
 
 
@@ -133,7 +133,7 @@ def test_scorable():
     with pytest.raises(UsageError, match="Of 1 prompts none can be scored.*f:2: no text"):
         scorable([bad], check, "drop")
     told = []
-    usable([good, bad], [good], check, "drop", told.append)
+    drop_unscorable(Inputs([], None, [good, bad], [good]), check, "drop", told.append)
     assert told[0] == ("1 of 3 prompts are left out: not every reward can score them, such as f:2: no text")
 
 

@@ -14,8 +14,14 @@ import torch.distributed as dist
 from nft_core.errors import CheckpointError, PeerError, UsageError
 from nft_core.parallel import rendezvous
 from nft_core.parallel.processes import process_group
-from nft_core.parallel.rendezvous import check, connecting, described, meet, ranks, warnings
-from nft_core.runs.inputs import check_alike
+from nft_core.parallel.rendezvous import (
+    compare_members,
+    connect_in_time,
+    describe_process,
+    meet_others,
+    name_ranks,
+)
+from nft_core.runs.inputs import check_same_settings
 from nft_core.runs.setup import pick_device
 from nft_core.settings import make_settings
 
@@ -72,8 +78,8 @@ def test_the_others_never_come(environment, port, clock):
 @pytest.mark.parametrize(
     ("address", "why"),
     [
-        ("127.0.0.1", "the machine answers, and nothing listens"),
-        ("nowhere.invalid", "that name is not known here"),
+        ("127.0.0.1", "Connection refused"),
+        ("nowhere.invalid", "(Name or service not known|Temporary failure|nodename)"),
     ],
 )
 def test_the_first_cannot_be_reached(address, why, environment, port, clock):
@@ -123,7 +129,7 @@ def test_an_environment_that_cannot_be(given, said, environment, monkeypatch):
 def test_those_who_are_gone_are_not_met(environment, port):
     """A store that torchrun keeps when it starts processes anew holds an earlier meeting."""
     store = dist.TCPStore("127.0.0.1", port, 2, True, timedelta(seconds=900), wait_for_workers=False)
-    gone, back = described(CPU, 2), described(CPU, 2)
+    gone, back = describe_process(CPU, 2), describe_process(CPU, 2)
     store.set(rendezvous.TOKEN, "before")
     store.set("before/0", json.dumps(gone))
     store.set("before/all", json.dumps([gone, gone]))
@@ -136,17 +142,17 @@ def test_those_who_are_gone_are_not_met(environment, port):
 
     thread = threading.Thread(target=first)
     thread.start()
-    shared, members = meet(CPU, 1, 2, 900)
+    shared, warnings = meet_others(CPU, 1, 2, 900)
     thread.join()
     shared.set("here", "1")
     assert store.check(["now/here"])
-    assert members[0] == back and members[1] not in (gone, back)
+    assert not warnings and json.loads(store.get("now/1")) not in (gone, back)
 
 
 def members(**others):
     """Two on node1 and one on node2, alike but for what is given: a value for each."""
     hosts = ("node1", "node1", "node2")
-    some = [described(CPU, 3) | {"host": host} for host in hosts]
+    some = [describe_process(CPU, 3) | {"host": host} for host in hosts]
     return {r: some[r] | {name: values[r] for name, values in others.items()} for r in range(3)}
 
 
@@ -173,37 +179,35 @@ H100, A100 = "NVIDIA H100, 80 GiB", "NVIDIA A100, 40 GiB"
     ],
 )
 def test_processes_that_do_not_fit_together(others, said):
-    check(members())
+    assert not compare_members(members())
     with pytest.raises(UsageError) as error:
-        check(members(**others))
+        compare_members(members(**others))
     assert said in str(error.value)
 
 
 def test_different_gpus_are_told():
     mixed = members(gpu=(H100, H100, A100), uuid="abc")
-    check(mixed)
-    (said,) = warnings(list(mixed.values()))
+    (said,) = compare_members(mixed)
     assert (
         f"differ, and the slowest sets the pace: {H100} in ranks 0 to 1 (node1); {A100} in rank 2 (node2)."
         in said
     )
-    assert not warnings(list(members(gpu=(H100,) * 3).values()))
-    assert not warnings(list(members().values()))
+    assert not compare_members(members(gpu=(H100,) * 3))
 
 
 def test_ranks_in_words():
-    assert ranks([3]) == "rank 3"
-    assert ranks({5, 0, 1, 2, 7, 8}) == "ranks 0 to 2, 5, 7 to 8"
+    assert name_ranks([3]) == "rank 3"
+    assert name_ranks({5, 0, 1, 2, 7, 8}) == "ranks 0 to 2, 5, 7 to 8"
 
 
 def test_processes_that_cannot_connect(environment, monkeypatch, capsys):
     environment(0, 2)
     said = r"All 2 .* could not connect to the others: no such wire\. .*_IFNAME"
-    with pytest.raises(PeerError, match=said), connecting(0, 2, 60):
+    with pytest.raises(PeerError, match=said), connect_in_time(0, 2, 60):
         raise RuntimeError("no such wire\nat frame 1")
     ended = threading.Event()
     monkeypatch.setattr(os, "_exit", lambda code: ended.set() if code == PeerError.exit_code else None)
-    with connecting(0, 2, 0.1):
+    with connect_in_time(0, 2, 0.1):
         assert ended.wait(900)  # What hangs in gloo or NCCL is ended from outside.
     assert "could not connect to the others within join_timeout = 0.1 s" in capsys.readouterr().err
 
@@ -216,17 +220,17 @@ def test_processes_with_different_settings(monkeypatch):
 
     monkeypatch.setattr("nft_core.parallel.processes.gather_texts", gathered)
     others = {}
-    check_alike(make_settings(), None, CPU)
+    check_same_settings(make_settings(), None, CPU)
     others = {"lr": 0.01}
     with pytest.raises(
         UsageError, match=r"different settings: lr \(0.01 in process 0, 0.0003 in process 1\)\."
     ):
-        check_alike(make_settings(), None, CPU)
+        check_same_settings(make_settings(), None, CPU)
 
 
 def test_a_checkpoint_that_is_not_seen_here(tmp_path):
     with pytest.raises(CheckpointError, match="000002, from which process 0 goes on: .* all nodes share"):
-        check_alike(make_settings(), tmp_path / "000002", CPU)
+        check_same_settings(make_settings(), tmp_path / "000002", CPU)
 
 
 def test_fewer_gpus_than_processes(monkeypatch):

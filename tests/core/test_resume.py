@@ -9,12 +9,19 @@ from safetensors.torch import load_file, save_file
 
 from nft_core.errors import CheckpointError, NftError, SaveError, Stopped, UsageError
 from nft_core.host.specs import Policy, RewardSpec
-from nft_core.runs.checkpoint import checkpoints, newest, prune, read_manifest, read_state, verify
-from nft_core.runs.folder import locked, write_settings
-from nft_core.runs.observers.metrics import append, read, trim
-from nft_core.runs.resume import check_changes, digest, find, restore
-from nft_core.runs.run import is_from_inside, rescue
-from nft_core.runs.setup import assemble
+from nft_core.runs.assembly import assemble_training
+from nft_core.runs.checkpoint import (
+    find_newest_checkpoint,
+    list_checkpoints,
+    prune_checkpoints,
+    read_manifest,
+    read_state,
+    verify_checkpoint,
+)
+from nft_core.runs.folder import lock_folder, write_settings
+from nft_core.runs.observers.metrics import append_record, read_records, trim_metrics
+from nft_core.runs.resume import check_changes, choose_checkpoint, digest_prompts, restore_training
+from nft_core.runs.run import is_from_inside, rescue_training
 from nft_core.scoring.composer import compose
 from nft_core.settings import make_settings, to_toml
 from nft_core.training.loop import train
@@ -45,22 +52,24 @@ def start(folder, **changes):
     # The global generator is that of a new process.
     torch.manual_seed(0)
     prompts = toy.PROMPTS
-    run = assemble(settings, Toy(), toy.redness, Euler(), prompts, prompts, torch.device("cpu"), folder)
-    run.observe = lambda hook, **told: "record" in told and append(folder, told["record"])
+    run = assemble_training(
+        settings, Toy(), toy.redness, Euler(), prompts, prompts, torch.device("cpu"), folder
+    )
+    run.observe = lambda hook, **told: "record" in told and append_record(folder, told["record"])
     return run
 
 
 def go_on(folder, **changes):
     """One that goes on from the newest checkpoint, or from the start where there is none."""
     run = start(folder, **changes)
-    if path := newest(folder, pytest.fail):
-        restore(run, path, allow_changes=False)
-    trim(folder, run.at, pytest.fail)
+    if path := find_newest_checkpoint(folder, pytest.fail):
+        restore_training(run, path, allow_changes=False)
+    trim_metrics(folder, run.at, pytest.fail)
     return run
 
 
 def untimed(folder):
-    return [{k: v for k, v in record.items() if k not in TIMES} for record in read(folder)]
+    return [{k: v for k, v in record.items() if k not in TIMES} for record in read_records(folder)]
 
 
 @pytest.fixture(scope="module")
@@ -83,7 +92,7 @@ def test_stopped_at_every_possible_moment(peaceful, tmp_path):
         run.told = lambda left=left: 0 if next(left, None) is not None else 15
         with pytest.raises(Stopped):
             train(run)
-        rescue(run, folder, lambda text: None)
+        rescue_training(run, folder, lambda text: None)
         again = go_on(folder)
         train(again)
         assert untimed(folder) == records, moment
@@ -106,7 +115,7 @@ def test_an_error_in_the_middle_of_a_change_saves_nothing(tmp_path):
     with pytest.raises(RuntimeError):
         train(run)
     said = []
-    rescue(run, tmp_path, said.append)
+    rescue_training(run, tmp_path, said.append)
     assert "in the middle of a step" in said[0]
     assert not (tmp_path / "checkpoints").exists()
 
@@ -115,8 +124,8 @@ def test_damaged_later_ones_take_nobodys_place(tmp_path):
     """A run that went back behind them keeps what it writes now, and leaves them where they are."""
     for step in (2, 4, 10, 20, 30):
         (tmp_path / "checkpoints" / f"{step:06d}").mkdir(parents=True)
-    prune(tmp_path, Progress(step=4), keep_last=1, keep_best=0)
-    assert [p.name for p in checkpoints(tmp_path)] == ["000030", "000020", "000010", "000004"]
+    prune_checkpoints(tmp_path, Progress(step=4), keep_last=1, keep_best=0)
+    assert [p.name for p in list_checkpoints(tmp_path)] == ["000030", "000020", "000010", "000004"]
 
 
 def test_what_cannot_be_read_now_is_not_called_damaged(saved, monkeypatch):
@@ -127,23 +136,23 @@ def test_what_cannot_be_read_now_is_not_called_damaged(saved, monkeypatch):
 
     monkeypatch.setattr("nft_core.runs.checkpoint._entry", stale)
     with pytest.raises(NftError, match="Stale file handle. Try again"):
-        newest(saved, pytest.fail)
+        find_newest_checkpoint(saved, pytest.fail)
 
 
 def test_all_of_them_damaged_is_no_reason_to_begin_anew(saved):
-    for path in checkpoints(saved):
+    for path in list_checkpoints(saved):
         damage(path, "tampered")
     with pytest.raises(CheckpointError, match="None of the checkpoints"):
-        find(saved, make_settings(toy.SETTINGS), False, lambda text: None)
+        choose_checkpoint(saved, make_settings(toy.SETTINGS), False, lambda text: None)
 
 
 def test_one_without_a_checkpoint_is_held_to_its_settings_too(tmp_path):
     settings = make_settings(toy.SETTINGS)
     (tmp_path / "run.toml").write_text(to_toml(settings))
     with pytest.raises(UsageError, match="seed"):
-        find(tmp_path, make_settings(toy.SETTINGS, {"seed": 5}), False, pytest.fail)
+        choose_checkpoint(tmp_path, make_settings(toy.SETTINGS, {"seed": 5}), False, pytest.fail)
     said = []
-    assert find(tmp_path, settings, False, said.append) is None
+    assert choose_checkpoint(tmp_path, settings, False, said.append) is None
     assert "begins anew" in said[0]
 
 
@@ -153,7 +162,7 @@ def test_an_evaluation_without_one_of_its_rewards_has_no_total(tmp_path):
     whole, calls = run.reward, iter(range(100))
     run.reward = composed(whole, lambda: next(calls) >= 2)
     train(run)
-    first, _, last = read(tmp_path)
+    first, _, last = read_records(tmp_path)
     assert (first["skipped"], last["skipped"]) == ([], ["moody"])
     assert last["rewards"]["total"]["mean"] is None
     assert last["rewards"]["redness"]["mean"] is not None
@@ -173,10 +182,10 @@ def composed(reward, fails):
 
 def test_what_was_allowed_to_change_is_compared_with_nothing_of_before(saved):
     run = start(saved, beta=0.3)
-    assert restore(run, saved / "checkpoints" / "000006", allow_changes=True)
+    assert restore_training(run, saved / "checkpoints" / "000006", allow_changes=True)
     assert (run.at.evaluations, run.at.baseline, run.at.epoch) == ({}, {}, 3)
     same = start(saved)
-    assert not restore(same, saved / "checkpoints" / "000006", allow_changes=True)
+    assert not restore_training(same, saved / "checkpoints" / "000006", allow_changes=True)
     assert same.at.evaluations
 
 
@@ -185,7 +194,7 @@ def saved(tmp_path):
     """A run's folder with three checkpoints."""
     run = start(tmp_path, checkpoint_every=1)
     train(run)
-    assert [p.name for p in checkpoints(tmp_path)] == ["000006", "000004", "000002"]
+    assert [p.name for p in list_checkpoints(tmp_path)] == ["000006", "000004", "000002"]
     return tmp_path
 
 
@@ -236,19 +245,19 @@ def damage(path, how):
 def test_one_that_is_not_whole_is_named_and_skipped(how, why, saved):
     damage(saved / "checkpoints" / "000006", how)
     with pytest.raises(CheckpointError, match=why):
-        verify(saved / "checkpoints" / "000006")
+        verify_checkpoint(saved / "checkpoints" / "000006")
     said = []
-    assert newest(saved, said.append).name == "000004"
+    assert find_newest_checkpoint(saved, said.append).name == "000004"
     assert len(said) == 1
     assert "000006 is left out" in said[0]
     assert (saved / "checkpoints" / "000006").exists()  # It may be somebody's last hope.
 
 
 def test_none_that_is_whole(saved):
-    for path in checkpoints(saved):
+    for path in list_checkpoints(saved):
         damage(path, "no manifest")
     said = []
-    assert newest(saved, said.append) is None
+    assert find_newest_checkpoint(saved, said.append) is None
     assert len(said) == 3
 
 
@@ -261,7 +270,7 @@ def test_a_kill_between_two_renames(saved, there):
     else:
         place.rename(old)
     (saved / "checkpoints" / ".000008.part").mkdir()
-    assert newest(saved, pytest.fail) == place
+    assert find_newest_checkpoint(saved, pytest.fail) == place
     assert not list((saved / "checkpoints").glob(".*"))
 
 
@@ -270,7 +279,7 @@ def test_names_decide_which_is_newest_and_no_clock(saved):
 
     os.utime(saved / "checkpoints" / "000002", (2e9, 2e9))
     os.utime(saved / "checkpoints" / "000006", (1, 1))
-    assert newest(saved, pytest.fail).name == "000006"
+    assert find_newest_checkpoint(saved, pytest.fail).name == "000006"
 
 
 @pytest.mark.parametrize(
@@ -287,7 +296,7 @@ def test_what_is_kept(last, best, left, tmp_path):
     for step in (2, 4, 6, 8):
         (tmp_path / "checkpoints" / f"{step:06d}").mkdir(parents=True)
     progress = Progress(step=8, evaluations={2: 0.5, 4: 0.9, 6: 0.1, 8: 0.2})
-    prune(tmp_path, progress, last, best)
+    prune_checkpoints(tmp_path, progress, last, best)
     assert " ".join(sorted(p.name for p in (tmp_path / "checkpoints").iterdir())) == left
 
 
@@ -296,7 +305,7 @@ def test_a_disk_that_takes_no_more_leaves_the_last_one(saved, monkeypatch):
     monkeypatch.setattr("nft_core.runs.checkpoint.save_file", full)
     with pytest.raises(SaveError, match="nft resume"):
         run.save()
-    assert newest(saved, pytest.fail).name == "000006"
+    assert find_newest_checkpoint(saved, pytest.fail).name == "000006"
     assert not list((saved / "checkpoints").glob(".*"))
 
 
@@ -309,27 +318,27 @@ def test_a_second_save_of_a_step_takes_the_place_of_the_first(saved):
     run.at.skips = 7
     run.save()
     assert read_state(saved / "checkpoints" / "000006")[0].skips == 7
-    verify(saved / "checkpoints" / "000006")
+    verify_checkpoint(saved / "checkpoints" / "000006")
 
 
 def test_weights_of_another_model(saved):
     run = start(saved)
-    for path in checkpoints(saved):
+    for path in list_checkpoints(saved):
         weights = load_file(path / "policy.safetensors")
         weights["live.weight"] = torch.zeros(2, 2)
         save_file(weights, path / "policy.safetensors")
     before = run.policy.state()["live.weight"].clone()
     with pytest.raises(CheckpointError, match=r"live.weight is \[2, 2\], not \[3, 5\]"):
-        restore(run, saved / "checkpoints" / "000006", allow_changes=False)
+        restore_training(run, saved / "checkpoints" / "000006", allow_changes=False)
     assert torch.equal(run.policy.state()["live.weight"], before)
 
 
 def test_other_prompts(saved):
     run = start(saved)
-    run.at.prompts = digest(toy.PROMPTS[1:], toy.PROMPTS)
+    run.at.prompts = digest_prompts(toy.PROMPTS[1:], toy.PROMPTS)
     with pytest.raises(UsageError, match="prompts have changed"):
-        restore(run, saved / "checkpoints" / "000006", allow_changes=False)
-    restore(run, saved / "checkpoints" / "000006", allow_changes=True)
+        restore_training(run, saved / "checkpoints" / "000006", allow_changes=False)
+    restore_training(run, saved / "checkpoints" / "000006", allow_changes=True)
     assert run.at.epoch == 3
 
 
@@ -387,18 +396,22 @@ def test_lines_of_after_the_checkpoint_are_written_again(tmp_path):
         (Progress(epoch=2, update=1, evaluated=True), 5),
     ):
         file.write_text("".join(json.dumps(record) + "\n" for record in lines) + '{"event": "ep')
-        trim(tmp_path, at, pytest.fail)
+        trim_metrics(tmp_path, at, pytest.fail)
         assert [json.loads(text) for text in file.read_text().splitlines()] == lines[:count]
     file.write_text('{"event": "epoch", "epoch": 1}\n{"event": \n{"event": "epoch", "epoch": 2}\n')
     said = []
-    trim(tmp_path, Progress(epoch=2), said.append)
+    trim_metrics(tmp_path, Progress(epoch=2), said.append)
     assert "damaged lines are lost: 2" in said[0]
 
 
 def test_one_process_at_a_time(tmp_path):
-    with locked(tmp_path), pytest.raises(NftError, match="in use by another process"), locked(tmp_path):
+    with (
+        lock_folder(tmp_path),
+        pytest.raises(NftError, match="in use by another process"),
+        lock_folder(tmp_path),
+    ):
         pass
-    with locked(tmp_path):
+    with lock_folder(tmp_path):
         pass
 
 
@@ -418,15 +431,15 @@ def test_what_is_installed_otherwise_is_told(tmp_path):
         return run
 
     train(begin())
-    path, said = checkpoints(tmp_path)[0], []
+    path, said = list_checkpoints(tmp_path)[0], []
     again = begin()
-    restore(again, path, allow_changes=False, tell=said.append)
+    restore_training(again, path, allow_changes=False, tell=said.append)
     assert said == []
     assert again.at.evaluations
     other = begin()
     other.at.sources = {"nft-ab3": "1.1", "own.py": "2", "torch": "2", "nft-new": "1"}
     other.at.evaluation = "second"
-    restore(other, path, allow_changes=False, tell=said.append)
+    restore_training(other, path, allow_changes=False, tell=said.append)
     assert said[0].startswith(
         "Not as when the checkpoint was made: nft-ab3 1.0 then, 1.1 now; own.py is another file."
     )
@@ -481,5 +494,5 @@ def test_whatever_is_raised_is_saved_first(tmp_path):
         with pytest.raises(type(error)):
             train(run)
         said = []
-        rescue(run, tmp_path, said.append)
+        rescue_training(run, tmp_path, said.append)
         assert said[-1].startswith("Saved at epoch 1")

@@ -18,10 +18,10 @@ from nft_core.errors import PeerError, UsageError
 from nft_core.models.sd3 import SD3
 from nft_core.parallel import sharding
 from nft_core.parallel.processes import process_group, rank
-from nft_core.parallel.sharding import InStep, local
-from nft_core.runs.checkpoint import OPTIMIZER, POLICY, save_checkpoint, verify
-from nft_core.runs.resume import restore
-from nft_core.runs.run import rescue
+from nft_core.parallel.sharding import InStep, take_local_part
+from nft_core.runs.checkpoint import OPTIMIZER, POLICY, save_checkpoint, verify_checkpoint
+from nft_core.runs.resume import restore_training
+from nft_core.runs.run import rescue_training
 from nft_core.settings import make_settings
 from nft_core.training.loop import sample_images, train_epoch
 from nft_core.training.policy import Policy
@@ -52,9 +52,9 @@ def swaps(folder):
     policy, plain = (Policy(SD3(folder), lora_rank=0, ema_decay=0.9, fsdp=shares) for shares in (True, False))
     base = velocity(policy)
     torch.testing.assert_close(base, velocity(plain))
-    first = [local(p).clone() for p in policy.parameters]
+    first = [take_local_part(p).clone() for p in policy.parameters]
     for p in (*policy.parameters, *plain.parameters):
-        local(p).add_(0.1)
+        take_local_part(p).add_(0.1)
     live = velocity(policy)
     torch.testing.assert_close(live, velocity(plain))
     assert (live - base).abs().max() > 1e-4
@@ -73,7 +73,7 @@ def swaps(folder):
     policy.restore()
     assert torch.equal(velocity(policy), live)
     for p in policy.parameters:  # A step, after which old copies of the live weights are none.
-        local(p).add_(0.1)
+        take_local_part(p).add_(0.1)
     stepped = velocity(policy)
     with policy.old():
         pass
@@ -84,7 +84,7 @@ def swaps(folder):
     for p, old, ema, was in zip(policy.parameters, policy._old, policy._ema, first, strict=True):
         torch.testing.assert_close(old, was + 0.05)
         torch.testing.assert_close(ema, was + 0.02)
-        assert old.shape == local(p).shape
+        assert old.shape == take_local_part(p).shape
 
 
 def half_precision(folder):
@@ -144,7 +144,7 @@ def failures(folder, out):
     assert rank() == 1 or sum(calls) == 8
     said, run.at.step = [], 7
     run.save = lambda: save(run, out)
-    rescue(run, out, said.append)
+    rescue_training(run, out, said.append)
     assert "Saved at epoch 0, gradient step 7" in said[0]
     assert rank() == 1 or (out / "000007" / POLICY).exists()
     run.sampler.decode_batch, run.sampler.model = 8, SimpleNamespace(decode=full)
@@ -166,7 +166,7 @@ def checkpoints(folder, out):
     train_epoch(run)
     save(run, out)
     again = fresh(folder)
-    restore(again, out / "000001", allow_changes=False)
+    restore_training(again, out / "000001", allow_changes=False)
     train_epoch(again)
     (out / "again").mkdir(exist_ok=True)
     save(again, out / "again")
@@ -178,7 +178,7 @@ def alone(folder, out):
     run.at.step = 9
     sharding.PATIENCE = 0.5
     if rank() == 0:
-        rescue(run, out, said.append)
+        rescue_training(run, out, said.append)
         assert "was trained since the last checkpoint is lost" in said[0]
         assert not (out / "000009").exists()
 
@@ -229,8 +229,8 @@ def test_one_process_goes_on_with_it(shared, sd3_folder, tmp_path):
     """With all the files that it would have written itself. Asked to share, it has nobody to share with."""
     run = fresh(sd3_folder)
     assert not run.policy.fsdp
-    verify(shared / "000001")
-    restore(run, shared / "000001", allow_changes=False)
+    verify_checkpoint(shared / "000001")
+    restore_training(run, shared / "000001", allow_changes=False)
     save(run, tmp_path)
     files = [sorted(p.relative_to(f) for p in f.rglob("*")) for f in (tmp_path / "000001", shared / "000001")]
     assert files[0] == files[1]
@@ -258,7 +258,7 @@ def test_what_cannot_be_shared_is_told(monkeypatch):
     monkeypatch.setattr(sharding, "init_device_mesh", lambda *a: None)
     monkeypatch.setattr(sharding, "fully_shard", refuse)
     with pytest.raises(UsageError, match="Linear cannot be shared by processes: a scalar"):
-        sharding.shard(torch.nn.Linear(2, 2))
+        sharding.shard_transformer(torch.nn.Linear(2, 2))
 
 
 def refuse(module, **options):

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from nft_core.prompts import Prompt
-from nft_core.runs.setup import assemble
+from nft_core.runs.assembly import assemble_training
 from nft_core.seeds import generator
 from nft_core.settings import make_settings
 from nft_core.training.loop import train
@@ -84,7 +84,7 @@ def make(tmp_path, **changes):
     settings = make_settings(SETTINGS, {"rollout_batch": 8, **changes})
     model = Toy()
     assert isinstance(model, FlowModel)
-    run = assemble(settings, model, redness, Euler(), PROMPTS, PROMPTS, torch.device("cpu"), tmp_path)
+    run = assemble_training(settings, model, redness, Euler(), PROMPTS, PROMPTS, torch.device("cpu"), tmp_path)
     run.save = lambda: None
     return run
 

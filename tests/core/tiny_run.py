@@ -10,9 +10,10 @@ from pathlib import Path
 import torch
 
 from nft_core.parallel.processes import process_group, rank
-from nft_core.parallel.sharding import local
+from nft_core.parallel.sharding import take_local_part
 from nft_core.prompts import Prompt
-from nft_core.runs.setup import assemble, autocast_dtype
+from nft_core.runs.assembly import assemble_training
+from nft_core.runs.setup import autocast_dtype
 from nft_core.scoring.composer import Composed, Term
 from nft_core.settings import make_settings, parse_assignment
 from nft_core.training.loop import train
@@ -78,7 +79,7 @@ def start(folder, out, *assignments):
     dtype = autocast_dtype(settings, device) if settings.lora_rank else None
     model = SD3(str(folder), max_sequence_length=8, dtype=dtype or torch.float32)
     reward = ranked() if settings.rewards == ["ranked"] else brightness
-    training = assemble(settings, model, reward, SDE(), prompts, held_out, device, Path(out))
+    training = assemble_training(settings, model, reward, SDE(), prompts, held_out, device, Path(out))
     training.observe, training.save = observe, lambda: None
     return records, training
 
@@ -88,7 +89,7 @@ def held(training):
     policy, optimizer = training.policy, training.optimizer
 
     def size(tensors):
-        return sum(local(x).nbytes for x in tensors if isinstance(x, torch.Tensor))
+        return sum(take_local_part(x).nbytes for x in tensors if isinstance(x, torch.Tensor))
 
     return {
         "transformer": size(policy.model.transformer.parameters()),

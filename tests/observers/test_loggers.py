@@ -8,8 +8,8 @@ import torch
 from nft_core.errors import NftError
 from nft_core.host.host import load_host
 from nft_core.host.specs import ObserverSpec, parse_observer
-from nft_core.runs.inputs import make_observers, observers
-from nft_core.runs.observers.metrics import scalars
+from nft_core.runs.inputs import make_observers, register_observers
+from nft_core.runs.observers.metrics import flatten_numbers
 from nft_core.settings import Settings
 from nft_plugins import Batch, Part, Run, Scores
 
@@ -19,7 +19,7 @@ SETTINGS = {"model": "tiny", "epochs": 2, "lr": 0.5}
 def play(host, folder, *specs, error=None):
     """A run's events, as the loop makes them, seen by the observers that the settings ask for."""
     settings = Settings(rewards=["cat"], observers=list(specs))
-    observe = observers(host, Run(folder, SETTINGS, 2), make_observers(settings, host))
+    observe = register_observers(host, Run(folder, SETTINGS, 2), make_observers(settings, host))
     observe("nft_run_started")
     batch = Batch(torch.rand(3, 3, 8, 8), ["a", "b", "c"], [{}] * 3, torch.arange(3))
     scores = Scores.of(torch.tensor([0.25, 0.5, 0.75]))
@@ -55,7 +55,7 @@ def host():
 
 def test_scalars_are_numbers_by_path():
     record = {"event": "eval", "epoch": 3, "step": 6, "rewards": {"cat": {"mean": 0.5, "std": None}}}
-    assert scalars(record) == {"step": 6, "rewards/cat/mean": 0.5}
+    assert flatten_numbers(record) == {"step": 6, "rewards/cat/mean": 0.5}
 
 
 def test_tensorboard(host, tmp_path):

@@ -15,11 +15,20 @@ from safetensors import SafetensorError
 from nft_core.errors import NftError, disk_advice
 from nft_core.output import lasting_output
 from nft_core.runs.observers import captions
-from nft_core.runs.observers.console import Console, clock, comparison
-from nft_core.runs.observers.metrics import Metrics, read
+from nft_core.runs.observers.console import Console, compare_evaluations, format_seconds
+from nft_core.runs.observers.metrics import Metrics, read_records
 from nft_core.runs.observers.report import MOST, Curve, Report
-from nft_core.runs.observers.samples import CELL, Samples, Sheet, caption, choose, find, fit, fitted
-from nft_core.runs.observers.samples import read as read_samples
+from nft_core.runs.observers.samples import (
+    CELL,
+    Samples,
+    Sheet,
+    choose_font,
+    choose_samples,
+    find_first_sheet,
+    fit_to_cell,
+    write_caption,
+)
+from nft_core.runs.observers.samples import read_sheet as read_samples
 from nft_plugins import Batch, Part, Run, Scores
 
 
@@ -65,7 +74,7 @@ def test_metrics_are_lines_of_json_that_read_back(run):
     metrics.nft_eval_finished(run, records[0])
     metrics.nft_epoch_finished(run, records[1])
     metrics.nft_eval_finished(run, records[2])
-    assert read(run.folder) == records
+    assert read_records(run.folder) == records
     assert len((run.folder / "metrics.jsonl").read_text().splitlines()) == 3
 
 
@@ -97,7 +106,7 @@ def test_pictures_are_the_same_prompts_before_and_after(run):
 @pytest.fixture
 def no_fonts(monkeypatch):
     """A system without fonts, as many containers are."""
-    monkeypatch.setattr(captions, "system_fonts", list)
+    monkeypatch.setattr(captions, "list_system_fonts", list)
     captions._font_for.cache_clear()
     yield
     captions._font_for.cache_clear()
@@ -106,9 +115,12 @@ def no_fonts(monkeypatch):
 def test_a_caption_that_no_font_can_draw_says_where_the_prompt_is(run, no_fonts):
     prompts = ["a cat", "кот", "a cafe\u0301", "红色的\n圆圈"]
     batch, scores = pictures(prompts, images=1)
-    chosen = choose(batch, scores)
-    assert [caption(s) for s in chosen] == ["a cat", *(f"prompt {n} of samples/prompts.txt" for n in (2, 3, 4))]
-    assert fit("кот 1", 11)[0] == r"\u043a\u043e\u0442 1"
+    chosen = choose_samples(batch, scores)
+    assert [write_caption(s) for s in chosen] == [
+        "a cat",
+        *(f"prompt {n} of samples/prompts.txt" for n in (2, 3, 4)),
+    ]
+    assert choose_font("кот 1", 11)[0] == r"\u043a\u043e\u0442 1"
     Samples().nft_eval_finished(run, evaluation(0, 0.1), batch, scores)
     lines = (run.folder / "samples" / "prompts.txt").read_text(encoding="utf-8").splitlines()
     assert lines == ["1. a cat", "2. кот", "3. a cafe\u0301", "4. 红色的 圆圈"]
@@ -118,24 +130,24 @@ def test_a_caption_that_no_font_can_draw_says_where_the_prompt_is(run, no_fonts)
 
 @pytest.mark.parametrize("text", ["a café — 5 €", "красный круг", "a cafe\u0301", "\u200ba cat\u202e"])
 def test_captions_are_no_boxes(text):
-    text = captions.clean(text)
-    font = captions.font_for(text, 13)
+    text = captions.clean_text(text)
+    font = captions.find_font(text, 13)
     if font is None:
         pytest.skip("this system has no font with these letters")
-    box = captions.drawn(font, captions.MISSING)
-    assert all(captions.drawn(font, letter) != box for letter in text if letter != " ")
-    assert max(font.getlength(line) for line in captions.wrap(text * 9, font, CELL, 27)) < CELL + 14
+    box = captions.draw_letter(font, captions.MISSING)
+    assert all(captions.draw_letter(font, letter) != box for letter in text if letter != " ")
+    assert max(font.getlength(line) for line in captions.wrap_text(text * 9, font, CELL, 27)) < CELL + 14
 
 
 def test_words_without_spaces_are_wrapped():
-    font = captions.font_for("a", 13)
-    lines = captions.wrap("圆" * 60, font, 7 * font.getlength("圆"), 27)
+    font = captions.find_font("a", 13)
+    lines = captions.wrap_text("圆" * 60, font, 7 * font.getlength("圆"), 27)
     assert lines == ["圆" * 7, "圆" * 4 + " ..."]
 
 
 @pytest.mark.parametrize("size", [(32, 32), (1, 1), (176, 20), (1024, 512), (3, 900)])
 def test_any_size_fits_its_cell(size):
-    image = fitted(Image.new("RGB", size))
+    image = fit_to_cell(Image.new("RGB", size))
     assert max(image.size) <= CELL
     assert min(image.size) >= 1
 
@@ -200,7 +212,7 @@ def test_nothing_is_said_of_a_run_that_never_began(run, capsys):
 
 @pytest.mark.parametrize(("seconds", "text"), [(0, "0:00"), (59.6, "1:00"), (3599, "59:59"), (3661, "1:01:01")])
 def test_clock(seconds, text):
-    assert clock(seconds) == text
+    assert format_seconds(seconds) == text
 
 
 def test_records_hold_nothing_that_json_lacks(run):
@@ -292,13 +304,13 @@ def test_a_run_is_compared_with_its_like(run, capsys):
     assert "Not compared with the evaluation at epoch 0, which was another: prompts, seed." in shown
     assert "(epoch 2 cat 0.5  dog 0.5)" in shown
     assert "base" not in shown
-    comparison_of_both = comparison(console.base, console.latest)
+    comparison_of_both = compare_evaluations(console.base, console.latest)
     assert [c.header for c in comparison_of_both.columns] == ["", "epoch 2", "epoch 3", "change"]
 
 
 def test_means_over_other_images_have_no_change():
     base, latest = evaluation(0, 0.25) | {"which": {"dog": "1"}}, evaluation(1, 0.75) | {"which": {"dog": "2"}}
-    table = comparison(base, latest)
+    table = compare_evaluations(base, latest)
     changes = dict(zip(*(table.columns[i].cells for i in (0, 3)), strict=True))
     assert changes == {"cat": "+0.5", "dog": "", "total": "+0.5"}
     assert table.caption == "dog: other images could be scored than before, so no change is given."
@@ -315,9 +327,9 @@ def test_pictures_of_other_prompts_are_not_put_beside_one_another(run):
     resumed.nft_eval_finished(run, evaluation(2, 0.1) | other, batch, scores)
     assert (folder / "before-after.png").exists()
     # One that has the first prompts again finds the first pictures, and other rewards change no picture.
-    assert find(folder, Sheet(3, [], {"prompts": "1"})).epoch == 0
-    assert find(folder, Sheet(3, [], {"prompts": "2"})).epoch == 1
-    assert find(folder, Sheet(3, [], {"prompts": "3"})) is None
+    assert find_first_sheet(folder, Sheet(3, [], {"prompts": "1"})).epoch == 0
+    assert find_first_sheet(folder, Sheet(3, [], {"prompts": "2"})).epoch == 1
+    assert find_first_sheet(folder, Sheet(3, [], {"prompts": "3"})) is None
 
 
 def test_a_report_of_a_long_run_reads_on_where_it_stopped_and_keeps_few_points(run):
@@ -355,7 +367,7 @@ def test_numbers_that_json_lacks_are_null(run):
     assert (record["loss"], record["drift"], record["phases"]) == (None, None, {"train": None})
     # A version that wrote them left no JSON.
     (run.folder / "metrics.jsonl").write_text('{"event": "epoch", "epoch": 1, "loss": NaN}\n')
-    assert read(run.folder) == [{"event": "epoch", "epoch": 1, "loss": None}]
+    assert read_records(run.folder) == [{"event": "epoch", "epoch": 1, "loss": None}]
 
 
 @pytest.mark.parametrize(

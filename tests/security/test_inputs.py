@@ -7,7 +7,7 @@ import pytest
 
 from nft_core.errors import NftError, UsageError
 from nft_core.prompts import read_prompts
-from nft_core.runs.observers.metrics import FILE, read, read_lines
+from nft_core.runs.observers.metrics import FILE, read_lines, read_records
 from nft_core.settings import Settings, make_settings, nearest_divisor, parse_assignment, read_toml, to_toml
 
 
@@ -86,7 +86,7 @@ def test_figures_after_a_kill(tmp_path):
     assert read_lines(tmp_path) == ([json.loads(whole)], [])
     # The kill came between the record and the end of its line.
     (tmp_path / FILE).write_bytes(whole + b"\n" + line(epoch=2))
-    assert [r["epoch"] for r in read(tmp_path)] == [1, 2]
+    assert [r["epoch"] for r in read_records(tmp_path)] == [1, 2]
 
 
 @pytest.mark.parametrize(
@@ -108,11 +108,11 @@ def test_a_damaged_line_in_the_middle(tmp_path, damaged):
     records, where = read_lines(tmp_path)
     assert [r["epoch"] for r in records] == [1, 3]
     assert where == [2]
-    assert read(tmp_path) == records
+    assert read_records(tmp_path) == records
 
 
 def test_figures_that_are_not_there(tmp_path):
-    assert read(tmp_path) == []
+    assert read_records(tmp_path) == []
     (tmp_path / FILE).mkdir()
     with pytest.raises(NftError, match=f"Cannot read .*{FILE}"):
-        read(tmp_path)
+        read_records(tmp_path)

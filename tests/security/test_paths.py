@@ -7,8 +7,8 @@ from click.testing import CliRunner
 from nft_core.cli.app import default_folder, main
 from nft_core.host.host import load_host
 from nft_core.host.specs import parse_reward
-from nft_core.runs.inputs import make_observers, observers
-from nft_core.runs.observers.metrics import read
+from nft_core.runs.inputs import make_observers, register_observers
+from nft_core.runs.observers.metrics import read_records
 from nft_core.settings import Settings
 from nft_plugins import Batch, Part, Run, Scores
 
@@ -54,7 +54,7 @@ def test_observers_write_in_the_runs_folder_alone(tmp_path, monkeypatch, fuzz, h
     folder.mkdir(), here.mkdir()
     monkeypatch.chdir(here)
     settings = Settings(rewards=["cat"], observers=["tensorboard"])
-    observe = observers(host, Run(folder, {"model": name}, 2), make_observers(settings, host))
+    observe = register_observers(host, Run(folder, {"model": name}, 2), make_observers(settings, host))
     scores = Scores.of(torch.tensor([0.25, 0.5]))
     scores = Scores(scores.values, scores.valid, {}, {name: Part(1.0, scores)})
     batch = Batch(torch.rand(2, 3, 8, 8), [name, "b"], [{"tag": name, name: name}, {}], torch.arange(2))
@@ -68,7 +68,7 @@ def test_observers_write_in_the_runs_folder_alone(tmp_path, monkeypatch, fuzz, h
     fuzz.watch.seen.clear()
     assert not seen
     assert sorted(p.name for p in tmp_path.iterdir()) == ["here", "run"] and not any(here.iterdir())
-    assert len(read(folder)) == 4
+    assert len(read_records(folder)) == 4
     assert sorted(p.name for p in folder.iterdir()) == [
         "metrics.jsonl",
         "report.html",

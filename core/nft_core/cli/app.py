@@ -183,7 +183,7 @@ def run(
         os.environ.setdefault("KINETO_LOG_LEVEL", "6")
     from ..host.host import load_host
     from ..host.specs import parse_reward
-    from ..runs.inputs import resolve
+    from ..runs.inputs import make_run_settings
     from ..settings import parse_assignment, read_toml
 
     chosen = preset_name(tiny, preset)
@@ -193,7 +193,7 @@ def run(
         given["rewards"] = list(rewards_)
     if observers:
         given["observers"] = list(observers)
-    settings = resolve(
+    settings = make_run_settings(
         host,
         chosen,
         read_toml(config) if config else {},
@@ -243,13 +243,13 @@ def go_on(
     RUN is its folder. On a CPU it goes on, bit for bit, as if it had never ended.
     """
     from ..host.host import load_host
-    from ..runs.folder import settings_of
+    from ..runs.folder import read_settings
     from ..settings import make_settings, parse_assignment
 
     given = {name: value for name, value in options.items() if value is not None}
     if rewards_:
         given["rewards"] = list(rewards_)
-    settings = make_settings(settings_of(folder), dict(parse_assignment(a) for a in assignments), given)
+    settings = make_settings(read_settings(folder), dict(parse_assignment(a) for a in assignments), given)
     start(settings, folder, load_host(), True, allow_changes)
 
 
@@ -257,21 +257,21 @@ def start(
     settings: Settings, folder: Path, host: Host, resume: bool, allow_changes: bool, profile: bool = False
 ) -> None:
     """Train in this process, or in several that it starts."""
-    from ..parallel.launch import count, end_with_the_parent, launch
-    from ..parallel.signals import end_when_told
-    from ..runs.folder import claim, holds_a_run
-    from ..runs.inputs import prepare
-    from ..runs.places import anchored, anchored_folder
+    from ..parallel.launch import count_processes, end_with_the_parent, launch_processes
+    from ..parallel.signals import end_on_signals
+    from ..runs.folder import claim_folder, holds_a_run
+    from ..runs.inputs import prepare_inputs
+    from ..runs.places import make_folder_whole, make_paths_whole
     from ..runs.run import run_training
     from ..settings import make_settings, to_toml
 
     # The run, and whoever goes on with it, may stand in another folder.
-    settings, folder = make_settings(anchored(settings.model_dump())), anchored_folder(folder)
+    settings, folder = make_settings(make_paths_whole(settings.model_dump())), make_folder_whole(folder)
 
     environment.check()
     end_with_the_parent()
-    end_when_told()
-    processes = 1 if environment.started() else count(settings.processes, settings.device)
+    end_on_signals()
+    processes = 1 if environment.started() else count_processes(settings.processes, settings.device)
     with lasting_output():
         if processes == 1:
             run_training(
@@ -285,12 +285,12 @@ def start(
                 profiled if profile else None,
             )
             return
-        prepare(settings, host)
+        prepare_inputs(settings, host)
         again = ["--resume", "auto", *(["--allow-changes"] if allow_changes else [])]
         if not (resume and holds_a_run(folder)):
-            claim(folder)
+            claim_folder(folder)
         more = [*(again if resume else []), *(["--profile"] if profile else [])]
-        sys.exit(launch(to_toml(settings), folder, processes, more))
+        sys.exit(launch_processes(to_toml(settings), folder, processes, more))
 
 
 def count_on_gpu(*given: Any) -> float | None:
@@ -302,9 +302,9 @@ def count_on_gpu(*given: Any) -> float | None:
 
 def profiled(*given: Any) -> AbstractContextManager[None]:
     """Profile a part of an epoch."""
-    from ..planning.profile import profiled
+    from ..planning.profile import profile_run
 
-    return profiled(*given)
+    return profile_run(*given)
 
 
 @contextmanager
@@ -313,11 +313,11 @@ def new_folder(rewards: list[str]) -> Iterator[Path]:
 
     It is `default_folder`'s, with a number behind it where another run has begun in the same second.
     """
-    from ..runs.folder import make
+    from ..runs.folder import make_folder
 
     wanted = default_folder(rewards)
     folder, number = wanted, 1
-    while environment.first() and not make(folder, new=True):
+    while environment.first() and not make_folder(folder, new=True):
         number += 1
         folder = wanted.with_name(f"{wanted.name}-{number}")
     try:

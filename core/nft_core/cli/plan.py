@@ -14,7 +14,7 @@ import torch
 from ..host.host import Host
 from ..host.local import is_reference
 from ..host.specs import RewardSpec
-from ..planning.footprint import Footprint, footprint
+from ..planning.footprint import Footprint, count_footprint
 from ..planning.plan import (
     CARDS,
     CONTEXT,
@@ -22,18 +22,18 @@ from ..planning.plan import (
     SLACK,
     USABLE,
     Phases,
-    changes,
-    copies,
-    need,
-    peaks,
-    phases,
-    processes,
-    proposal,
-    works,
+    count_copies,
+    count_needed,
+    count_planned_processes,
+    count_works,
+    plan_phases,
+    propose_settings,
+    sum_phases,
+    write_changes,
 )
 from ..prompts import Prompt, prompts_of_run
 from ..quiet import quiet
-from ..runs.inputs import prepare
+from ..runs.inputs import prepare_inputs
 from ..runs.setup import pick_device
 from ..settings import Settings
 from .tables import new_table, print_table
@@ -46,13 +46,13 @@ def show_plan(s: Settings, host: Host, card: float | None, rate: float | None) -
     rate: TFLOP/s, for the least time that an epoch takes; None tells no time.
     """
     quiet("diffusers", "transformers")
-    specs, _, prompts, held_out = prepare(s, host)
+    specs, _, prompts, held_out = prepare_inputs(s, host)
     # A plan for GPUs needs none.
     there = s.device == "cpu" or torch.cuda.is_available()
     device = pick_device(s.device) if there else torch.device("cuda")
     rewards, unknown = reward_bytes(specs, host, device.type)
-    f = footprint(s, host, device, both=True)
-    table = phases(s, f, rewards)
+    f = count_footprint(s, host, device, both=True)
+    table = plan_phases(s, f, rewards)
     click.echo(headline(s, f, device))
     show_phases(table)
     for line in remarks(s, f, table, unknown, prompts, held_out):
@@ -71,7 +71,7 @@ def headline(s: Settings, f: Footprint, device: torch.device) -> str:
     trained = sum(f.trained)
     what = f"a LoRA of rank {s.lora_rank}" if f.lora else "the whole transformer"
     where = "a CPU" if device.type == "cpu" else "a GPU"
-    several = f", in each of {processes(s)} processes" if processes(s) > 1 else ""
+    several = f", in each of {count_planned_processes(s)} processes" if count_planned_processes(s) > 1 else ""
     return (
         f"{s.model}: {what} is trained ({trained:,} numbers), in {f.precision}, on {where}{several}. "
         "Nothing was loaded."
@@ -79,7 +79,7 @@ def headline(s: Settings, f: Footprint, device: torch.device) -> str:
 
 
 def show_phases(table: Phases) -> None:
-    unit, name = (GIB, "GiB") if max(peaks(table).values()) >= 4 * GIB else (2**20, "MiB")
+    unit, name = (GIB, "GiB") if max(sum_phases(table).values()) >= 4 * GIB else (2**20, "MiB")
     shown = new_table()
     shown.add_column(f"{name} in", no_wrap=True)
     for phase in table:
@@ -90,7 +90,7 @@ def show_phases(table: Phases) -> None:
         if any(values):
             shown.add_row(row, *(f"{value / unit:,.2f}" if value else "" for value in values))
     shown.add_section()
-    shown.add_row("at most", *(f"{value / unit:,.2f}" for value in peaks(table).values()))
+    shown.add_row("at most", *(f"{value / unit:,.2f}" for value in sum_phases(table).values()))
     print_table(shown)
 
 
@@ -108,7 +108,7 @@ def remarks(
     yield f"Activations that wait for the backward pass: {amount(each)} for each image of the microbatch."
     drawn = prompts_of_run(len(prompts), min(s.prompts_per_epoch, len(prompts)), s.seed, s.epochs)
     texts = len({prompts[i].text for i in drawn}) + len({p.text for p in held_out})
-    away = sum(copies(s, f).values()) if s.offload else 0
+    away = sum(count_copies(s, f).values()) if s.offload else 0
     yield (
         f"In the host's memory: {amount(texts * f.row)} for conditions of {texts} prompts at most"
         + (f", {amount(away)} for old, reference and EMA weights" if away else "")
@@ -127,7 +127,7 @@ def amount(size: int) -> str:
 
 
 def show_works(s: Settings, f: Footprint, rate: float | None) -> None:
-    found = works(s, f)
+    found = count_works(s, f)
     large = sum(work.total for work in found) > 1e14
     unit, names = (1e12, "TPT") if large else (1e9, "GTG")
     shown = new_table()
@@ -167,7 +167,7 @@ def memory(device: torch.device, card: float | None) -> tuple[str, int] | None:
 
 
 def verdict(table: Phases, name: str, room: int) -> str:
-    wanted, (phase, _) = need(table), max(peaks(table).items(), key=lambda item: item[1])
+    wanted, (phase, _) = count_needed(table), max(sum_phases(table).items(), key=lambda item: item[1])
     assumed = (
         f"with {SLACK:.0%} for allocator and kernels and {CONTEXT / GIB:g} GiB for CUDA, which are assumed"
     )
@@ -188,17 +188,21 @@ def show_proposals(s: Settings, f: Footprint, rewards: dict[str, int], rooms: li
 
     def against(work: str, fitting: Settings) -> str:
         """What that epoch takes more than the one that was asked for."""
-        asked, found = (sum(getattr(w, work) for w in works(x, f)) for x in (s, fitting))
+        asked, found = (sum(getattr(w, work) for w in count_works(x, f)) for x in (s, fitting))
         return f"x {found / asked:.2f}"
 
     for name, room in rooms:
-        fitting, lacking = proposal(s, f, rewards, room)
+        fitting, lacking = propose_settings(s, f, rewards, room)
         if fitting is None:
             shown.add_row(name, f"none: the smallest lack {lacking / GIB:.1f} GiB", "", "", "")
             continue
-        wanted = f"{need(phases(fitting, f, rewards)) / GIB:.1f}"
+        wanted = f"{count_needed(plan_phases(fitting, f, rewards)) / GIB:.1f}"
         shown.add_row(
-            name, changes(s, fitting) or "as asked", wanted, against("total", fitting), against("read", fitting)
+            name,
+            write_changes(s, fitting) or "as asked",
+            wanted,
+            against("total", fitting),
+            against("read", fitting),
         )
     print_table(shown)
 

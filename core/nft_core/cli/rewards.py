@@ -131,13 +131,13 @@ def check(
 
     Options are those of --reward NAME,KEY=VALUE, here apart: nft rewards check ocr upscale=4.
     """
-    from ..runs.inputs import load_rewards, resolve, reward_specs
+    from ..runs.inputs import load_rewards, make_run_settings, parse_rewards
     from ..runs.setup import pick_device
 
     host = load_host()
     spec = ",".join((name, *options))
-    settings = resolve(host, preset_name(tiny, preset), {"rewards": [spec], "device": device})
-    specs = reward_specs(settings, host)
+    settings = make_run_settings(host, preset_name(tiny, preset), {"rewards": [spec], "device": device})
+    specs = parse_rewards(settings, host)
     known = read_known(expect) if expect else {}
     place = pick_device(settings.device)
     quiet("transformers")

@@ -79,15 +79,17 @@ def score(
     PNG, JPEG, WebP, GIF, BMP, TIFF and AVIF are read. Alpha is composited on white, and EXIF's orientation is
     applied. What a folder holds beside, and may be an image, is named.
     """
-    from ..runs.inputs import load_rewards, resolve, reward_specs
+    from ..runs.inputs import load_rewards, make_run_settings, parse_rewards
     from ..runs.setup import pick_device
 
     if prompt is not None and prompts is not None:
         raise click.UsageError("--prompt is for all images and --prompts for each: give one of them.")
     host = load_host()
     with printing_aside():  # Rewards print too.
-        settings = resolve(host, preset_name(tiny, preset), {"rewards": list(rewards), "device": device})
-        specs = reward_specs(settings, host)
+        settings = make_run_settings(
+            host, preset_name(tiny, preset), {"rewards": list(rewards), "device": device}
+        )
+        specs = parse_rewards(settings, host)
         from ..scoring.image_files import find_images
         from ..scoring.images import find_prompts
         from ..scoring.images import score as score_items

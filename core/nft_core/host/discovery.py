@@ -34,7 +34,7 @@ from nft_plugins import (
 from nft_plugins.hookspecs import OFFERS
 
 from ..errors import named_error
-from ..parallel.signals import Terminated, ctrl_c
+from ..parallel.signals import Terminated, catch_ctrl_c
 from ..quiet import printing_aside
 from .lending import python_kept
 
@@ -123,7 +123,7 @@ def discover(manager: pluggy.PluginManager, cards: Cards) -> list[Plugin]:
         if found.entry is None:
             row.broken(found.problem, f"pip install --force-reinstall {row.distribution}, or pip uninstall it")
             continue
-        with ctrl_c(), deprecations(row), printing_aside(), python_kept(), harmless(row, "looking at it"):
+        with catch_ctrl_c(), deprecations(row), printing_aside(), python_kept(), harmless(row, "looking at it"):
             module = load(found.entry, row)
             if module is not None and fits(module, row) and attach(manager, module, row):
                 classify(module, row, cards)

@@ -19,7 +19,7 @@ from time import monotonic, sleep
 from typing import IO, Literal
 
 from ..errors import PeerError, UsageError
-from .signals import STOPPED, Terminated, undisturbed
+from .signals import STOPPED, Terminated, ignore_signals
 
 #: Set for the children: the file through which they find one another, in place of an open port.
 RENDEZVOUS = "NFT_RENDEZVOUS"
@@ -29,7 +29,7 @@ MANY = 4
 PATIENCE, PATIENCE_OF_THE_FIRST = 20.0, 600.0
 
 
-def count(processes: int | Literal["auto"], device: str) -> int:
+def count_processes(processes: int | Literal["auto"], device: str) -> int:
     """How many processes to start. `auto`: on a CPU one a core, 8 at most; on a GPU one.
 
     Raises UsageError for more than the GPUs, or than MANY a core of a CPU.
@@ -43,21 +43,21 @@ def count(processes: int | Literal["auto"], device: str) -> int:
         gpus = torch.cuda.device_count()
     on_cpu = device == "cpu" or (device == "auto" and not gpus)
     if processes == "auto":
-        return min(cores(), 8) if on_cpu else 1
-    most, what = (MANY * cores(), f"{MANY} a core") if on_cpu else (gpus, "one a GPU")
+        return min(count_cores(), 8) if on_cpu else 1
+    most, what = (MANY * count_cores(), f"{MANY} a core") if on_cpu else (gpus, "one a GPU")
     if 0 < most < processes:  # That there is no GPU is told where the device is looked at.
         raise UsageError(f"processes = {processes}, and this machine takes {most}, {what}: give that or less.")
     return processes
 
 
-def cores() -> int:
+def count_cores() -> int:
     """The cores that this process may use."""
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
 
 
-def launch(settings: str, out: Path, processes: int, more: Sequence[str] = ()) -> int:
+def launch_processes(settings: str, out: Path, processes: int, more: Sequence[str] = ()) -> int:
     """Run `nft run` with these settings, TOML, in each process; returns the exit code of what failed, or 0.
 
     more: arguments of `nft run`.
@@ -70,34 +70,36 @@ def launch(settings: str, out: Path, processes: int, more: Sequence[str] = ()) -
         (folder / "run.toml").write_text(settings, encoding="utf-8")
         arguments = ["run", "--config", str(folder / "run.toml"), "--out", str(out), *more]
         said = [stack.enter_context(tempfile.TemporaryFile("w+")) for _ in range(processes)]
-        children = [start(arguments, r, processes, folder / "rendezvous", said[r]) for r in range(processes)]
+        children = [
+            start_process(arguments, r, processes, folder / "rendezvous", said[r]) for r in range(processes)
+        ]
         try:
-            failed = wait(children)
+            failed = wait_for_children(children)
         except KeyboardInterrupt as interrupt:
             # The terminal tells the children of a Ctrl-C too, but not everybody who sends SIGINT is a terminal.
             # The first saves what it has, which may take a while; who cannot wait presses Ctrl-C again.
             for child in children:
                 child.terminate()
-            with undisturbed(), suppress(KeyboardInterrupt):
+            with ignore_signals(), suppress(KeyboardInterrupt):
                 children[0].wait()
             number = interrupt.signal if isinstance(interrupt, Terminated) else signal.SIGINT
-            return 128 + number if children[0].returncode in STOPPED else code(children[0])
+            return 128 + number if children[0].returncode in STOPPED else choose_exit_code(children[0])
         finally:
-            stop(children)
+            stop_children(children)
         if failed is None:
             return 0
-        if code(failed) in STOPPED:
-            return code(failed)
+        if choose_exit_code(failed) in STOPPED:
+            return choose_exit_code(failed)
         if failed is not children[0]:
             rank = children.index(failed)
             said[rank].seek(0)
-            sys.stderr.write(said[rank].read() or f"Error: process {rank} of the run {how(failed)}.\n")
+            sys.stderr.write(said[rank].read() or f"Error: process {rank} of the run {describe_end(failed)}.\n")
         elif failed.returncode < 0:
-            sys.stderr.write(f"Error: the run {how(failed)}.\n")
-        return code(failed)
+            sys.stderr.write(f"Error: the run {describe_end(failed)}.\n")
+        return choose_exit_code(failed)
 
 
-def start(
+def start_process(
     arguments: Sequence[str], rank: int, processes: int, rendezvous: Path, said: IO[str]
 ) -> subprocess.Popen[bytes]:
     """One process. Its standard input is a pipe that closes with this process, which ends it too."""
@@ -109,7 +111,7 @@ def start(
         RENDEZVOUS: str(rendezvous),
     }
     # Threads of several processes would fight for the cores.
-    defaults = {"OMP_NUM_THREADS": str(max(cores() // processes, 1))}
+    defaults = {"OMP_NUM_THREADS": str(max(count_cores() // processes, 1))}
     if sys.platform == "linux":
         defaults["GLOO_SOCKET_IFNAME"] = "lo"
     environment |= {name: value for name, value in defaults.items() if not environment.get(name)}
@@ -122,7 +124,7 @@ def start(
     )
 
 
-def wait(children: Sequence[subprocess.Popen[bytes]]) -> subprocess.Popen[bytes] | None:
+def wait_for_children(children: Sequence[subprocess.Popen[bytes]]) -> subprocess.Popen[bytes] | None:
     """Until all are done, or one fails: the one whose failure is the cause, or None."""
     while any(c.poll() is None for c in children):
         if any(c.returncode for c in children):
@@ -144,7 +146,7 @@ def wait(children: Sequence[subprocess.Popen[bytes]]) -> subprocess.Popen[bytes]
     return next(iter(causes), next(c for c in children if c.returncode))
 
 
-def stop(children: Sequence[subprocess.Popen[bytes]]) -> None:
+def stop_children(children: Sequence[subprocess.Popen[bytes]]) -> None:
     for child in children:
         if child.poll() is None:
             child.kill()
@@ -154,12 +156,12 @@ def stop(children: Sequence[subprocess.Popen[bytes]]) -> None:
             child.stdin.close()
 
 
-def code(child: subprocess.Popen[bytes]) -> int:
+def choose_exit_code(child: subprocess.Popen[bytes]) -> int:
     """What to end with where a child has failed."""
     return child.returncode if child.returncode and child.returncode > 0 else 1
 
 
-def how(child: subprocess.Popen[bytes]) -> str:
+def describe_end(child: subprocess.Popen[bytes]) -> str:
     number = child.returncode
     return f"was killed by signal {-number} (9: out of memory?)" if number < 0 else f"ended with code {number}"
 

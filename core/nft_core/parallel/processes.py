@@ -12,7 +12,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ..errors import PeerError, Stopped
-from .rendezvous import announced, connecting, meet, warnings
+from .rendezvous import connect_in_time, meet_others, read_rank_and_size
 
 
 @contextmanager
@@ -23,19 +23,19 @@ def process_group(device: torch.device, patience: float, join: float = 600.0) ->
     join: seconds that all processes have to come, and then to connect.
     Raises PeerError where another one fails, or does not come, and UsageError where they do not fit together.
     """
-    rank, size = announced()
+    rank, size = read_rank_and_size()
     if size == 1:
         yield []
         return
-    store, members = meet(device, rank, size, join)
+    store, warnings = meet_others(device, rank, size, join)
     wait = timedelta(seconds=patience)
     store.set_timeout(wait)
     try:
-        with connecting(rank, size, join):
+        with connect_in_time(rank, size, join):
             backend = "nccl" if device.type == "cuda" else "gloo"
             dist.init_process_group(backend, timeout=wait, store=store, rank=rank, world_size=size)
             sum_value(1.0, device)  # NCCL connects when it is first needed.
-        yield warnings(members)
+        yield warnings
     except RuntimeError as error:
         if isinstance(error, dist.DistError) or "gloo" in str(error):
             raise PeerError(
@@ -62,7 +62,7 @@ def barrier() -> None:
         dist.barrier()
 
 
-def owned(count: int) -> Tensor:
+def list_owned(count: int) -> Tensor:
     """Indices in 0..count-1 of this process: every world_size-th, so each prompt's images spread out."""
     return torch.arange(rank(), count, world_size(), device="cpu")
 
@@ -100,13 +100,13 @@ def sum_gradients(parameters: Iterable[torch.nn.Parameter]) -> None:
     flags = torch.tensor(there, device=grads[0].device, dtype=grads[0].dtype)
     flat = torch.cat([*(g.flatten() for g in grads), flags])
     dist.all_reduce(flat)
-    *sums, anywhere = flat.split([*(g.numel() for g in grads), len(there)])
+    *sums, anywhere = torch.split(flat, [*(g.numel() for g in grads), len(there)])
     for p, g, total, used in zip(parameters, grads, sums, anywhere.tolist(), strict=True):
         p.grad = g.copy_(total.view_as(g)) if used else None
 
 
 @contextmanager
-def together(device: torch.device, finish: Callable[[], None] = lambda: None) -> Iterator[None]:
+def fail_together(device: torch.device, finish: Callable[[], None] = lambda: None) -> Iterator[None]:
     """What fails inside in one process fails in all, so that none waits for another for ever.
 
     Inside there may be no other exchange between processes: the one that failed would not take part.
@@ -132,7 +132,7 @@ def together(device: torch.device, finish: Callable[[], None] = lambda: None) ->
         raise failure
 
 
-def same_everywhere(text: str, device: torch.device) -> bool:
+def is_same_everywhere(text: str, device: torch.device) -> bool:
     """Whether all processes hold the same text; the answer is the same in all."""
     if world_size() == 1:
         return True
@@ -169,6 +169,6 @@ def sum_values(values: Sequence[float], device: torch.device) -> list[float]:
     return total.tolist()
 
 
-def agree(number: int, device: torch.device) -> int:
+def agree_on_number(number: int, device: torch.device) -> int:
     """The first process's number, in all."""
     return round(sum_value(float(number) if rank() == 0 else 0.0, device))

@@ -1,8 +1,8 @@
 """How the processes of a run find one another: each says what it is, and waits for the others up to a deadline.
 
 Where they meet stands in the environment, put there by torchrun, by `launch` or by hand. What can be wrong
-before they exchange a tensor is told here: who never came, who cannot reach the first process, who has other
-versions.
+before they exchange a tensor is said here: who never came, who cannot reach the first process, who has other
+versions. torch's own messages name keys of a store and ports of its own.
 """
 
 from __future__ import annotations
@@ -17,33 +17,43 @@ from contextlib import contextmanager
 from datetime import timedelta
 from importlib.metadata import version
 from time import monotonic, sleep
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from uuid import uuid4
 
 import torch
 import torch.distributed as dist
 
 from ..environment import number
-from ..errors import PeerError, UsageError
+from ..errors import NftError, PeerError, UsageError
 from .launch import RENDEZVOUS
 
-#: Where the first process puts the token of this meeting.
-TOKEN = "nft/token"
+if TYPE_CHECKING:  # torch.distributed has these too, by an import that type checkers do not follow.
+    from torch._C._distributed_c10d import FileStore, PrefixStore, Store, TCPStore
+else:
+    from torch.distributed import FileStore, PrefixStore, Store, TCPStore
+
 #: What a process is, by name; JSON can hold it.
 Member = Mapping[str, Any]
 
+#: The store's key of the token of this meeting, which the first process draws.
+TOKEN = "nft/token"
 NO_GPU = "no GPU"
-
 #: Seconds after which the first process says for whom it waits.
 QUIET = 15.0
-#: Seconds that an attempt to reach the first process takes at most.
+#: Seconds that one attempt to reach the first process takes at most.
 ATTEMPT = 5.0
-#: Seconds that the first process stays where all end, so that the others come to the same end by themselves.
+#: Seconds that the first process, which keeps the store, stays where all end: the others read there why.
 GRACE = 3.0
+#: What must be the same in all processes, and what to do where it is not.
+ALIKE = {
+    "WORLD_SIZE": "Give all the same (torchrun: --nnodes and --nproc-per-node).",
+    "nft-hub": "Install the same version on every node.",
+    "torch": "Install the same version on every node.",
+}
 
 
-def announced() -> tuple[int, int]:
-    """RANK and WORLD_SIZE of the environment; 0 and 1 where there is none. Raises UsageError."""
+def read_rank_and_size() -> tuple[int, int]:
+    """Read RANK and WORLD_SIZE from the environment; 0 and 1 where there is none. Raises UsageError."""
     rank, size = number("RANK", 0), number("WORLD_SIZE", 1)
     if not 0 <= rank < size:
         raise UsageError(
@@ -61,43 +71,39 @@ def announced() -> tuple[int, int]:
     return rank, size
 
 
-def place() -> str:
-    """Where the processes meet, in words."""
+def name_meeting_place() -> str:
+    """Say where the processes meet: a file, or an address and a port."""
     if os.environ.get(RENDEZVOUS):
         return os.environ[RENDEZVOUS]
     return f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']} (MASTER_ADDR, MASTER_PORT)"
 
 
-def meet(device: torch.device, rank: int, size: int, seconds: float) -> tuple[dist.Store, list[Member]]:
-    """A store that all processes share, and what each of them is, once all have come.
+def meet_others(device: torch.device, rank: int, size: int, seconds: float) -> tuple[Store, list[str]]:
+    """Wait until all processes have come. Returns a store that they share, and warnings about them.
 
     seconds: how long they have for it.
-    Raises PeerError where they do not, and UsageError where they do not fit together.
+    Raises PeerError where they do not come, and UsageError where they cannot work together.
     """
-    # The first process keeps the store, in which the others read why they end.
-    ends = monotonic() + seconds + (GRACE if rank == 0 else 0)
-    store = reach(rank, size, seconds)
+    store = open_store(rank, size, seconds)
     try:
-        token, members = gathered(store, rank, size, described(device, size), seconds, ends)
-    except RuntimeError as error:
-        raise PeerError(
-            f"The first process of the run, at {place()}, ended before all had joined; its own message says "
-            "why."
-        ) from error
-    try:
-        check(dict(enumerate(members)))
-    except UsageError:
+        token, members = gather_members(store, rank, size, describe_process(device, size), seconds)
+        return PrefixStore(token, store), compare_members(dict(enumerate(members)))
+    except NftError:
         if rank == 0:
             sleep(GRACE)
         raise
-    return dist.PrefixStore(token, store), members
+    except RuntimeError as error:
+        raise PeerError(
+            f"The first process of the run, at {name_meeting_place()}, ended before all had joined; its own "
+            "message says why."
+        ) from error
 
 
-def reach(rank: int, size: int, seconds: float) -> dist.Store:
+def open_store(rank: int, size: int, seconds: float) -> Store:
     """Connect to the first process's store. Raises PeerError after so many seconds, and UsageError."""
     wait = timedelta(seconds=seconds)
     if os.environ.get(RENDEZVOUS):
-        store = dist.FileStore(os.environ[RENDEZVOUS], size)
+        store = FileStore(os.environ[RENDEZVOUS], size)
         store.set_timeout(wait)
         return store
     address, port = os.environ["MASTER_ADDR"], number("MASTER_PORT", 0)
@@ -108,167 +114,144 @@ def reach(rank: int, size: int, seconds: float) -> dist.Store:
     if serves:
         address = "localhost"  # It listens on every address, and may not know the one that others have for it.
     else:
-        knock(address, port, rank, seconds)
+        wait_for_listener(address, port, rank, seconds)
     try:
-        return dist.TCPStore(address, port, size, serves, wait, wait_for_workers=False, multi_tenant=True)
+        return TCPStore(address, port, size, serves, wait, wait_for_workers=False, multi_tenant=True)
     except dist.DistNetworkError as error:
         if "EADDRINUSE" in str(error):
             raise PeerError(
                 f"Port {port} of this machine, {socket.gethostname()}, is in use, by another run perhaps: "
                 "choose another MASTER_PORT, the same for all processes."
             ) from error
-        raise PeerError(unreachable(rank, seconds, "what answers there is something else")) from error
+        raise PeerError(say_unreachable(rank, seconds, "what answers there is something else")) from error
 
 
-def knock(address: str, port: int, rank: int, seconds: float) -> None:
-    """Wait until somebody listens there; the store's own attempts can be neither understood nor interrupted."""
+def wait_for_listener(address: str, port: int, rank: int, seconds: float) -> None:
+    """Wait until somebody listens at an address. Raises PeerError with the system's reason."""
     ends = monotonic() + seconds
-    while True:
+    while True:  # The store's own attempts give no reason, and Ctrl-C does not interrupt them.
         try:
             socket.create_connection((address, port), ATTEMPT).close()
             return
         except OSError as error:
             if monotonic() > ends:
-                raise PeerError(unreachable(rank, seconds, cause(error))) from error
+                raise PeerError(say_unreachable(rank, seconds, error.strerror or str(error))) from error
         sleep(0.5)
 
 
-def cause(error: OSError) -> str:
-    if isinstance(error, socket.gaierror):
-        return "that name is not known here"
-    if isinstance(error, ConnectionRefusedError):
-        return "the machine answers, and nothing listens on that port"
-    return f"no answer ({error.strerror or error})"
-
-
-def unreachable(rank: int, seconds: float, why: str) -> str:
+def say_unreachable(rank: int, seconds: float, why: str) -> str:
+    """Say that this process could not reach the first one, and what to look at."""
     return (
-        f"Process {rank}, on {socket.gethostname()}, could not reach the first process at {place()} within "
-        f"join_timeout = {seconds:g} s: {why}. Check that the address is the first node's as this node sees it "
-        "(torchrun takes it from --local-addr there), that the port is open in the firewall, and that the "
-        "first process was started."
+        f"Process {rank}, on {socket.gethostname()}, could not reach the first process at "
+        f"{name_meeting_place()} within join_timeout = {seconds:g} s: {why}. Check that the address is the "
+        "first node's as this node sees it (torchrun takes it from --local-addr there), that the port is open "
+        "in the firewall, and that the first process was started."
     )
 
 
-def gathered(
-    store: dist.Store, rank: int, size: int, mine: Member, seconds: float, ends: float
+def gather_members(
+    store: Store, rank: int, size: int, mine: Member, seconds: float
 ) -> tuple[str, list[Member]]:
-    """What all processes have said, and the token under which they did.
+    """Wait for what all processes say of themselves. Returns the meeting's token, and that, by rank.
 
-    The first process draws the token, and says who has answered it. A store that torchrun keeps when it starts
-    the processes anew holds the words of those that are gone too, which nobody takes for an answer so.
+    A store that torchrun keeps when it starts the processes anew also holds what processes said that are gone:
+    the first process draws a new token each time, and only what was said under it counts.
+    Raises PeerError where processes are missing, and UsageError where those that came cannot work together.
     """
-    token, pause, quiet = "", 0.05, monotonic() + QUIET
+    token, start, told = "", monotonic(), False
     if rank == 0:
         store.set(TOKEN, uuid4().hex)
-    while monotonic() < ends:  # Asks, since a store that waits cannot be interrupted.
+    while monotonic() < start + seconds:  # Asks again and again, since Ctrl-C does not interrupt `store.wait`.
         if store.check([TOKEN]) and (drawn := store.get(TOKEN).decode()) != token:
             token = drawn
             store.set(f"{token}/{rank}", json.dumps(mine))
         if rank == 0 and store.check([f"{token}/{r}" for r in range(size)]):
-            store.set(f"{token}/all", json.dumps(list(answers(store, token, size).values())))
-        if token and store.check([f"{token}/all"]):
-            members = json.loads(store.get(f"{token}/all"))
-            if mine in members:
-                return token, members
-        if rank == 0 and monotonic() > quiet:
-            missing = ranks(set(range(size)) - set(answers(store, token, size)))
-            print(f"Waiting at {place()} for {missing}, up to {seconds:g} s.", file=sys.stderr)
-            quiet = ends
-        sleep(pause)
-        pause = min(pause * 1.5, 1.0)
-    came = answers(store, token, size)
-    check(came | {rank: mine})  # Perhaps some were told of another WORLD_SIZE.
-    if came.get(rank, mine) != mine:
-        raise UsageError(f"Two processes came to {place()} with RANK = {rank}: give each one of its own.")
-    missing = set(range(size)) - set(came) or {0}
+            store.set(f"{token}/all", json.dumps([*read_members(store, token, size).values()]))
+        # A token of an earlier meeting has a list in which this process is not.
+        if token and store.check([f"{token}/all"]) and mine in (all_ := json.loads(store.get(f"{token}/all"))):
+            return token, all_
+        if rank == 0 and not told and monotonic() > start + QUIET:
+            missing = name_ranks(set(range(size)) - set(read_members(store, token, size)))
+            print(f"Waiting at {name_meeting_place()} for {missing}, up to {seconds:g} s.", file=sys.stderr)
+            told = True
+        sleep(0.1)
+    came = read_members(store, token, size)
+    compare_members(came | {rank: mine})  # They may have been given different WORLD_SIZEs.
+    absent = set(range(size)) - set(came) or {0}
     raise PeerError(
-        f"{size - len(missing)} of {size} processes came to {place()} within join_timeout = {seconds:g} s; "
-        f"missing: {ranks(missing)}. Look at what these said. Check that the command was started on every "
-        "node, each with the same WORLD_SIZE (torchrun: --nnodes and --nproc-per-node), and that the nodes "
-        "reach one another (firewall)."
+        f"{size - len(absent)} of {size} processes came to {name_meeting_place()} within join_timeout = "
+        f"{seconds:g} s; missing: {name_ranks(absent)}. Look at what these said. Check that the command was "
+        "started on every node, each with the same WORLD_SIZE (torchrun: --nnodes and --nproc-per-node), and "
+        "that the nodes reach one another (firewall)."
     )
 
 
-def answers(store: dist.Store, token: str, size: int) -> dict[int, Member]:
-    """Those who have answered, by rank."""
+def read_members(store: Store, token: str, size: int) -> dict[int, Member]:
+    """Read what the processes that have come say of themselves, by rank."""
     return {r: json.loads(store.get(f"{token}/{r}")) for r in range(size) if store.check([f"{token}/{r}"])}
 
 
-def described(device: torch.device, size: int) -> Member:
-    """This process."""
-    about = {
-        "id": uuid4().hex,
-        "host": socket.gethostname(),
-        "WORLD_SIZE": size,
-        "nft-hub": version("nft-hub"),
-        "torch": torch.__version__,
-        "gpu": NO_GPU,
-        "uuid": "",
-    }
+def describe_process(device: torch.device, size: int) -> Member:
+    """Say what this process is: its host, versions and GPU, and an id of its own."""
+    gpu, uuid = NO_GPU, ""
     if device.type == "cuda":
-        gpu = torch.cuda.get_device_properties(device)
-        about["gpu"] = f"{gpu.name}, {gpu.total_memory / 2**30:.0f} GiB"
-        about["uuid"] = str(getattr(gpu, "uuid", ""))
-    return about
+        properties = torch.cuda.get_device_properties(device)
+        gpu = f"{properties.name}, {properties.total_memory / 2**30:.0f} GiB"
+        uuid = str(getattr(properties, "uuid", ""))
+    versions = {"nft-hub": version("nft-hub"), "torch": torch.__version__}
+    who = {"id": uuid4().hex, "host": socket.gethostname(), "WORLD_SIZE": size}
+    return who | versions | {"gpu": gpu, "uuid": uuid}
 
 
-def check(members: Mapping[int, Member]) -> None:
-    """Raise UsageError where processes cannot work together."""
-    for name, remedy in (
-        ("WORLD_SIZE", "Give all the same (torchrun: --nnodes and --nproc-per-node)."),
-        ("nft-hub", "Install the same version on every node."),
-        ("torch", "Install the same version on every node."),
-    ):
-        found = alike(members, name)
+def compare_members(members: Mapping[int, Member]) -> list[str]:
+    """Compare what processes say of themselves. Returns warnings; raises UsageError where they do not fit."""
+    for name, remedy in ALIKE.items():
+        found = group_ranks(members, name)
         if len(found) > 1:
-            raise UsageError(f"The run's processes have different {name}: {listed(found, members)}. {remedy}")
-    found = alike(members, "gpu")
-    if NO_GPU in found and len(found) > 1:
-        raise UsageError(
-            f"Some of the run's processes have no GPU: {listed(found, members)}. See what `nft doctor` says "
-            "there, or give --device cpu to all."
-        )
-    for uuid, shared in alike(members, "uuid").items():
-        if uuid and len(shared) > 1:
             raise UsageError(
-                f"The {ranks(shared)}, on {members[shared[0]]['host']}, have taken the same GPU: LOCAL_RANK "
+                f"The run's processes have different {name}: {list_groups(found, members)}. {remedy}"
+            )
+    for uuid, users in group_ranks(members, "uuid").items():
+        if uuid and len(users) > 1:
+            raise UsageError(
+                f"The {name_ranks(users)}, on {members[users[0]]['host']}, have taken the same GPU: LOCAL_RANK "
                 "must count the processes of a node from 0 (under srun it is $SLURM_LOCALID)."
             )
-
-
-def warnings(members: Sequence[Member]) -> list[str]:
-    """What is allowed, and worth knowing."""
-    numbered = dict(enumerate(members))
-    found = alike(numbered, "gpu")
-    if len(found) < 2:
+    gpus = group_ranks(members, "gpu")
+    if len(gpus) < 2:
         return []
+    listed = list_groups(gpus, members)
+    if NO_GPU in gpus:
+        raise UsageError(
+            f"Some of the run's processes have no GPU: {listed}. See what `nft doctor` says there, or give "
+            "--device cpu to all."
+        )
     return [
-        f"Warning: the GPUs of this run differ, and the slowest sets the pace: {listed(found, numbered)}. "
-        "rollout_batch, decode_batch and microbatch must fit the smallest."
+        f"Warning: the GPUs of this run differ, and the slowest sets the pace: {listed}. rollout_batch, "
+        "decode_batch and microbatch must fit the smallest."
     ]
 
 
-def alike(members: Mapping[int, Member], name: str) -> dict[Any, list[int]]:
-    """Ranks by what they say of this."""
-    found: dict[Any, list[int]] = {}
+def group_ranks(members: Mapping[int, Member], name: str) -> dict[str, list[int]]:
+    """Group ranks by what their processes say under this name."""
+    found: dict[str, list[int]] = {}
     for rank, member in sorted(members.items()):
-        found.setdefault(member.get(name), []).append(rank)
+        found.setdefault(str(member.get(name)), []).append(rank)
     return found
 
 
-def listed(found: Mapping[Any, Sequence[int]], members: Mapping[int, Member]) -> str:
-    """`80 GiB in ranks 0 to 7 (node1), 40 GiB in rank 8 (node2)`."""
+def list_groups(groups: Mapping[str, Sequence[int]], members: Mapping[int, Member]) -> str:
+    """Write groups out, as in `80 GiB in ranks 0 to 7 (node1); 40 GiB in rank 8 (node2)`."""
+    words = []
+    for value, some in groups.items():
+        hosts = list(dict.fromkeys(members[r]["host"] for r in some))
+        more = f" and {len(hosts) - 4} more" if len(hosts) > 4 else ""
+        words.append(f"{value} in {name_ranks(some)} ({', '.join(hosts[:4])}{more})")
+    return "; ".join(words)
 
-    def hosts(some: Sequence[int]) -> str:
-        names = list(dict.fromkeys(members[r]["host"] for r in some))
-        return ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
 
-    return "; ".join(f"{value} in {ranks(some)} ({hosts(some)})" for value, some in found.items())
-
-
-def ranks(some: Iterable[int]) -> str:
-    """`rank 3`, or `ranks 0 to 2, 5`."""
+def name_ranks(some: Iterable[int]) -> str:
+    """Write ranks out, as in `rank 3`, or `ranks 0 to 2, 5`."""
     spans: list[list[int]] = []
     for rank in sorted(some):
         if spans and spans[-1][1] == rank - 1:
@@ -276,20 +259,20 @@ def ranks(some: Iterable[int]) -> str:
         else:
             spans.append([rank, rank])
     words = ", ".join(f"{a} to {b}" if a < b else str(a) for a, b in spans)
-    return f"rank{'s' if len(spans) > 1 or spans[0][0] < spans[0][1] else ''} {words}"
+    return f"rank {words}" if words.isdecimal() else f"ranks {words}"
 
 
 @contextmanager
-def connecting(rank: int, size: int, seconds: float) -> Iterator[None]:
+def connect_in_time(rank: int, size: int, seconds: float) -> Iterator[None]:
     """Inside, the processes connect to one another; where that fails or takes too long, this one ends.
 
     It may hang in gloo or NCCL, where no exception reaches it, so that a thread ends it.
     """
     text = (
-        f"All {size} processes came to {place()}, and process {rank}, on {socket.gethostname()}, could not "
-        "connect to the others{why}. Where none of them says why: nodes need open ports between them, not that "
-        "one alone, and where they have several networks, the interface that joins them by name, as `ip -br "
-        "address` shows it, in GLOO_SOCKET_IFNAME, and in NCCL_SOCKET_IFNAME for GPUs."
+        f"All {size} processes came to {name_meeting_place()}, and process {rank}, on {socket.gethostname()}, "
+        "could not connect to the others{why}. Where none of them says why: nodes need open ports between "
+        "them, not that one alone, and where they have several networks, the interface that joins them by "
+        "name, as `ip -br address` shows it, in GLOO_SOCKET_IFNAME, and in NCCL_SOCKET_IFNAME for GPUs."
     )
 
     def end() -> None:

@@ -24,10 +24,10 @@ from nft_plugins import Condition
 from ..errors import UsageError
 from .launch import PATIENCE
 from .processes import rank, world_size
-from .rendezvous import connecting
+from .rendezvous import connect_in_time
 
 
-def blocks(transformer: Module) -> list[Module]:
+def list_blocks(transformer: Module) -> list[Module]:
     """The blocks that repeat, by the class names that diffusers has for them, inner ones first."""
     names = getattr(transformer, "_repeated_blocks", None) or getattr(transformer, "_no_split_modules", None)
 
@@ -37,7 +37,9 @@ def blocks(transformer: Module) -> list[Module]:
     return [m for m in reversed(list(transformer.modules())) if m is not transformer and named(m)]
 
 
-def shard(transformer: Module, whole: Sequence[Parameter] = (), dtype: torch.dtype | None = None) -> None:
+def shard_transformer(
+    transformer: Module, whole: Sequence[Parameter] = (), dtype: torch.dtype | None = None
+) -> None:
     """Leave to each process its part of the weights. A block is whole while it works, as is what is around.
 
     whole: parameters that stay whole in every process. A LoRA's do: a part of what is small would save little,
@@ -51,7 +53,7 @@ def shard(transformer: Module, whole: Sequence[Parameter] = (), dtype: torch.dty
     reduced = torch.float32 if dtype else None
     precision = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=reduced, cast_forward_inputs=False)
     mesh = init_device_mesh(next(transformer.parameters()).device.type, (world_size(),))
-    for module in (*blocks(transformer), transformer):
+    for module in (*list_blocks(transformer), transformer):
         try:
             # The outermost too: it would stay whole between two passes, and not see that weights were swapped.
             shared = fully_shard(
@@ -71,13 +73,13 @@ def shard(transformer: Module, whole: Sequence[Parameter] = (), dtype: torch.dty
         shared.set_force_sum_reduction_for_comms(True)
 
 
-def local(x: Tensor) -> Tensor:
+def take_local_part(x: Tensor) -> Tensor:
     """What this process holds of a tensor, without gradients: all of it where it is not sharded."""
     x = x.detach()
     return x.to_local() if isinstance(x, DTensor) else x
 
 
-def like(part: Tensor, p: Tensor) -> Tensor:
+def shard_like(part: Tensor, p: Tensor) -> Tensor:
     """A part as one of a tensor that is sharded as `p` is."""
     if not isinstance(p, DTensor):
         return part
@@ -86,14 +88,14 @@ def like(part: Tensor, p: Tensor) -> Tensor:
     return DTensor.from_local(part, p.device_mesh, p.placements, run_check=False, shape=shape, stride=stride)
 
 
-def split(full: Tensor, p: Tensor) -> Tensor:
+def split_like(full: Tensor, p: Tensor) -> Tensor:
     """A tensor sharded as `p` is, of which every process has the whole."""
     if not isinstance(p, DTensor):
         return full
     return distribute_tensor(full, p.device_mesh, p.placements, src_data_rank=None)
 
 
-def whole(x: Tensor) -> Tensor:
+def gather_whole(x: Tensor) -> Tensor:
     """A sharded tensor, gathered in the first process's host memory; the others call this too, for nothing."""
     if not isinstance(x, DTensor):
         return x
@@ -110,7 +112,7 @@ def clip_gradients(parameters: Sequence[Parameter], most: float) -> float:
     return float(norm)
 
 
-def whole_copy(transformer: Module, parameters: Mapping[str, Tensor]) -> Module:
+def copy_whole(transformer: Module, parameters: Mapping[str, Tensor]) -> Module:
     """A sharded diffusers transformer as it was before, with these parameters instead of its own."""
     cls: Any = next(c for c in type(transformer).__mro__ if not issubclass(c, FSDPModule))
     with torch.device("meta"):
@@ -134,7 +136,7 @@ class InStep:
         self._velocity = velocity
         self._failure: Exception | None = None
         # A group of the CPUs: one of GPUs would have each wait for what its GPU still has to do.
-        with connecting(rank(), world_size(), join):
+        with connect_in_time(rank(), world_size(), join):
             self._group = dist.new_group(backend="gloo", timeout=timedelta(seconds=patience))
 
     def velocity(self, x_t: Tensor, t: Tensor, condition: Condition) -> Tensor:

@@ -32,37 +32,37 @@ class Terminated(KeyboardInterrupt):
         self.signal = number
 
 
-def terminate(number: int, frame: object) -> None:
+def raise_terminated(number: int, frame: object) -> None:
     for other in ENDING:
-        if signal.getsignal(other) == terminate:
+        if signal.getsignal(other) == raise_terminated:
             signal.signal(other, signal.SIG_IGN)  # A second one would end what is done on the first.
     raise Terminated(number)
 
 
-def ctrl_c() -> AbstractContextManager[None]:
+def catch_ctrl_c() -> AbstractContextManager[None]:
     """Inside, Ctrl-C raises Terminated, so that a plug-in's own KeyboardInterrupt is told from the user's."""
 
     def press(number: int, frame: object) -> None:
         raise Terminated(number)
 
-    return handling([signal.SIGINT] if callable(signal.getsignal(signal.SIGINT)) else [], press)
+    return handle_signals([signal.SIGINT] if callable(signal.getsignal(signal.SIGINT)) else [], press)
 
 
-def end_when_told() -> None:
+def end_on_signals() -> None:
     """Make every signal of ENDING an exception, as Ctrl-C is one; by default it ends the process at once."""
     for ending in ENDING:
         if signal.getsignal(ending) == signal.SIG_DFL:
-            signal.signal(ending, terminate)
+            signal.signal(ending, raise_terminated)
 
 
-def handled() -> list[signal.Signals]:
+def list_handled_signals() -> list[signal.Signals]:
     """The signals that end this process: not those that are ignored, as under nohup, or a library's."""
-    end = (signal.SIG_DFL, signal.default_int_handler, terminate)
+    end = (signal.SIG_DFL, signal.default_int_handler, raise_terminated)
     return [number for number in ENDING if signal.getsignal(number) in end]
 
 
 @contextmanager
-def handling(numbers: Sequence[signal.Signals], handler: Any) -> Iterator[None]:
+def handle_signals(numbers: Sequence[signal.Signals], handler: Any) -> Iterator[None]:
     """Inside, these signals have another handler, where this is the main thread."""
     if threading.current_thread() is not threading.main_thread():  # To others they do not come.
         yield
@@ -76,7 +76,7 @@ def handling(numbers: Sequence[signal.Signals], handler: Any) -> Iterator[None]:
 
 
 @contextmanager
-def told() -> Iterator[Callable[[], int]]:
+def note_signals() -> Iterator[Callable[[], int]]:
     """Inside, signals that would end the process are only noted; the function gives the first's number, or 0.
 
     A second Ctrl-C interrupts at once, as ever.
@@ -94,10 +94,10 @@ def told() -> Iterator[Callable[[], int]]:
                 os.write(2, b"\nEnding after this step, and saving. Ctrl-C once more ends at once, unsaved.\n")
         noted = noted or number
 
-    with handling(handled(), note):
+    with handle_signals(list_handled_signals(), note):
         yield lambda: noted
 
 
-def undisturbed() -> AbstractContextManager[None]:
+def ignore_signals() -> AbstractContextManager[None]:
     """Without the signals that would end the saving of what is trained, but for Ctrl-C."""
-    return handling([n for n in handled() if n != signal.SIGINT], signal.SIG_IGN)
+    return handle_signals([n for n in list_handled_signals() if n != signal.SIGINT], signal.SIG_IGN)

@@ -23,13 +23,14 @@ from ..errors import NftError, UsageError, first_line
 from ..host.host import Host
 from ..models.pipeline import ENCODED_AT_ONCE, OF_TEXT, PipelineModel
 from ..objective.loss import kl_loss, nft_loss
-from ..parallel.sharding import blocks
-from ..runs.setup import autocast_dtype, decode_dtype, load_model, make_policy
+from ..parallel.sharding import list_blocks
+from ..runs.assembly import make_policy
+from ..runs.setup import autocast_dtype, decode_dtype, image_shape, load_model
 from ..settings import Settings
 from ..training.lora import adapted_layers
 from ..training.memory import checkpoint_activations
 from ..training.policy import Policy
-from .measure import FEW, AsOnGpu, Growth, Live, growth, recompute_as_on_gpu
+from .measure import FEW, AsOnGpu, Growth, Live, count_growth, recompute_as_on_gpu
 
 META = torch.device("meta")
 PRECISIONS = {None: "fp32", torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
@@ -77,7 +78,7 @@ class Footprint:
     state: int
 
 
-def footprint(s: Settings, host: Host, device: torch.device, both: bool = False) -> Footprint:
+def count_footprint(s: Settings, host: Host, device: torch.device, both: bool = False) -> Footprint:
     """Count what the settings' model takes on a device of that kind.
 
     both: with gradient checkpointing and without, and not only as it is set.
@@ -90,7 +91,7 @@ def footprint(s: Settings, host: Host, device: torch.device, both: bool = False)
     s = s.model_copy(update=update)
     model = load_model(s, host, META)
     try:
-        return counted(s, host, model, both)
+        return count_model(s, host, model, both)
     except NftError:
         raise
     except Exception as error:  # A model that looks at numbers, which there are none of.
@@ -100,45 +101,43 @@ def footprint(s: Settings, host: Host, device: torch.device, both: bool = False)
         ) from error
 
 
-def counted(s: Settings, host: Host, model: FlowModel, both: bool) -> Footprint:
+def count_model(s: Settings, host: Host, model: FlowModel, both: bool) -> Footprint:
     """Of a model on the meta device. None of the settings' precisions is auto."""
-    height, width = (s.resolution, s.resolution) if s.resolution else model.resolution
-    try:
-        shape = model.latent_shape(height, width)
-    except ValueError as error:
-        raise UsageError(f"Setting resolution: {error}.") from error
+    height, width, shape = image_shape(s, model)
     weights = Counter[str]()
-    for x in tensors_of(model.transformer):
-        weights[str(x.dtype).removeprefix("torch.")] += size(x)
-    gathered = largest_units(model.transformer)
+    for x in iterate_tensors(model.transformer):
+        weights[str(x.dtype).removeprefix("torch.")] += count_bytes(x)
+    gathered = count_gathered(model.transformer)
     if not s.lora_rank and s.precision != "fp32":  # Trained weights are put together in 16 bits.
         gathered //= 2
-    condition, texts, encode = conditions(model)
+    condition, texts, encode = encode_on_meta(model)
     if hasattr(model, "decode_in"):
         model.decode_in(decode_dtype(s, META))
     with META:  # A LoRA's weights are made there too.
         policy = make_policy(s, model, META)
     solver = host.make_solver(s.solver, s.solver_options)
-    passes, state = solved(solver, model.times(s.steps, height, width), shape)
+    passes, state = count_solver(solver, model.times(s.steps, height, width), shape)
     work = Work(policy, shape, condition, s)
-    forward, decode = growth(work.old), growth(work.decode)
-    step = growth(work.step) if both or not s.gradient_checkpointing else None
-    recomputed = growth(work.step) if (both or s.gradient_checkpointing) and work.recompute() else None
+    forward, decode = count_growth(work.old), count_growth(work.decode)
+    step = count_growth(work.step) if both or not s.gradient_checkpointing else None
+    recomputed = count_growth(work.step) if (both or s.gradient_checkpointing) and work.recompute() else None
     return Footprint(
         precision=s.precision,
         weights=dict(weights),
-        tables=sum(map(size, model.transformer.buffers())),
+        tables=sum(map(count_bytes, model.transformer.buffers())),
         gathered=gathered,
         casts=work.casts,
         trained=[p.numel() for p in policy.parameters],
         lora=policy.lora is not None,
-        merged=sum(size(adapted_weight(layer)) for layer in adapted_layers(model.transformer))
+        merged=sum(count_bytes(find_adapted_weight(layer)) for layer in adapted_layers(model.transformer))
         if policy.merge
         else 0,
-        others={name: sum(map(size, tensors_of(module))) for name, module in other_modules(model)},
+        others={
+            name: sum(map(count_bytes, iterate_tensors(module))) for name, module in list_other_modules(model)
+        },
         texts=texts,
         encode=encode,
-        row=sum(size(rows[:1].contiguous()) for rows in condition.values()),
+        row=sum(count_bytes(rows[:1].contiguous()) for rows in condition.values()),
         latent=4 * prod(shape),
         image=4 * 3 * height * width,
         forward=forward,
@@ -185,7 +184,7 @@ class Work:
         c = self.conditions(len(x_t))
         with AsOnGpu(self.autocast) as mode:
             v = self.policy.model.velocity(x_t, t, c).float()
-            self.casts = sum(map(size, mode.casts.values()))
+            self.casts = sum(map(count_bytes, mode.casts.values()))
         return v
 
     @torch.no_grad()
@@ -234,33 +233,33 @@ class Work:
         return True
 
 
-def size(x: Tensor) -> int:
+def count_bytes(x: Tensor) -> int:
     return x.numel() * x.element_size()
 
 
-def adapted_weight(layer: Any) -> Tensor:
+def find_adapted_weight(layer: Any) -> Tensor:
     """Of the layer that a LoRA adapts."""
     return cast(Tensor, layer.base_layer.weight)
 
 
-def tensors_of(module: torch.nn.Module) -> Iterator[Tensor]:
+def iterate_tensors(module: torch.nn.Module) -> Iterator[Tensor]:
     yield from module.parameters()
     yield from module.buffers()
 
 
-def largest_units(transformer: torch.nn.Module) -> int:
+def count_gathered(transformer: torch.nn.Module) -> int:
     """Bytes that stand whole at once where processes share the transformer, a block at a time."""
-    own = {id(module): 0 for module in (transformer, *blocks(transformer))}
+    own = {id(module): 0 for module in (transformer, *list_blocks(transformer))}
     owner: dict[int, int] = {}
-    for module in (transformer, *reversed(blocks(transformer))):  # Inner ones last: they have their own.
+    for module in (transformer, *reversed(list_blocks(transformer))):  # Inner ones last: they have their own.
         owner |= {id(p): id(module) for p in module.parameters()}
     for p in transformer.parameters():
-        own[owner[id(p)]] += size(p)
+        own[owner[id(p)]] += count_bytes(p)
     around = own.pop(id(transformer))
     return around + 2 * max(own.values(), default=0)
 
 
-def other_modules(model: FlowModel) -> Iterator[tuple[str, torch.nn.Module]]:
+def list_other_modules(model: FlowModel) -> Iterator[tuple[str, torch.nn.Module]]:
     """The model's modules beside the transformer, each once."""
     parts = {**getattr(getattr(model, "pipeline", None), "components", {}), **vars(model)}
     seen = {id(model.transformer)}
@@ -270,7 +269,7 @@ def other_modules(model: FlowModel) -> Iterator[tuple[str, torch.nn.Module]]:
             yield name, part
 
 
-def conditions(model: FlowModel) -> tuple[dict[str, Tensor], dict[str, int], int]:
+def encode_on_meta(model: FlowModel) -> tuple[dict[str, Tensor], dict[str, int], int]:
     """A condition, the text encoders' bytes by part, and what is alive at most while they work."""
     prompts = ["a"] * ENCODED_AT_ONCE
     if not isinstance(model, PipelineModel):
@@ -284,14 +283,14 @@ def conditions(model: FlowModel) -> tuple[dict[str, Tensor], dict[str, int], int
             f"{model.name} has no {', '.join(missing)}: a plan needs a model's configs and tokenizers, and no "
             "weights. Put what is missing there."
         )
-    encoders = {n: without_numbers(model.empty(n)) for n in model._parts() if n.startswith("text_encoder")}
+    encoders = {n: fake_encoder(model.empty(n)) for n in model._parts() if n.startswith("text_encoder")}
     twin = copy.copy(model)
     twin.device = torch.device("cpu")  # Tokens are real, and masks are read.
     rest = {n: p for n, p in model.pipeline.components.items() if not n.startswith(OF_TEXT)}
     twin._texts = twin._load(lambda name: name in needed, rest | encoders)
     with Live() as live:
         condition = twin.encode(prompts)
-    texts = {name: sum(map(size, tensors_of(encoder))) for name, encoder in encoders.items()}
+    texts = {name: sum(map(count_bytes, iterate_tensors(encoder))) for name, encoder in encoders.items()}
     return dict(condition), texts, max(live.after, default=0)
 
 
@@ -304,7 +303,7 @@ class Unread(AsOnGpu):
         return super().__torch_function__(func, types, args, kwargs)
 
 
-def without_numbers(encoder: torch.nn.Module) -> torch.nn.Module:
+def fake_encoder(encoder: torch.nn.Module) -> torch.nn.Module:
     """A text encoder on the meta device that takes tokens from the CPU and gives zeros there."""
     forward = encoder.forward
 
@@ -320,7 +319,7 @@ def without_numbers(encoder: torch.nn.Module) -> torch.nn.Module:
     return encoder
 
 
-def solved(solver: Solver, times: Sequence[float], shape: Sequence[int]) -> tuple[int, int]:
+def count_solver(solver: Solver, times: Sequence[float], shape: Sequence[int]) -> tuple[int, int]:
     """How often the solver asks for the velocity, and the bytes that it holds for an image, by doing it."""
     asked = 0
 

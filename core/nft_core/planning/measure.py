@@ -61,14 +61,14 @@ class AsOnGpu(TorchFunctionMode):
         given = dict(kwargs or {})
         name = getattr(func, "__name__", "")
         name = name.strip("_") if name.startswith("__") else name  # But `pow_`, in place, is not `pow`.
-        if self.autocast and name in ON_THE_WAY and low(args[0]):
+        if self.autocast and name in ON_THE_WAY and is_half(args[0]):
             given.setdefault("dtype", torch.float32)
         if self.autocast and name in LOWER | FLOAT32:
             to = self.autocast if name in LOWER else torch.float32
             args = [self.cast(x, to) for x in args]
             given = {key: self.cast(x, to) for key, x in given.items()}
         if func is F.scaled_dot_product_attention and any(map(on_meta, (*args, *given.values()))):
-            return attention(*args, **given)
+            return fuse_attention(*args, **given)
         return func(*args, **given)
 
     def cast(self, x: Any, to: torch.dtype) -> Any:
@@ -86,11 +86,11 @@ def on_meta(x: Any) -> bool:
     return isinstance(x, Tensor) and x.is_meta
 
 
-def low(x: Any) -> bool:
+def is_half(x: Any) -> bool:
     return isinstance(x, Tensor) and x.dtype in (torch.float16, torch.bfloat16)
 
 
-def attention(
+def fuse_attention(
     query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None, *args: Any, **options: Any
 ) -> Tensor:
     """By CUDA's kernels, which keep no matrix of attention; by itself a meta tensor gets the plain formula."""
@@ -181,7 +181,7 @@ class Growth:
         return self.few + (images - FEW) * (self.more - self.few) // (MORE - FEW)
 
 
-def growth(compute: Callable[[int, Callable[[], None]], object], device: str = "meta") -> Growth:
+def count_growth(compute: Callable[[int, Callable[[], None]], object], device: str = "meta") -> Growth:
     """Count `compute(images, mark)`, which may call `mark()` at the point of interest."""
     lines: list[Tensor] = []
     flops, marks = [], []

@@ -7,9 +7,8 @@ Bytes and operations are counted (`footprint`), but for what rewards take, which
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from contextlib import suppress
-from itertools import product
 from math import ceil
 from typing import NamedTuple
 
@@ -21,7 +20,7 @@ from ..host.host import Host
 from ..parallel import launch
 from ..sampling.rollout import AHEAD
 from ..settings import Settings
-from .footprint import Footprint, footprint
+from .footprint import Footprint, count_footprint
 
 GIB = 2**30
 #: Bytes of the CUDA context and of its libraries' handles.
@@ -32,8 +31,14 @@ SLACK = 0.05
 USABLE = 0.98
 #: GPUs that settings are proposed for, GiB.
 CARDS = (24, 40, 80)
-#: FLOP/s, and bytes/s of the GPU's memory and of the way from the host's: to rank settings by, and no more.
-RATE, BANDWIDTH, WAY = 1e14, 1e12, 2e10
+#: What a plan tries in turn where batches alone are not enough. Computing activations anew costs a third of
+#: training's operations, whatever the model; copies in the host's memory cost a transfer for each microbatch.
+ECONOMIES = (
+    {"gradient_checkpointing": False, "offload": False},
+    {"gradient_checkpointing": True, "offload": False},
+    {"gradient_checkpointing": False, "offload": True},
+    {"gradient_checkpointing": True, "offload": True},
+)
 #: Bytes of a number's two moments: 8-bit AdamW has a float32 scale for each 256 numbers.
 MOMENTS = {"adamw": 8.0, "adamw8bit": 2 * (1 + 4 / 256)}
 #: Parameters of fewer numbers keep float32 moments there.
@@ -43,43 +48,43 @@ WHOLE = 4096
 Phases = dict[str, dict[str, int]]
 
 
-def phases(s: Settings, f: Footprint, rewards: Mapping[str, int]) -> Phases:
+def plan_phases(s: Settings, f: Footprint, rewards: Mapping[str, int]) -> Phases:
     """What is on the device in each phase, in one process.
 
     rewards: bytes by name.
     """
-    images = ceil(s.prompts_per_epoch * s.group_size / processes(s))
+    images = ceil(s.prompts_per_epoch * s.group_size / count_planned_processes(s))
     batch = min(s.rollout_batch, images)
     micro = min(s.microbatch, ceil(images / s.updates_per_epoch))
     decoded = min(s.decode_batch, batch)
-    trained = trained_bytes(s, f)
+    trained = count_trained_bytes(s, f)
     loaded = {f"transformer, {dtype}": n for dtype, n in f.weights.items()}
     fixed = loaded
-    if shared(s):
-        parts = ceil((sum(loaded.values()) - f.tables) / processes(s))
+    if is_sharded(s):
+        parts = ceil((sum(loaded.values()) - f.tables) / count_planned_processes(s))
         fixed = {"transformer, a part": f.tables + parts, "blocks that are whole": f.gathered}
     beside = {**f.others, **{f"reward {name}": n for name, n in rewards.items()}}
     policy = {
         "LoRA, float32": trained if f.lora else 0,
-        f"moments, {s.optimizer}": moments(s, f),
-        **({} if s.offload else copies(s, f)),
+        f"moments, {s.optimizer}": count_moments(s, f),
+        **({} if s.offload else count_copies(s, f)),
     }
     # While other weights are in place: these come from the host, or parts of the live ones are put aside.
-    visitor = trained if s.offload or (shared(s) and not f.lora) else 0
-    merged = 0 if shared(s) else f.merged
+    visitor = trained if s.offload or (is_sharded(s) and not f.lora) else 0
+    merged = 0 if is_sharded(s) else f.merged
     whole = {**fixed, **policy, **beside}
     latents = images * f.latent
     waiting = AHEAD * batch * f.image
     # FSDP has weights in 16 bits a block at a time, as `gathered` says.
-    spared = f.casts if shared(s) and not f.lora else 0
+    spared = f.casts if is_sharded(s) and not f.lora else 0
     sampling = f.forward.peak(batch) - spared + batch * f.state + merged + visitor
     # Decoded parts wait for the last one, and are then put together.
     decoding = batch * f.latent + max((batch - decoded) * f.image + f.decode.peak(decoded), 2 * batch * f.image)
-    frozen = f.forward.peak(together(s, micro)) - spared + visitor
+    frozen = f.forward.peak(count_together(s, micro)) - spared + visitor
     step = f.recomputed if s.gradient_checkpointing else f.step
     if step is None:
         raise NftError("The footprint was taken with another gradient_checkpointing: take it with both.")
-    exchange = trained if processes(s) > 1 else 0
+    exchange = trained if count_planned_processes(s) > 1 else 0
     return {
         "encode": {**loaded, **beside, "text encoders": sum(f.texts.values()), "activations": f.encode},
         "rollout": {**whole, "activations": sampling, "latents and images": latents + waiting},
@@ -98,28 +103,28 @@ def phases(s: Settings, f: Footprint, rewards: Mapping[str, int]) -> Phases:
     }
 
 
-def processes(s: Settings) -> int:
+def count_planned_processes(s: Settings) -> int:
     """That the run's images are shared by."""
     if "WORLD_SIZE" in os.environ:
         return number("WORLD_SIZE", 1)
     if s.processes == "auto":
-        return launch.count("auto", s.device) if s.device == "cpu" else 1
+        return launch.count_processes("auto", s.device) if s.device == "cpu" else 1
     return s.processes
 
 
-def shared(s: Settings) -> bool:
+def is_sharded(s: Settings) -> bool:
     """Whether processes share the transformer's weights."""
-    return s.parallel == "fsdp" and processes(s) > 1
+    return s.parallel == "fsdp" and count_planned_processes(s) > 1
 
 
-def trained_bytes(s: Settings, f: Footprint) -> int:
+def count_trained_bytes(s: Settings, f: Footprint) -> int:
     """Of what a process holds of the trained weights. A LoRA is not shared."""
-    return 4 * sum(f.trained) // (processes(s) if shared(s) and not f.lora else 1)
+    return 4 * sum(f.trained) // (count_planned_processes(s) if is_sharded(s) and not f.lora else 1)
 
 
-def copies(s: Settings, f: Footprint) -> dict[str, int]:
+def count_copies(s: Settings, f: Footprint) -> dict[str, int]:
     """Of the trained weights."""
-    trained = trained_bytes(s, f)
+    trained = count_trained_bytes(s, f)
     return {
         "old policy": trained,
         "reference": trained if s.kl_weight and not f.lora else 0,
@@ -127,24 +132,24 @@ def copies(s: Settings, f: Footprint) -> dict[str, int]:
     }
 
 
-def moments(s: Settings, f: Footprint) -> int:
+def count_moments(s: Settings, f: Footprint) -> int:
     each = [MOMENTS[s.optimizer] if n >= WHOLE else MOMENTS["adamw"] for n in f.trained]
     numbers = sum(n * size for n, size in zip(f.trained, each, strict=True))
-    return round(numbers * trained_bytes(s, f) / (4 * sum(f.trained)))
+    return round(numbers * count_trained_bytes(s, f) / (4 * sum(f.trained)))
 
 
-def together(s: Settings, microbatch: int) -> int:
+def count_together(s: Settings, microbatch: int) -> int:
     """Images in a pass of the frozen policies, which take several training times at once."""
     return microbatch * min(s.train_times_count, max(s.rollout_batch // microbatch, 1))
 
 
-def peaks(table: Phases) -> dict[str, int]:
+def sum_phases(table: Phases) -> dict[str, int]:
     return {phase: sum(rows.values()) for phase, rows in table.items()}
 
 
-def need(table: Phases) -> int:
+def count_needed(table: Phases) -> int:
     """Bytes that a GPU must have, with what is assumed."""
-    return round(max(peaks(table).values()) * (1 + SLACK)) + CONTEXT
+    return round(max(sum_phases(table).values()) * (1 + SLACK)) + CONTEXT
 
 
 class Work(NamedTuple):
@@ -166,13 +171,13 @@ class Work(NamedTuple):
         return self.images * self.passes * self.flops
 
 
-def works(s: Settings, f: Footprint) -> list[Work]:
+def count_works(s: Settings, f: Footprint) -> list[Work]:
     """All of an epoch's passes through the transformer and the VAE."""
     step = f.recomputed if s.gradient_checkpointing else f.step
     assert step is not None  # `phases` has looked.
     images, times = s.prompts_per_epoch * s.group_size, s.train_times_count
     weights = sum(f.weights.values()) + (4 * sum(f.trained) if f.lora else 0)
-    frozen = images * times / together(s, s.microbatch) * weights
+    frozen = images * times / count_together(s, s.microbatch) * weights
     again = 3 if s.gradient_checkpointing else 2
     sampling = f.reference if f.merged else f.forward.flops
     found = [
@@ -191,59 +196,50 @@ def works(s: Settings, f: Footprint) -> list[Work]:
     return [work for work in found if s.kl_weight or work.name != "train: reference"]
 
 
-def seconds(s: Settings, f: Footprint) -> float:
-    """An epoch's time on a GPU that does not exist: for comparing settings, and for nothing else."""
-    visits = (2 if s.kl_weight and not f.lora else 1) if s.offload else 0
-    way = trained_bytes(s, f) * visits * ceil(s.prompts_per_epoch * s.group_size / s.microbatch)
-    return sum(work.total / RATE + work.read / BANDWIDTH for work in works(s, f)) + way / WAY
+def propose_settings(
+    s: Settings, f: Footprint, rewards: Mapping[str, int], room: int
+) -> tuple[Settings | None, int]:
+    """Find settings that fit into `room` bytes. Returns them and 0; or None and the bytes that are lacking.
 
-
-def proposal(s: Settings, f: Footprint, rewards: Mapping[str, int], room: int) -> tuple[Settings | None, int]:
-    """The fastest of the settings that fit into `room` bytes; or None, and the bytes that are lacking at least.
-
-    Batches are never larger than asked for. 8-bit moments, which change what is learned, are taken last.
+    They are the first of ECONOMIES that fits with some batches, with the largest of these. Batches are never
+    larger than asked for. 8-bit moments, which change what is learned, come after all the others.
     """
-    found: list[tuple[bool, float, Settings]] = []
-    lacking = []
     # bitsandbytes cannot train weights that processes share.
-    optimizers = {s.optimizer} if shared(s) and not f.lora else {"adamw8bit", s.optimizer}
-    for again, offload, optimizer in product((False, True), (False, True), sorted(optimizers)):
-        if (f.recomputed if again else f.step) is None:
-            continue
-        options = {"gradient_checkpointing": again, "offload": offload, "optimizer": optimizer}
-        tried = s.model_copy(update=options)
-        found += [(optimizer != s.optimizer, seconds(x, f), x) for x in fitting(tried, f, rewards, room)]
-        smallest = tried.model_copy(update=dict.fromkeys(("rollout_batch", "decode_batch", "microbatch"), 1))
-        lacking.append(need(phases(smallest, f, rewards)) - room)
-    if not found:
-        return None, min(lacking)
-    return min(found, key=lambda item: item[:2])[2], 0
+    optimizers = [s.optimizer] if is_sharded(s) and not f.lora else [s.optimizer, "adamw8bit"]
+    tries = [s.model_copy(update={**e, "optimizer": o}) for o in dict.fromkeys(optimizers) for e in ECONOMIES]
+    tries = [x for x in tries if (f.recomputed if x.gradient_checkpointing else f.step) is not None]
+    for tried in tries:
+        if found := fit_batches(tried, f, rewards, room):
+            return found, 0
+    ones = dict.fromkeys(("rollout_batch", "decode_batch", "microbatch"), 1)
+    return None, min(count_needed(plan_phases(x.model_copy(update=ones), f, rewards)) for x in tries) - room
 
 
-def fitting(s: Settings, f: Footprint, rewards: Mapping[str, int], room: int) -> Iterator[Settings]:
-    """For each rollout batch, the settings with the largest others that fit."""
+def fit_batches(s: Settings, f: Footprint, rewards: Mapping[str, int], room: int) -> Settings | None:
+    """Halve the batches until every phase fits into `room` bytes; None where none does."""
 
     def fits(s: Settings, *names: str) -> bool:
-        table = phases(s, f, rewards)
-        return need({name: table[name] for name in names}) <= room
+        table = plan_phases(s, f, rewards)
+        return count_needed({name: table[name] for name in names}) <= room
 
-    def largest(s: Settings, batch: str, *names: str) -> Settings | None:
-        tried = (s.model_copy(update={batch: n}) for n in halvings(getattr(s, batch)))
+    def halve(s: Settings, batch: str, *names: str) -> Settings | None:
+        """Take the largest batch with which these phases fit."""
+        tried = (s.model_copy(update={batch: n}) for n in list_halvings(getattr(s, batch)))
         return next((x for x in tried if fits(x, *names)), None)
 
-    if fits(s, "encode"):
-        for n in halvings(s.rollout_batch):
-            batch = s.model_copy(update={"rollout_batch": n})
-            sampling = largest(batch, "decode_batch", "rollout", "decode", "reward")
-            if sampling and (training := largest(sampling, "microbatch", "train")):
-                yield training
+    if not fits(s, "encode"):  # Which no batch changes.
+        return None
+    for n in list_halvings(s.rollout_batch):
+        batch = s.model_copy(update={"rollout_batch": n})
+        sampling = halve(batch, "decode_batch", "rollout", "decode", "reward")
+        if sampling and (training := halve(sampling, "microbatch", "train")):
+            return training
+    return None
 
 
-def halvings(n: int) -> Iterator[int]:
-    """n, n/2, ... 1."""
-    while n:
-        yield n
-        n //= 2
+def list_halvings(n: int) -> list[int]:
+    """List n, n/2, ... 1."""
+    return [n >> i for i in range(n.bit_length())]
 
 
 #: Settings that a plan may change.
@@ -253,7 +249,7 @@ CHANGED = (
 )
 
 
-def changes(asked: Settings, proposed: Settings) -> str:
+def write_changes(asked: Settings, proposed: Settings) -> str:
     """`--set` for each setting that differs."""
     values = {
         n: str(getattr(proposed, n)).lower() for n in CHANGED if getattr(asked, n) != getattr(proposed, n)
@@ -263,7 +259,7 @@ def changes(asked: Settings, proposed: Settings) -> str:
 
 def count_operations(s: Settings, f: Footprint) -> float:
     """The floating-point operations of the whole run."""
-    return s.epochs * sum(work.total for work in works(s, f))
+    return s.epochs * sum(work.total for work in count_works(s, f))
 
 
 def check_memory(
@@ -277,16 +273,18 @@ def check_memory(
     there = torch.cuda.memory_allocated(device)
     rewards = {"rewards": max(there - sum(f.weights.values()) - sum(f.others.values()), 0)}
     room = torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device)
-    table = phases(s, f, rewards)
+    table = plan_phases(s, f, rewards)
     train = table["train"]
     wanted = round(sum(train.values()) * (1 + SLACK))
     if wanted <= room:
         return
     with suppress(NftError):
-        f = footprint(s, host, device, both=True)
-    mended, _ = proposal(s, f, rewards, room + CONTEXT)  # Which is taken.
+        f = count_footprint(s, host, device, both=True)
+    mended, _ = propose_settings(s, f, rewards, room + CONTEXT)  # Which is taken.
     advice = (
-        f"This would fit: {changes(s, mended)}." if mended else "No setting would mend it: take a larger GPU."
+        f"This would fit: {write_changes(s, mended)}."
+        if mended
+        else "No setting would mend it: take a larger GPU."
     )
     message = (
         f"Training will want about {wanted / GIB:.1f} GiB of this GPU's memory, and finds {room / GIB:.1f}. "
@@ -302,7 +300,7 @@ def count_on_gpu(
 ) -> float | None:
     """The run's floating-point operations, or None where they cannot be counted; warns of too little memory."""
     try:
-        counted = footprint(settings, host, device)
+        counted = count_footprint(settings, host, device)
     except NftError:  # What cannot be counted may fit all the same.
         return None
     check_memory(settings, counted, host, device, tell)

@@ -17,9 +17,9 @@ from nft_plugins import Condition
 
 from ..errors import NftError
 from ..host.host import Host
-from ..parallel.processes import owned
+from ..parallel.processes import list_owned
 from ..training.state import Training
-from .footprint import Footprint, footprint
+from .footprint import Footprint, count_footprint
 
 #: Training times that are traced, and as many after them that are timed: a longer trace cannot be read.
 TIMES = 3
@@ -85,13 +85,13 @@ class Probe:
         make = self.theirs[0]
         if self.run.at.epoch + 1 != self.epoch:
             return make(draws, rows, condition)
-        last = self.made + len(rows) >= len(owned(len(draws)))
+        last = self.made + len(rows) >= len(list_owned(len(draws)))
         self.trace(last)
-        start = now(self.device)
+        start = read_clock(self.device)
         with record_function(ROLLOUT):
             made = make(draws, rows, condition)
         if not last or not self.sampled:
-            self.sampled = Stretch(last, {ROLLOUT: len(rows)}, now(self.device) - start)
+            self.sampled = Stretch(last, {ROLLOUT: len(rows)}, read_clock(self.device) - start)
         self.made += len(rows)
         return made
 
@@ -103,7 +103,7 @@ class Probe:
             if self.times % TIMES == 0:
                 self.end()
                 if self.times < 2 * TIMES:
-                    self.current, self.start = Stretch(self.tracing), now(self.device)
+                    self.current, self.start = Stretch(self.tracing), read_clock(self.device)
             self.times += 1
         if self.current:
             self.current.add(kind, len(x_t))
@@ -113,7 +113,7 @@ class Probe:
     def end(self) -> None:
         """Of a stretch."""
         if self.current:
-            self.current.seconds = now(self.device) - self.start
+            self.current.seconds = read_clock(self.device) - self.start
             self.trained, self.current = self.current, None
             self.trace(False)
 
@@ -138,21 +138,22 @@ class Probe:
 
     def report(self) -> Iterator[str]:
         yield f"Profile of epoch {self.epoch}; a trace for ui.perfetto.dev is in {self.folder / 'trace.json'}"
-        yield from costs(self.profiler, self.device.type)
+        yield from list_costs(self.profiler, self.device.type)
         try:
-            counted = footprint(self.run.settings, self.host, self.device)
+            counted = count_footprint(self.run.settings, self.host, self.device)
         except NftError as error:
             yield f"FLOPs are not known. {error}"
             return
         dtype = self.run.policy.dtype
-        side, most = SIDES[self.device.type], product_speed(self.device, dtype)
+        side, most = SIDES[self.device.type], measure_product_speed(self.device, dtype)
         for stretch in filter(None, [self.sampled, self.trained]):
-            yield speed(stretch, counted, self.run, most)
+            yield describe_speed(stretch, counted, self.run, most)
         name = str(dtype).removeprefix("torch.")
-        yield f"The best of {TRIES} products of {side} x {side} matrices in {name} has {per_second(most)} here."
+        rate = format_rate(most)
+        yield f"The best of {TRIES} products of {side} x {side} matrices in {name} has {rate} here."
 
 
-def costs(profiler: profile, device: str) -> Iterator[str]:
+def list_costs(profiler: profile, device: str) -> Iterator[str]:
     """The operations with the most time of their own, on the device."""
     own = "self_device_time_total" if device == "cuda" else "self_cpu_time_total"
     # Kernels have rows of their own beside those of the operations that launch them.
@@ -165,7 +166,7 @@ def costs(profiler: profile, device: str) -> Iterator[str]:
         yield f"{getattr(e, own) / total:>6.1%}{getattr(e, own) / 1000:>10.2f}{e.count:>8}  {e.key}"
 
 
-def speed(stretch: Stretch, f: Footprint, run: Training, most: float) -> str:
+def describe_speed(stretch: Stretch, f: Footprint, run: Training, most: float) -> str:
     step = f.recomputed if run.settings.gradient_checkpointing else f.step
     assert step is not None  # Taken with the run's own settings.
     sampling = f.passes * (f.reference if f.merged else f.forward.flops) + f.decode.flops
@@ -176,35 +177,35 @@ def speed(stretch: Stretch, f: Footprint, run: Training, most: float) -> str:
     rate = flops / stretch.seconds
     return (
         f"Images x passes: {what}: {flops / 1e12:.4g} TFLOP in {stretch.seconds:.3g} s{under}, "
-        f"{per_second(rate)}, {rate / most:.1%} of a matrix product's."
+        f"{format_rate(rate)}, {rate / most:.1%} of a matrix product's."
     )
 
 
-def per_second(rate: float) -> str:
+def format_rate(rate: float) -> str:
     return f"{rate / 1e12:.4g} TFLOP/s" if rate > 1e12 else f"{rate / 1e9:.4g} GFLOP/s"
 
 
-def now(device: torch.device) -> float:
+def read_clock(device: torch.device) -> float:
     """Seconds, when the device has done what it was given."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     return perf_counter()
 
 
-def product_speed(device: torch.device, dtype: torch.dtype) -> float:
+def measure_product_speed(device: torch.device, dtype: torch.dtype) -> float:
     """FLOP/s of the best of some matrix products."""
     side = SIDES[device.type]
     a, b = (torch.randn(side, side, device=device, dtype=torch.float32).to(dtype) for _ in "ab")
     times = []
     for _ in range(TRIES + 1):  # The first one is for warming up, and counts where it is the best all the same.
-        start = now(device)
+        start = read_clock(device)
         a @ b
-        times.append(now(device) - start)
+        times.append(read_clock(device) - start)
     return 2 * side**3 / min(times)
 
 
 @contextmanager
-def profiled(run: Training, folder: Path, host: Host) -> Iterator[None]:
+def profile_run(run: Training, folder: Path, host: Host) -> Iterator[None]:
     """Profile the run that goes on inside, once, into `folder`."""
     probe = Probe(run, folder, host)
     probe.attach()

@@ -98,7 +98,7 @@ def save_checkpoint(
         shutil.rmtree(old, ignore_errors=True)
     except (OSError, RuntimeError, ValueError, SafetensorError) as error:
         shutil.rmtree(aside, ignore_errors=True)
-        there = checkpoints(folder.parent.parent)
+        there = list_checkpoints(folder.parent.parent)
         goes_on = "goes on from the checkpoint before, which is as it was" if there else "begins anew"
         raise SaveError(
             f"Cannot write the checkpoint {folder}: {error}. {disk_advice(error)}, then `nft resume "
@@ -151,18 +151,18 @@ def _read(path: Path) -> bytes:
     except (FileNotFoundError, IsADirectoryError) as error:
         raise CheckpointError(f"{path.name} cannot be read: {error.strerror}") from error
     except OSError as error:
-        raise unreadable(path, error) from error
+        raise say_unreadable(path, error) from error
     if len(content) > MOST_BYTES:
         raise CheckpointError(f"{path.name} has more than {MOST_BYTES} bytes, which no {path.name} has")
     return content
 
 
-def unreadable(path: Path, error: OSError) -> NftError:
+def say_unreadable(path: Path, error: OSError) -> NftError:
     """What a disk or a network refuses now may be whole: it ends the command, and nothing goes back behind."""
     return NftError(f"Cannot read {path}: {error.strerror or error}. Try again when it can be read.")
 
 
-def verify(folder: Path) -> None:
+def verify_checkpoint(folder: Path) -> None:
     """Raises CheckpointError, which says what is wrong, for a checkpoint that is not whole."""
     manifest = read_manifest(folder)
     for name, entry in manifest.files.items():
@@ -175,26 +175,26 @@ def verify(folder: Path) -> None:
         try:
             found = _entry(path)
         except OSError as error:
-            raise unreadable(path, error) from error
+            raise say_unreadable(path, error) from error
         if found != entry:
             raise CheckpointError(f"{name} has changed since it was written: its SHA-256 is another")
 
 
-def checkpoints(folder: Path) -> list[Path]:
+def list_checkpoints(folder: Path) -> list[Path]:
     """A run's checkpoints by gradient step, the newest first, whole or not; modification times play no part."""
     found = [p for p in (folder / "checkpoints").glob("*") if NAME.fullmatch(p.name) and p.is_dir()]
     return sorted(found, key=lambda p: int(p.name), reverse=True)
 
 
-def newest(folder: Path, tell: Callable[[str], None]) -> Path | None:
+def find_newest_checkpoint(folder: Path, tell: Callable[[str], None]) -> Path | None:
     """A run's newest whole checkpoint, or None; those that are not whole are told of and left where they are.
 
     What a kill left aside is put in order first.
     """
     _tidy(folder / "checkpoints")
-    for path in checkpoints(folder):
+    for path in list_checkpoints(folder):
         try:
-            verify(path)
+            verify_checkpoint(path)
             return path
         except CheckpointError as error:
             tell(f"The checkpoint {path} is left out: {error}.")
@@ -213,7 +213,7 @@ def _tidy(folder: Path) -> None:
         shutil.rmtree(part, ignore_errors=True)
 
 
-def prune(folder: Path, progress: Progress, keep_last: int, keep_best: int) -> None:
+def prune_checkpoints(folder: Path, progress: Progress, keep_last: int, keep_best: int) -> None:
     """Delete a run's checkpoints but the newest `keep_last` and the `keep_best` best evaluated; 0: keep all.
 
     Call it when a whole checkpoint has just been written: the newest always stays.
@@ -221,7 +221,7 @@ def prune(folder: Path, progress: Progress, keep_last: int, keep_best: int) -> N
     if not keep_last:
         return
     # Later ones are damaged, and were left where they are when the run went back behind them.
-    standing = [p for p in checkpoints(folder) if int(p.name) <= progress.step]
+    standing = [p for p in list_checkpoints(folder) if int(p.name) <= progress.step]
     scores = {p: progress.evaluations[int(p.name)] for p in standing if int(p.name) in progress.evaluations}
     best = sorted(scores, key=lambda p: (-scores[p], int(p.name)))[:keep_best]
     for path in standing:

@@ -15,7 +15,7 @@ from ..host.local import is_reference
 from ..host.specs import RewardSpec, split
 from ..prompts import Prompt
 from ..settings import Settings
-from .places import last_part, placeless
+from .places import shorten_path, shorten_paths
 
 if TYPE_CHECKING:
     from ..host.discovery import Registered
@@ -34,7 +34,7 @@ SAMPLE = 4096
 BENEATH = ("torch", "diffusers", "transformers")
 
 
-def evaluation(
+def fingerprint_evaluation(
     settings: Settings,
     held_out: Sequence[Prompt],
     specs: Sequence[RewardSpec],
@@ -47,36 +47,41 @@ def evaluation(
     Means under the same fingerprint differ by the weights alone. Where files lie is no part of it.
     sources: of `sources_of`. resolved: settings of OF_PICTURES that leave the choice to the machine, as chosen.
     """
-    values = placeless(settings.model_dump(mode="json")) | resolved
+    values = shorten_paths(settings.model_dump(mode="json")) | resolved
     chosen = {name: values[name] for name in OF_PICTURES}
-    chosen |= {"steps": settings.eval_steps or settings.steps, "model": model_digest(settings.model)}
+    chosen |= {"steps": settings.eval_steps or settings.steps, "model": digest_model(settings.model)}
     group, colon, _ = settings.solver.partition(":")
-    chosen["solver"] = [chosen["solver"], brought(settings.solver, host.solvers.get(group + colon), sources)]
-    chosen["family"] = [chosen["family"], brought("", host.models.get(chosen["family"]), sources)]
+    chosen["solver"] = [
+        chosen["solver"],
+        identify_source(settings.solver, host.solvers.get(group + colon), sources),
+    ]
+    chosen["family"] = [chosen["family"], identify_source("", host.models.get(chosen["family"]), sources)]
     by_title: dict[str, list[Any]] = {}
     for spec in specs:
         # A reward may be made of others, which its options name.
         inner = [str(v).partition(",")[0].partition("=")[0] for v in spec.options.values()]
-        made_of = [brought(n, host.rewards.get(n), sources) for n in (str(spec.name), *inner)]
+        made_of = [identify_source(n, host.rewards.get(n), sources) for n in (str(spec.name), *inner)]
         options = [spec.options, *(split(settings.reward_defaults.get(n, {}))[1] for n in inner)]
-        given = [{k: last_part(str(v)) for k, v in each.items()} for each in options]
-        by_title.setdefault(spec.title, []).append([last_part(str(spec.name)), given, made_of])
+        given = [{k: shorten_path(str(v)) for k, v in each.items()} for each in options]
+        by_title.setdefault(spec.title, []).append([shorten_path(str(spec.name)), given, made_of])
     return {
-        "prompts": short_digest([[p.text, p.metadata] for p in held_out]),
+        "prompts": digest_value([[p.text, p.metadata] for p in held_out]),
         **{name: v if isinstance(v, str) else json.dumps(v, default=str) for name, v in chosen.items()},
-        "rewards": {title: short_digest(given) for title, given in by_title.items()},
-        "total": short_digest([by_title, [spec.weight for spec in specs]]),
+        "rewards": {title: digest_value(given) for title, given in by_title.items()},
+        "total": digest_value([by_title, [spec.weight for spec in specs]]),
     }
 
 
-def brought(name: str, card: Registered[Any] | None, sources: Mapping[str, str]) -> str:
+def identify_source(name: str, card: Registered[Any] | None, sources: Mapping[str, str]) -> str:
     """What brings a reward or a solver of that name: a plug-in's version, the user's files, or nothing."""
     if card is not None:
         return f"{card.distribution} {sources.get(card.distribution, '')}"
-    return str([(path.name, file_digest(path)) for path in files_of(name)]) if is_reference(name) else ""
+    return (
+        str([(path.name, digest_file(path)) for path in find_source_files(name)]) if is_reference(name) else ""
+    )
 
 
-def model_digest(name: str) -> str:
+def digest_model(name: str) -> str:
     """A hub id as it is; of a folder its name, and a digest of its files' sizes and some of their bytes."""
     folder = Path(name)
     if not folder.is_dir():
@@ -92,51 +97,56 @@ def model_digest(name: str) -> str:
     return f"{folder.name} {digest.hexdigest()[:12]}"
 
 
-def short_digest(value: Any) -> str:
+def digest_value(value: Any) -> str:
     """A few letters that differ where the value does."""
     return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()[:12]
 
 
-def pictures(evaluation: Any) -> dict[str, Any]:
+def pick_picture_part(evaluation: Any) -> dict[str, Any]:
     """The part of a fingerprint that pictures depend on; empty for a line of an older version."""
     given = evaluation if isinstance(evaluation, Mapping) else {}
     return {name: value for name, value in given.items() if name not in OF_SCORES}
 
 
-def changed(before: Any, now: Any) -> list[str]:
+def list_changes(before: Any, now: Any) -> list[str]:
     """Names of what differs between two fingerprints, rewards by theirs."""
     if not before or not now:
         return [] if before == now else ["what it was in an older version is not known"]
-    a, b = ({**pictures(e), **{f"reward {n}": v for n, v in rewards(e).items()}} for e in (before, now))
+    a, b = (
+        {**pick_picture_part(e), **{f"reward {n}": v for n, v in read_reward_digests(e).items()}}
+        for e in (before, now)
+    )
     names = [name for name in {**a, **b} if a.get(name) != b.get(name)]
     # A total of other rewards is another one in any case.
-    return names or (["weights of rewards"] if total(before) != total(now) else [])
+    return names or (["weights of rewards"] if read_total_digest(before) != read_total_digest(now) else [])
 
 
-def comparable(before: Any, now: Any, name: str) -> bool:
+def is_comparable(before: Any, now: Any, name: str) -> bool:
     """Whether a figure of two evaluations differs by the weights alone."""
-    return pictures(before) == pictures(now) and identity(before, name) == identity(now, name)
+    return pick_picture_part(before) == pick_picture_part(now) and identify_figure(
+        before, name
+    ) == identify_figure(now, name)
 
 
-def rewards(evaluation: Any) -> Mapping[str, str]:
+def read_reward_digests(evaluation: Any) -> Mapping[str, str]:
     found = evaluation.get("rewards") if isinstance(evaluation, Mapping) else None
     return found if isinstance(found, Mapping) else {}
 
 
-def total(evaluation: Any) -> Any:
+def read_total_digest(evaluation: Any) -> Any:
     return evaluation.get("total") if isinstance(evaluation, Mapping) else None
 
 
-def identity(evaluation: Any, name: str) -> Any:
+def identify_figure(evaluation: Any, name: str) -> Any:
     """What a figure of an evaluation is of.
 
     name: of a reward, of its detail, `REWARD/DETAIL`, or `total`.
     """
     title = name.partition("/")[0].partition(":")[0]
-    return total(evaluation) if name == "total" else rewards(evaluation).get(title)
+    return read_total_digest(evaluation) if name == "total" else read_reward_digests(evaluation).get(title)
 
 
-def sources_of(host: Host, references: Iterable[str] = ()) -> dict[str, str]:
+def collect_sources(host: Host, references: Iterable[str] = ()) -> dict[str, str]:
     """Versions of plug-ins and of what is beneath them, by distribution; digests of the user's files, by name.
 
     references: those of the run's rewards and solver, of which some are `FILE.py:NAME` or `MODULE:NAME`.
@@ -148,12 +158,12 @@ def sources_of(host: Host, references: Iterable[str] = ()) -> dict[str, str]:
         except PackageNotFoundError:
             continue
     files: dict[str, list[str]] = {}
-    for path in dict.fromkeys(path for r in references if is_reference(r) for path in files_of(r)):
-        files.setdefault(path.name, []).append(file_digest(path))
+    for path in dict.fromkeys(path for r in references if is_reference(r) for path in find_source_files(r)):
+        files.setdefault(path.name, []).append(digest_file(path))
     return found | {name: " ".join(sorted(digests)) for name, digests in files.items()}
 
 
-def files_of(reference: str) -> list[Path]:
+def find_source_files(reference: str) -> list[Path]:
     """Of `FILE.py:NAME` the file and the imported modules beside it; of `MODULE:NAME` those of the package."""
     location, _, _ = reference.rpartition(":")
     modules = {name: getattr(module, "__file__", None) for name, module in list(sys.modules.items())}
@@ -176,11 +186,11 @@ def files_of(reference: str) -> list[Path]:
     return sorted(path for path in used if path.is_file())
 
 
-def file_digest(path: Path) -> str:
+def digest_file(path: Path) -> str:
     return hashlib.sha256(path.read_bytes()).hexdigest()[:12]
 
 
-def differences(before: Mapping[str, str], now: Mapping[str, str]) -> list[str]:
+def compare_sources(before: Mapping[str, str], now: Mapping[str, str]) -> list[str]:
     """In words, what both know and is another now: versions of distributions, files of the user's."""
     return [
         f"{name} is another file" if name.endswith(".py") else f"{name} {before[name]} then, {now[name]} now"

@@ -23,13 +23,13 @@ if TYPE_CHECKING:
     pass
 
 
-def settings_of(folder: Path) -> dict[str, Any]:
+def read_settings(folder: Path) -> dict[str, Any]:
     """A run's settings, from its run.toml, or else from its newest checkpoint. Raises UsageError."""
     if (folder / "run.toml").exists():
         return read_toml(folder / "run.toml")
-    from .checkpoint import checkpoints, read_state
+    from .checkpoint import list_checkpoints, read_state
 
-    for path in checkpoints(folder):
+    for path in list_checkpoints(folder):
         try:
             return read_state(path)[1]
         except CheckpointError:
@@ -44,12 +44,12 @@ def holds_a_run(folder: Path) -> bool:
     """Whether there is something to go on with. Raises UsageError for a folder of something else."""
     if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
         return False
-    settings_of(folder)
+    read_settings(folder)
     return True
 
 
 @contextmanager
-def locked(folder: Path) -> Iterator[None]:
+def lock_folder(folder: Path) -> Iterator[None]:
     """Keep a second process of this machine out of a run's folder, as long as this one lives."""
     try:
         import fcntl
@@ -70,7 +70,7 @@ def locked(folder: Path) -> Iterator[None]:
         os.close(place)
 
 
-def claim(folder: Path) -> None:
+def claim_folder(folder: Path) -> None:
     """Refuse a folder that holds anything: a run never overwrites another."""
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         command = f"nft resume {shlex.quote(str(folder))}"
@@ -81,7 +81,7 @@ def claim(folder: Path) -> None:
         )
 
 
-def make(folder: Path, new: bool = False) -> bool:
+def make_folder(folder: Path, new: bool = False) -> bool:
     """Make a folder; returns whether it is there now, or with `new` whether it is there by this call."""
     try:
         folder.mkdir(parents=True, exist_ok=not new)

@@ -6,22 +6,20 @@ import json
 import socket
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
-from nft_plugins import Run
+from nft_plugins import Run, Solver
 
 from ..errors import CheckpointError, NftError, UsageError, unknown
 from ..host.host import Host
 from ..host.specs import RewardSpec, parse_observer, parse_reward
 from ..prompts import Prompt, read_prompts, refusal_of, scorable
 from ..settings import Settings, make_settings
-from .places import placeless
+from .places import shorten_paths
 from .resume import FREE
 
 if TYPE_CHECKING:
     import torch
-
-    from nft_plugins import Solver
 
     from ..scoring.composer import Composed
 
@@ -30,7 +28,7 @@ if TYPE_CHECKING:
 DATA = Path(__file__).parents[1] / "data"
 
 
-def resolve(host: Host, preset: str | None, *layers: Mapping[str, Any]) -> Settings:
+def make_run_settings(host: Host, preset: str | None, *layers: Mapping[str, Any]) -> Settings:
     """Settings from a preset and then from each layer, later ones first in rank.
 
     Raises UsageError for a preset, a setting or a reward of `reward_defaults` that is not known.
@@ -49,16 +47,25 @@ def resolve(host: Host, preset: str | None, *layers: Mapping[str, Any]) -> Setti
     return make_settings(base, *layers)
 
 
-def prepare(settings: Settings, host: Host) -> tuple[list[RewardSpec], Solver, list[Prompt], list[Prompt]]:
-    """What can be made, and checked, without loading anything heavy."""
+class Inputs(NamedTuple):
+    """What a run is given, checked, with nothing heavy loaded. held_out: empty where no file was given."""
+
+    rewards: list[RewardSpec]
+    solver: Solver
+    prompts: list[Prompt]
+    held_out: list[Prompt]
+
+
+def prepare_inputs(settings: Settings, host: Host) -> Inputs:
+    """Make and check what can be, without loading anything heavy. Raises UsageError."""
     solver = host.make_solver(settings.solver, settings.solver_options)
-    specs = reward_specs(settings, host)
+    specs = parse_rewards(settings, host)
     if not any(spec.weight for spec in specs):
         raise UsageError("Every reward has the weight 0, so nothing would be learned: give one another weight.")
-    return specs, solver, *both_files(settings)
+    return Inputs(specs, solver, *read_prompt_files(settings))
 
 
-def reward_specs(settings: Settings, host: Host) -> list[RewardSpec]:
+def parse_rewards(settings: Settings, host: Host) -> list[RewardSpec]:
     """The run's rewards with the preset's options filled in where the user gave none."""
     if not settings.rewards:
         raise UsageError(
@@ -84,7 +91,7 @@ def load_rewards(
         raise
 
 
-def both_files(settings: Settings) -> tuple[list[Prompt], list[Prompt]]:
+def read_prompt_files(settings: Settings) -> tuple[list[Prompt], list[Prompt]]:
     """The training and the held-out prompts; none of these where there is no file of them."""
     held_out = read_prompts(Path(settings.eval_prompts)) if settings.eval_prompts else []
     if settings.prompts:
@@ -92,32 +99,49 @@ def both_files(settings: Settings) -> tuple[list[Prompt], list[Prompt]]:
     return read_prompts(DATA / "prompts-train.txt"), held_out or read_prompts(DATA / "prompts-eval.txt")
 
 
-def usable(
-    prompts: list[Prompt],
-    held_out: list[Prompt],
+def choose_prompts(
+    inputs: Inputs,
     check: Callable[[str, Mapping[str, Any]], None],
     policy: Literal["error", "drop"],
     tell: Callable[[str], None],
 ) -> tuple[list[Prompt], list[Prompt]]:
-    """Those that the rewards can score; held-out prompts are split off where there are none."""
+    """Choose the prompts that the rewards can score. Returns those to train on, and those to evaluate on.
+
+    policy: what is done with a prompt that a reward refuses.
+    """
+    prompts, held_out = drop_unscorable(inputs, check, policy, tell)
+    if not held_out:
+        return split_held_out(prompts, tell)
+    shared = {p.text for p in prompts} & {p.text for p in held_out}
+    if shared:
+        tell(f"Warning: {len(shared)} of {len(held_out)} held-out prompts are trained on too.")
+    return prompts, held_out
+
+
+def drop_unscorable(
+    inputs: Inputs,
+    check: Callable[[str, Mapping[str, Any]], None],
+    policy: Literal["error", "drop"],
+    tell: Callable[[str], None],
+) -> tuple[list[Prompt], list[Prompt]]:
+    """Leave out prompts that a reward refuses, and tell how many, with an example."""
     from ..host.lending import kept
 
-    everything = [*prompts, *held_out]
+    everything = [*inputs.prompts, *inputs.held_out]
     with kept("the check of prompts"):
-        prompts = scorable(prompts, check, policy)
-        held_out = scorable(held_out, check, policy) if held_out else []
-        lost = len(everything) - len(prompts) - len(held_out)
-        if lost:
+        prompts = scorable(inputs.prompts, check, policy)
+        held_out = scorable(inputs.held_out, check, policy) if inputs.held_out else []
+        if lost := len(everything) - len(prompts) - len(held_out):
             example = next(filter(None, (refusal_of(prompt, check) for prompt in everything)))
             tell(
                 f"{lost} of {len(everything)} prompts are left out: not every reward can score them, such as "
                 f"{example}"
             )
-    if held_out:
-        shared = {p.text for p in prompts} & {p.text for p in held_out}
-        if shared:
-            tell(f"Warning: {len(shared)} of {len(held_out)} held-out prompts are trained on too.")
-        return prompts, held_out
+    return prompts, held_out
+
+
+def split_held_out(prompts: list[Prompt], tell: Callable[[str], None]) -> tuple[list[Prompt], list[Prompt]]:
+    """Split off a tenth of the texts, 64 at most, spread evenly over the file, to evaluate on."""
     texts = list(dict.fromkeys(p.text for p in prompts))
     if len(texts) == 1:
         tell("There is one prompt: it is trained on and evaluated on.")
@@ -146,7 +170,7 @@ def check_sizes(settings: Settings, prompts: int, held_out: int) -> None:
         )
 
 
-def check_alike(settings: Settings, path: Path | None, device: torch.device) -> None:
+def check_same_settings(settings: Settings, path: Path | None, device: torch.device) -> None:
     """Raise UsageError where a process was started otherwise than the first.
 
     path: the checkpoint to go on from; CheckpointError where this process cannot see it.
@@ -155,7 +179,7 @@ def check_alike(settings: Settings, path: Path | None, device: torch.device) -> 
 
     # Where files lie may differ from node to node.
     places = {"model", "model_options", "prompts", "eval_prompts", "reward_defaults"}
-    mine = placeless(settings.model_dump(mode="json", exclude=FREE | places))
+    mine = shorten_paths(settings.model_dump(mode="json", exclude=FREE | places))
     first, *others = map(json.loads, gather_texts(json.dumps(mine), device))
     for number, other in enumerate(others, 1):
         differ = [
@@ -175,7 +199,7 @@ def check_alike(settings: Settings, path: Path | None, device: torch.device) -> 
         )
 
 
-def silent(hook: str, **arguments: Any) -> None:
+def tell_no_observer(hook: str, **arguments: Any) -> None:
     """The observers of every process but the first."""
 
 
@@ -187,11 +211,11 @@ def make_observers(settings: Settings, host: Host) -> dict[str, object]:
     return {spec.name: host.make_observer(spec) for spec in specs}
 
 
-def observers(host: Host, described: Run, asked: Mapping[str, object]) -> Callable[..., None]:
+def register_observers(host: Host, described: Run, asked: Mapping[str, object]) -> Callable[..., None]:
     """Tells the built-in observers, those that were asked for, and those that plug-ins are by themselves."""
-    from .observers import builtin
+    from .observers import make_builtin_observers
 
-    for observer in builtin():
+    for observer in make_builtin_observers():
         host.register(observer, f"nft_core.{type(observer).__name__.lower()}")
     for name, observer in asked.items():
         host.ask(observer, name)

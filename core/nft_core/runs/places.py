@@ -18,19 +18,19 @@ NOT_UTF_8 = "the name is not in UTF-8, in which run files are written; rename wh
 PATHS = ("prompts", "eval_prompts", "cache", "folder")
 
 
-def anchored(values: Mapping[str, Any]) -> dict[str, Any]:
+def make_paths_whole(values: Mapping[str, Any]) -> dict[str, Any]:
     """The settings with whole paths for those that are seen from the current folder, `FILE.py:NAME` among them.
 
     Raises UsageError for a path that is not in UTF-8.
     """
-    whole = with_paths(values, anchor)
+    whole = change_paths(values, make_path_whole)
     for name, value in whole.items():
         if not is_text(json.dumps(value, ensure_ascii=False, default=str)):
             raise UsageError(f"Setting {name} = {value!r}: {NOT_UTF_8}.")
     return whole
 
 
-def anchored_folder(folder: Path) -> Path:
+def make_folder_whole(folder: Path) -> Path:
     """The whole path of a run's folder. Raises UsageError where it is not in UTF-8."""
     whole = folder.resolve()
     if not is_text(str(whole)):
@@ -38,21 +38,21 @@ def anchored_folder(folder: Path) -> Path:
     return whole
 
 
-def anchor(name: str, text: str) -> str:
+def make_path_whole(name: str, text: str) -> str:
     """The whole path of a setting or an option that is a path; others as they are."""
     location, colon, attribute = text.rpartition(":")
     if is_reference(text):
-        file = location if location.endswith(".py") else own_module(location)
-        return f"{anchor('', file)}{colon}{attribute}" if file else text
+        file = location if location.endswith(".py") else find_own_module(location)
+        return f"{make_path_whole('', file)}{colon}{attribute}" if file else text
     path = Path(text)
     # A bare word may be the name of something else, and of a file by chance.
     path_like = name == "model" or len(path.parts) > 1 or path.suffix
-    if text and (name in PATHS or (path_like and stands(path))):
+    if text and (name in PATHS or (path_like and path_exists(path))):
         return str(path.expanduser().absolute())
     return text
 
 
-def own_module(name: str) -> str:
+def find_own_module(name: str) -> str:
     """The file of a module of the current folder; empty for others, as installed ones come first."""
     file = Path(f"{name}.py")
     if not (name.isidentifier() and file.is_file()):
@@ -61,24 +61,24 @@ def own_module(name: str) -> str:
     return "" if spec and spec.origin != str(file.absolute()) else str(file)
 
 
-def stands(path: Path) -> bool:
+def path_exists(path: Path) -> bool:
     try:
         return path.exists()
     except (OSError, ValueError):  # No path at all, such as a long text.
         return False
 
 
-def placeless(values: Mapping[str, Any]) -> dict[str, Any]:
+def shorten_paths(values: Mapping[str, Any]) -> dict[str, Any]:
     """The settings with the last part of each whole path: what they are, wherever they lie."""
-    return with_paths(values, lambda name, text: last_part(text))
+    return change_paths(values, lambda name, text: shorten_path(text))
 
 
-def last_part(text: str) -> str:
+def shorten_path(text: str) -> str:
     """The last part of a whole path; other text as it is."""
     return Path(text).name if Path(text).is_absolute() else text
 
 
-def with_paths(values: Mapping[str, Any], change: Callable[[str, str], str]) -> dict[str, Any]:
+def change_paths(values: Mapping[str, Any], change: Callable[[str, str], str]) -> dict[str, Any]:
     """The settings with `change(NAME, TEXT)` for each text that may be a path."""
 
     def options(given: Mapping[str, Any]) -> dict[str, Any]:

@@ -14,9 +14,9 @@ from ..errors import CheckpointError, UsageError
 from ..host.specs import Policy, RewardSpec, parse_reward
 from ..prompts import Prompt
 from ..settings import Settings, make_settings
-from .fingerprint import differences
-from .folder import settings_of
-from .places import placeless
+from .fingerprint import compare_sources
+from .folder import read_settings
+from .places import shorten_paths
 
 if TYPE_CHECKING:
     from ..training.state import Training
@@ -33,21 +33,23 @@ FREE = {
 }
 
 
-def find(folder: Path, settings: Settings, allow_changes: bool, tell: Callable[[str], None]) -> Path | None:
+def choose_checkpoint(
+    folder: Path, settings: Settings, allow_changes: bool, tell: Callable[[str], None]
+) -> Path | None:
     """The newest whole checkpoint, or None where the run begins anew.
 
     Raises UsageError, with each of them, for settings that would change what is learned.
     """
-    from .checkpoint import checkpoints, newest, read_state
+    from .checkpoint import find_newest_checkpoint, list_checkpoints, read_state
 
-    path = newest(folder, tell)
-    if path is None and checkpoints(folder):
+    path = find_newest_checkpoint(folder, tell)
+    if path is None and list_checkpoints(folder):
         raise CheckpointError(
             f"None of the checkpoints of {folder} is whole. Put back a copy of one, or remove "
             f"{folder / 'checkpoints'} to begin anew."
         )
     if path is None:
-        check_changes(settings_of(folder), settings, allow_changes, tell)
+        check_changes(read_settings(folder), settings, allow_changes, tell)
         tell(f"{folder} has no checkpoint yet: the run begins anew.")
         return None
     progress, before = read_state(path)
@@ -63,7 +65,7 @@ def check_changes(
     before: Mapping[str, Any], settings: Settings, allow_changes: bool, tell: Callable[[str], None]
 ) -> None:
     """Tell which settings have changed; raise UsageError for those that change what is learned."""
-    grave, free = changes(before, settings)
+    grave, free = describe_changes(before, settings)
     if grave and not allow_changes:
         raise UsageError(
             "These settings change what is learned, and the checkpoint was made with others: "
@@ -73,7 +75,7 @@ def check_changes(
         tell(f"Settings that have changed: {'; '.join([*grave, *free])}.")
 
 
-def changes(before: Mapping[str, Any], settings: Settings) -> tuple[list[str], list[str]]:
+def describe_changes(before: Mapping[str, Any], settings: Settings) -> tuple[list[str], list[str]]:
     """Settings that differ from a checkpoint's, in words: those that change what is learned, and the others."""
     now = settings.model_dump(mode="json")
     before = {**make_settings().model_dump(mode="json"), **before}
@@ -84,23 +86,26 @@ def changes(before: Mapping[str, Any], settings: Settings) -> tuple[list[str], l
         free = FREE - {"epochs"}
     if said:
         # A file may lie elsewhere now, and what is done where a reward fails may change.
-        was, is_now = (placeless(v) | {"rewards": unguarded(placeless(v)["rewards"])} for v in (before, now))
+        was, is_now = (
+            shorten_paths(v) | {"rewards": drop_failure_policies(shorten_paths(v)["rewards"])}
+            for v in (before, now)
+        )
         free = free | {n for n in said if n != "epochs" and was[n] == is_now[n]}
     return [said[n] for n in said if n not in free], [said[n] for n in said if n in free]
 
 
-def unguarded(rewards: Sequence[Any]) -> list[RewardSpec]:
+def drop_failure_policies(rewards: Sequence[Any]) -> list[RewardSpec]:
     """Rewards without what is done where they fail, which may change."""
     return [replace(parse_reward(given), guard=Policy()) for given in rewards]
 
 
-def digest(prompts: Sequence[Prompt], held_out: Sequence[Prompt]) -> str:
+def digest_prompts(prompts: Sequence[Prompt], held_out: Sequence[Prompt]) -> str:
     """Of the prompts that a run trains on and evaluates on, and their metadata, in order."""
     rows = [[p.text, p.metadata] for p in prompts], [[p.text, p.metadata] for p in held_out]
     return hashlib.sha256(json.dumps(rows, sort_keys=True, default=str).encode()).hexdigest()
 
 
-def restore(
+def restore_training(
     training: Training, path: Path, allow_changes: bool, tell: Callable[[str], None] = lambda text: None
 ) -> bool:
     """Put a run where its checkpoint stands; returns whether it learns from other things from there.
@@ -117,10 +122,10 @@ def restore(
             "same with --allow-changes."
         )
     load_checkpoint(path, training.policy, training.optimizer)
-    grave, _ = changes(before, training.settings)
+    grave, _ = describe_changes(before, training.settings)
     now = training.at
     other = bool(grave) or progress.prompts != now.prompts
-    if differ := differences(progress.sources, now.sources):
+    if differ := compare_sources(progress.sources, now.sources):
         tell(f"Not as when the checkpoint was made: {'; '.join(differ)}. Figures may differ for that.")
     if other or progress.evaluation != now.evaluation:
         progress.evaluations.clear()  # Rewards of another kind, or of other images, are not compared with.

@@ -11,49 +11,44 @@ from typing import TYPE_CHECKING
 from nft_plugins import Run
 
 from .. import environment
-from ..environment import first as is_first
-from ..errors import (
-    NftError,
-    SaveError,
-    Stopped,
-    UsageError,
-    first_line,
-    where,
-)
+from ..errors import NftError, SaveError, Stopped, UsageError, first_line, where
 from ..host.host import Host
-from ..parallel.signals import told
+from ..parallel.signals import note_signals
 from ..settings import Settings
-from .fingerprint import evaluation, short_digest, sources_of
-from .folder import claim, holds_a_run, locked, make, write_settings
+from .fingerprint import collect_sources, digest_value, fingerprint_evaluation
+from .folder import claim_folder, holds_a_run, lock_folder, make_folder, write_settings
 from .inputs import (
-    check_alike,
+    Inputs,
+    check_same_settings,
     check_sizes,
+    choose_prompts,
     load_rewards,
     make_observers,
-    observers,
-    prepare,
-    silent,
-    usable,
+    prepare_inputs,
+    register_observers,
 )
-from .observers.metrics import trim
-from .resume import digest, find, restore
-from .setup import assemble, autocast_dtype, check_model, decode_dtype, find_family, load_model, pick_device
+from .observers.metrics import trim_metrics
+from .resume import choose_checkpoint, digest_prompts, restore_training
+from .setup import autocast_dtype, check_model, decode_dtype, find_family, load_model, pick_device
 
 if TYPE_CHECKING:
     import torch
 
     from ..training.state import Training
 
-    #: Counts a run's floating-point operations, and warns where its memory will not do.
-    Counting = Callable[[Settings, Host, torch.device, Callable[[str], None]], float | None]
-    Profiling = Callable[[Training, Path, Host], AbstractContextManager[None]]
+#: Prints a line for the user.
+Tell = Callable[[str], None]
+#: Counts a run's floating-point operations, and warns where its memory will not do.
+Counting = Callable[[Settings, Host, "torch.device", Tell], float | None]
+#: Makes what surrounds the training, from it, the folder of its trace, and the host.
+Profiling = Callable[["Training", Path, Host], AbstractContextManager[None]]
 
 
 def run_training(
     settings: Settings,
     folder: Path,
     host: Host,
-    say: Callable[[str], None] = print,
+    say: Tell = print,
     resume: bool = False,
     allow_changes: bool = False,
     count_operations: Counting | None = None,
@@ -65,117 +60,154 @@ def run_training(
     allow_changes: even with settings or prompts that change what is learned.
     count_operations: gives the run's floating-point operations, or None where they cannot be counted; called on
         a GPU alone.
-    profile: makes what surrounds the training, from it, the folder of its trace, and the host.
     Raises UsageError for what can be told from the settings and files alone, before anything heavy is
     loaded or written, and NftError for what fails later.
     """
     folder = folder.resolve()  # A reward may change the current folder.
     environment.check()
-    first = is_first()
+    first = environment.first()
     tell = say if first else lambda text: None
-    specs, solver, prompts, held_out = prepare(settings, host)
+    inputs = prepare_inputs(settings, host)
     asked = make_observers(settings, host) if first else {}
     with ExitStack() as stack:
         found: Path | None = None
         goes_on = first and resume and holds_a_run(folder)
         if goes_on:
-            stack.enter_context(locked(folder))
-            found = find(folder, settings, allow_changes, tell)
+            stack.enter_context(lock_folder(folder))
+            found = choose_checkpoint(folder, settings, allow_changes, tell)
         elif first:
-            claim(folder)
-
-        from ..parallel.processes import agree, barrier, process_group, rank, same_everywhere
-        from ..quiet import quiet
-        from ..training.attention import attention_kernel
-        from ..training.compiling import should_compile, warm_up
-        from ..training.loop import train
-
-        quiet("diffusers", "transformers")
+            claim_folder(folder)
         device = pick_device(settings.device)
-        for warning in stack.enter_context(process_group(device, settings.peer_timeout, settings.join_timeout)):
-            tell(warning)
-        stack.enter_context(memory_errors())
-        stack.enter_context(attention_kernel(settings.attention))
-        stack.enter_context(host.guests())
-        # All processes go on from the same checkpoint, or none does.
-        number = agree(int(found.name) if found else -1, device)
-        path = folder / "checkpoints" / f"{number:06d}" if number >= 0 else None
-        check_alike(settings, path, device)
-        check_model(settings, host)
-        reward = load_rewards(specs, host, device, settings.reward_defaults)
-        prompts, held_out = usable(prompts, held_out, reward.check_prompt, settings.unscorable, tell)
-        check_sizes(settings, len(prompts), len(held_out))
-        if not same_everywhere(digest(prompts, held_out), device):
-            raise UsageError("The prompts of this run's processes differ: give the same files on every node.")
-        model = load_model(settings, host, device)
-        counts = count_operations if device.type == "cuda" else None
-        operations = counts(settings, host, device, tell) if counts else None
-        compiled = should_compile(settings.compile, device, operations)
-        training = assemble(settings, model, reward, solver, prompts, held_out, device, folder, compiled)
-        named = [text for spec in specs for text in (spec.name, *spec.options.values())]
-        training.at.sources = sources_of(host, [settings.solver, *map(str, named)])
-        training.evaluation = evaluation(
-            settings,
-            held_out,
-            specs,
-            host,
-            training.at.sources,
-            precision=str(autocast_dtype(settings, device)),
-            decode_precision=str(decode_dtype(settings, device)),
-            family=find_family(settings, host)[0],
-        )
-        training.at.evaluation = short_digest(training.evaluation)
-        other = bool(path) and restore(training, path, allow_changes, tell)
+        enter_surroundings(stack, settings, host, device, tell)
+        path = agree_on_checkpoint(folder, found, device)
+        check_same_settings(settings, path, device)
+        training, compiled = load_training(settings, host, inputs, device, folder, tell, count_operations)
+        other = path is not None and restore_training(training, path, allow_changes, tell)
         if compiled:
+            from ..training.compiling import warm_up
+
             warm_up(training, tell)
-        observe: Callable[..., None] = silent
-        if rank() == 0:
-            described = Run(folder, settings.model_dump(), settings.epochs, training.at.epoch)
-            observe = training.observe = observers(host, described, asked)
+        if first:
             if not goes_on:
-                make(folder)
-                stack.enter_context(locked(folder))
-                claim(folder)  # Loading took its time, in which another process may have come.
+                make_folder(folder)
+                stack.enter_context(lock_folder(folder))
+                claim_folder(folder)  # Loading took its time, in which another process may have come.
+            run = Run(folder, settings.model_dump(), settings.epochs, training.at.epoch)
+            training.observe = register_observers(host, run, asked)
             write_settings(folder, settings, training.at.step)
-            trim(folder, training.at, tell)
+            trim_metrics(folder, training.at, tell)
         if other:  # What was allowed holds from here on, whatever comes.
             training.save()
-        observe("nft_run_started")
-        error: BaseException | None = None
-        said: list[str] = []
-        try:
-            with told() as training.told:  # Around the saving too, which a second signal must not end.
-                try:
-                    traced = (
-                        profile(training, folder / "profile", host)
-                        if profile and rank() == 0
-                        else nullcontext()
-                    )
-                    with traced:
-                        train(training)
-                except BaseException as caught:
-                    # A second Ctrl-C means at once.
-                    if is_from_inside(caught, training.told()) or not isinstance(
-                        caught, KeyboardInterrupt | SaveError
-                    ):
-                        rescue(training, folder, said.append)
-                    if isinstance(caught, Stopped):
-                        barrier()  # torchrun kills the first, which saves, 30 seconds after another has ended.
-                    raise
-        except BaseException as caught:
-            error = caught
-            if is_from_inside(caught, training.told()):  # With an exit code of 0 the run would pass for whole.
-                error = NftError(f"The run was ended from inside: {caught!r} came{where(caught)}.")
-                raise error from caught
-            raise
-        finally:
-            observe("nft_run_finished", error=error)
-            for text in said:  # Now that nothing draws bars over it.
-                tell(text)
+        traced = profile(training, folder / "profile", host) if profile and first else nullcontext()
+        train_and_save(training, folder, traced, tell)
+
+
+def enter_surroundings(
+    stack: ExitStack, settings: Settings, host: Host, device: torch.device, tell: Tell
+) -> None:
+    """Enter what holds for the whole run: the group of processes, kernels, and how errors are told."""
+    from ..parallel.processes import process_group
+    from ..quiet import quiet
+    from ..training.attention import attention_kernel
+
+    quiet("diffusers", "transformers")
+    for warning in stack.enter_context(process_group(device, settings.peer_timeout, settings.join_timeout)):
+        tell(warning)
+    stack.enter_context(explain_memory_errors())
+    stack.enter_context(attention_kernel(settings.attention))
+    stack.enter_context(host.guests())
+
+
+def agree_on_checkpoint(folder: Path, found: Path | None, device: torch.device) -> Path | None:
+    """Tell all processes which checkpoint the first one has found: all go on from it, or none does."""
+    from ..parallel.processes import agree_on_number
+
+    number = agree_on_number(int(found.name) if found else -1, device)
+    return folder / "checkpoints" / f"{number:06d}" if number >= 0 else None
+
+
+def load_training(
+    settings: Settings,
+    host: Host,
+    inputs: Inputs,
+    device: torch.device,
+    folder: Path,
+    tell: Tell,
+    count_operations: Counting | None,
+) -> tuple[Training, bool]:
+    """Load rewards and model, and put together what trains. Returns it, and whether its blocks are compiled."""
+    from ..parallel.processes import is_same_everywhere
+    from ..training.compiling import should_compile
+    from .assembly import assemble_training
+
+    check_model(settings, host)
+    # Rewards come first: what they refuse is told before the model is loaded.
+    reward = load_rewards(inputs.rewards, host, device, settings.reward_defaults)
+    prompts, held_out = choose_prompts(inputs, reward.check_prompt, settings.unscorable, tell)
+    check_sizes(settings, len(prompts), len(held_out))
+    if not is_same_everywhere(digest_prompts(prompts, held_out), device):
+        raise UsageError("The prompts of this run's processes differ: give the same files on every node.")
+    model = load_model(settings, host, device)
+    counts = count_operations if device.type == "cuda" else None
+    operations = counts(settings, host, device, tell) if counts else None
+    compiled = should_compile(settings.compile, device, operations)
+    training = assemble_training(
+        settings, model, reward, inputs.solver, prompts, held_out, device, folder, compiled
+    )
+    named = [text for spec in inputs.rewards for text in (spec.name, *spec.options.values())]
+    training.at.sources = collect_sources(host, [settings.solver, *map(str, named)])
+    training.evaluation = fingerprint_evaluation(
+        settings,
+        held_out,
+        inputs.rewards,
+        host,
+        training.at.sources,
+        precision=str(autocast_dtype(settings, device)),
+        decode_precision=str(decode_dtype(settings, device)),
+        family=find_family(settings, host)[0],
+    )
+    training.at.evaluation = digest_value(training.evaluation)
+    return training, compiled
+
+
+def train_and_save(training: Training, folder: Path, traced: AbstractContextManager[None], tell: Tell) -> None:
+    """Train; whatever ends it, save what was trained, and let the observers end.
+
+    traced: what surrounds the training alone.
+    """
+    from ..parallel.processes import barrier
+    from ..training.loop import train
+
+    training.observe("nft_run_started")
+    error: BaseException | None = None
+    said: list[str] = []
+    try:
+        with note_signals() as training.told:  # Around the saving too, which a second signal must not end.
+            try:
+                with traced:
+                    train(training)
+            except BaseException as caught:
+                # A second Ctrl-C means at once, and what could not be saved cannot be saved now.
+                at_once = isinstance(caught, KeyboardInterrupt | SaveError)
+                if not at_once or is_from_inside(caught, training.told()):
+                    rescue_training(training, folder, said.append)
+                if isinstance(caught, Stopped):
+                    barrier()  # torchrun kills the first, which saves, 30 seconds after another has ended.
+                raise
+    except BaseException as caught:
+        error = caught
+        if is_from_inside(caught, training.told()):  # With an exit code of 0 the run would pass for whole.
+            error = NftError(f"The run was ended from inside: {caught!r} came{where(caught)}.")
+            raise error from caught
+        raise
+    finally:
+        training.observe("nft_run_finished", error=error)
+        for text in said:  # Now that nothing draws bars over it.
+            tell(text)
 
 
 @contextmanager
-def memory_errors() -> Iterator[None]:
+def explain_memory_errors() -> Iterator[None]:
     """A GPU's full memory in one sentence with what helps."""
     import torch
 
@@ -193,7 +225,7 @@ def is_from_inside(error: BaseException, told: int) -> bool:
     return isinstance(error, SystemExit) or (isinstance(error, KeyboardInterrupt) and not told)
 
 
-def rescue(training: Training, folder: Path, tell: Callable[[str], None]) -> None:
+def rescue_training(training: Training, folder: Path, tell: Callable[[str], None]) -> None:
     """Keep what was trained before an error or Ctrl-C, in the middle of an epoch as it may be."""
     training.policy.restore()
     at = training.at

@@ -1,35 +1,26 @@
-"""What a run loads and builds: the device, the model, its policy, and the loop's parts."""
+"""What a run computes on and with: the device, the base model, dtypes and sizes."""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+import torch
+
+from nft_plugins import FlowModel
 
 from .. import environment
-from ..errors import NftError, UsageError
+from ..errors import NftError, UsageError, first_line
 from ..host.host import Host
-from ..prompts import Prompt, prompts_of_run
 from ..settings import Settings
-from ..training.state import Progress
-from .resume import digest
 
-if TYPE_CHECKING:
-    import torch
-
-    from nft_plugins import FlowModel
-
-    from ..training.policy import Policy
-    from ..training.state import Training
-from ..errors import first_line
-from .inputs import silent
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def pick_device(name: str) -> torch.device:
-    """The device by name; `auto` is this process's GPU where there is one."""
-    import torch
-
+    """Find the device by name; `auto` is this process's GPU where there is one. Raises UsageError."""
     environment.check()
     local = environment.number("LOCAL_RANK", 0)
     if name == "auto":
@@ -98,18 +89,16 @@ def check_model(settings: Settings, host: Host) -> None:
         try:
             check_pipeline(Path(settings.model), index)
         except Exception as error:
-            raise unreadable(settings.model, error) from error
+            raise say_unloadable(settings.model, error) from error
 
 
-def unreadable(model: str, error: Exception) -> NftError:
+def say_unloadable(model: str, error: Exception) -> NftError:
     said = str(error) if isinstance(error, OSError) else f"{type(error).__name__}: {first_line(error)}"
     return NftError(f"Cannot load the model {model!r}: {said}")
 
 
 def load_model(settings: Settings, host: Host, device: torch.device) -> FlowModel:
     """The base model, by the family whose pipeline class its `model_index.json` names."""
-    import torch
-
     name = settings.model
     family, _ = find_family(settings, host)
     # A LoRA's frozen base can stand in half precision; weights that are trained stay in float32.
@@ -121,143 +110,27 @@ def load_model(settings: Settings, host: Host, device: torch.device) -> FlowMode
     except NftError:
         raise
     except Exception as error:  # A file cut short, too little memory, a plug-in's own mistake.
-        raise unreadable(name, error) from error
+        raise say_unloadable(name, error) from error
 
 
 def autocast_dtype(settings: Settings, device: torch.device) -> torch.dtype | None:
-    import torch
-
+    """Choose the dtype of matrix products; None: float32, without autocast."""
     if settings.precision == "auto":
         return torch.bfloat16 if device.type == "cuda" else None
-    return {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}[settings.precision]
+    return DTYPES[settings.precision] if settings.precision != "fp32" else None
 
 
 def decode_dtype(settings: Settings, device: torch.device) -> torch.dtype:
-    """The dtype that the VAE decodes in."""
-    import torch
-
-    names = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+    """Choose the dtype that the VAE decodes in."""
     if settings.decode_precision == "auto":
         return torch.bfloat16 if device.type == "cuda" else torch.float32
-    return names[settings.decode_precision]
+    return DTYPES[settings.decode_precision]
 
 
-def make_policy(s: Settings, model: FlowModel, device: torch.device) -> Policy:
-    """The weights that are trained, and their copies."""
-    import torch
-
-    from ..parallel.processes import world_size
-    from ..training.policy import Policy
-
-    dtype = autocast_dtype(s, device)
-    # Where only a LoRA is trained, the transformer can compute in bfloat16 as diffusers' pipelines do: under
-    # autocast its norms and all that lies between the products are float32, which costs more than the products.
-    # In float16 that would overflow, and weights that are trained are float32 themselves.
-    native = s.lora_rank > 0 and dtype == torch.bfloat16 and not getattr(model, "needs_autocast", True)
-    return Policy(
-        model,
-        lora_rank=s.lora_rank,
-        lora_alpha=s.lora_alpha,
-        lora_targets=s.lora_targets,
-        ema_decay=s.ema_decay,
-        autocast=None if native else dtype,
-        keep_reference=s.kl_weight > 0,
-        offload=s.offload,
-        # In 16 bits the sum would round away what a LoRA learns at first.
-        merge=s.merge_lora == "always" or (s.merge_lora == "auto" and not dtype),
-        # One process has nobody to share with, and the meta device nothing to share.
-        fsdp=s.parallel == "fsdp" and world_size() > 1 and device.type != "meta",
-    )
-
-
-def assemble(
-    s: Settings,
-    model: FlowModel,
-    reward: Any,
-    solver: Any,
-    prompts: list[Prompt],
-    held_out: list[Prompt],
-    device: torch.device,
-    folder: Path,
-    compiled: bool = False,
-) -> Training:
-    """The loop's parts, put together.
-
-    compiled: whether the transformer's blocks are to be compiled.
-    """
-    import torch
-
-    from ..parallel.devices import free_memory
-    from ..parallel.processes import rank
-    from ..parallel.sharding import InStep
-    from ..sampling.conditions import Encoded, encode
-    from ..sampling.rollout import Sampler
-    from ..training.compiling import compile_blocks
-    from ..training.memory import checkpoint_activations
-    from ..training.optimizers import LOSS_SCALE, make_optimizer
-    from ..training.state import Training
-    from .checkpoint import prune, save_checkpoint
-
-    cache = Path(s.cache).expanduser() if s.cache else None
-    drawn = prompts_of_run(len(prompts), s.prompts_per_epoch, s.seed, s.epochs)
-    # In one go, for which the text encoders are loaded once.
-    everyones = [*prompts, *held_out]
-    encoded = encode(model, everyones, [*drawn, *range(len(prompts), len(everyones))], cache, device)
-    condition, eval_condition = (
-        Encoded(encoded.condition, r) for r in encoded.row.split([len(prompts), len(held_out)])
-    )
-    if hasattr(model, "release"):
-        model.release()
-        free_memory()  # What they took is for any stream from here on.
-    torch.manual_seed(s.seed)
-    policy = make_policy(s, model, device)
-    if s.gradient_checkpointing:
-        checkpoint_activations(model.transformer)
-    if compiled:
-        compile_blocks(model.transformer)
-    if hasattr(model, "decode_in"):
-        model.decode_in(decode_dtype(s, device))
-    height, width = (s.resolution, s.resolution) if s.resolution else model.resolution
+def image_shape(settings: Settings, model: FlowModel) -> tuple[int, int, tuple[int, ...]]:
+    """Say how high and wide images are, and of which shape their latents. Raises UsageError for other sizes."""
+    height, width = (settings.resolution, settings.resolution) if settings.resolution else model.resolution
     try:
-        shape = model.latent_shape(height, width)
+        return height, width, tuple(model.latent_shape(height, width))
     except ValueError as error:
         raise UsageError(f"Setting resolution: {error}.") from error
-
-    in_step = InStep(policy.velocity, s.peer_timeout, s.join_timeout) if policy.fsdp else None
-
-    def sampler(steps: int) -> Sampler:
-        times = model.times(steps, height, width)
-        return Sampler(
-            model, policy.velocity, solver, times, shape, s.rollout_batch, s.decode_batch, device, in_step
-        )
-
-    def save() -> None:
-        at = training.at.model_copy(update={"seconds": training.seconds()})
-        path = folder / "checkpoints" / f"{at.step:06d}"
-        if rank() == 0 or policy.sharded:
-            save_checkpoint(path, policy, optimizer, at, s.model_dump(mode="json"))
-        if rank() == 0:
-            prune(folder, at, s.keep_last, s.keep_best)
-            training.observe("nft_checkpoint_saved", folder=path)
-
-    optimizer = make_optimizer(s, policy.parameters)
-    training = Training(
-        settings=s,
-        policy=policy,
-        reward=reward,
-        sampler=sampler(s.steps),
-        eval_sampler=sampler(s.eval_steps or s.steps),
-        prompts=prompts,
-        eval_prompts=held_out,
-        condition=condition,
-        eval_condition=eval_condition,
-        optimizer=optimizer,
-        observe=silent,
-        save=save,
-        at=Progress(
-            kl_weight=s.kl_weight,
-            loss_scale=LOSS_SCALE if s.precision == "fp16" else 1.0,
-            prompts=digest(prompts, held_out),
-        ),
-    )
-    return training

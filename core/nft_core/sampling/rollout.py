@@ -16,7 +16,7 @@ from nft_plugins import Batch, Condition, FlowModel, Reward, Scores, Solver, Vel
 
 from ..host.lending import quiet_moment
 from ..parallel.devices import free_memory, on_device
-from ..parallel.processes import gather_rows, owned, rank, sum_values, together, world_size
+from ..parallel.processes import fail_together, gather_rows, list_owned, rank, sum_values, world_size
 from ..parallel.sharding import InStep
 from ..parallel.workers import Worker
 from ..scoring.composer import Composed
@@ -124,13 +124,16 @@ def roll_out(
     look: called with each batch and which images are in it; latents are not kept then.
     Raises what a reward raises, in all processes if in one.
     """
-    index, groups = owned(len(draws)), draws.groups()
+    index, groups = list_owned(len(draws)), draws.groups()
     take_tallies(reward)  # A rollout that was cut off may have left some.
     latents: list[Tensor] = []
     finite: list[Tensor] = []
     pending: list[Future[Scores]] = []
     scores: list[Scores] = []
-    with together(sampler.device, partial(join_passes, sampler, condition, groups)), start_scoring() as scorer:
+    with (
+        fail_together(sampler.device, partial(join_passes, sampler, condition, groups)),
+        start_scoring() as scorer,
+    ):
         todo = index
         while len(todo):
             stop()

@@ -12,7 +12,7 @@ from torch import Tensor
 from nft_plugins import Part, Scores
 
 from ..errors import NftError
-from ..parallel.processes import gather_rows, gather_texts, same_everywhere
+from ..parallel.processes import gather_rows, gather_texts, is_same_everywhere
 
 
 def map_scores(scores: Scores, f: Callable[[Tensor], Tensor]) -> Scores:
@@ -87,7 +87,7 @@ def concatenate(scores: Sequence[Scores]) -> Scores:
 def gather_scores(scores: Scores, index: Tensor, count: int, device: torch.device) -> Scores:
     """`[count]` scores of all processes' images, in order. Raises NftError where processes' details differ."""
     names = ", ".join(scores.details) or "none"
-    if not same_everywhere(names, device):
+    if not is_same_everywhere(names, device):
         raise NftError(
             "A reward does not keep the contract: it must give the same details in the same order in every "
             f"process, and here it gave {names}, elsewhere others."

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ..parallel import processes
-from ..parallel.sharding import blocks
+from ..parallel.sharding import list_blocks
 
 if TYPE_CHECKING:
     from .state import Training
@@ -45,7 +45,7 @@ def compile_blocks(transformer: torch.nn.Module, **options: Any) -> None:
 
 def compiled_modules(transformer: torch.nn.Module) -> list[torch.nn.Module]:
     named = getattr(transformer, "_repeated_blocks", None)
-    return blocks(transformer) if named else [transformer]
+    return list_blocks(transformer) if named else [transformer]
 
 
 def compiled_graphs() -> int:

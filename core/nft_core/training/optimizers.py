@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from ..errors import CheckpointError, NftError
-from ..parallel.sharding import split, whole
+from ..parallel.sharding import gather_whole, split_like
 from ..settings import Settings
 
 #: A fp16 run's first loss scale, and the steps after which it is doubled (as torch's GradScaler does).
@@ -38,7 +38,7 @@ def moments(
 ) -> dict[str, Tensor]:
     """The optimizer's state by `PARAMETER.KEY`, on the CPU; of sharded parameters for all processes to call."""
     return {
-        f"{name}.{key}": whole(torch.as_tensor(value)).cpu().contiguous()
+        f"{name}.{key}": gather_whole(torch.as_tensor(value)).cpu().contiguous()
         for name, p in zip(names, parameters, strict=True)
         for key, value in optimizer.state.get(p, {}).items()
     }
@@ -68,7 +68,7 @@ def load_moments(
             raise CheckpointError(f"the optimizer's state of {name} does not fit {type(optimizer).__name__}")
     if isinstance(optimizer, torch.optim.AdamW):
         numbered = {
-            i: {k: split(v, p) if k in MOMENTS else v for k, v in found[name].items()}
+            i: {k: split_like(v, p) if k in MOMENTS else v for k, v in found[name].items()}
             for i, (name, p) in enumerate(zip(names, parameters, strict=True))
             if found[name]
         }

@@ -16,7 +16,14 @@ from nft_plugins import Condition, FlowModel
 from ..errors import CheckpointError, UsageError
 from ..models.libraries import LoraConfig, get_peft_model_state_dict
 from ..parallel.processes import sum_value
-from ..parallel.sharding import like, local, shard, split, whole, whole_copy
+from ..parallel.sharding import (
+    copy_whole,
+    gather_whole,
+    shard_like,
+    shard_transformer,
+    split_like,
+    take_local_part,
+)
 from .lora import ADAPTER, adapted_layers, add_lora, lora_metadata
 
 Weights = list[Tensor]
@@ -71,9 +78,9 @@ class Policy:
         if fsdp:
             trained = [p for p in model.transformer.parameters() if p.requires_grad]
             if lora_rank:
-                shard(model.transformer, whole=trained)
+                shard_transformer(model.transformer, whole=trained)
             else:
-                shard(model.transformer, dtype=autocast)
+                shard_transformer(model.transformer, dtype=autocast)
         named = [(name, p) for name, p in model.transformer.named_parameters() if p.requires_grad]
         self.names = [name for name, _ in named]
         self.parameters: list[Parameter] = [p for _, p in named]
@@ -161,10 +168,10 @@ class Policy:
     def _put(self, weights: Weights | None) -> None:
         """Put weights in place; None: the live ones."""
         if self._live is None:  # They are in place. An interrupt leaves them there, or leaves a copy.
-            self._live = [local(p).clone() for p in self.parameters]
+            self._live = [take_local_part(p).clone() for p in self.parameters]
         for p, w in zip(self.parameters, weights or self._live, strict=True):
             if self.sharded:
-                local(p).copy_(w, non_blocking=True)
+                take_local_part(p).copy_(w, non_blocking=True)
             else:
                 p.data = w.to(self.device, non_blocking=True)
         self._placed = weights
@@ -172,7 +179,7 @@ class Policy:
             self._live = None
 
     def _copy(self) -> Weights:
-        copies = [local(p).clone() for p in self.parameters]
+        copies = [take_local_part(p).clone() for p in self.parameters]
         if self.offload and self.device.type == "cuda":
             copies = [w.cpu().pin_memory() for w in copies]
         return copies
@@ -191,16 +198,16 @@ class Policy:
         """`weights <- weights + share (theta - weights)`."""
         if self.offload:
             for w, p in zip(weights, self.parameters, strict=True):
-                w.copy_(torch.lerp(w.to(p.device), local(p), share))
+                w.copy_(torch.lerp(w.to(p.device), take_local_part(p), share))
         else:
-            torch._foreach_lerp_(weights, [local(p) for p in self.parameters], share)
+            torch._foreach_lerp_(weights, [take_local_part(p) for p in self.parameters], share)
 
     @torch.no_grad()
     def drift(self) -> float:
         """RMS difference between live and old weights."""
         pairs = zip(self.parameters, self._old, strict=True)
         # One number in the end, since each that is read waits for the device.
-        squares = [(local(p) - o.to(p.device)).double().square().sum() for p, o in pairs]
+        squares = [(take_local_part(p) - o.to(p.device)).double().square().sum() for p, o in pairs]
         total = float(torch.stack(squares).sum())
         if self.sharded:
             total = sum_value(total, self.device)
@@ -211,12 +218,12 @@ class Policy:
 
         Of weights that are sharded the first process has the whole, in host memory, and the others nothing.
         """
-        return {name: whole(like(w, p)) for name, p, w in self._sets()}
+        return {name: gather_whole(shard_like(w, p)) for name, p, w in self._sets()}
 
     def _sets(self) -> Iterator[tuple[str, Parameter, Tensor]]:
         """`SET.PARAMETER`, the parameter, and what this process holds of the set's."""
         sets = {
-            "live": self._live or [local(p) for p in self.parameters],
+            "live": self._live or [take_local_part(p) for p in self.parameters],
             "old": self._old,
             "reference": self._reference,
             "ema": self._ema,
@@ -248,7 +255,7 @@ class Policy:
                 name = f"live.{parameter}"
             elif kind not in kept:
                 continue
-            w.copy_(local(split(state[name], p)))
+            w.copy_(take_local_part(split_like(state[name], p)))
 
     def save(self, folder: Path, state: Mapping[str, Tensor]) -> None:
         """Write the EMA weights (live ones where there is no EMA) in diffusers' own format.
@@ -262,7 +269,7 @@ class Policy:
             transformer = self.model.transformer
             if self.sharded:
                 kind = "ema" if self._ema else "live"
-                transformer = whole_copy(transformer, {n: state[f"{kind}.{n}"] for n in self.names})
+                transformer = copy_whole(transformer, {n: state[f"{kind}.{n}"] for n in self.names})
             if self.lora is None:
                 transformer.save_pretrained(folder / "transformer", safe_serialization=True)  # type: ignore[operator]
                 return

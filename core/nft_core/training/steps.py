@@ -15,7 +15,7 @@ from nft_plugins import Condition
 from ..errors import NftError, Stopped
 from ..objective.schedules import lr_decay, warmup
 from ..parallel import processes
-from ..parallel.sharding import clip_gradients, local
+from ..parallel.sharding import clip_gradients, take_local_part
 from .optimizers import GROWTH
 from .state import Progress, Training
 
@@ -123,7 +123,7 @@ def unscale_gradients(parameters: Sequence[Parameter], at: Progress) -> None:
 
     torch's GradScaler would also lower the scale where the loss itself is NaN, which no scale mends.
     """
-    torch._foreach_mul_([local(p.grad) for p in parameters if p.grad is not None], 1 / at.loss_scale)
+    torch._foreach_mul_([take_local_part(p.grad) for p in parameters if p.grad is not None], 1 / at.loss_scale)
     at.scaled += 1
     if at.scaled >= GROWTH:
         at.loss_scale, at.scaled = at.loss_scale * 2, 0

@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 
-def builtin() -> list[object]:
+def make_builtin_observers() -> list[object]:
     """The console, `metrics.jsonl`, the pictures and the report."""
     from .console import Console
     from .metrics import Metrics

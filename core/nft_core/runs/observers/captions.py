@@ -17,13 +17,13 @@ ODD = ("bold", "italic", "oblique", "mono", "serif", "condensed", "light", "thin
 MISSING = "\U0010ffff"
 
 
-def clean(text: str) -> str:
+def clean_text(text: str) -> str:
     """Text as it is drawn: composed letters, without characters that are not seen."""
     composed = unicodedata.normalize("NFC", text)
     return "".join(c for c in composed if c.isspace() or unicodedata.category(c) not in ("Cc", "Cf"))
 
 
-def font_for(text: str, size: int) -> ImageFont.FreeTypeFont | None:
+def find_font(text: str, size: int) -> ImageFont.FreeTypeFont | None:
     """A font that has all letters of a text; None where neither Pillow nor the system has one."""
     return _font_for(frozenset(c for c in text if not c.isspace()), size)
 
@@ -31,34 +31,34 @@ def font_for(text: str, size: int) -> ImageFont.FreeTypeFont | None:
 @cache
 def _font_for(letters: frozenset[str], size: int) -> ImageFont.FreeTypeFont | None:
     default = ImageFont.load_default(size)
-    if isinstance(default, ImageFont.FreeTypeFont) and has(default, letters):
+    if isinstance(default, ImageFont.FreeTypeFont) and has_letters(default, letters):
         return default
-    for path in system_fonts():
+    for path in list_system_fonts():
         try:
             font = ImageFont.truetype(path, size)
-            if has(font, letters):
+            if has_letters(font, letters):
                 return font
         except OSError:  # A file cut short, or bitmaps alone, of other sizes.
             continue
     return None
 
 
-def has(font: ImageFont.FreeTypeFont, letters: Iterable[str]) -> bool:
-    missing = drawn(font, MISSING)
-    return all(drawn(font, letter) != missing for letter in letters)
+def has_letters(font: ImageFont.FreeTypeFont, letters: Iterable[str]) -> bool:
+    missing = draw_letter(font, MISSING)
+    return all(draw_letter(font, letter) != missing for letter in letters)
 
 
-def drawn(font: ImageFont.FreeTypeFont, letter: str) -> tuple[tuple[int, int], bytes]:
+def draw_letter(font: ImageFont.FreeTypeFont, letter: str) -> tuple[tuple[int, int], bytes]:
     mask = font.getmask(letter)
     return mask.size, bytes(mask)
 
 
 @cache
-def system_fonts() -> list[Path]:
+def list_system_fonts() -> list[Path]:
     """Font files of the system and of its user, plain faces first."""
     home = Path.home()
-    shares = [*os.environ.get("XDG_DATA_DIRS", "/usr/local/share:/usr/share").split(":"), home / ".local/share"]
-    folders = [*(Path(share) / "fonts" for share in shares), home / ".fonts"]
+    shares = os.environ.get("XDG_DATA_DIRS", "/usr/local/share:/usr/share").split(":")
+    folders = [*(Path(share) / "fonts" for share in shares), home / ".local/share/fonts", home / ".fonts"]
     folders += [root / "Library/Fonts" for root in (Path("/"), Path("/System"), home)]
     folders += [Path(os.environ.get("WINDIR", "C:/Windows")) / "Fonts"]
     kinds = (".ttf", ".otf", ".ttc")
@@ -71,7 +71,7 @@ def system_fonts() -> list[Path]:
     return sorted(files, key=oddity)
 
 
-def wrap(text: str, font: ImageFont.FreeTypeFont, width: int, columns: int) -> list[str]:
+def wrap_text(text: str, font: ImageFont.FreeTypeFont, width: int, columns: int) -> list[str]:
     """Two lines at most, of so many pixels and columns at most."""
     if not text.isascii():
         columns = min(columns, max(5, int(width * len(text) / max(font.getlength(text), 1))))

@@ -12,8 +12,8 @@ from rich.table import Table
 
 from nft_plugins import Run, hookimpl
 
-from ..fingerprint import changed, comparable, pictures
-from .metrics import records
+from ..fingerprint import is_comparable, list_changes, pick_picture_part
+from .metrics import iterate_records
 
 
 class Console:
@@ -32,7 +32,7 @@ class Console:
     @hookimpl
     def nft_run_started(self, run: Run) -> None:
         self.say(f"Writing to {run.folder}")
-        for record in records(run.folder):
+        for record in iterate_records(run.folder):
             if is_evaluation(record):
                 self.find_base(record)
         if self.terminal.is_terminal:
@@ -55,14 +55,16 @@ class Console:
     @hookimpl
     def nft_epoch_finished(self, run: Run, record: Mapping[str, Any]) -> None:
         count = f"{record['epoch']:>{len(str(run.epochs))}}/{run.epochs}"
-        left = clock((run.epochs - record["epoch"]) * record["epoch_seconds"])
+        left = format_seconds((run.epochs - record["epoch"]) * record["epoch_seconds"])
         speed = f"{record['images_per_second']:.1f} img/s  {left} left"
         if self.bars:
-            note = f"{count}  {means(record)}  {speed}"
+            note = f"{count}  {write_means(record)}  {speed}"
             self.bars.update(self.epochs, completed=record["epoch"], note=note)
         else:
-            losses = f"loss {show(record['loss'], '.3f')}  grad {show(record['grad_norm'], '.2f')}"
-            self.say(f"epoch {count}  {means(record)}  {losses}  {speed}")
+            losses = (
+                f"loss {format_figure(record['loss'], '.3f')}  grad {format_figure(record['grad_norm'], '.2f')}"
+            )
+            self.say(f"epoch {count}  {write_means(record)}  {losses}  {speed}")
         self.warn(record)
 
     @hookimpl
@@ -70,18 +72,18 @@ class Console:
         before = self.firsts[-1] if self.firsts else None
         self.base, self.latest = self.find_base(record), record
         if self.base is record and before:
-            what = ", ".join(changed(before.get("evaluation"), record.get("evaluation")))
+            what = ", ".join(list_changes(before.get("evaluation"), record.get("evaluation")))
             self.say(f"Not compared with the evaluation at epoch {before['epoch']}, which was another: {what}.")
-        compared = "" if self.base is record else means(self.base, record)
+        compared = "" if self.base is record else write_means(self.base, record)
         first = f"epoch {self.base['epoch']}" if self.base["epoch"] else "base"
         note = f"  ({first} {compared})" if compared else ""
-        self.say(f"eval at epoch {record['epoch']}: {means(record)}{note}")
+        self.say(f"eval at epoch {record['epoch']}: {write_means(record)}{note}")
         self.warn(record)
 
     def find_base(self, record: Mapping[str, Any]) -> Mapping[str, Any]:
         """The first evaluation of the same pictures, which may be this one."""
         for first in self.firsts:
-            if pictures(first.get("evaluation")) == pictures(record.get("evaluation")):
+            if pick_picture_part(first.get("evaluation")) == pick_picture_part(record.get("evaluation")):
                 return first
         self.firsts.append(record)
         return record
@@ -95,7 +97,7 @@ class Console:
         if self.bars:
             self.bars.stop()
         if self.base and self.latest and (self.latest is not self.base or not error):
-            self.terminal.print(comparison(self.base, self.latest))
+            self.terminal.print(compare_evaluations(self.base, self.latest))
         if self.latest:
             samples = run.folder / "samples"
             drawn = f"Pictures: {samples}    " if samples.exists() else ""
@@ -105,7 +107,7 @@ class Console:
 
     def warn(self, record: Mapping[str, Any]) -> None:
         """Say each warning once, and again where it comes back."""
-        found = {**record["warnings"], **failures(record)}
+        found = {**record["warnings"], **describe_failures(record)}
         kinds = {f"{record['event']} {kind}": text for kind, text in found.items()}
         for kind, text in kinds.items():
             if kind not in self.warned:
@@ -116,7 +118,7 @@ class Console:
         self.terminal.print(text)
 
 
-def failures(record: Mapping[str, Any]) -> dict[str, str]:
+def describe_failures(record: Mapping[str, Any]) -> dict[str, str]:
     """What failing rewards have cost, in words."""
     return {
         f"{name} failed": f"{name} failed: {r['retried']} calls were made again, {r['masked']} images lost."
@@ -125,28 +127,30 @@ def failures(record: Mapping[str, Any]) -> dict[str, str]:
     }
 
 
-def comparison(base: Mapping[str, Any], latest: Mapping[str, Any]) -> Table:
+def compare_evaluations(base: Mapping[str, Any], latest: Mapping[str, Any]) -> Table:
     """The first and the latest evaluation of the same prompts and noise, and what cannot be compared."""
     table = Table(title=f"{base['images']} held-out images, same prompts and noise")
     first = f"epoch {base['epoch']}" if base["epoch"] else "base"
     for title in ("", first, f"epoch {latest['epoch']}", "change"):
         table.add_column(title, justify="left" if not title else "right")
-    before, after = figures(base), figures(latest)
+    before, after = collect_means(base), collect_means(latest)
     notes = []
     for name in {**before, **after}:  # One of them may lack a reward that the other has.
         was, now = before.get(name), after.get(name)
-        both = was is not None and now is not None
-        reason = difference(base, latest, name) if both else ""
-        if reason:
-            notes.append(f"{name}: {reason}, so no change is given.")
-        table.add_row(name, show(was), show(now), f"{now - was:+.4g}" if both and not reason else "")
+        change = ""
+        if was is not None and now is not None:
+            if reason := explain_difference(base, latest, name):
+                notes.append(f"{name}: {reason}, so no change is given.")
+            else:
+                change = f"{now - was:+.4g}"
+        table.add_row(name, format_figure(was), format_figure(now), change)
     table.caption = "\n".join(notes) or None
     return table
 
 
-def difference(base: Mapping[str, Any], latest: Mapping[str, Any], name: str) -> str:
+def explain_difference(base: Mapping[str, Any], latest: Mapping[str, Any], name: str) -> str:
     """Why a figure's change would say nothing of the weights; empty where it does."""
-    if not comparable(base.get("evaluation"), latest.get("evaluation"), name):
+    if not is_comparable(base.get("evaluation"), latest.get("evaluation"), name):
         return "the rewards or their weights have changed" if name == "total" else "the reward has changed"
     if base.get("which", {}).get(name) != latest.get("which", {}).get(name):
         return "other images could be scored than before"
@@ -162,28 +166,29 @@ def is_evaluation(record: Mapping[str, Any]) -> bool:
     return all(f is None or isinstance(f, int | float) for f in figures) and "images" in record
 
 
-def figures(record: Mapping[str, Any]) -> dict[str, float | None]:
+def collect_means(record: Mapping[str, Any]) -> dict[str, float | None]:
     """Means of the rewards, then of their details, then the total where there are several rewards."""
-    rewards = {name: r["mean"] for name, r in record["rewards"].items()}
+    rewards: dict[str, float | None] = {name: r["mean"] for name, r in record["rewards"].items()}
     total = {"total": rewards.pop("total")}
-    return rewards | record.get("details", {}) | (total if len(rewards) > 1 else {})
+    details: dict[str, float | None] = record.get("details", {})
+    return rewards | details | (total if len(rewards) > 1 else {})
 
 
-def means(record: Mapping[str, Any], like: Mapping[str, Any] | None = None) -> str:
+def write_means(record: Mapping[str, Any], like: Mapping[str, Any] | None = None) -> str:
     """Of the rewards; with `like`, of those alone that can be compared with that evaluation's."""
     rewards = {
         name: r["mean"]
         for name, r in record["rewards"].items()
-        if name != "total" and not (like and difference(record, like, name))
+        if name != "total" and not (like and explain_difference(record, like, name))
     }
-    return "  ".join(f"{name} {show(mean)}" for name, mean in rewards.items())
+    return "  ".join(f"{name} {format_figure(mean)}" for name, mean in rewards.items())
 
 
-def show(value: float | None, form: str = ".4g") -> str:
+def format_figure(value: float | None, form: str = ".4g") -> str:
     return "-" if value is None else f"{value:{form}}"
 
 
-def clock(seconds: float) -> str:
+def format_seconds(seconds: float) -> str:
     minutes, seconds = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"

@@ -22,33 +22,33 @@ class Metrics:
     # Before anything that could fail: these lines must not be lost.
     @hookimpl(tryfirst=True)
     def nft_epoch_finished(self, run: Run, record: Mapping[str, Any]) -> None:
-        append(run.folder, record)
+        append_record(run.folder, record)
 
     @hookimpl(tryfirst=True)
     def nft_eval_finished(self, run: Run, record: Mapping[str, Any]) -> None:
-        append(run.folder, record)
+        append_record(run.folder, record)
 
 
-def append(folder: Path, record: Mapping[str, Any]) -> None:
+def append_record(folder: Path, record: Mapping[str, Any]) -> None:
     """Raises NftError where the disk will not take the line: a run without figures is worth nothing."""
     try:
         with (folder / FILE).open("a", encoding="utf-8") as file:
-            file.write(as_line(record))
+            file.write(to_line(record))
             file.flush()
             os.fsync(file.fileno())
     except OSError as error:
-        raise cannot_write(folder / FILE, error) from error
+        raise say_unwritable(folder / FILE, error) from error
 
 
-def cannot_write(path: Path, error: OSError) -> NftError:
+def say_unwritable(path: Path, error: OSError) -> NftError:
     return NftError(f"Cannot write {path}: {error}. {disk_advice(error)}, then resume the run.")
 
 
-def as_line(record: Mapping[str, Any]) -> str:
+def to_line(record: Mapping[str, Any]) -> str:
     return json.dumps(finite(record), allow_nan=False) + "\n"
 
 
-def trim(folder: Path, at: Progress, tell: Callable[[str], None]) -> None:
+def trim_metrics(folder: Path, at: Progress, tell: Callable[[str], None]) -> None:
     """Leave only the lines of before a checkpoint: the run that goes on from it writes the others again.
 
     Raises NftError where the disk will not take it.
@@ -59,12 +59,12 @@ def trim(folder: Path, at: Progress, tell: Callable[[str], None]) -> None:
     damaged: list[int] = []
     try:
         with aside.open("w", encoding="utf-8") as file:
-            for record in records(folder, damaged):
+            for record in iterate_records(folder, damaged):
                 if comes_before(record, at):
-                    file.write(as_line(record))
+                    file.write(to_line(record))
         aside.replace(path)
     except OSError as error:
-        raise cannot_write(path, error) from error
+        raise say_unwritable(path, error) from error
     if damaged:
         tell(f"Of {path}, damaged lines are lost: {', '.join(map(str, damaged))}.")
 
@@ -76,18 +76,18 @@ def comes_before(record: Mapping[str, Any], at: Progress) -> bool:
     return bool(record["epoch"] < at.epoch)
 
 
-def scalars(record: Mapping[str, Any], prefix: str = "") -> dict[str, float]:
+def flatten_numbers(record: Mapping[str, Any], prefix: str = "") -> dict[str, float]:
     """A record's numbers but the epoch, by path, such as `rewards/ocr/mean`."""
     flat: dict[str, float] = {}
     for name, value in record.items():
         if isinstance(value, Mapping):
-            flat |= scalars(value, f"{prefix}{name}/")
+            flat |= flatten_numbers(value, f"{prefix}{name}/")
         elif isinstance(value, int | float) and name != "epoch":
             flat[prefix + name] = value
     return flat
 
 
-def read(folder: Path) -> list[dict[str, Any]]:
+def read_records(folder: Path) -> list[dict[str, Any]]:
     """The records written so far; lines that are none are left out, see `read_lines`."""
     return read_lines(folder)[0]
 
@@ -100,20 +100,20 @@ def read_lines(folder: Path) -> tuple[list[dict[str, Any]], list[int]]:
     called damaged. Raises NftError where there is a file that cannot be read.
     """
     damaged: list[int] = []
-    return list(records(folder, damaged)), damaged
+    return list(iterate_records(folder, damaged)), damaged
 
 
-def records(folder: Path, damaged: list[int] | None = None) -> Iterator[dict[str, Any]]:
+def iterate_records(folder: Path, damaged: list[int] | None = None) -> Iterator[dict[str, Any]]:
     """The records one by one: a long run's would fill the memory. damaged: gets the numbers of other lines."""
-    for number, line in enumerate(lines(folder), 1):
-        record = as_record(line)
+    for number, line in enumerate(iterate_lines(folder), 1):
+        record = parse_record(line)
         if record is not None:
             yield record
         elif damaged is not None and line.strip() and line.endswith(b"\n"):
             damaged.append(number)
 
 
-def lines(folder: Path, place: int = 0) -> Iterator[bytes]:
+def iterate_lines(folder: Path, place: int = 0) -> Iterator[bytes]:
     """The lines from a place in the file on, each with its end, which the last one may lack."""
     path = folder / FILE
     try:
@@ -126,7 +126,7 @@ def lines(folder: Path, place: int = 0) -> Iterator[bytes]:
         raise NftError(f"Cannot read {path}: {error}.") from error
 
 
-def as_record(line: bytes) -> dict[str, Any] | None:
+def parse_record(line: bytes) -> dict[str, Any] | None:
     try:
         record = json.loads(line, parse_constant=lambda word: None)  # NaN is no JSON
     except (ValueError, RecursionError):

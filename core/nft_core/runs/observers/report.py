@@ -10,8 +10,8 @@ from typing import Any
 
 from nft_plugins import Run, hookimpl
 
-from ..fingerprint import changed, comparable
-from .metrics import as_record, lines
+from ..fingerprint import is_comparable, list_changes
+from .metrics import iterate_lines, parse_record
 
 STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; max-width: 70rem; margin: 2rem auto; padding: 0 1rem; }
@@ -46,10 +46,10 @@ class Report:
         self.write(run)
 
     def write(self, run: Run) -> None:
-        for line in lines(run.folder, self.place):
+        for line in iterate_lines(run.folder, self.place):
             if line.endswith(b"\n"):  # Or it is still being written.
                 self.place += len(line)
-                self.add(as_record(line))
+                self.add(parse_record(line))
         path = run.folder / "report.html"
         aside = path.with_name(".report.html")
         # A folder's name may hold bytes that are no text.
@@ -63,15 +63,15 @@ class Report:
         if record["event"] == "eval":
             evaluation = record.get("evaluation")
             if self.held_out and evaluation != self.evaluation:
-                what = ", ".join(changed(self.evaluation, evaluation))
+                what = ", ".join(list_changes(self.evaluation, evaluation))
                 self.changes.append(f"The evaluation changed before epoch {record['epoch']}: {what}.")
                 for name, curve in self.held_out.items():
-                    if not comparable(self.evaluation, evaluation, name):
+                    if not is_comparable(self.evaluation, evaluation, name):
                         curve.interrupt()
             self.evaluation = evaluation
-            draw(self.held_out, record, "")
+            add_to_curves(self.held_out, record, "")
         elif record["event"] == "epoch":
-            draw(self.training, record, ", in training")
+            add_to_curves(self.training, record, ", in training")
             for name in TRAINING:
                 self.training.setdefault(name, Curve()).add(record["epoch"], record.get(name))
 
@@ -92,14 +92,16 @@ class Report:
         )
 
 
-def draw(curves: dict[str, Curve], record: Mapping[str, Any], behind: str) -> None:
+def add_to_curves(curves: dict[str, Curve], record: Mapping[str, Any], behind: str) -> None:
     """Add a record's mean of each reward and of each detail to the curves, by name."""
-    found = [(name, r.get("mean") if isinstance(r, Mapping) else None) for name, r in items(record, "rewards")]
-    for name, value in [*found, *items(record, "details")]:
+    found = [
+        (name, r.get("mean") if isinstance(r, Mapping) else None) for name, r in list_items(record, "rewards")
+    ]
+    for name, value in [*found, *list_items(record, "details")]:
         curves.setdefault(name + behind, Curve()).add(record["epoch"], value)
 
 
-def items(record: Mapping[str, Any], name: str) -> list[tuple[str, Any]]:
+def list_items(record: Mapping[str, Any], name: str) -> list[tuple[str, Any]]:
     inside = record.get(name)
     return list(inside.items()) if isinstance(inside, Mapping) else []
 
@@ -119,7 +121,7 @@ class Curve:
             piece = self.pieces[-1]
             piece.append((epoch, value))
             if len(piece) > MOST:
-                self.pieces[-1] = thin(piece)
+                self.pieces[-1] = thin_points(piece)
 
     def interrupt(self) -> None:
         if self.pieces[-1]:
@@ -144,7 +146,7 @@ class Curve:
         )
 
 
-def thin(points: list[tuple[float, float]]) -> list[tuple[float, float]]:
+def thin_points(points: list[tuple[float, float]]) -> list[tuple[float, float]]:
     """About half of the points: the ends, and of each four between them the lowest and the highest."""
     first, *inner, last = points
     kept = [first]

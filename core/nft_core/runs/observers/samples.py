@@ -13,8 +13,8 @@ from PIL.PngImagePlugin import PngInfo
 
 from nft_plugins import Batch, Run, Scores, hookimpl
 
-from ..fingerprint import pictures
-from .captions import clean, font_for, wrap
+from ..fingerprint import pick_picture_part
+from .captions import clean_text, find_font, wrap_text
 
 #: Pictures a grid, and in a row of it.
 COUNT, ROW = 12, 6
@@ -50,25 +50,25 @@ class Samples:
     @hookimpl
     def nft_eval_finished(self, run: Run, record: Mapping[str, Any], batch: Batch, scores: Scores) -> None:
         epoch = record["epoch"]
-        now = Sheet(epoch, choose(batch, scores), pictures(record.get("evaluation")))
+        now = Sheet(epoch, choose_samples(batch, scores), pick_picture_part(record.get("evaluation")))
         folder = run.folder / "samples"
         folder.mkdir(exist_ok=True)
         if not self.base:  # Where this run goes on from a checkpoint, it may be on the disk.
-            self.base = find(folder, now) or now
+            self.base = find_first_sheet(folder, now) or now
         elif self.base.of != now.of:  # Other prompts or other noise: before and after would say nothing.
             self.base = now
-        save(grid([now.samples], [f"epoch {epoch}"]), folder / NAME.format(epoch), now)
-        if any(caption(sample) != clean(sample.prompt) for sample in now.samples):
+        save_sheet(draw_grid([now.samples], [f"epoch {epoch}"]), folder / NAME.format(epoch), now)
+        if any(write_caption(sample) != clean_text(sample.prompt) for sample in now.samples):
             lines = (f"{s.number}. {' '.join(s.prompt.split())}\n" for s in now.samples)
             (folder / PROMPTS).write_text("".join(lines), encoding="utf-8", errors="backslashreplace")
         if self.base is not now:
             first = f"epoch {self.base.epoch}" if self.base.epoch else "base model"
             every = -(-len(now.samples) // ROW)
-            both = grid([self.base.samples[::every], now.samples[::every]], [first, f"epoch {epoch}"])
-            save(both, folder / "before-after.png")
+            both = draw_grid([self.base.samples[::every], now.samples[::every]], [first, f"epoch {epoch}"])
+            save_sheet(both, folder / "before-after.png")
 
 
-def choose(batch: Batch, scores: Scores) -> list[Sample]:
+def choose_samples(batch: Batch, scores: Scores) -> list[Sample]:
     """The first image of up to 12 prompts, spread evenly over the file."""
     groups = batch.groups.tolist()
     first = [i for i, g in enumerate(groups) if i == 0 or groups[i - 1] != g]
@@ -79,11 +79,13 @@ def choose(batch: Batch, scores: Scores) -> list[Sample]:
     for number, i in enumerate(indices, 1):
         pixels = (batch.images[i] * 255).round().clamp(0, 255).byte().permute(1, 2, 0).cpu().numpy()
         values = [f"{n} {float(s.values[i]):.3g}" if s.valid[i] else f"{n} invalid" for n, s in parts.items()]
-        samples.append(Sample(fitted(Image.fromarray(pixels)), batch.prompts[i], ", ".join(values), number))
+        samples.append(
+            Sample(fit_to_cell(Image.fromarray(pixels)), batch.prompts[i], ", ".join(values), number)
+        )
     return samples
 
 
-def fitted(image: Image.Image) -> Image.Image:
+def fit_to_cell(image: Image.Image) -> Image.Image:
     """The image in a cell: small ones enlarged by whole pixels, large ones reduced."""
     longest = max(image.size)
     if longest * 2 <= CELL:
@@ -94,7 +96,7 @@ def fitted(image: Image.Image) -> Image.Image:
     return image
 
 
-def grid(rows: list[list[Sample]], titles: list[str]) -> Image.Image:
+def draw_grid(rows: list[list[Sample]], titles: list[str]) -> Image.Image:
     """Titled blocks of pictures, six in a row, each over its prompt and score."""
     lines = [
         (title, row[i : i + ROW])
@@ -115,29 +117,29 @@ def grid(rows: list[list[Sample]], titles: list[str]) -> Image.Image:
         for column, sample in enumerate(row):
             x = MARGIN + column * (CELL + MARGIN)
             sheet.paste(sample.image, (x, y + 26))
-            text, font = fit(caption(sample), 13)
-            lines_of_text = wrap(text, font, CELL, 27)
+            text, font = choose_font(write_caption(sample), 13)
+            lines_of_text = wrap_text(text, font, CELL, 27)
             for i, line in enumerate(lines_of_text):
                 pen.text((x, y + 30 + CELL + 15 * i), line, INK, font)
-            score, small = fit(clean(sample.score), 11)
+            score, small = choose_font(clean_text(sample.score), 11)
             pen.text((x, y + 32 + CELL + 15 * len(lines_of_text)), score, FAINT, small)
         y += 26 + CELL + CAPTION
     return sheet
 
 
-def caption(sample: Sample) -> str:
+def write_caption(sample: Sample) -> str:
     """The prompt, or where it stands if no font has its letters."""
-    text = clean(sample.prompt)
-    return text if font_for(text, 13) else f"prompt {sample.number} of samples/{PROMPTS}"
+    text = clean_text(sample.prompt)
+    return text if find_font(text, 13) else f"prompt {sample.number} of samples/{PROMPTS}"
 
 
-def fit(text: str, size: int) -> tuple[str, Any]:
+def choose_font(text: str, size: int) -> tuple[str, Any]:
     """A text and a font that has its letters; other letters by number where none has."""
-    font = font_for(text, size)
+    font = find_font(text, size)
     return (text, font) if font else (ascii(text)[1:-1], ImageFont.load_default(size))
 
 
-def save(image: Image.Image, path: Path, noted: Sheet | None = None) -> None:
+def save_sheet(image: Image.Image, path: Path, noted: Sheet | None = None) -> None:
     """Whole or not at all. noted: what stands in the file, so that `read` finds it."""
     aside, notes = path.with_name(f".{path.name}"), PngInfo()
     if noted:
@@ -147,29 +149,29 @@ def save(image: Image.Image, path: Path, noted: Sheet | None = None) -> None:
     aside.replace(path)
 
 
-def find(folder: Path, now: Sheet) -> Sheet | None:
+def find_first_sheet(folder: Path, now: Sheet) -> Sheet | None:
     """The first sheet of the same pictures that was written at an earlier epoch."""
     for path in sorted(folder.glob("epoch-*.png")):
-        found = read(path, now.of)
+        found = read_sheet(path, now.of)
         if found and found.epoch < now.epoch:
             return found
     return None
 
 
-def read(path: Path, of: Mapping[str, Any]) -> Sheet | None:
+def read_sheet(path: Path, of: Mapping[str, Any]) -> Sheet | None:
     """What `save` noted in a file, and its pictures; None where they are not of that fingerprint."""
     try:
         with Image.open(path, formats=["PNG"]) as sheet:
             notes = json.loads(sheet.info[NOTE])
             if notes["of"] != of:
                 return None
-            samples = [cut(sheet, i, *note) for i, note in enumerate(notes["samples"])]
+            samples = [cut_sample(sheet, i, *note) for i, note in enumerate(notes["samples"])]
             return Sheet(int(notes["epoch"]), samples, of)
     except (OSError, ValueError, KeyError, TypeError):
         return None
 
 
-def cut(sheet: Image.Image, i: int, prompt: str, score: str, width: int, height: int) -> Sample:
+def cut_sample(sheet: Image.Image, i: int, prompt: str, score: str, width: int, height: int) -> Sample:
     row, column = divmod(i, ROW)
     x, y = MARGIN + column * (CELL + MARGIN), MARGIN // 2 + row * (26 + CELL + CAPTION) + 26
     return Sample(sheet.crop((x, y, x + width, y + height)).convert("RGB"), prompt, score, i + 1)

@@ -7,8 +7,8 @@ from typing import Any
 
 from nft_plugins import Batch, Run, Scores, hookimpl
 
-from .metrics import scalars
-from .samples import choose, grid
+from .metrics import flatten_numbers
+from .samples import choose_samples, draw_grid
 
 
 class TensorBoard:
@@ -28,7 +28,7 @@ class TensorBoard:
         place = f"{self.folder}/{run.folder.name}" if self.folder else str(run.folder / "tensorboard")
         # What a killed process wrote of later epochs is left out: they come again.
         self.writer = self.open(place, purge_step=run.epoch + 1)
-        rows = [f"| {cell(name)} | {cell(value)} |" for name, value in run.settings.items()]
+        rows = [f"| {escape_cell(name)} | {escape_cell(value)} |" for name, value in run.settings.items()]
         self.writer.add_text("settings", "\n".join(["| setting | value |", "|---|---|", *rows]))
 
     @hookimpl
@@ -41,7 +41,7 @@ class TensorBoard:
 
         self._write("eval", record)
         epoch = record["epoch"]
-        pictures = np.asarray(grid([choose(batch, scores)], [f"epoch {epoch}"]))
+        pictures = np.asarray(draw_grid([choose_samples(batch, scores)], [f"epoch {epoch}"]))
         self.writer.add_image("eval/samples", pictures, epoch, dataformats="HWC")
 
     @hookimpl
@@ -50,11 +50,11 @@ class TensorBoard:
             self.writer.close()
 
     def _write(self, kind: str, record: Mapping[str, Any]) -> None:
-        for name, value in scalars(record).items():
+        for name, value in flatten_numbers(record).items():
             self.writer.add_scalar(f"{kind}/{name}", value, record["epoch"])
         self.writer.flush()
 
 
-def cell(value: Any) -> str:
+def escape_cell(value: Any) -> str:
     """The value in a Markdown table: a bar or the end of a line would end its cell."""
     return " ".join(str(value).replace("\\", "\\\\").replace("|", "\\|").split())

@@ -8,8 +8,8 @@ from typing import Any, Literal
 
 from nft_plugins import Batch, Run, Scores, hookimpl
 
-from .metrics import scalars
-from .samples import choose
+from .metrics import flatten_numbers
+from .samples import choose_samples
 
 
 class WandB:
@@ -29,9 +29,9 @@ class WandB:
     ) -> None:
         import wandb
 
-        self.wandb, self.log = wandb, None
-        self.given = {"project": project, "entity": entity, "mode": mode}
-        self.name = name
+        self.wandb = wandb
+        self.log: Any = None
+        self.project, self.entity, self.name, self.mode = project, entity, name, mode
 
     @hookimpl
     def nft_run_started(self, run: Run) -> None:
@@ -40,7 +40,9 @@ class WandB:
         known = note.read_text(encoding="utf-8").strip() if note.exists() else secrets.token_hex(4)
         note.write_text(known + "\n", encoding="utf-8")
         self.log = self.wandb.init(
-            **self.given,
+            project=self.project,
+            entity=self.entity,
+            mode=self.mode,
             id=known,
             resume="allow",
             name=self.name or run.folder.name,
@@ -55,7 +57,9 @@ class WandB:
 
     @hookimpl
     def nft_eval_finished(self, record: Mapping[str, Any], batch: Batch, scores: Scores) -> None:
-        pictures = [self.wandb.Image(s.image, caption=f"{s.prompt}\n{s.score}") for s in choose(batch, scores)]
+        pictures = [
+            self.wandb.Image(s.image, caption=f"{s.prompt}\n{s.score}") for s in choose_samples(batch, scores)
+        ]
         self._write("eval", record, samples=pictures)
 
     @hookimpl
@@ -64,5 +68,5 @@ class WandB:
             self.log.finish(exit_code=1 if error else 0)
 
     def _write(self, kind: str, record: Mapping[str, Any], **more: Any) -> None:
-        figures = {f"{kind}/{name}": value for name, value in {**scalars(record), **more}.items()}
+        figures = {f"{kind}/{name}": value for name, value in {**flatten_numbers(record), **more}.items()}
         self.log.log({**figures, "epoch": record["epoch"]})

@@ -1,0 +1,135 @@
+"""The loop's parts, put together: encoded prompts, trained weights, samplers, optimizer, checkpoints."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from nft_plugins import FlowModel, Reward, Solver
+
+from ..parallel.devices import free_memory
+from ..parallel.processes import rank, world_size
+from ..parallel.sharding import InStep
+from ..prompts import Prompt, prompts_of_run
+from ..sampling.conditions import Encoded, encode
+from ..sampling.rollout import Sampler
+from ..settings import Settings
+from ..training.compiling import compile_blocks
+from ..training.memory import checkpoint_activations
+from ..training.optimizers import LOSS_SCALE, make_optimizer
+from ..training.policy import Policy
+from ..training.state import Progress, Training
+from .checkpoint import prune_checkpoints, save_checkpoint
+from .inputs import tell_no_observer
+from .resume import digest_prompts
+from .setup import autocast_dtype, decode_dtype, image_shape
+
+
+def assemble_training(
+    s: Settings,
+    model: FlowModel,
+    reward: Reward,
+    solver: Solver,
+    prompts: list[Prompt],
+    held_out: list[Prompt],
+    device: torch.device,
+    folder: Path,
+    compiled: bool = False,
+) -> Training:
+    """Put the loop's parts together, for a run that begins.
+
+    compiled: whether the transformer's blocks are to be compiled.
+    """
+    condition, eval_condition = encode_prompts(s, model, prompts, held_out, device)
+    torch.manual_seed(s.seed)  # A LoRA's weights are drawn from torch's own generator.
+    policy = make_policy(s, model, device)
+    if s.gradient_checkpointing:
+        checkpoint_activations(model.transformer)
+    if compiled:
+        compile_blocks(model.transformer)
+    if hasattr(model, "decode_in"):
+        model.decode_in(decode_dtype(s, device))
+    in_step = InStep(policy.velocity, s.peer_timeout, s.join_timeout) if policy.fsdp else None
+    training = Training(
+        settings=s,
+        policy=policy,
+        reward=reward,
+        sampler=make_sampler(s, s.steps, policy, solver, in_step),
+        eval_sampler=make_sampler(s, s.eval_steps or s.steps, policy, solver, in_step),
+        prompts=prompts,
+        eval_prompts=held_out,
+        condition=condition,
+        eval_condition=eval_condition,
+        optimizer=make_optimizer(s, policy.parameters),
+        observe=tell_no_observer,
+        save=lambda: save_training(training, folder),
+        at=Progress(
+            kl_weight=s.kl_weight,
+            loss_scale=LOSS_SCALE if s.precision == "fp16" else 1.0,
+            prompts=digest_prompts(prompts, held_out),
+        ),
+    )
+    return training
+
+
+def encode_prompts(
+    s: Settings, model: FlowModel, prompts: list[Prompt], held_out: list[Prompt], device: torch.device
+) -> tuple[Encoded, Encoded]:
+    """Encode the prompts that the run will draw, and all held-out ones, and give up the text encoders."""
+    drawn = prompts_of_run(len(prompts), s.prompts_per_epoch, s.seed, s.epochs)
+    cache = Path(s.cache).expanduser() if s.cache else None
+    both = [*prompts, *held_out]
+    # In one go, so that the text encoders are loaded once.
+    encoded = encode(model, both, [*drawn, *range(len(prompts), len(both))], cache, device)
+    if hasattr(model, "release"):
+        model.release()
+        free_memory()  # What the encoders took is for any stream from here on.
+    rows, eval_rows = torch.split(encoded.row, [len(prompts), len(held_out)])
+    return Encoded(encoded.condition, rows), Encoded(encoded.condition, eval_rows)
+
+
+def make_policy(s: Settings, model: FlowModel, device: torch.device) -> Policy:
+    """Make the weights that are trained, and their copies."""
+    dtype = autocast_dtype(s, device)
+    # Where only a LoRA is trained, the transformer can compute in bfloat16 as diffusers' pipelines do: under
+    # autocast its norms and all that lies between the products are float32, which costs more than the products.
+    # In float16 that would overflow, and weights that are trained are float32 themselves.
+    native = s.lora_rank > 0 and dtype == torch.bfloat16 and not getattr(model, "needs_autocast", True)
+    return Policy(
+        model,
+        lora_rank=s.lora_rank,
+        lora_alpha=s.lora_alpha,
+        lora_targets=s.lora_targets,
+        ema_decay=s.ema_decay,
+        autocast=None if native else dtype,
+        keep_reference=s.kl_weight > 0,
+        offload=s.offload,
+        # In 16 bits the sum would round away what a LoRA learns at first.
+        merge=s.merge_lora == "always" or (s.merge_lora == "auto" and not dtype),
+        # One process has nobody to share with, and the meta device nothing to share.
+        fsdp=s.parallel == "fsdp" and world_size() > 1 and device.type != "meta",
+    )
+
+
+def make_sampler(s: Settings, steps: int, policy: Policy, solver: Solver, in_step: InStep | None) -> Sampler:
+    """Make what generates images with the policy, in this many steps."""
+    model: Any = policy.model
+    height, width, shape = image_shape(s, model)
+    times = model.times(steps, height, width)
+    velocity, device = policy.velocity, policy.device
+    return Sampler(model, velocity, solver, times, shape, s.rollout_batch, s.decode_batch, device, in_step)
+
+
+def save_training(training: Training, folder: Path) -> None:
+    """Write a checkpoint of where the run stands to its folder, and delete those that need not be kept."""
+    s, policy = training.settings, training.policy
+    at = training.at.model_copy(update={"seconds": training.seconds()})
+    path = folder / "checkpoints" / f"{at.step:06d}"
+    # Of sharded weights every process has a part, which the first one gathers.
+    if rank() == 0 or policy.sharded:
+        save_checkpoint(path, policy, training.optimizer, at, s.model_dump(mode="json"))
+    if rank() == 0:
+        prune_checkpoints(folder, at, s.keep_last, s.keep_best)
+        training.observe("nft_checkpoint_saved", folder=path)
