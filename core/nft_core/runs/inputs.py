@@ -192,7 +192,7 @@ def observers(host: Host, described: Run, asked: Mapping[str, object]) -> Callab
     from .observers import builtin
 
     for observer in builtin():
-        host.register(observer, f"nft_core.{type(observer).__name__.lower()}")
+        host.hooks.register(observer, f"nft_core.{type(observer).__name__.lower()}")
     for name, observer in asked.items():
-        host.ask(observer, name)
-    return lambda hook, **arguments: host.notify(hook, run=described, **arguments)
+        host.hooks.ask(observer, name)
+    return lambda hook, **arguments: host.hooks.notify(hook, run=described, **arguments)

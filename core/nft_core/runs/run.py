@@ -96,7 +96,7 @@ def run_training(
             tell(warning)
         stack.enter_context(memory_errors())
         stack.enter_context(attention_kernel(settings.attention))
-        stack.enter_context(host.guests())
+        stack.enter_context(host.hooks.guests())
         # All processes go on from the same checkpoint, or none does.
         number = agree(int(found.name) if found else -1, device)
         path = folder / "checkpoints" / f"{number:06d}" if number >= 0 else None
