@@ -279,9 +279,9 @@ def test_observers_cannot_change_what_others_are_told():
 
     host, batch = load_host(), a_batch()
     for observer in (Looks(), Spoils(), Looks()):
-        host.register(observer, repr(observer))
+        host.hooks.register(observer, repr(observer))
     run, record, scores = Run(Path("x"), {"seed": 1}, 1), {"epoch": 0}, Scores.of(torch.ones(3))
-    host.notify("nft_eval_finished", run=run, record=record, batch=batch, scores=scores)
+    host.hooks.notify("nft_eval_finished", run=run, record=record, batch=batch, scores=scores)
     assert told[0] == told[1] == ({"seed": 1}, {"epoch": 0}, float(batch.images.sum()), [1, 1, 1])
     assert record == {"epoch": 0}
 

@@ -475,13 +475,13 @@ def test_observers_that_raise_are_reported_and_dropped(capsys):
 
     host, run = load_host(), Run(Path("x"), {}, 1)
     for observer in (Bad(), Good(), Full()):
-        host.register(observer, type(observer).__name__)
+        host.hooks.register(observer, type(observer).__name__)
     for epoch in (1, 2):
-        host.notify("nft_epoch_finished", run=run, record={"epoch": epoch})
+        host.hooks.notify("nft_epoch_finished", run=run, record={"epoch": epoch})
     assert sorted(map(str, calls)) == ["1", "2", "bad"]
     assert "Bad failed in nft_epoch_finished and is left out" in capsys.readouterr().err
     with pytest.raises(NftError, match="no space"):
-        host.notify("nft_checkpoint_saved", run=run, folder=Path("x"))
+        host.hooks.notify("nft_checkpoint_saved", run=run, folder=Path("x"))
 
 
 def test_whatever_an_observer_raises_drops_it(capsys):
@@ -504,14 +504,14 @@ def test_whatever_an_observer_raises_drops_it(capsys):
 
     host, run = load_host(), Run(Path("x"), {}, 1)
     for error in (SystemExit(1), Panic("in Rust"), GeneratorExit()):
-        host.register(Raises(error), f"observer {type(error).__name__}")
+        host.hooks.register(Raises(error), f"observer {type(error).__name__}")
     for _ in range(2):
-        host.notify("nft_progress", run=run, phase="eval", done=1, total=2)
+        host.hooks.notify("nft_progress", run=run, phase="eval", done=1, total=2)
     told = capsys.readouterr().err
     assert told.count("is left out from now on") == told.count("observer ") == 3
-    host.register(Raises(KeyboardInterrupt()), "Ctrl-C")
+    host.hooks.register(Raises(KeyboardInterrupt()), "Ctrl-C")
     with pytest.raises(KeyboardInterrupt):
-        host.notify("nft_progress", run=run, phase="eval", done=1, total=2)
+        host.hooks.notify("nft_progress", run=run, phase="eval", done=1, total=2)
 
 
 def test_observers_of_a_run_leave_with_it():
@@ -525,8 +525,8 @@ def test_observers_of_a_run_leave_with_it():
 
     told, host = [], load_host()
     for run in ("first", "second"):
-        with host.guests():
-            host.register(Observer(), "observer")
-            host.notify("nft_run_started", run=run)
-    host.notify("nft_run_started", run="third")
+        with host.hooks.guests():
+            host.hooks.register(Observer(), "observer")
+            host.hooks.notify("nft_run_started", run=run)
+    host.hooks.notify("nft_run_started", run="third")
     assert told == ["first", "second"]

@@ -49,7 +49,7 @@ def training():
 @pytest.fixture
 def host():
     host = load_host()
-    with host.guests():
+    with host.hooks.guests():
         yield host
 
 

@@ -30,7 +30,7 @@ NAMES = [
 @pytest.fixture
 def host():
     host = load_host()
-    with host.guests():
+    with host.hooks.guests():
         yield host
 
 

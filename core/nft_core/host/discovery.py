@@ -8,9 +8,10 @@ import os
 import re
 import traceback
 import warnings
-from collections.abc import Iterator, Mapping, MutableMapping
+from collections.abc import Callable, Iterator, Mapping, MutableMapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields
+from functools import partial
 from importlib.metadata import Distribution, EntryPoint, PackageNotFoundError, distributions
 from pathlib import Path
 from typing import Any, Generic, NamedTuple, TypeVar
@@ -36,6 +37,7 @@ from nft_plugins.hookspecs import OFFERS
 from ..errors import named_error
 from ..parallel.signals import Terminated, catch_ctrl_c
 from ..quiet import printing_aside
+from .hooks import Hooks
 from .lending import python_kept
 
 #: The distribution whose plug-ins are the built-ins.
@@ -111,9 +113,10 @@ class Registered(Generic[Info]):
 Cards = dict[str, MutableMapping[str, Registered[Any]]]
 
 
-def discover(manager: pluggy.PluginManager, cards: Cards) -> list[Plugin]:
-    """Register every plug-in that `NFT_PLUGINS` allows, and collect its cards; returns a row for each."""
+def discover(hooks: Hooks, cards: Cards) -> list[Plugin]:
+    """Register every plug-in that `NFT_PLUGINS` allows, and collect their cards; returns a row for each."""
     rows, names = [], chosen()  # Before a plug-in is imported, which might set NFT_PLUGINS.
+    offered: list[tuple[Plugin, str, Any]] = []
     for found in find():
         row = Plugin(found.name, found.distribution, found.version)
         rows.append(row)
@@ -123,12 +126,32 @@ def discover(manager: pluggy.PluginManager, cards: Cards) -> list[Plugin]:
         if found.entry is None:
             row.broken(found.problem, f"pip install --force-reinstall {row.distribution}, or pip uninstall it")
             continue
-        with catch_ctrl_c(), deprecations(row), printing_aside(), python_kept(), harmless(row, "looking at it"):
+        with isolated(row, "looking at it"):
             module = load(found.entry, row)
-            if module is not None and fits(module, row) and attach(manager, module, row):
-                classify(module, row, cards)
+            if module is not None and fits(module, row):
+                attach(hooks, module, row)
+    for hook in OFFERS:
+        getattr(hooks.manager.hook, hook)(
+            register=lambda row, card, hook=hook: offered.append((row, hook, card))
+        )
+    # In the rows' order, whichever plug-in was called first: a name that two claim is the first row's.
+    for row in rows:
+        with isolated(row, "looking at its cards"):
+            for _, hook, card in [offer for offer in offered if offer[0] is row]:
+                with harmless(row, f"a card of {hook}"):
+                    _claim(card, OFFERS[hook], cards[hook], hook, row)
     rows += [missing(name) for name in sorted(names or ()) if name not in {r.name for r in rows}]
     return rows + contract_rows()
+
+
+@contextmanager
+def isolated(row: Plugin, what: str) -> Iterator[Callable[[Any], Any]]:
+    """Code of a plug-in that runs inside breaks its row alone. what: is being done.
+
+    Yields what ties the `register` of a hook to the plug-in.
+    """
+    with catch_ctrl_c(), deprecations(row), printing_aside(), python_kept(), harmless(row, what):
+        yield lambda register: partial(register, row)
 
 
 def find() -> list[Found]:
@@ -289,40 +312,29 @@ def fits(module: object, row: Plugin) -> bool:
     return row.status != "broken"
 
 
-def attach(manager: pluggy.PluginManager, module: object, row: Plugin) -> bool:
+def attach(hooks: Hooks, module: object, row: Plugin) -> None:
     """Register with pluggy, which looks at the hooks' names and arguments."""
-    try:
-        manager.register(module, f"{row.distribution}:{row.name}")
-    except (pluggy.PluginValidationError, ValueError) as error:
-        row.broken(" ".join(str(error).split()))
-        return False
     if problem := hook_problem(module):
         row.broken(problem)
-        manager.unregister(module)
-    return row.status != "broken"
+        return
+    try:
+        hooks.register(module, f"{row.distribution}:{row.name}", partial(isolated, row))
+    except (pluggy.PluginValidationError, ValueError) as error:
+        row.broken(" ".join(str(error).split()))
 
 
 def hook_problem(plugin: object) -> str:
     """What is wrong with the names of a module's or an object's hooks."""
     specified = {name for name in vars(hookspecs) if name.startswith("nft_")}
-    hooks = {name for name in dir(plugin) if hasattr(getattr(plugin, name, None), f"{PROJECT}_impl")}
+    marks = {name: getattr(getattr(plugin, name, None), f"{PROJECT}_impl", None) for name in dir(plugin)}
+    hooks = {mark.get("specname") or name for name, mark in marks.items() if isinstance(mark, dict)}
     if wrong := sorted(hooks - specified):
         return f"no such hook: {', '.join(wrong)}; hooks are {', '.join(sorted(specified))}"
-    return "" if hooks else "it implements no hook: mark functions with @nft_plugins.hookimpl"
-
-
-def classify(module: object, row: Plugin, cards: Cards) -> None:
-    """Collect the cards of one plug-in, each hook in its own guard."""
-    for hook, kind in OFFERS.items():
-        implementation = getattr(module, hook, None)
-        if implementation is None:
-            continue
-        mine: list[Any] = []
-        with harmless(row, hook):
-            implementation(mine.append)
-        for info in mine:
-            with harmless(row, f"a card of {hook}"):
-                _claim(info, kind, cards[hook], hook, row)
+    if not hooks:
+        return "it implements no hook: mark functions with @nft_plugins.hookimpl"
+    # pluggy would pass over them in silence.
+    unmarked = sorted(name for name in specified & marks.keys() if marks[name] is None)
+    return f"not marked with @nft_plugins.hookimpl: {', '.join(unmarked)}" if unmarked else ""
 
 
 def malformed(info: Any) -> str:

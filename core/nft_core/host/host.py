@@ -3,17 +3,12 @@
 from __future__ import annotations
 
 import inspect
-import sys
 import typing
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-import pluggy
-
 from nft_plugins import (
-    PROJECT,
     FlowModel,
     ModelInfo,
     ObserverInfo,
@@ -22,14 +17,14 @@ from nft_plugins import (
     RewardInfo,
     Solver,
     SolverInfo,
-    hookspecs,
 )
 
-from ..errors import NftError, UsageError, unknown, where
+from ..errors import NftError, UsageError, unknown
 from ..quiet import printing_aside
 from .discovery import Cards, Info, Plugin, Registered, discover, hook_problem
 from .factories import annotation, build, convert, installed, resolve
-from .lending import Inside, kept, own
+from .hooks import Hooks
+from .lending import Inside, kept
 from .local import is_reference, load_object, local_reward
 from .specs import RESERVED, ObserverSpec, Policy, parse_reward, split
 
@@ -38,9 +33,8 @@ from .specs import RESERVED, ObserverSpec, Policy, parse_reward, split
 class Host:
     """What all plug-ins offer, by name."""
 
-    manager: pluggy.PluginManager
+    hooks: Hooks
     plugins: list[Plugin] = field(default_factory=list)
-    asked: list[object] = field(default_factory=list)
     rewards: dict[str, Registered[RewardInfo]] = field(default_factory=dict)
     solvers: dict[str, Registered[SolverInfo]] = field(default_factory=dict)
     models: dict[str, Registered[ModelInfo]] = field(default_factory=dict)
@@ -230,55 +224,11 @@ class Host:
         said = [f"Of the plug-ins {'; '.join(broken)} (`nft plugins` says what mends it)."] if broken else []
         return " ".join([*said, *([f"NFT_PLUGINS leaves out {', '.join(off)}."] if off else [])])
 
-    def register(self, observer: object, name: str) -> None:
-        """Add an observer of this process."""
-        self.manager.register(observer, name)
-
-    def ask(self, observer: object, name: str) -> None:
-        """Add an observer that the user has asked for: where it cannot even start, the run does not."""
-        self.register(observer, name)
-        self.asked.append(observer)
-
-    @contextmanager
-    def guests(self) -> Iterator[None]:
-        """Observers registered inside leave at the end: the next run finds the host as it was."""
-        before = set(self.manager.get_plugins())
-        try:
-            yield
-        finally:
-            for plugin in self.manager.get_plugins() - before:
-                self.manager.unregister(plugin)
-            self.asked.clear()
-
-    def notify(self, hook: str, **arguments: Any) -> None:
-        """Tell every observer. One that raises, be it SystemExit, is reported and dropped.
-
-        Only an NftError stops the run, and what one that was asked for raises before anything is trained.
-        """
-        for implementation in reversed(getattr(self.manager.hook, hook).get_hookimpls()):
-            # Each has its own: what one changes, the others and the run do not see.
-            wanted = {name: own(arguments[name]) for name in implementation.argnames}
-            try:
-                implementation.function(**wanted)
-            except (NftError, KeyboardInterrupt):
-                raise
-            except BaseException as error:
-                name, cause = implementation.plugin_name, f"{type(error).__name__}: {error}{where(error)}"
-                if hook == "nft_run_started" and implementation.plugin in self.asked:
-                    raise NftError(f"The observer {name} cannot start: {cause}") from error
-                self.manager.unregister(implementation.plugin)
-                print(
-                    f"Warning: the plug-in {name} failed in {hook} and is left out from now on: {cause}",
-                    file=sys.stderr,
-                )
-
 
 def load_host() -> Host:
     """A host with every plug-in of this environment that `NFT_PLUGINS` allows."""
-    manager = pluggy.PluginManager(PROJECT)
-    manager.add_hookspecs(hookspecs)
-    host = Host(manager)
-    host.plugins += discover(manager, host.cards)
+    host = Host(Hooks())
+    host.plugins += discover(host.hooks, host.cards)
     for row in host.plugins:
         row.notes += host.lacks(row)
     return host

@@ -216,7 +216,7 @@ def register_observers(host: Host, described: Run, asked: Mapping[str, object]) 
     from .observers import make_builtin_observers
 
     for observer in make_builtin_observers():
-        host.register(observer, f"nft_core.{type(observer).__name__.lower()}")
+        host.hooks.register(observer, f"nft_core.{type(observer).__name__.lower()}")
     for name, observer in asked.items():
-        host.ask(observer, name)
-    return lambda hook, **arguments: host.notify(hook, run=described, **arguments)
+        host.hooks.ask(observer, name)
+    return lambda hook, **arguments: host.hooks.notify(hook, run=described, **arguments)
