@@ -50,6 +50,35 @@ def finished(tmp_path_factory):
     return folder, result
 
 
+def test_a_composed_reward_of_a_file_keeps_its_members(tmp_path):
+    """One run of two rewards of a file, of which one fails, composed there or named one by one."""
+    (tmp_path / "mine.py").write_text(
+        "from nft_core import reward\n"
+        "def dark(images):\n    return 1 - images.mean((1, 2, 3))\n"
+        "def fails(images):\n    raise ValueError('no such thing')\n"
+        "fails_too = 0.5 * reward('mine.py:fails', on_error='skip')\n"
+        "mine = 2 * reward('mine.py:dark') + reward('pickscore') + fails_too\n"
+    )
+    lines = {}
+    for name, rewards in {
+        "composed": ["mine.py:mine=0.5"],
+        "named": ["mine.py:dark", "pickscore=0.5", "mine.py:fails=0.25,on_error=skip"],
+    }.items():
+        words = [word for r in rewards for word in ("--reward", r)]
+        result = nft(
+            *("run", "--tiny", *words, "--combine", "normalized", "--epochs", 1, "--out", name),
+            *sets(*SMALL, "max_skips=2"),
+            cwd=tmp_path,
+        )
+        assert result.returncode == 0, result.stderr
+        lines[name] = [line for line in records(tmp_path / name) if line["event"] == "epoch"]
+    (composed,), (named,) = lines["composed"], lines["named"]
+    assert list(composed["rewards"]) == ["dark", "pickscore", "fails", "total"]
+    assert composed["skipped"] == ["fails"]
+    for figure in ("rewards", "details", "loss"):
+        assert composed[figure] == named[figure]
+
+
 def records(folder):
     return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
 

@@ -6,8 +6,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from nft_core.errors import NftError, UsageError
+from nft_core.host.host import load_host
+from nft_core.host.local import load_object
 from nft_core.host.specs import RESERVED, Policy, RewardSpec, parse_reward
+from nft_core.objective.advantages import combined_advantages
 from nft_core.scoring.composer import Composed, Guarded, Term, compose, merged, reward
+from nft_core.scoring.failures import Tally
 from nft_plugins import Batch, PromptError, Scores
 from nft_plugins.testing import cards
 
@@ -289,3 +293,153 @@ def test_a_sum_that_leaves_float32s_range_is_invalid():
     assert scores.valid.tolist() == [False, True, False]
     assert scores.values.isfinite().all()
     assert scores.parts["large"].scores.valid.all()
+
+
+FILE = """
+from nft_core import compose, reward
+from nft_plugins import Scores
+import torch
+
+LOADED = []
+
+class First:
+    def __init__(self, scale: float = 1.0, device: str = ""):
+        LOADED.append(("First", scale, device))
+        self.scale = scale
+    def __call__(self, batch):
+        values = self.scale * torch.arange(len(batch)).float()
+        return Scores.of(values, place=values)
+
+class Fails:
+    def __init__(self):
+        LOADED.append(("Fails",))
+    def __call__(self, batch):
+        raise ValueError("no such thing")
+
+first = reward("mine.py:First")
+mine = first + 0.5 * reward("mine.py:Fails", on_error="skip", retry=1, max_seconds=60)
+nested = 2 * (mine + 3 * reward("mine.py:First", scale=2)) + 1
+mapped = 2 * reward("mine.py:First").clip(0, 1)
+both = 4 * (reward("mine.py:First") + reward("mine.py:First", scale=2)).clip(0, 5)
+twice = reward("mine.py:First") + reward("mine.py:First")
+from_python = compose({"mine.py:First": 1.0, first: 0.5, "mine.py:Fails,on_error=mask": 0.25})
+of_compositions = reward("mine.py:mine") - reward("mine.py:mapped")
+itself = first + reward("mine.py:itself")
+
+def made(weight: float = 1.0):
+    return weight * first
+"""
+
+
+@pytest.fixture
+def mine(tmp_path, monkeypatch):
+    """Composes rewards of a file as a run does; `mine.loaded()` is what was loaded meanwhile."""
+    (tmp_path / "mine.py").write_text(FILE)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("nft_core.host.lending.told", set())
+
+    def run(*specs, device="cpu", defaults=None):
+        return compose([parse_reward(s) for s in specs], host=load_host(), device=device, defaults=defaults)
+
+    run.loaded = lambda: load_object("mine.py:LOADED")
+    return run
+
+
+def described(composed):
+    """Names, weights and failure policies of the members."""
+    return [
+        (t.name, t.weight, t.reward.guard.policy if isinstance(t.reward, Guarded) else Policy())
+        for t in composed.terms
+    ]
+
+
+@pytest.mark.parametrize(
+    ("name", "given"),
+    [
+        ("mine", ["First", "Fails=0.5,on_error=skip,retry=1,max_seconds=60"]),
+        ("mine=0.5", ["First=0.5", "Fails=0.25,on_error=skip,retry=1,max_seconds=60"]),
+        ("nested", ["First=2", "Fails=1,on_error=skip,retry=1,max_seconds=60", "First=6,scale=2"]),
+        ("twice", ["First=2"]),
+        ("twice", ["First", "First"]),
+        ("from_python", ["First=1.5", "Fails=0.25,on_error=mask"]),
+        ("made,weight=0.5", ["First=0.5"]),
+    ],
+)
+def test_a_composed_reward_of_a_file_stays_itself(mine, name, given):
+    composed, by_name = mine(f"mine.py:{name}"), mine(*(f"mine.py:{spec}" for spec in given))
+    assert described(composed) == described(by_name)
+    scores, expected = composed(batch()), by_name(batch())
+    assert scores.details.keys() == expected.details.keys()
+    assert {n: part.weight for n, part in scores.parts.items()} == {
+        n: part.weight for n, part in expected.parts.items()
+    }
+    for n, part in scores.parts.items():
+        assert part.scores.values.equal(expected.parts[n].scores.values)
+    torch.testing.assert_close(scores.values - composed.constant, expected.values, rtol=0, atol=0)
+    assert composed.tallies() == by_name.tallies()
+    groups = torch.zeros(3, dtype=torch.int64)
+    left, right = (
+        combined_advantages(c.without(s, {"Fails"}), groups, "normalized")
+        for c, s in ((composed, scores), (by_name, expected))
+    )
+    assert left.any() and left.equal(right)
+
+
+def test_a_part_that_is_skipped_leaves_the_others(mine):
+    composed = mine("mine.py:mine", "jpeg_compressibility")
+    scores = composed(batch())
+    assert list(scores.parts) == ["First", "Fails", "jpeg_compressibility"]
+    assert composed.tallies()["Fails"] == Tally(retried=1, masked=3, skipped=1)
+    left = composed.without(scores, ["Fails"])
+    assert left.valid.all() and not scores.valid.any()
+
+
+def test_a_mapped_part_is_one_member_with_the_run_s_options(mine):
+    composed = mine("mine.py:mapped", defaults={"mine.py:First": {"scale": 5}})
+    assert [(t.name, t.weight) for t in composed.terms] == [("First", 2.0)]
+    scores = composed(batch())
+    assert scores.values.tolist() == [0.0, 2.0, 2.0]
+    assert scores.details["First/place"].tolist() == [0.0, 5.0, 10.0]
+    assert values(mine("mine.py:both=0.5")) == [0.0, 6.0, 10.0]
+    assert described(mine("mine.py:of_compositions")) == [
+        ("First", 1.0, Policy()),
+        ("Fails", 0.5, Policy("skip", 1, 60.0)),
+        ("First:2", -2.0, Policy()),
+    ]
+
+
+def test_members_are_loaded_once_by_the_run_on_its_device(mine):
+    composed = mine("mine.py:mine", "mine.py:First,device=cpu", "mine.py:First", device="meta")
+    assert [t.name for t in composed.terms] == ["First", "Fails", "First:2"]
+    assert composed.terms[0].weight == 2.0
+    assert mine.loaded() == [("First", 1.0, "meta"), ("Fails",), ("First", 1.0, "cpu")]
+
+
+def test_equal_rewards_of_python_share_one_loaded_model(mine):
+    name = "mine.py:First"
+    twice = reward(name) + reward(name) + 0.5 * reward(name, on_error="mask") + reward(name, on_error="mask")
+    assert described(twice) == [("First", 2.0, Policy()), ("First:2", 1.5, Policy("mask"))]
+    assert values(twice) == [0.0, 3.5, 7.0]
+    assert len(mine.loaded()) == 1
+    assert reward(name, scale=2).terms[0].reward is not twice.terms[0].reward
+    assert len(mine.loaded()) == 2
+
+
+def test_a_file_s_composition_scores_without_a_run(mine):
+    file = load_object("mine.py:mapped")
+    assert not mine.loaded()
+    assert values(file) == [0.0, 2.0, 2.0]
+    assert values(compose({file: 0.5})) == [0.0, 1.0, 1.0]
+
+
+@pytest.mark.parametrize(
+    ("spec", "message"),
+    [
+        ("mine.py:mine,on_error=mask", "'mine' is composed of First, Fails: give on_error to each of these"),
+        ("mine.py:mine,scale=2", "Unknown option of the reward 'mine.py:mine' 'scale'"),
+        ("mine.py:itself", "'mine.py:itself' is composed of itself"),
+    ],
+)
+def test_what_a_composed_reward_of_a_file_does_not_take(mine, spec, message):
+    with pytest.raises(UsageError, match=message):
+        mine(spec)

@@ -133,6 +133,7 @@ def check(
     """
     from ..runs.inputs import load_rewards, make_run_settings, parse_rewards
     from ..runs.setup import pick_device
+    from ..scoring.composer import Composed, Term
 
     host = load_host()
     spec = ",".join((name, *options))
@@ -143,6 +144,8 @@ def check(
     quiet("transformers")
     start = time.monotonic()
     composed = load_rewards(specs, host, place, settings.reward_defaults)
+    if len(composed.terms) > 1 or composed.constant:  # A file's composition is checked as one reward.
+        composed = Composed((Term(name.rpartition(":")[2], 1.0, composed),))
     reward = composed.terms[0].reward
     click.echo(f"loaded in {time.monotonic() - start:.1f} s, on {place}")
 

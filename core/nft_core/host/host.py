@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import typing
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, MutableMapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -64,7 +64,7 @@ class Host:
         options: Mapping[str, Any],
         device: str = "cpu",
         defaults: Mapping[str, Mapping[str, Any]] | None = None,
-        loaded: dict[tuple[Any, str], Reward] | None = None,
+        loaded: MutableMapping[tuple[Any, str], Reward] | None = None,
         inside: tuple[str, ...] = (),
     ) -> Reward:
         """Load a reward. Raises UsageError for the name or an option, NftError where it cannot be loaded.

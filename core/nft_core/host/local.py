@@ -11,6 +11,7 @@ import sys
 import typing
 from collections.abc import Callable, Mapping
 from contextlib import chdir
+from contextvars import ContextVar
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
@@ -30,6 +31,10 @@ if TYPE_CHECKING:
 FIELDS = ("images", "prompts", "metadata", "groups", "uint8", "pil", "batch")
 
 
+#: Whether a user's file is being imported. What it composes meanwhile is loaded later, by the run.
+importing: ContextVar[bool] = ContextVar("importing", default=False)
+
+
 def is_reference(name: str) -> bool:
     """Whether a name is `FILE.py:NAME` or `MODULE:NAME`."""
     location, colon, attribute = name.rpartition(":")
@@ -43,6 +48,7 @@ def load_object(reference: str) -> Any:
     be imported.
     """
     location, _, attribute = reference.rpartition(":")
+    token = importing.set(True)
     try:
         with chdir(Path.cwd()):  # Some files change the folder when they are imported.
             module = import_file(Path(location)) if location.endswith(".py") else import_module(location)
@@ -52,6 +58,8 @@ def load_object(reference: str) -> Any:
         raise
     except BaseException as error:
         raise NftError(f"Importing {location} raised {named_error(error)}{where(error)}.") from error
+    finally:
+        importing.reset(token)
     if not hasattr(module, attribute):
         own = [n for n, o in vars(module).items() if getattr(o, "__module__", "") == module.__name__]
         mine = [n for n in own if not n.startswith("_") and callable(vars(module)[n])]

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
-from functools import partial
+from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from functools import cached_property, partial
 from math import isfinite
+from pathlib import Path
 from typing import Any, NamedTuple, TypeAlias
+from weakref import WeakValueDictionary
 
 import torch
 from torch import Tensor
@@ -17,9 +20,26 @@ from nft_plugins.process import on_main_thread
 from ..errors import NftError, UsageError, named_error, where
 from ..host.host import Host, load_host
 from ..host.lending import lend, own, process_kept, thread_kept
+from ..host.local import FunctionReward, importing
 from ..host.specs import Policy, RewardSpec, finite_weight, parse_reward
 from ..parallel.devices import out_of_memory
 from .failures import Failed, Guard, Tally, added
+
+
+@dataclass(frozen=True)
+class Named:
+    """A reward that a file names while a run imports it, and that is not loaded yet.
+
+    The run loads it on its own device, with its preset's options, and once for all that name it.
+    host, device: as the file has given them; None where it leaves them to the run.
+    """
+
+    spec: RewardSpec
+    host: Host | None
+    device: str | None
+
+    def __hash__(self) -> int:  # Options cannot be hashed.
+        return hash(self.spec.title)
 
 
 class Term(NamedTuple):
@@ -27,7 +47,7 @@ class Term(NamedTuple):
 
     name: str
     weight: float
-    reward: Reward
+    reward: Reward | Named
 
 
 @dataclass(frozen=True)
@@ -45,16 +65,22 @@ class Composed:
     def __call__(self, batch: Batch) -> Scores:
         """Scores on the CPU. Raises NftError for a member that fails or returns something else."""
         scored: dict[int, Scores] = {}
-        for term in self.terms:
+        for term in self.members:
             # Equal entries hold the same object, which scores a batch once.
             if id(term.reward) not in scored:
                 scored[id(term.reward)] = advised(term, batch)
-        return self.total({t.name: Part(t.weight, scored[id(t.reward)]) for t in self.terms}, len(batch))
+        return self.total({t.name: Part(t.weight, scored[id(t.reward)]) for t in self.members}, len(batch))
+
+    @cached_property
+    def members(self) -> tuple[Term, ...]:
+        """The terms, with each reward loaded."""
+        # A run has loaded them all; the rest are those of a file that is used without a run.
+        return self.terms if is_loaded(self) else compose([self]).terms
 
     def regroup(self, scores: Scores, groups: Tensor) -> Scores:
         """The scores anew, now that those of whole groups are known; see `nft_plugins.Reward`."""
         parts = dict(scores.parts)
-        for term in self.terms:
+        for term in self.members:
             if hasattr(term.reward, "regroup"):
                 part = parts[term.name].scores
                 parts[term.name] = Part(term.weight, regrouped(term.name, term.reward, part, groups))
@@ -91,7 +117,7 @@ class Composed:
 
     def guards(self) -> Iterator[tuple[str, Guard]]:
         """The guards by member; a member made of others has theirs."""
-        for term in self.terms:
+        for term in self.members:
             if isinstance(term.reward, Guarded):
                 yield term.name, term.reward.guard
             elif isinstance(term.reward, Mapped):
@@ -102,14 +128,14 @@ class Composed:
     def tallies(self) -> dict[str, Tally]:
         """What failures have cost each member since this was asked last."""
         guards = list(self.guards())
-        tallies = {t.name: added(g.tally for name, g in guards if name == t.name) for t in self.terms}
+        tallies = {t.name: added(g.tally for name, g in guards if name == t.name) for t in self.members}
         for _, guard in guards:
             guard.tally = Tally()
         return tallies
 
     def check_prompt(self, prompt: str, metadata: Mapping[str, Any]) -> None:
         """Raises PromptError for a prompt that one of the members can never score."""
-        for term in self.terms:
+        for term in self.members:
             check_prompt(term.reward, term.name, prompt, metadata)
 
     def __add__(self, other: Composed | float) -> Composed:
@@ -217,12 +243,27 @@ def merged(terms: Iterable[Term]) -> tuple[Term, ...]:
     for term in terms:
         name, number = term.name, 1
         # `total` is what figures call the sum.
-        while name == "total" or (name in result and result[name].reward is not term.reward):
+        while name == "total" or (name in result and not is_same(result[name].reward, term.reward)):
             number += 1
             name = f"{term.name}:{number}"
         weight = term.weight + (result[name].weight if name in result else 0.0)
-        result[name] = Term(name, weight, term.reward)
+        result[name] = Term(name, weight, result[name].reward if name in result else term.reward)
     return tuple(result.values())
+
+
+def is_same(one: Reward | Named, other: Reward | Named) -> bool:
+    """Whether two members are the same reward, with the same done where it fails."""
+    if isinstance(one, Guarded) and isinstance(other, Guarded):
+        return one.reward is other.reward and one.guard.policy == other.guard.policy
+    return one is other or (isinstance(one, Named) and one == other)
+
+
+def is_loaded(composed: Composed) -> bool:
+    """Whether every reward of a composition is loaded."""
+    return not any(
+        isinstance(t.reward, Named) or (isinstance(t.reward, Mapped) and not is_loaded(t.reward.inner))
+        for t in composed.terms
+    )
 
 
 def check_prompt(member: Any, name: str, prompt: str, metadata: Mapping[str, Any]) -> None:
@@ -322,12 +363,13 @@ def kind(figure: object) -> str:
 Given: TypeAlias = "str | Mapping[str, Any] | RewardSpec | Callable[..., Any] | Composed"
 
 
-def reward(given: Given, *, host: Host | None = None, device: str = "cpu", **options: Any) -> Composed:
+def reward(given: Given, *, host: Host | None = None, device: str | None = None, **options: Any) -> Composed:
     """A reward with options: `reward("ocr", upscale=4)`, `reward("my_rewards.py:cat")`, `reward(cat, scale=2)`.
 
     A function takes what it needs of `images`, `prompts`, `metadata`, `groups`, `uint8`, `pil` and `batch` by
     name, and returns a number for each image, None where it cannot score one; its other parameters are options.
     `on_error`, `retry` and `max_seconds` are options of every reward, `nft_core.host.specs.Policy`.
+    device: the CPU where it is not given; in a file that a run is given, the run's.
     Raises UsageError for an unknown name or option and NftError for a reward that cannot be loaded.
     """
     return compose([as_spec(given).with_options(options)], host=host, device=device)
@@ -337,33 +379,102 @@ def compose(
     rewards: Mapping[Any, float] | Iterable[Given],
     *,
     host: Host | None = None,
-    device: str = "cpu",
+    device: str | None = None,
     defaults: Mapping[str, Mapping[str, Any]] | None = None,
 ) -> Composed:
     """A weighted sum: `compose({"pickscore": 1.0, cat: 0.5})`, or a list of what `reward` takes.
 
     Entries with equal names and options share one loaded reward, and their weights add up where what is done
-    on a failure is equal too.
-    defaults: options, by name, of rewards that others are made of.
+    on a failure is equal too. An entry that is itself a composition, such as `FILE.py:NAME` of one, brings
+    its members, whose weights the entry's own weight multiplies.
+    defaults: options, by name, of members of such compositions and of rewards that others are made of.
     """
-    host = host or load_host()
     weights = list(rewards.values()) if isinstance(rewards, Mapping) else None
     members = list(rewards)
     if not members:
         raise UsageError('There is no reward to compose: give one, such as {"pickscore": 1.0}.')
-    loaded: dict[tuple[Any, str], Reward] = {}
-    under: dict[tuple[int, Policy], Reward] = {}
+    loader = None if importing.get() else Loader(host, device, defaults or {})
     total = Composed(())
     for i, given in enumerate(members):
         if not isinstance(given, Composed):
             spec = as_spec(given)
-            made = host.make_reward(spec.name, spec.options, device, defaults, loaded)
-            key = (id(made), spec.guard)
-            if key not in under:
-                under[key] = guarded(made, spec.guard, spec.title)
-            given = Composed((Term(spec.title, spec.weight, under[key]),))
-        total += given if weights is None else finite_weight(weights[i], given.terms[0].name) * given
+            named = Named(replace(spec, weight=1.0), host, device)
+            given = Composed((Term(spec.title, spec.weight, named),))
+        weight = 1.0 if weights is None else finite_weight(weights[i], given.terms[0].name)
+        total += weight * (loader.load(given) if loader else given)
     return total
+
+
+class Loader:
+    """Loads the rewards that a composition names, each once."""
+
+    def __init__(
+        self, host: Host | None, device: str | None, defaults: Mapping[str, Mapping[str, Any]]
+    ) -> None:
+        self.given, self.device, self.defaults = host, device or "cpu", defaults
+        self.loaded: MutableMapping[tuple[Any, str], Reward] = {}
+        if host is None:
+            # A path means another file in another folder.
+            self.loaded = shared.setdefault((Path.cwd(), self.device), Shared())
+        self.under: dict[tuple[int, Policy], Reward] = {}
+
+    @cached_property
+    def host(self) -> Host:
+        return self.given or load_host()
+
+    def load(self, composed: Composed, inside: tuple[Any, ...] = ()) -> Composed:
+        """The composition with each reward loaded. inside: names of the compositions that this one is in."""
+        total = Composed((), composed.constant)
+        for term in composed.terms:
+            part = Composed((term,))
+            if isinstance(term.reward, Named):
+                part = term.weight * self.load_named(term.reward, inside)
+            elif isinstance(term.reward, Mapped) and not is_loaded(term.reward.inner):
+                mapped = Mapped(self.load(term.reward.inner, inside), term.reward.f)
+                part = Composed((term._replace(reward=mapped),))
+            total += part
+        return total
+
+    def load_named(self, named: Named, inside: tuple[Any, ...]) -> Composed:
+        """The reward, or the members of the composition, that a name stands for."""
+        if inside and (named.host or named.device):  # The file says more than the run.
+            other = Loader(named.host or self.host, named.device or self.device, self.defaults)
+            return other.load_named(replace(named, host=None, device=None), inside)
+        spec = self.with_defaults(named.spec) if inside else named.spec
+        if spec.name in inside:
+            raise UsageError(f"The reward {spec.name!r} is composed of itself: leave it out of its own sum.")
+        made = self.host.make_reward(spec.name, spec.options, self.device, self.defaults, self.loaded)
+        composed = made.function if isinstance(made, FunctionReward) else made
+        if isinstance(composed, Composed):
+            if spec.guard != Policy():
+                raise UsageError(
+                    f"The reward {spec.title!r} is composed of {', '.join(t.name for t in composed.terms)}: "
+                    f"give {', '.join(spec.guard.words())} to each of these, as in reward(NAME, on_error=...)."
+                )
+            return self.load(composed, (*inside, spec.name))
+        key = (id(made), spec.guard)
+        if key not in self.under:
+            self.under[key] = guarded(made, spec.guard, spec.title)
+        return Composed((Term(spec.title, 1.0, self.under[key]),))
+
+    def with_defaults(self, spec: RewardSpec) -> RewardSpec:
+        """The spec with the run's options for this reward where the file gives none."""
+        if spec.name not in self.defaults:
+            return spec
+        base = RewardSpec(spec.name).with_options(self.defaults[spec.name])
+        return base.with_options({**spec.options, **spec.guard.words()})
+
+
+class Shared(WeakValueDictionary[tuple[Any, str], Reward]):
+    """Loaded rewards by name and options, as long as somebody holds them."""
+
+    def __setitem__(self, key: tuple[Any, str], reward: Reward) -> None:
+        with suppress(TypeError):  # An object with __slots__ cannot be held so, and is not shared.
+            super().__setitem__(key, reward)
+
+
+#: What `reward` and `compose` have loaded, by folder and device: `reward("x") + reward("x")` loads x once.
+shared: dict[tuple[Path, str], Shared] = {}
 
 
 def as_spec(given: Given) -> RewardSpec:

@@ -230,9 +230,8 @@ def score_images(
             f"{len(given)} images need as many prompts and metadata, got {len(texts)}, {len(extras)}."
         )
     items = [make_item(*row) for row in zip(range(len(given)), given, texts, extras, strict=True)]
-    if not isinstance(reward, Composed):
-        one = isinstance(reward, str | Mapping | RewardSpec) or callable(reward)
-        reward = compose([reward] if one else reward, device=device)
+    one = isinstance(reward, str | Mapping | RewardSpec) or callable(reward)
+    reward = compose([reward] if one else reward, device=device)
     return score(items, reward, batch=batch, device=device)
 
 
