@@ -108,9 +108,12 @@ def pages_of_the_site():
 
 
 def test_every_page_is_in_the_navigation():
-    def leaves(items):
-        for item in items:
-            yield from [item] if isinstance(item, str) else leaves(next(iter(item.values())))
+    def leaves(item):
+        if isinstance(item, str):
+            yield item
+        else:  # Pages, or a title with a page or with pages.
+            for below in item if isinstance(item, list) else item.values():
+                yield from leaves(below)
 
     settings = yaml.safe_load(read("mkdocs.yml"))
     assert sorted(leaves(settings["nav"])) == pages_of_the_site()
