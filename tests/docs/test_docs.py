@@ -40,7 +40,10 @@ def test_hooks_with_their_arguments(name):
 def test_every_reward_and_solver():
     host = load_host()
     own = lambda cards: [n for n, c in cards.items() if c.owners[0].startswith("nft-hub")]  # noqa: E731
-    assert not [n for n in own(host.rewards) if f"`{n}`" not in read("docs/rewards.md")]
+    page = read("docs/rewards.md")
+    # A heading of its own, so that links and the search find it; and a link to it in the table.
+    assert sorted(re.findall(r"^### `(\w+)`$", page, flags=re.M)) == sorted(own(host.rewards))
+    assert not [n for n in own(host.rewards) if f"\n| [`{n}`](#{n}) |" not in page]
     assert not [n for n in own(host.solvers) if f"`{n.rstrip(':')}" not in read("docs/solvers.md")]
 
 
