@@ -150,3 +150,12 @@ def test_tables_have_no_pipes_in_code(page):
     r"""Inside code in a table `\|` is a pipe on GitHub, and both characters in the site."""
     rows = [line for line in read(f"docs/{page}").splitlines() if line.startswith("|")]
     assert not [row for row in rows for code in re.findall(r"`[^`]*`", row) if "|" in code]
+
+
+@pytest.mark.parametrize("page", ["../README.md", "../CONTRIBUTING.md", *pages_of_the_site()])
+def test_files_of_the_repository_that_a_page_names_are_there(page):
+    folders = "core|nft_plugins|rewards/nft_rewards|solvers|docs|examples|benchmarks"
+    if "tutorials/" not in page:  # There tests/ is a folder of the package that the reader makes.
+        folders += "|tests"
+    named = re.findall(rf"(?<![\w/])((?:{folders})/[\w./-]*\w/?)", read(f"docs/{page}"))
+    assert not [path for path in named if not (ROOT / path).exists()]
