@@ -40,7 +40,10 @@ def test_hooks_with_their_arguments(name):
 def test_every_reward_and_solver():
     host = load_host()
     own = lambda cards: [n for n, c in cards.items() if c.owners[0].startswith("nft-hub")]  # noqa: E731
-    assert not [n for n in own(host.rewards) if f"`{n}`" not in read("docs/rewards.md")]
+    page = read("docs/rewards.md")
+    # A heading of its own, so that links and the search find it; and a link to it in the table.
+    assert sorted(re.findall(r"^### `(\w+)`$", page, flags=re.M)) == sorted(own(host.rewards))
+    assert not [n for n in own(host.rewards) if f"\n| [`{n}`](#{n}) |" not in page]
     assert not [n for n in own(host.solvers) if f"`{n.rstrip(':')}" not in read("docs/solvers.md")]
 
 
@@ -108,9 +111,12 @@ def pages_of_the_site():
 
 
 def test_every_page_is_in_the_navigation():
-    def leaves(items):
-        for item in items:
-            yield from [item] if isinstance(item, str) else leaves(next(iter(item.values())))
+    def leaves(item):
+        if isinstance(item, str):
+            yield item
+        else:  # Pages, or a title with a page or with pages.
+            for below in item if isinstance(item, list) else item.values():
+                yield from leaves(below)
 
     settings = yaml.safe_load(read("mkdocs.yml"))
     assert sorted(leaves(settings["nav"])) == pages_of_the_site()
@@ -144,3 +150,12 @@ def test_tables_have_no_pipes_in_code(page):
     r"""Inside code in a table `\|` is a pipe on GitHub, and both characters in the site."""
     rows = [line for line in read(f"docs/{page}").splitlines() if line.startswith("|")]
     assert not [row for row in rows for code in re.findall(r"`[^`]*`", row) if "|" in code]
+
+
+@pytest.mark.parametrize("page", ["../README.md", "../CONTRIBUTING.md", *pages_of_the_site()])
+def test_files_of_the_repository_that_a_page_names_are_there(page):
+    folders = "core|nft_plugins|rewards/nft_rewards|solvers|docs|examples|benchmarks"
+    if "tutorials/" not in page:  # There tests/ is a folder of the package that the reader makes.
+        folders += "|tests"
+    named = re.findall(rf"(?<![\w/])((?:{folders})/[\w./-]*\w/?)", read(f"docs/{page}"))
+    assert not [path for path in named if not (ROOT / path).exists()]
