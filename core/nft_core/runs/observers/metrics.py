@@ -30,7 +30,7 @@ class Metrics:
 
 
 def append_record(folder: Path, record: Mapping[str, Any]) -> None:
-    """Raises NftError where the disk will not take the line: a run without figures is worth nothing."""
+    """Append a line. Raises NftError where the disk will not take it: a run needs its figures."""
     try:
         with (folder / FILE).open("a", encoding="utf-8") as file:
             file.write(to_line(record))
@@ -70,14 +70,14 @@ def trim_metrics(folder: Path, at: Progress, tell: Callable[[str], None]) -> Non
 
 
 def comes_before(record: Mapping[str, Any], at: Progress) -> bool:
-    """Whether it was written before the run stood there."""
+    """Say whether a record was written before the run stood at this progress."""
     if record["epoch"] == at.epoch:
         return at.evaluated if record["event"] == "eval" else at.epoch > 0
     return bool(record["epoch"] < at.epoch)
 
 
 def flatten_numbers(record: Mapping[str, Any], prefix: str = "") -> dict[str, float]:
-    """A record's numbers but the epoch, by path, such as `rewards/ocr/mean`."""
+    """Collect a record's numbers but the epoch, by path, such as `rewards/ocr/mean`."""
     flat: dict[str, float] = {}
     for name, value in record.items():
         if isinstance(value, Mapping):
@@ -88,7 +88,7 @@ def flatten_numbers(record: Mapping[str, Any], prefix: str = "") -> dict[str, fl
 
 
 def read_records(folder: Path) -> list[dict[str, Any]]:
-    """The records written so far; lines that are none are left out, see `read_lines`."""
+    """Read the records written so far; damaged lines are left out, see `read_lines`."""
     return read_lines(folder)[0]
 
 
@@ -104,7 +104,7 @@ def read_lines(folder: Path) -> tuple[list[dict[str, Any]], list[int]]:
 
 
 def iterate_records(folder: Path, damaged: list[int] | None = None) -> Iterator[dict[str, Any]]:
-    """The records one by one: a long run's would fill the memory. damaged: gets the numbers of other lines."""
+    """Read records one by one, since a long run's would fill the memory. damaged: gets other lines' numbers."""
     for number, line in enumerate(iterate_lines(folder), 1):
         record = parse_record(line)
         if record is not None:
@@ -114,7 +114,7 @@ def iterate_records(folder: Path, damaged: list[int] | None = None) -> Iterator[
 
 
 def iterate_lines(folder: Path, place: int = 0) -> Iterator[bytes]:
-    """The lines from a place in the file on, each with its end, which the last one may lack."""
+    """Read the lines from a place in the file on, each with its end, which the last one may lack."""
     path = folder / FILE
     try:
         with path.open("rb") as file:

@@ -128,7 +128,7 @@ class Curve:
             self.pieces.append([])
 
     def figure(self, title: str) -> str:
-        """Empty where there is nothing to draw a line through."""
+        """Draw the curve; empty where there is nothing to draw a line through."""
         points = [point for piece in self.pieces for point in piece]
         if len(points) < 2:
             return ""
@@ -147,7 +147,7 @@ class Curve:
 
 
 def thin_points(points: list[tuple[float, float]]) -> list[tuple[float, float]]:
-    """About half of the points: the ends, and of each four between them the lowest and the highest."""
+    """Keep about half of the points: the ends, and of each four between them the lowest and the highest."""
     first, *inner, last = points
     kept = [first]
     for i in range(0, len(inner), 4):
