@@ -7,20 +7,10 @@ import shlex
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from ..errors import CheckpointError, NftError, UsageError
-from ..settings import Settings, read_toml
-
-if TYPE_CHECKING:
-    pass
-from typing import TYPE_CHECKING
-
-from ..errors import disk_advice
-from ..settings import to_toml
-
-if TYPE_CHECKING:
-    pass
+from ..errors import CheckpointError, NftError, UsageError, disk_advice
+from ..settings import Settings, read_toml, to_toml
 
 
 def read_settings(folder: Path) -> dict[str, Any]:

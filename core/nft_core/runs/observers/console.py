@@ -13,7 +13,7 @@ from rich.table import Table
 from nft_plugins import Run, hookimpl
 
 from ..fingerprint import is_comparable, list_changes, pick_picture_part
-from .metrics import iterate_records
+from .metrics import read_records
 
 
 class Console:
@@ -32,7 +32,7 @@ class Console:
     @hookimpl
     def nft_run_started(self, run: Run) -> None:
         self.say(f"Writing to {run.folder}")
-        for record in iterate_records(run.folder):
+        for record in read_records(run.folder):
             if is_evaluation(record):
                 self.find_base(record)
         if self.terminal.is_terminal:

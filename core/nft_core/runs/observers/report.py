@@ -11,7 +11,7 @@ from typing import Any
 from nft_plugins import Run, hookimpl
 
 from ..fingerprint import is_comparable, list_changes
-from .metrics import iterate_lines, parse_record
+from .metrics import parse_record, read_lines
 
 STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; max-width: 70rem; margin: 2rem auto; padding: 0 1rem; }
@@ -46,7 +46,7 @@ class Report:
         self.write(run)
 
     def write(self, run: Run) -> None:
-        for line in iterate_lines(run.folder, self.place):
+        for line in read_lines(run.folder, self.place):
             if line.endswith(b"\n"):  # Or it is still being written.
                 self.place += len(line)
                 self.add(parse_record(line))
