@@ -31,7 +31,7 @@ from nft_core.errors import NftError
 from nft_core.host.specs import parse_observer, parse_reward
 from nft_core.prompts import read_prompts
 from nft_core.runs.checkpoint import MANIFEST, read_manifest
-from nft_core.runs.observers.metrics import FILE, read_lines, read_records
+from nft_core.runs.observers.metrics import FILE, read_records
 from nft_core.settings import Settings, make_settings, parse_assignment, read_toml, shown, to_toml
 
 #: Seconds after which an input counts as a hang, on a machine that may be busy.
@@ -295,8 +295,9 @@ def figures(c: Choices) -> bytes:
 
 def read_figures(content: bytes, folder: Path) -> None:
     (folder / FILE).write_bytes(content)
-    records, damaged = read_lines(folder)
-    assert len(read_records(folder)) == len(records)
+    damaged: list[int] = []
+    records = list(read_records(folder, damaged))
+    assert len(list(read_records(folder))) == len(records)
     assert all(isinstance(r["event"], str) and type(r["epoch"]) is int for r in records)
     assert len(records) + len(damaged) <= content.count(b"\n") + 1
 

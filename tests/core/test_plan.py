@@ -21,7 +21,7 @@ from nft_core.host.specs import parse_reward
 from nft_core.planning import plan
 from nft_core.planning.footprint import (
     META,
-    Work,
+    Computations,
     count_bytes,
     count_footprint,
     encode_on_meta,
@@ -108,7 +108,7 @@ def work_of(s, host, device):
     condition = encode_on_meta(model)[0] if device == META else model.encode(["a b"])
     with device:
         policy = make_policy(s, model, device)
-    work = Work(policy, model.latent_shape(32, 32), condition, s)
+    work = Computations(policy, model.latent_shape(32, 32), condition, s)
     return work
 
 

@@ -74,7 +74,7 @@ def test_metrics_are_lines_of_json_that_read_back(run):
     metrics.nft_eval_finished(run, records[0])
     metrics.nft_epoch_finished(run, records[1])
     metrics.nft_eval_finished(run, records[2])
-    assert read_records(run.folder) == records
+    assert list(read_records(run.folder)) == records
     assert len((run.folder / "metrics.jsonl").read_text().splitlines()) == 3
 
 
@@ -367,7 +367,7 @@ def test_numbers_that_json_lacks_are_null(run):
     assert (record["loss"], record["drift"], record["phases"]) == (None, None, {"train": None})
     # A version that wrote them left no JSON.
     (run.folder / "metrics.jsonl").write_text('{"event": "epoch", "epoch": 1, "loss": NaN}\n')
-    assert read_records(run.folder) == [{"event": "epoch", "epoch": 1, "loss": None}]
+    assert list(read_records(run.folder)) == [{"event": "epoch", "epoch": 1, "loss": None}]
 
 
 @pytest.mark.parametrize(

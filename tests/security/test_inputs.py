@@ -7,7 +7,7 @@ import pytest
 
 from nft_core.errors import NftError, UsageError
 from nft_core.prompts import read_prompts
-from nft_core.runs.observers.metrics import FILE, read_lines, read_records
+from nft_core.runs.observers.metrics import FILE, read_records
 from nft_core.settings import Settings, make_settings, nearest_divisor, parse_assignment, read_toml, to_toml
 
 
@@ -83,10 +83,11 @@ def line(**values):
 def test_figures_after_a_kill(tmp_path):
     whole = line(loss=0.5)
     (tmp_path / FILE).write_bytes(whole + b"\n" + line(epoch=2)[:-5])
-    assert read_lines(tmp_path) == ([json.loads(whole)], [])
+    damaged = []
+    assert list(read_records(tmp_path, damaged)) == [json.loads(whole)] and not damaged
     # The kill came between the record and the end of its line.
     (tmp_path / FILE).write_bytes(whole + b"\n" + line(epoch=2))
-    assert [r["epoch"] for r in read_records(tmp_path)] == [1, 2]
+    assert [r["epoch"] for r in list(read_records(tmp_path))] == [1, 2]
 
 
 @pytest.mark.parametrize(
@@ -105,14 +106,15 @@ def test_figures_after_a_kill(tmp_path):
 )
 def test_a_damaged_line_in_the_middle(tmp_path, damaged):
     (tmp_path / FILE).write_bytes(b"\n".join([line(), damaged, line(epoch=3), b""]))
-    records, where = read_lines(tmp_path)
+    where = []
+    records = list(read_records(tmp_path, where))
     assert [r["epoch"] for r in records] == [1, 3]
     assert where == [2]
-    assert read_records(tmp_path) == records
+    assert list(read_records(tmp_path)) == records
 
 
 def test_figures_that_are_not_there(tmp_path):
-    assert read_records(tmp_path) == []
+    assert list(read_records(tmp_path)) == []
     (tmp_path / FILE).mkdir()
     with pytest.raises(NftError, match=f"Cannot read .*{FILE}"):
-        read_records(tmp_path)
+        list(read_records(tmp_path))

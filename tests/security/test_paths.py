@@ -68,7 +68,7 @@ def test_observers_write_in_the_runs_folder_alone(tmp_path, monkeypatch, fuzz, h
     fuzz.watch.seen.clear()
     assert not seen
     assert sorted(p.name for p in tmp_path.iterdir()) == ["here", "run"] and not any(here.iterdir())
-    assert len(read_records(folder)) == 4
+    assert len(list(read_records(folder))) == 4
     assert sorted(p.name for p in folder.iterdir()) == [
         "metrics.jsonl",
         "report.html",

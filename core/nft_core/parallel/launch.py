@@ -30,7 +30,7 @@ PATIENCE, PATIENCE_OF_THE_FIRST = 20.0, 600.0
 
 
 def count_processes(processes: int | Literal["auto"], device: str) -> int:
-    """How many processes to start. `auto`: on a CPU one a core, 8 at most; on a GPU one.
+    """Decide how many processes to start. `auto`: on a CPU one a core, 8 at most; on a GPU one.
 
     Raises UsageError for more than the GPUs, or than MANY a core of a CPU.
     """
@@ -51,7 +51,7 @@ def count_processes(processes: int | Literal["auto"], device: str) -> int:
 
 
 def count_cores() -> int:
-    """The cores that this process may use."""
+    """Count the cores that this process may use."""
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
@@ -102,7 +102,7 @@ def launch_processes(settings: str, out: Path, processes: int, more: Sequence[st
 def start_process(
     arguments: Sequence[str], rank: int, processes: int, rendezvous: Path, said: IO[str]
 ) -> subprocess.Popen[bytes]:
-    """One process. Its standard input is a pipe that closes with this process, which ends it too."""
+    """Start one process. Its standard input is a pipe that closes with this process, which ends it too."""
     environment = os.environ | {
         "RANK": str(rank),
         "LOCAL_RANK": str(rank),
@@ -125,7 +125,7 @@ def start_process(
 
 
 def wait_for_children(children: Sequence[subprocess.Popen[bytes]]) -> subprocess.Popen[bytes] | None:
-    """Until all are done, or one fails: the one whose failure is the cause, or None."""
+    """Wait until all are done, or one fails. Returns the one whose failure is the cause, or None."""
     while any(c.poll() is None for c in children):
         if any(c.returncode for c in children):
             break
@@ -157,7 +157,7 @@ def stop_children(children: Sequence[subprocess.Popen[bytes]]) -> None:
 
 
 def choose_exit_code(child: subprocess.Popen[bytes]) -> int:
-    """What to end with where a child has failed."""
+    """Choose the exit code where a child has failed."""
     return child.returncode if child.returncode and child.returncode > 0 else 1
 
 
@@ -167,7 +167,7 @@ def describe_end(child: subprocess.Popen[bytes]) -> str:
 
 
 def end_with_the_parent() -> None:
-    """In a child of `launch`: end when the parent has, even by SIGKILL, which closes the pipe it holds."""
+    """End a child when its parent has ended, even by SIGKILL: that closes the pipe which the parent holds."""
     if not os.environ.get(RENDEZVOUS):
         return
 

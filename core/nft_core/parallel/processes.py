@@ -63,17 +63,17 @@ def barrier() -> None:
 
 
 def list_owned(count: int) -> Tensor:
-    """Indices in 0..count-1 of this process: every world_size-th, so each prompt's images spread out."""
+    """List this process's indices in 0..count-1: every world_size-th, so prompts' images spread out."""
     return torch.arange(rank(), count, world_size(), device="cpu")
 
 
 def largest_share(indices: Tensor) -> int:
-    """How many of these the process owns that owns the most of them."""
+    """Count the indices of the process that has the most of them."""
     return int((indices % world_size()).bincount().max())
 
 
 def gather_rows(rows: Tensor, index: Tensor, count: int, device: torch.device) -> Tensor:
-    """`[count, ...]` of all processes' rows, in order, on the CPU, on every process.
+    """Gather all processes' rows in order, `[count, ...]`, on the CPU, in every process.
 
     rows: this process's rows `[n, ...]`; index: `[n]`, where they belong.
     """
@@ -107,7 +107,7 @@ def sum_gradients(parameters: Iterable[torch.nn.Parameter]) -> None:
 
 @contextmanager
 def fail_together(device: torch.device, finish: Callable[[], None] = lambda: None) -> Iterator[None]:
-    """What fails inside in one process fails in all, so that none waits for another for ever.
+    """Make what fails inside in one process fail in all, so that none waits for another for ever.
 
     Inside there may be no other exchange between processes: the one that failed would not take part.
 
@@ -133,7 +133,7 @@ def fail_together(device: torch.device, finish: Callable[[], None] = lambda: Non
 
 
 def is_same_everywhere(text: str, device: torch.device) -> bool:
-    """Whether all processes hold the same text; the answer is the same in all."""
+    """Say whether all processes hold the same text; the answer is the same in all."""
     if world_size() == 1:
         return True
     code = torch.tensor([crc32(text.encode()), -crc32(text.encode())], dtype=torch.int64, device=device)
@@ -142,7 +142,7 @@ def is_same_everywhere(text: str, device: torch.device) -> bool:
 
 
 def gather_texts(text: str, device: torch.device) -> list[str]:
-    """Every process's text, in order, on every process; as bytes, without pickle."""
+    """Gather every process's text, in order, in every process; as bytes, without pickle."""
     if world_size() == 1:
         return [text]
     own = torch.tensor(list(text.encode()), dtype=torch.uint8, device="cpu")
@@ -156,12 +156,12 @@ def gather_texts(text: str, device: torch.device) -> list[str]:
 
 
 def sum_value(value: float, device: torch.device) -> float:
-    """The sum of a figure over all processes."""
+    """Sum a figure over all processes."""
     return sum_values([value], device)[0]
 
 
 def sum_values(values: Sequence[float], device: torch.device) -> list[float]:
-    """The sums of figures over all processes, float64."""
+    """Sum figures over all processes, in float64."""
     if world_size() == 1:
         return list(values)
     total = torch.tensor(values, dtype=torch.float64, device=device)
@@ -170,5 +170,5 @@ def sum_values(values: Sequence[float], device: torch.device) -> list[float]:
 
 
 def agree_on_number(number: int, device: torch.device) -> int:
-    """The first process's number, in all."""
+    """Give all processes the first one's number."""
     return round(sum_value(float(number) if rank() == 0 else 0.0, device))

@@ -28,7 +28,7 @@ from .rendezvous import connect_in_time
 
 
 def list_blocks(transformer: Module) -> list[Module]:
-    """The blocks that repeat, by the class names that diffusers has for them, inner ones first."""
+    """List the blocks that repeat, by the class names that diffusers has for them, inner ones first."""
     names = getattr(transformer, "_repeated_blocks", None) or getattr(transformer, "_no_split_modules", None)
 
     def named(module: Module) -> bool:  # A sharded one has a new class, which comes from the one before.
@@ -74,13 +74,13 @@ def shard_transformer(
 
 
 def take_local_part(x: Tensor) -> Tensor:
-    """What this process holds of a tensor, without gradients: all of it where it is not sharded."""
+    """Take what this process holds of a tensor, without gradients: all of it where it is not sharded."""
     x = x.detach()
     return x.to_local() if isinstance(x, DTensor) else x
 
 
 def shard_like(part: Tensor, p: Tensor) -> Tensor:
-    """A part as one of a tensor that is sharded as `p` is."""
+    """Treat a part as one of a tensor that is sharded as `p` is."""
     if not isinstance(p, DTensor):
         return part
     shape, stride = p.shape, p.stride()
@@ -89,14 +89,14 @@ def shard_like(part: Tensor, p: Tensor) -> Tensor:
 
 
 def split_like(full: Tensor, p: Tensor) -> Tensor:
-    """A tensor sharded as `p` is, of which every process has the whole."""
+    """Shard a tensor as `p` is; every process has the whole of it."""
     if not isinstance(p, DTensor):
         return full
     return distribute_tensor(full, p.device_mesh, p.placements, src_data_rank=None)
 
 
 def gather_whole(x: Tensor) -> Tensor:
-    """A sharded tensor, gathered in the first process's host memory; the others call this too, for nothing."""
+    """Gather a sharded tensor in the first process's host memory; the others must call this too."""
     if not isinstance(x, DTensor):
         return x
     full = x.full_tensor()
@@ -113,7 +113,7 @@ def clip_gradients(parameters: Sequence[Parameter], most: float) -> float:
 
 
 def copy_whole(transformer: Module, parameters: Mapping[str, Tensor]) -> Module:
-    """A sharded diffusers transformer as it was before, with these parameters instead of its own."""
+    """Make an unsharded copy of a sharded diffusers transformer, with these parameters instead of its own."""
     cls: Any = next(c for c in type(transformer).__mro__ if not issubclass(c, FSDPModule))
     with torch.device("meta"):
         copy = cls.from_config(transformer.config)
@@ -163,7 +163,7 @@ class InStep:
         return bool(asked)
 
     def all_here(self) -> bool:
-        """Whether all processes call this within moments."""
+        """Say whether all processes call this within moments."""
         try:
             dist.monitored_barrier(self._group, timedelta(seconds=PATIENCE))
         except RuntimeError:

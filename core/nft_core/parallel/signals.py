@@ -40,7 +40,7 @@ def raise_terminated(number: int, frame: object) -> None:
 
 
 def catch_ctrl_c() -> AbstractContextManager[None]:
-    """Inside, Ctrl-C raises Terminated, so that a plug-in's own KeyboardInterrupt is told from the user's."""
+    """Make Ctrl-C raise Terminated inside, which no plug-in raises: its KeyboardInterrupt is not the user's."""
 
     def press(number: int, frame: object) -> None:
         raise Terminated(number)
@@ -56,14 +56,14 @@ def end_on_signals() -> None:
 
 
 def list_handled_signals() -> list[signal.Signals]:
-    """The signals that end this process: not those that are ignored, as under nohup, or a library's."""
+    """List the signals that end this process: not those that are ignored, as under nohup, or a library's."""
     end = (signal.SIG_DFL, signal.default_int_handler, raise_terminated)
     return [number for number in ENDING if signal.getsignal(number) in end]
 
 
 @contextmanager
 def handle_signals(numbers: Sequence[signal.Signals], handler: Any) -> Iterator[None]:
-    """Inside, these signals have another handler, where this is the main thread."""
+    """Give these signals another handler inside, where this is the main thread."""
     if threading.current_thread() is not threading.main_thread():  # To others they do not come.
         yield
         return
@@ -77,7 +77,7 @@ def handle_signals(numbers: Sequence[signal.Signals], handler: Any) -> Iterator[
 
 @contextmanager
 def note_signals() -> Iterator[Callable[[], int]]:
-    """Inside, signals that would end the process are only noted; the function gives the first's number, or 0.
+    """Only note signals inside that would end the process. The function gives the first's number, or 0.
 
     A second Ctrl-C interrupts at once, as ever.
     """
@@ -99,5 +99,5 @@ def note_signals() -> Iterator[Callable[[], int]]:
 
 
 def ignore_signals() -> AbstractContextManager[None]:
-    """Without the signals that would end the saving of what is trained, but for Ctrl-C."""
+    """Ignore the signals inside that would end the saving of what is trained, but for Ctrl-C."""
     return handle_signals([n for n in list_handled_signals() if n != signal.SIGINT], signal.SIG_IGN)

@@ -102,7 +102,7 @@ def count_footprint(s: Settings, host: Host, device: torch.device, both: bool = 
 
 
 def count_model(s: Settings, host: Host, model: FlowModel, both: bool) -> Footprint:
-    """Of a model on the meta device. None of the settings' precisions is auto."""
+    """Count what a model on the meta device takes. None of the settings' precisions is auto."""
     height, width, shape = image_shape(s, model)
     weights = Counter[str]()
     for x in iterate_tensors(model.transformer):
@@ -117,7 +117,7 @@ def count_model(s: Settings, host: Host, model: FlowModel, both: bool) -> Footpr
         policy = make_policy(s, model, META)
     solver = host.make_solver(s.solver, s.solver_options)
     passes, state = count_solver(solver, model.times(s.steps, height, width), shape)
-    work = Work(policy, shape, condition, s)
+    work = Computations(policy, shape, condition, s)
     forward, decode = count_growth(work.old), count_growth(work.decode)
     step = count_growth(work.step) if both or not s.gradient_checkpointing else None
     recomputed = count_growth(work.step) if (both or s.gradient_checkpointing) and work.recompute() else None
@@ -150,7 +150,7 @@ def count_model(s: Settings, host: Host, model: FlowModel, both: bool) -> Footpr
     )
 
 
-class Work:
+class Computations:
     """The run's computations on meta tensors, for `growth`.
 
     condition: a row or more, to make others like.
@@ -179,7 +179,7 @@ class Work:
         return {name: x.new_empty(images, *x.shape[1:], device=self.device) for name, x in rows}
 
     def velocity(self, x_t: Tensor) -> Tensor:
-        """As the policy's own, which cannot ask torch for autocast here."""
+        """Compute the policy's velocity; `Policy.velocity` itself cannot ask torch for autocast here."""
         t = torch.empty(len(x_t), device=self.device, dtype=torch.float32)
         c = self.conditions(len(x_t))
         with AsOnGpu(self.autocast) as mode:
@@ -194,7 +194,7 @@ class Work:
 
     @torch.no_grad()
     def base(self) -> float:
-        """FLOPs of the velocity without a LoRA, an image."""
+        """Count FLOPs of the velocity without a LoRA, for an image."""
         with self.policy._without_lora(), Live() as live:
             self.velocity(self.latents(FEW))
         return float(live.flops / FEW)
@@ -206,7 +206,7 @@ class Work:
             return self.policy.model.decode(x_0)
 
     def step(self, images: int, mark: Any) -> None:
-        """One training time of a microbatch, with all times' latents at hand, as in `train.train_epoch`."""
+        """Train on one time of a microbatch, with all times' latents at hand, as the loop does."""
         s, times = self.s, self.s.train_times_count
         x_0 = self.latents(images)
         noise, x_t, v_old = (self.latents(times, images) for _ in range(3))
@@ -221,7 +221,7 @@ class Work:
         del noise  # Which is there until here.
 
     def recompute(self) -> bool:
-        """Have activations computed anew in the backward pass from here on; whether the transformer can."""
+        """Recompute activations in the backward pass from here on. Returns whether the transformer can."""
         transformer = self.policy.model.transformer
         try:
             checkpoint_activations(transformer)
@@ -238,7 +238,7 @@ def count_bytes(x: Tensor) -> int:
 
 
 def find_adapted_weight(layer: Any) -> Tensor:
-    """Of the layer that a LoRA adapts."""
+    """Find the weight of the layer that a LoRA adapts."""
     return cast(Tensor, layer.base_layer.weight)
 
 
@@ -248,7 +248,7 @@ def iterate_tensors(module: torch.nn.Module) -> Iterator[Tensor]:
 
 
 def count_gathered(transformer: torch.nn.Module) -> int:
-    """Bytes that stand whole at once where processes share the transformer, a block at a time."""
+    """Count bytes that stand whole at once where processes share the transformer, a block at a time."""
     own = {id(module): 0 for module in (transformer, *list_blocks(transformer))}
     owner: dict[int, int] = {}
     for module in (transformer, *reversed(list_blocks(transformer))):  # Inner ones last: they have their own.
@@ -260,7 +260,7 @@ def count_gathered(transformer: torch.nn.Module) -> int:
 
 
 def list_other_modules(model: FlowModel) -> Iterator[tuple[str, torch.nn.Module]]:
-    """The model's modules beside the transformer, each once."""
+    """List the model's modules beside the transformer, each once."""
     parts = {**getattr(getattr(model, "pipeline", None), "components", {}), **vars(model)}
     seen = {id(model.transformer)}
     for name, part in parts.items():
@@ -270,7 +270,7 @@ def list_other_modules(model: FlowModel) -> Iterator[tuple[str, torch.nn.Module]
 
 
 def encode_on_meta(model: FlowModel) -> tuple[dict[str, Tensor], dict[str, int], int]:
-    """A condition, the text encoders' bytes by part, and what is alive at most while they work."""
+    """Encode on the meta device: a condition, text encoders' bytes by part, and the most alive meanwhile."""
     prompts = ["a"] * ENCODED_AT_ONCE
     if not isinstance(model, PipelineModel):
         with Live() as live:
@@ -295,7 +295,7 @@ def encode_on_meta(model: FlowModel) -> tuple[dict[str, Tensor], dict[str, int],
 
 
 class Unread(AsOnGpu):
-    """Says no where a tensor that has no numbers is asked whether it is true."""
+    """A mode in which a tensor that has no numbers is false where it is asked."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is Tensor.__bool__ and args[0].is_meta:
@@ -304,7 +304,7 @@ class Unread(AsOnGpu):
 
 
 def fake_encoder(encoder: torch.nn.Module) -> torch.nn.Module:
-    """A text encoder on the meta device that takes tokens from the CPU and gives zeros there."""
+    """Make a text encoder on the meta device take tokens from the CPU and give zeros there."""
     forward = encoder.forward
 
     def shapes(*args: Any, attention_mask: Any = None, **kwargs: Any) -> Any:
@@ -320,7 +320,7 @@ def fake_encoder(encoder: torch.nn.Module) -> torch.nn.Module:
 
 
 def count_solver(solver: Solver, times: Sequence[float], shape: Sequence[int]) -> tuple[int, int]:
-    """How often the solver asks for the velocity, and the bytes that it holds for an image, by doing it."""
+    """Count how often the solver asks for the velocity, and the bytes that it holds for an image."""
     asked = 0
 
     def velocity(x_t: Tensor, t: float) -> Tensor:

@@ -93,7 +93,7 @@ def is_half(x: Any) -> bool:
 def fuse_attention(
     query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None, *args: Any, **options: Any
 ) -> Tensor:
-    """By CUDA's kernels, which keep no matrix of attention; by itself a meta tensor gets the plain formula."""
+    """Attend by CUDA's kernels, which keep no matrix; by itself a meta tensor gets the plain formula."""
     scale = options.get("scale")
     if attn_mask is None:
         flash = torch.ops.aten._scaled_dot_product_flash_attention
@@ -106,7 +106,7 @@ def fuse_attention(
 
 
 def recompute_as_on_gpu(transformer: torch.nn.Module, autocast: torch.dtype | None) -> None:
-    """Gradient checkpointing whose second forward pass, inside the backward one, has `AsOnGpu` again."""
+    """Switch on gradient checkpointing whose second forward pass, in the backward one, is `AsOnGpu` too."""
     again = partial(checkpoint, use_reentrant=False, context_fn=lambda: (nullcontext(), AsOnGpu(autocast)))
     transformer.enable_gradient_checkpointing(again)  # type: ignore[operator]
 
@@ -174,7 +174,7 @@ class Growth:
         return int(self._for(images).max())
 
     def held(self, images: int) -> int:
-        """At the mark."""
+        """Bytes alive at the mark."""
         return int(self._for(images)[self.mark - 1])
 
     def _for(self, images: int) -> Tensor:

@@ -49,7 +49,7 @@ Phases = dict[str, dict[str, int]]
 
 
 def plan_phases(s: Settings, f: Footprint, rewards: Mapping[str, int]) -> Phases:
-    """What is on the device in each phase, in one process.
+    """Plan what is on the device in each phase, in one process: bytes by what takes them.
 
     rewards: bytes by name.
     """
@@ -104,7 +104,7 @@ def plan_phases(s: Settings, f: Footprint, rewards: Mapping[str, int]) -> Phases
 
 
 def count_planned_processes(s: Settings) -> int:
-    """That the run's images are shared by."""
+    """Count the processes that share the run's images."""
     if "WORLD_SIZE" in os.environ:
         return number("WORLD_SIZE", 1)
     if s.processes == "auto":
@@ -113,17 +113,17 @@ def count_planned_processes(s: Settings) -> int:
 
 
 def is_sharded(s: Settings) -> bool:
-    """Whether processes share the transformer's weights."""
+    """Say whether processes share the transformer's weights."""
     return s.parallel == "fsdp" and count_planned_processes(s) > 1
 
 
 def count_trained_bytes(s: Settings, f: Footprint) -> int:
-    """Of what a process holds of the trained weights. A LoRA is not shared."""
+    """Count bytes of what a process holds of the trained weights. A LoRA is not shared."""
     return 4 * sum(f.trained) // (count_planned_processes(s) if is_sharded(s) and not f.lora else 1)
 
 
 def count_copies(s: Settings, f: Footprint) -> dict[str, int]:
-    """Of the trained weights."""
+    """Count bytes of each copy of the trained weights."""
     trained = count_trained_bytes(s, f)
     return {
         "old policy": trained,
@@ -139,7 +139,7 @@ def count_moments(s: Settings, f: Footprint) -> int:
 
 
 def count_together(s: Settings, microbatch: int) -> int:
-    """Images in a pass of the frozen policies, which take several training times at once."""
+    """Count images in a pass of the frozen policies, which take several training times at once."""
     return microbatch * min(s.train_times_count, max(s.rollout_batch // microbatch, 1))
 
 
@@ -148,12 +148,12 @@ def sum_phases(table: Phases) -> dict[str, int]:
 
 
 def count_needed(table: Phases) -> int:
-    """Bytes that a GPU must have, with what is assumed."""
+    """Count bytes that a GPU must have, with what is assumed."""
     return round(max(sum_phases(table).values()) * (1 + SLACK)) + CONTEXT
 
 
-class Work(NamedTuple):
-    """Passes of an epoch, in all processes.
+class EpochWork(NamedTuple):
+    """The passes of one kind in an epoch, in all processes.
 
     passes: for an image. flops: of a pass for an image. read: bytes of weights that all of them read, each once
         for a whole batch, which is the least that is possible.
@@ -171,8 +171,8 @@ class Work(NamedTuple):
         return self.images * self.passes * self.flops
 
 
-def count_works(s: Settings, f: Footprint) -> list[Work]:
-    """All of an epoch's passes through the transformer and the VAE."""
+def count_works(s: Settings, f: Footprint) -> list[EpochWork]:
+    """Count all of an epoch's passes through the transformer and the VAE."""
     step = f.recomputed if s.gradient_checkpointing else f.step
     assert step is not None  # `phases` has looked.
     images, times = s.prompts_per_epoch * s.group_size, s.train_times_count
@@ -181,11 +181,11 @@ def count_works(s: Settings, f: Footprint) -> list[Work]:
     again = 3 if s.gradient_checkpointing else 2
     sampling = f.reference if f.merged else f.forward.flops
     found = [
-        Work("rollout", f.passes, sampling, ceil(images / s.rollout_batch) * f.passes * weights, images),
-        Work("decode", 1, f.decode.flops, ceil(images / s.decode_batch) * sum(f.others.values()), images),
-        Work("train: old policy", times, f.forward.flops, frozen, images),
-        Work("train: reference", times, f.reference, frozen, images),
-        Work(
+        EpochWork("rollout", f.passes, sampling, ceil(images / s.rollout_batch) * f.passes * weights, images),
+        EpochWork("decode", 1, f.decode.flops, ceil(images / s.decode_batch) * sum(f.others.values()), images),
+        EpochWork("train: old policy", times, f.forward.flops, frozen, images),
+        EpochWork("train: reference", times, f.reference, frozen, images),
+        EpochWork(
             "train: forward and backward",
             times,
             step.flops,
@@ -250,7 +250,7 @@ CHANGED = (
 
 
 def write_changes(asked: Settings, proposed: Settings) -> str:
-    """`--set` for each setting that differs."""
+    """Write `--set` for each setting that differs."""
     values = {
         n: str(getattr(proposed, n)).lower() for n in CHANGED if getattr(asked, n) != getattr(proposed, n)
     }
@@ -258,7 +258,7 @@ def write_changes(asked: Settings, proposed: Settings) -> str:
 
 
 def count_operations(s: Settings, f: Footprint) -> float:
-    """The floating-point operations of the whole run."""
+    """Count the floating-point operations of the whole run."""
     return s.epochs * sum(work.total for work in count_works(s, f))
 
 
@@ -298,7 +298,7 @@ def check_memory(
 def count_on_gpu(
     settings: Settings, host: Host, device: torch.device, tell: Callable[[str], None]
 ) -> float | None:
-    """The run's floating-point operations, or None where they cannot be counted; warns of too little memory."""
+    """Count the run's floating-point operations; None where that fails. Warns of too little memory."""
     try:
         counted = count_footprint(settings, host, device)
     except NftError:  # What cannot be counted may fit all the same.

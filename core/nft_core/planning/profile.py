@@ -111,7 +111,7 @@ class Probe:
             return self.theirs[1](x_t, t, condition)
 
     def end(self) -> None:
-        """Of a stretch."""
+        """End a stretch."""
         if self.current:
             self.current.seconds = read_clock(self.device) - self.start
             self.trained, self.current = self.current, None
@@ -154,7 +154,7 @@ class Probe:
 
 
 def list_costs(profiler: profile, device: str) -> Iterator[str]:
-    """The operations with the most time of their own, on the device."""
+    """List the operations with the most time of their own, on the device."""
     own = "self_device_time_total" if device == "cuda" else "self_cpu_time_total"
     # Kernels have rows of their own beside those of the operations that launch them.
     operations = [e for e in profiler.key_averages() if e.device_type.name == "CPU"]
@@ -186,14 +186,14 @@ def format_rate(rate: float) -> str:
 
 
 def read_clock(device: torch.device) -> float:
-    """Seconds, when the device has done what it was given."""
+    """Read the clock, in seconds, when the device has done what it was given."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     return perf_counter()
 
 
 def measure_product_speed(device: torch.device, dtype: torch.dtype) -> float:
-    """FLOP/s of the best of some matrix products."""
+    """Measure FLOP/s of the best of some matrix products."""
     side = SIDES[device.type]
     a, b = (torch.randn(side, side, device=device, dtype=torch.float32).to(dtype) for _ in "ab")
     times = []

@@ -128,7 +128,7 @@ def _flush(path: Path) -> None:
 
 
 def read_manifest(folder: Path) -> Manifest:
-    """Raises CheckpointError where there is none, or what is there is none."""
+    """Read and check a checkpoint's manifest. Raises CheckpointError where there is none, or a broken one."""
     try:
         manifest = Manifest.model_validate_json(_read(folder / MANIFEST))
     except ValidationError as error:
@@ -144,7 +144,7 @@ def read_manifest(folder: Path) -> Manifest:
 
 
 def _read(path: Path) -> bytes:
-    """A small file. Raises CheckpointError."""
+    """Read a file that is small, or was not written here. Raises CheckpointError."""
     try:
         with path.open("rb") as file:
             content = file.read(MOST_BYTES + 1)
@@ -158,12 +158,12 @@ def _read(path: Path) -> bytes:
 
 
 def say_unreadable(path: Path, error: OSError) -> NftError:
-    """What a disk or a network refuses now may be whole: it ends the command, and nothing goes back behind."""
+    """Make the error for what a disk or a network refuses now: the file may be whole, so the command ends."""
     return NftError(f"Cannot read {path}: {error.strerror or error}. Try again when it can be read.")
 
 
 def verify_checkpoint(folder: Path) -> None:
-    """Raises CheckpointError, which says what is wrong, for a checkpoint that is not whole."""
+    """Check sizes and hashes of a checkpoint's files. Raises CheckpointError, which says what is wrong."""
     manifest = read_manifest(folder)
     for name, entry in manifest.files.items():
         path = folder / name
@@ -181,13 +181,13 @@ def verify_checkpoint(folder: Path) -> None:
 
 
 def list_checkpoints(folder: Path) -> list[Path]:
-    """A run's checkpoints by gradient step, the newest first, whole or not; modification times play no part."""
+    """List a run's checkpoints by gradient step, the newest first, whole or not. File times play no part."""
     found = [p for p in (folder / "checkpoints").glob("*") if NAME.fullmatch(p.name) and p.is_dir()]
     return sorted(found, key=lambda p: int(p.name), reverse=True)
 
 
 def find_newest_checkpoint(folder: Path, tell: Callable[[str], None]) -> Path | None:
-    """A run's newest whole checkpoint, or None; those that are not whole are told of and left where they are.
+    """Find a run's newest whole checkpoint, or None. Those that are not whole are named, and left as they are.
 
     What a kill left aside is put in order first.
     """
@@ -202,7 +202,7 @@ def find_newest_checkpoint(folder: Path, tell: Callable[[str], None]) -> Path | 
 
 
 def _tidy(folder: Path) -> None:
-    """A kill between two renames leaves a checkpoint under another name."""
+    """Put back a checkpoint that a kill between two renames left under another name, and delete halves."""
     for old in folder.glob(".*.old"):
         place = folder / old.name.removeprefix(".").removesuffix(".old")
         if place.exists():
@@ -230,7 +230,7 @@ def prune_checkpoints(folder: Path, progress: Progress, keep_last: int, keep_bes
 
 
 def read_state(folder: Path) -> tuple[Progress, dict[str, Any]]:
-    """Progress and settings of a checkpoint. Raises CheckpointError."""
+    """Read the progress and the settings of a checkpoint. Raises CheckpointError."""
     try:
         state = json.loads(_read(folder / STATE))
     except (ValueError, RecursionError) as error:

@@ -42,7 +42,7 @@ def fingerprint_evaluation(
     sources: Mapping[str, str],
     **resolved: str,
 ) -> dict[str, Any]:
-    """The fingerprint of an evaluation, all text: what its pictures depend on, `rewards` and their `total`.
+    """Make an evaluation's fingerprint, all text: what its pictures depend on, `rewards`, and their `total`.
 
     Means under the same fingerprint differ by the weights alone. Where files lie is no part of it.
     sources: of `sources_of`. resolved: settings of OF_PICTURES that leave the choice to the machine, as chosen.
@@ -73,7 +73,7 @@ def fingerprint_evaluation(
 
 
 def identify_source(name: str, card: Registered[Any] | None, sources: Mapping[str, str]) -> str:
-    """What brings a reward or a solver of that name: a plug-in's version, the user's files, or nothing."""
+    """Say what brings a reward or a solver: a plug-in and its version, the user's files, or nothing."""
     if card is not None:
         return f"{card.distribution} {sources.get(card.distribution, '')}"
     return (
@@ -82,7 +82,7 @@ def identify_source(name: str, card: Registered[Any] | None, sources: Mapping[st
 
 
 def digest_model(name: str) -> str:
-    """A hub id as it is; of a folder its name, and a digest of its files' sizes and some of their bytes."""
+    """Name a model: a hub id as it is, a folder by its name and a digest of its files."""
     folder = Path(name)
     if not folder.is_dir():
         return name
@@ -98,18 +98,18 @@ def digest_model(name: str) -> str:
 
 
 def digest_value(value: Any) -> str:
-    """A few letters that differ where the value does."""
+    """Make a few letters of a value, which differ where the value does."""
     return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()[:12]
 
 
 def pick_picture_part(evaluation: Any) -> dict[str, Any]:
-    """The part of a fingerprint that pictures depend on; empty for a line of an older version."""
+    """Pick the part of a fingerprint that pictures depend on; it is empty for a line of an older version."""
     given = evaluation if isinstance(evaluation, Mapping) else {}
     return {name: value for name, value in given.items() if name not in OF_SCORES}
 
 
 def list_changes(before: Any, now: Any) -> list[str]:
-    """Names of what differs between two fingerprints, rewards by theirs."""
+    """List the names of what differs between two fingerprints, and of rewards that do."""
     if not before or not now:
         return [] if before == now else ["what it was in an older version is not known"]
     a, b = (
@@ -122,7 +122,7 @@ def list_changes(before: Any, now: Any) -> list[str]:
 
 
 def is_comparable(before: Any, now: Any, name: str) -> bool:
-    """Whether a figure of two evaluations differs by the weights alone."""
+    """Say whether a figure can differ between two evaluations by the weights alone."""
     return pick_picture_part(before) == pick_picture_part(now) and identify_figure(
         before, name
     ) == identify_figure(now, name)
@@ -138,7 +138,7 @@ def read_total_digest(evaluation: Any) -> Any:
 
 
 def identify_figure(evaluation: Any, name: str) -> Any:
-    """What a figure of an evaluation is of.
+    """Find the digest of what a figure of an evaluation depends on beside its pictures.
 
     name: of a reward, of its detail, `REWARD/DETAIL`, or `total`.
     """
@@ -147,7 +147,7 @@ def identify_figure(evaluation: Any, name: str) -> Any:
 
 
 def collect_sources(host: Host, references: Iterable[str] = ()) -> dict[str, str]:
-    """Versions of plug-ins and of what is beneath them, by distribution; digests of the user's files, by name.
+    """Collect versions of plug-ins and of what is beneath them, and digests of the user's files, by name.
 
     references: those of the run's rewards and solver, of which some are `FILE.py:NAME` or `MODULE:NAME`.
     """
@@ -164,7 +164,7 @@ def collect_sources(host: Host, references: Iterable[str] = ()) -> dict[str, str
 
 
 def find_source_files(reference: str) -> list[Path]:
-    """Of `FILE.py:NAME` the file and the imported modules beside it; of `MODULE:NAME` those of the package."""
+    """Find a reference's files: the file and imported modules beside it, or, of a module, its package's."""
     location, _, _ = reference.rpartition(":")
     modules = {name: getattr(module, "__file__", None) for name, module in list(sys.modules.items())}
     paths = {
@@ -191,7 +191,7 @@ def digest_file(path: Path) -> str:
 
 
 def compare_sources(before: Mapping[str, str], now: Mapping[str, str]) -> list[str]:
-    """In words, what both know and is another now: versions of distributions, files of the user's."""
+    """List in words which versions and which of the user's files have changed; what one lacks is left out."""
     return [
         f"{name} is another file" if name.endswith(".py") else f"{name} {before[name]} then, {now[name]} now"
         for name in sorted(before.keys() & now.keys())

@@ -7,24 +7,14 @@ import shlex
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from ..errors import CheckpointError, NftError, UsageError
-from ..settings import Settings, read_toml
-
-if TYPE_CHECKING:
-    pass
-from typing import TYPE_CHECKING
-
-from ..errors import disk_advice
-from ..settings import to_toml
-
-if TYPE_CHECKING:
-    pass
+from ..errors import CheckpointError, NftError, UsageError, disk_advice
+from ..settings import Settings, read_toml, to_toml
 
 
 def read_settings(folder: Path) -> dict[str, Any]:
-    """A run's settings, from its run.toml, or else from its newest checkpoint. Raises UsageError."""
+    """Read a run's settings from its run.toml, or else from its newest checkpoint. Raises UsageError."""
     if (folder / "run.toml").exists():
         return read_toml(folder / "run.toml")
     from .checkpoint import list_checkpoints, read_state
@@ -41,7 +31,7 @@ def read_settings(folder: Path) -> dict[str, Any]:
 
 
 def holds_a_run(folder: Path) -> bool:
-    """Whether there is something to go on with. Raises UsageError for a folder of something else."""
+    """Say whether there is a run to go on with. Raises UsageError for a folder of something else."""
     if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
         return False
     read_settings(folder)

@@ -29,7 +29,7 @@ DATA = Path(__file__).parents[1] / "data"
 
 
 def make_run_settings(host: Host, preset: str | None, *layers: Mapping[str, Any]) -> Settings:
-    """Settings from a preset and then from each layer, later ones first in rank.
+    """Make settings from a preset and then from each layer; later layers win.
 
     Raises UsageError for a preset, a setting or a reward of `reward_defaults` that is not known.
     """
@@ -66,7 +66,7 @@ def prepare_inputs(settings: Settings, host: Host) -> Inputs:
 
 
 def parse_rewards(settings: Settings, host: Host) -> list[RewardSpec]:
-    """The run's rewards with the preset's options filled in where the user gave none."""
+    """Parse the run's rewards, with the preset's options where the user gave none. Raises UsageError."""
     if not settings.rewards:
         raise UsageError(
             "A run needs a reward: give --reward NAME, as in --reward pickscore. "
@@ -92,7 +92,7 @@ def load_rewards(
 
 
 def read_prompt_files(settings: Settings) -> tuple[list[Prompt], list[Prompt]]:
-    """The training and the held-out prompts; none of these where there is no file of them."""
+    """Read the training prompts and the held-out ones; these are empty where there is no file of them."""
     held_out = read_prompts(Path(settings.eval_prompts)) if settings.eval_prompts else []
     if settings.prompts:
         return read_prompts(Path(settings.prompts)), held_out
@@ -200,11 +200,11 @@ def check_same_settings(settings: Settings, path: Path | None, device: torch.dev
 
 
 def tell_no_observer(hook: str, **arguments: Any) -> None:
-    """The observers of every process but the first."""
+    """Take the place of the observers in every process but the first: do nothing."""
 
 
 def make_observers(settings: Settings, host: Host) -> dict[str, object]:
-    """Those that the settings ask for, by name."""
+    """Make the observers that the settings ask for, by name. Raises UsageError."""
     specs = [parse_observer(given) for given in settings.observers]
     if len({spec.name for spec in specs}) < len(specs):
         raise UsageError(f"An observer is asked for twice: {', '.join(spec.name for spec in specs)}.")
@@ -212,7 +212,7 @@ def make_observers(settings: Settings, host: Host) -> dict[str, object]:
 
 
 def register_observers(host: Host, described: Run, asked: Mapping[str, object]) -> Callable[..., None]:
-    """Tells the built-in observers, those that were asked for, and those that plug-ins are by themselves."""
+    """Register the built-in observers and those asked for. Returns what calls a hook of all, plug-ins too."""
     from .observers import make_builtin_observers
 
     for observer in make_builtin_observers():

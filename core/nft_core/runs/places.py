@@ -19,7 +19,7 @@ PATHS = ("prompts", "eval_prompts", "cache", "folder")
 
 
 def make_paths_whole(values: Mapping[str, Any]) -> dict[str, Any]:
-    """The settings with whole paths for those that are seen from the current folder, `FILE.py:NAME` among them.
+    """Make paths in settings whole where they start at the current folder, `FILE.py:NAME` among them.
 
     Raises UsageError for a path that is not in UTF-8.
     """
@@ -31,7 +31,7 @@ def make_paths_whole(values: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def make_folder_whole(folder: Path) -> Path:
-    """The whole path of a run's folder. Raises UsageError where it is not in UTF-8."""
+    """Make the path of a run's folder whole. Raises UsageError where it is not in UTF-8."""
     whole = folder.resolve()
     if not is_text(str(whole)):
         raise UsageError(f"The run's folder {str(whole)!r}: {NOT_UTF_8}, or choose another with --out.")
@@ -39,7 +39,7 @@ def make_folder_whole(folder: Path) -> Path:
 
 
 def make_path_whole(name: str, text: str) -> str:
-    """The whole path of a setting or an option that is a path; others as they are."""
+    """Make a setting or an option whole if it is a path; others stay as they are."""
     location, colon, attribute = text.rpartition(":")
     if is_reference(text):
         file = location if location.endswith(".py") else find_own_module(location)
@@ -53,7 +53,7 @@ def make_path_whole(name: str, text: str) -> str:
 
 
 def find_own_module(name: str) -> str:
-    """The file of a module of the current folder; empty for others, as installed ones come first."""
+    """Find the file of a module in the current folder; empty for others, since installed ones come first."""
     file = Path(f"{name}.py")
     if not (name.isidentifier() and file.is_file()):
         return ""
@@ -69,17 +69,17 @@ def path_exists(path: Path) -> bool:
 
 
 def shorten_paths(values: Mapping[str, Any]) -> dict[str, Any]:
-    """The settings with the last part of each whole path: what they are, wherever they lie."""
+    """Shorten each whole path in the settings to its last part: what a file is, wherever it lies."""
     return change_paths(values, lambda name, text: shorten_path(text))
 
 
 def shorten_path(text: str) -> str:
-    """The last part of a whole path; other text as it is."""
+    """Shorten a whole path to its last part; other text stays as it is."""
     return Path(text).name if Path(text).is_absolute() else text
 
 
 def change_paths(values: Mapping[str, Any], change: Callable[[str, str], str]) -> dict[str, Any]:
-    """The settings with `change(NAME, TEXT)` for each text that may be a path."""
+    """Replace each text in the settings that may be a path by `change(NAME, TEXT)`."""
 
     def options(given: Mapping[str, Any]) -> dict[str, Any]:
         return {name: change(name, v) if isinstance(v, str) else v for name, v in given.items()}

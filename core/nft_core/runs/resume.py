@@ -36,7 +36,7 @@ FREE = {
 def choose_checkpoint(
     folder: Path, settings: Settings, allow_changes: bool, tell: Callable[[str], None]
 ) -> Path | None:
-    """The newest whole checkpoint, or None where the run begins anew.
+    """Choose the newest whole checkpoint, or None where the run begins anew, and say which.
 
     Raises UsageError, with each of them, for settings that would change what is learned.
     """
@@ -76,7 +76,7 @@ def check_changes(
 
 
 def describe_changes(before: Mapping[str, Any], settings: Settings) -> tuple[list[str], list[str]]:
-    """Settings that differ from a checkpoint's, in words: those that change what is learned, and the others."""
+    """Describe settings that differ from a checkpoint's: those that change what is learned, and the others."""
     now = settings.model_dump(mode="json")
     before = {**make_settings().model_dump(mode="json"), **before}
     said = {n: f"{n} ({before[n]!r} before, {now[n]!r} now)" for n in sorted(now) if now[n] != before[n]}
@@ -95,12 +95,12 @@ def describe_changes(before: Mapping[str, Any], settings: Settings) -> tuple[lis
 
 
 def drop_failure_policies(rewards: Sequence[Any]) -> list[RewardSpec]:
-    """Rewards without what is done where they fail, which may change."""
+    """Parse rewards without what is done where they fail: that may change."""
     return [replace(parse_reward(given), guard=Policy()) for given in rewards]
 
 
 def digest_prompts(prompts: Sequence[Prompt], held_out: Sequence[Prompt]) -> str:
-    """Of the prompts that a run trains on and evaluates on, and their metadata, in order."""
+    """Make a digest of the prompts that a run trains on and evaluates on, and of their metadata, in order."""
     rows = [[p.text, p.metadata] for p in prompts], [[p.text, p.metadata] for p in held_out]
     return hashlib.sha256(json.dumps(rows, sort_keys=True, default=str).encode()).hexdigest()
 

@@ -208,7 +208,7 @@ def train_and_save(training: Training, folder: Path, traced: AbstractContextMana
 
 @contextmanager
 def explain_memory_errors() -> Iterator[None]:
-    """A GPU's full memory in one sentence with what helps."""
+    """Say in one sentence that the GPU's memory is full, and what helps."""
     import torch
 
     try:
@@ -221,12 +221,12 @@ def explain_memory_errors() -> Iterator[None]:
 
 
 def is_from_inside(error: BaseException, told: int) -> bool:
-    """Whether a plug-in has raised what ends a process, and not the user. told: the user's signal, or 0."""
+    """Say whether a plug-in, not the user, raised what ends a process. told: the user's signal, or 0."""
     return isinstance(error, SystemExit) or (isinstance(error, KeyboardInterrupt) and not told)
 
 
 def rescue_training(training: Training, folder: Path, tell: Callable[[str], None]) -> None:
-    """Keep what was trained before an error or Ctrl-C, in the middle of an epoch as it may be."""
+    """Save what was trained before an error or Ctrl-C, even in the middle of an epoch, and say so."""
     training.policy.restore()
     at = training.at
     if training.torn:

@@ -51,7 +51,7 @@ def pick_device(name: str) -> torch.device:
 
 
 def find_family(settings: Settings, host: Host) -> tuple[str, Mapping[str, Any]]:
-    """The name of the family whose pipeline class the base model's `model_index.json` names, and that index."""
+    """Find the family of the base model, by the pipeline class in its `model_index.json`, and that index."""
     from ..models.sources import read_index
 
     name = settings.model
@@ -98,7 +98,7 @@ def say_unloadable(model: str, error: Exception) -> NftError:
 
 
 def load_model(settings: Settings, host: Host, device: torch.device) -> FlowModel:
-    """The base model, by the family whose pipeline class its `model_index.json` names."""
+    """Load the base model, by the family whose pipeline class its `model_index.json` names."""
     name = settings.model
     family, _ = find_family(settings, host)
     # A LoRA's frozen base can stand in half precision; weights that are trained stay in float32.

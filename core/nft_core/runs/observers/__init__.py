@@ -7,7 +7,7 @@ from __future__ import annotations
 
 
 def make_builtin_observers() -> list[object]:
-    """The console, `metrics.jsonl`, the pictures and the report."""
+    """Make the observers that every run has: console, `metrics.jsonl`, pictures and report."""
     from .console import Console
     from .metrics import Metrics
     from .report import Report

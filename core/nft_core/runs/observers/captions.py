@@ -18,13 +18,13 @@ MISSING = "\U0010ffff"
 
 
 def clean_text(text: str) -> str:
-    """Text as it is drawn: composed letters, without characters that are not seen."""
+    """Prepare a text for drawing: letters are composed, and characters that are not seen are dropped."""
     composed = unicodedata.normalize("NFC", text)
     return "".join(c for c in composed if c.isspace() or unicodedata.category(c) not in ("Cc", "Cf"))
 
 
 def find_font(text: str, size: int) -> ImageFont.FreeTypeFont | None:
-    """A font that has all letters of a text; None where neither Pillow nor the system has one."""
+    """Find a font that has all letters of a text; None where neither Pillow nor the system has one."""
     return _font_for(frozenset(c for c in text if not c.isspace()), size)
 
 
@@ -55,7 +55,7 @@ def draw_letter(font: ImageFont.FreeTypeFont, letter: str) -> tuple[tuple[int, i
 
 @cache
 def list_system_fonts() -> list[Path]:
-    """Font files of the system and of its user, plain faces first."""
+    """List font files of the system and of its user, plain faces first."""
     home = Path.home()
     shares = os.environ.get("XDG_DATA_DIRS", "/usr/local/share:/usr/share").split(":")
     folders = [*(Path(share) / "fonts" for share in shares), home / ".local/share/fonts", home / ".fonts"]
@@ -72,7 +72,7 @@ def list_system_fonts() -> list[Path]:
 
 
 def wrap_text(text: str, font: ImageFont.FreeTypeFont, width: int, columns: int) -> list[str]:
-    """Two lines at most, of so many pixels and columns at most."""
+    """Wrap a text into two lines at most, of so many pixels and columns at most."""
     if not text.isascii():
         columns = min(columns, max(5, int(width * len(text) / max(font.getlength(text), 1))))
     lines = textwrap.wrap(text, columns)

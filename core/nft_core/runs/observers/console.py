@@ -13,7 +13,7 @@ from rich.table import Table
 from nft_plugins import Run, hookimpl
 
 from ..fingerprint import is_comparable, list_changes, pick_picture_part
-from .metrics import iterate_records
+from .metrics import read_records
 
 
 class Console:
@@ -32,7 +32,7 @@ class Console:
     @hookimpl
     def nft_run_started(self, run: Run) -> None:
         self.say(f"Writing to {run.folder}")
-        for record in iterate_records(run.folder):
+        for record in read_records(run.folder):
             if is_evaluation(record):
                 self.find_base(record)
         if self.terminal.is_terminal:
@@ -81,7 +81,7 @@ class Console:
         self.warn(record)
 
     def find_base(self, record: Mapping[str, Any]) -> Mapping[str, Any]:
-        """The first evaluation of the same pictures, which may be this one."""
+        """Find the first evaluation of the same pictures, which may be this one."""
         for first in self.firsts:
             if pick_picture_part(first.get("evaluation")) == pick_picture_part(record.get("evaluation")):
                 return first
@@ -119,7 +119,7 @@ class Console:
 
 
 def describe_failures(record: Mapping[str, Any]) -> dict[str, str]:
-    """What failing rewards have cost, in words."""
+    """Describe what failing rewards have cost."""
     return {
         f"{name} failed": f"{name} failed: {r['retried']} calls were made again, {r['masked']} images lost."
         for name, r in record["rewards"].items()
@@ -128,7 +128,7 @@ def describe_failures(record: Mapping[str, Any]) -> dict[str, str]:
 
 
 def compare_evaluations(base: Mapping[str, Any], latest: Mapping[str, Any]) -> Table:
-    """The first and the latest evaluation of the same prompts and noise, and what cannot be compared."""
+    """Compare the first and the latest evaluation of the same prompts and noise, in a table."""
     table = Table(title=f"{base['images']} held-out images, same prompts and noise")
     first = f"epoch {base['epoch']}" if base["epoch"] else "base"
     for title in ("", first, f"epoch {latest['epoch']}", "change"):
@@ -149,7 +149,7 @@ def compare_evaluations(base: Mapping[str, Any], latest: Mapping[str, Any]) -> T
 
 
 def explain_difference(base: Mapping[str, Any], latest: Mapping[str, Any], name: str) -> str:
-    """Why a figure's change would say nothing of the weights; empty where it does."""
+    """Explain why a figure's change would say nothing about the weights; empty where it does."""
     if not is_comparable(base.get("evaluation"), latest.get("evaluation"), name):
         return "the rewards or their weights have changed" if name == "total" else "the reward has changed"
     if base.get("which", {}).get(name) != latest.get("which", {}).get(name):
@@ -158,7 +158,7 @@ def explain_difference(base: Mapping[str, Any], latest: Mapping[str, Any], name:
 
 
 def is_evaluation(record: Mapping[str, Any]) -> bool:
-    """Whether a line that was read has what is shown of it: somebody else may have written it."""
+    """Say whether a line is an evaluation with all that is shown; somebody else may have written the file."""
     rewards = record.get("rewards")
     if record["event"] != "eval" or not isinstance(rewards, Mapping) or "total" not in rewards:
         return False
@@ -167,7 +167,7 @@ def is_evaluation(record: Mapping[str, Any]) -> bool:
 
 
 def collect_means(record: Mapping[str, Any]) -> dict[str, float | None]:
-    """Means of the rewards, then of their details, then the total where there are several rewards."""
+    """Collect means: of rewards, then of their details, then the total where there are several rewards."""
     rewards: dict[str, float | None] = {name: r["mean"] for name, r in record["rewards"].items()}
     total = {"total": rewards.pop("total")}
     details: dict[str, float | None] = record.get("details", {})
@@ -175,7 +175,7 @@ def collect_means(record: Mapping[str, Any]) -> dict[str, float | None]:
 
 
 def write_means(record: Mapping[str, Any], like: Mapping[str, Any] | None = None) -> str:
-    """Of the rewards; with `like`, of those alone that can be compared with that evaluation's."""
+    """Write out the means of rewards; with `like`, of those alone that can be compared with that evaluation."""
     rewards = {
         name: r["mean"]
         for name, r in record["rewards"].items()

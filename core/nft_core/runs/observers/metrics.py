@@ -30,7 +30,7 @@ class Metrics:
 
 
 def append_record(folder: Path, record: Mapping[str, Any]) -> None:
-    """Raises NftError where the disk will not take the line: a run without figures is worth nothing."""
+    """Append a line. Raises NftError where the disk will not take it: a run needs its figures."""
     try:
         with (folder / FILE).open("a", encoding="utf-8") as file:
             file.write(to_line(record))
@@ -59,7 +59,7 @@ def trim_metrics(folder: Path, at: Progress, tell: Callable[[str], None]) -> Non
     damaged: list[int] = []
     try:
         with aside.open("w", encoding="utf-8") as file:
-            for record in iterate_records(folder, damaged):
+            for record in read_records(folder, damaged):
                 if comes_before(record, at):
                     file.write(to_line(record))
         aside.replace(path)
@@ -70,14 +70,14 @@ def trim_metrics(folder: Path, at: Progress, tell: Callable[[str], None]) -> Non
 
 
 def comes_before(record: Mapping[str, Any], at: Progress) -> bool:
-    """Whether it was written before the run stood there."""
+    """Say whether a record was written before the run stood at this progress."""
     if record["epoch"] == at.epoch:
         return at.evaluated if record["event"] == "eval" else at.epoch > 0
     return bool(record["epoch"] < at.epoch)
 
 
 def flatten_numbers(record: Mapping[str, Any], prefix: str = "") -> dict[str, float]:
-    """A record's numbers but the epoch, by path, such as `rewards/ocr/mean`."""
+    """Collect a record's numbers but the epoch, by path, such as `rewards/ocr/mean`."""
     flat: dict[str, float] = {}
     for name, value in record.items():
         if isinstance(value, Mapping):
@@ -87,25 +87,15 @@ def flatten_numbers(record: Mapping[str, Any], prefix: str = "") -> dict[str, fl
     return flat
 
 
-def read_records(folder: Path) -> list[dict[str, Any]]:
-    """The records written so far; lines that are none are left out, see `read_lines`."""
-    return read_lines(folder)[0]
+def read_records(folder: Path, damaged: list[int] | None = None) -> Iterator[dict[str, Any]]:
+    """Read the records written so far one by one, since a long run's would fill the memory.
 
-
-def read_lines(folder: Path) -> tuple[list[dict[str, Any]], list[int]]:
-    """The records, and the numbers (from 1) of damaged lines, which are no JSON object with an `event` that is
-    text and an `epoch` that is a whole number.
-
-    A last line without its end is what a killed process leaves: where it is no record, it is left out and not
-    called damaged. Raises NftError where there is a file that cannot be read.
+    damaged: gets the numbers, from 1, of lines that are no records: JSON objects with an `event` that is text
+        and an `epoch` that is a whole number. A killed process leaves a last line without its end: where
+        it is no record, it is left out and not called damaged.
+    Raises NftError where there is a file that cannot be read.
     """
-    damaged: list[int] = []
-    return list(iterate_records(folder, damaged)), damaged
-
-
-def iterate_records(folder: Path, damaged: list[int] | None = None) -> Iterator[dict[str, Any]]:
-    """The records one by one: a long run's would fill the memory. damaged: gets the numbers of other lines."""
-    for number, line in enumerate(iterate_lines(folder), 1):
+    for number, line in enumerate(read_lines(folder), 1):
         record = parse_record(line)
         if record is not None:
             yield record
@@ -113,8 +103,8 @@ def iterate_records(folder: Path, damaged: list[int] | None = None) -> Iterator[
             damaged.append(number)
 
 
-def iterate_lines(folder: Path, place: int = 0) -> Iterator[bytes]:
-    """The lines from a place in the file on, each with its end, which the last one may lack."""
+def read_lines(folder: Path, place: int = 0) -> Iterator[bytes]:
+    """Read the lines from a place in the file on, each with its end, which the last one may lack."""
     path = folder / FILE
     try:
         with path.open("rb") as file:

@@ -11,7 +11,7 @@ from typing import Any
 from nft_plugins import Run, hookimpl
 
 from ..fingerprint import is_comparable, list_changes
-from .metrics import iterate_lines, parse_record
+from .metrics import parse_record, read_lines
 
 STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; max-width: 70rem; margin: 2rem auto; padding: 0 1rem; }
@@ -46,7 +46,7 @@ class Report:
         self.write(run)
 
     def write(self, run: Run) -> None:
-        for line in iterate_lines(run.folder, self.place):
+        for line in read_lines(run.folder, self.place):
             if line.endswith(b"\n"):  # Or it is still being written.
                 self.place += len(line)
                 self.add(parse_record(line))
@@ -128,7 +128,7 @@ class Curve:
             self.pieces.append([])
 
     def figure(self, title: str) -> str:
-        """Empty where there is nothing to draw a line through."""
+        """Draw the curve; empty where there is nothing to draw a line through."""
         points = [point for piece in self.pieces for point in piece]
         if len(points) < 2:
             return ""
@@ -147,7 +147,7 @@ class Curve:
 
 
 def thin_points(points: list[tuple[float, float]]) -> list[tuple[float, float]]:
-    """About half of the points: the ends, and of each four between them the lowest and the highest."""
+    """Keep about half of the points: the ends, and of each four between them the lowest and the highest."""
     first, *inner, last = points
     kept = [first]
     for i in range(0, len(inner), 4):

@@ -69,7 +69,7 @@ class Samples:
 
 
 def choose_samples(batch: Batch, scores: Scores) -> list[Sample]:
-    """The first image of up to 12 prompts, spread evenly over the file."""
+    """Choose the first image of up to 12 prompts, spread evenly over the file."""
     groups = batch.groups.tolist()
     first = [i for i, g in enumerate(groups) if i == 0 or groups[i - 1] != g]
     count = min(COUNT, len(first))
@@ -86,7 +86,7 @@ def choose_samples(batch: Batch, scores: Scores) -> list[Sample]:
 
 
 def fit_to_cell(image: Image.Image) -> Image.Image:
-    """The image in a cell: small ones enlarged by whole pixels, large ones reduced."""
+    """Fit an image to a cell: small ones are enlarged by whole pixels, large ones reduced."""
     longest = max(image.size)
     if longest * 2 <= CELL:
         factor = CELL // longest
@@ -97,7 +97,7 @@ def fit_to_cell(image: Image.Image) -> Image.Image:
 
 
 def draw_grid(rows: list[list[Sample]], titles: list[str]) -> Image.Image:
-    """Titled blocks of pictures, six in a row, each over its prompt and score."""
+    """Draw titled blocks of pictures, six in a row, each over its prompt and score."""
     lines = [
         (title, row[i : i + ROW])
         for title, row in zip(titles, rows, strict=True)
@@ -128,19 +128,19 @@ def draw_grid(rows: list[list[Sample]], titles: list[str]) -> Image.Image:
 
 
 def write_caption(sample: Sample) -> str:
-    """The prompt, or where it stands if no font has its letters."""
+    """Write a picture's prompt, or where it stands if no font has its letters."""
     text = clean_text(sample.prompt)
     return text if find_font(text, 13) else f"prompt {sample.number} of samples/{PROMPTS}"
 
 
 def choose_font(text: str, size: int) -> tuple[str, Any]:
-    """A text and a font that has its letters; other letters by number where none has."""
+    """Choose a font that has a text's letters; where none has, the letters are written as numbers."""
     font = find_font(text, size)
     return (text, font) if font else (ascii(text)[1:-1], ImageFont.load_default(size))
 
 
 def save_sheet(image: Image.Image, path: Path, noted: Sheet | None = None) -> None:
-    """Whole or not at all. noted: what stands in the file, so that `read` finds it."""
+    """Save a picture, whole or not at all. noted: is written into the file, for `read_sheet`."""
     aside, notes = path.with_name(f".{path.name}"), PngInfo()
     if noted:
         samples = [[s.prompt, s.score, *s.image.size] for s in noted.samples]
@@ -150,7 +150,7 @@ def save_sheet(image: Image.Image, path: Path, noted: Sheet | None = None) -> No
 
 
 def find_first_sheet(folder: Path, now: Sheet) -> Sheet | None:
-    """The first sheet of the same pictures that was written at an earlier epoch."""
+    """Find the first sheet of the same pictures that was written at an earlier epoch."""
     for path in sorted(folder.glob("epoch-*.png")):
         found = read_sheet(path, now.of)
         if found and found.epoch < now.epoch:
@@ -159,7 +159,7 @@ def find_first_sheet(folder: Path, now: Sheet) -> Sheet | None:
 
 
 def read_sheet(path: Path, of: Mapping[str, Any]) -> Sheet | None:
-    """What `save` noted in a file, and its pictures; None where they are not of that fingerprint."""
+    """Read what `save_sheet` noted in a file, and its pictures; None for pictures of another fingerprint."""
     try:
         with Image.open(path, formats=["PNG"]) as sheet:
             notes = json.loads(sheet.info[NOTE])

@@ -56,5 +56,5 @@ class TensorBoard:
 
 
 def escape_cell(value: Any) -> str:
-    """The value in a Markdown table: a bar or the end of a line would end its cell."""
+    """Escape a value for a Markdown table, in which a bar or the end of a line would end its cell."""
     return " ".join(str(value).replace("\\", "\\\\").replace("|", "\\|").split())
