@@ -8,13 +8,12 @@ from itertools import islice
 from math import ceil, isfinite
 from signal import SIGTERM
 from time import perf_counter
-from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import Parameter
 
-from nft_plugins import Condition
+from nft_plugins import Condition, EpochRecord
 
 from ..errors import NftError, Stopped
 from ..objective.advantages import combined_advantages, flat_groups, optimality
@@ -306,7 +305,7 @@ def epoch_means(at: Progress) -> dict[str, float | None]:
     }
 
 
-def heed(run: Training, record: dict[str, Any]) -> None:
+def heed(run: Training, record: EpochRecord) -> None:
     """End the run where it was asked to end at a warning, or where rewards were left out too often."""
     s = run.settings
     if s.strict and record["warnings"]:
