@@ -8,12 +8,14 @@ from .hookspecs import CONTRACT, ENTRY_POINT_GROUP, PROJECT, ContractDeprecation
 from .interfaces import (
     Condition,
     FlowModel,
+    Generator,
     Reward,
     Solver,
     SteppedSolver,
     Velocity,
     randn_like,
 )
+from .records import EpochRecord, EvalRecord, RewardFigures
 
 __all__ = [
     "CONTRACT",
@@ -22,13 +24,17 @@ __all__ = [
     "Batch",
     "Condition",
     "ContractDeprecation",
+    "EpochRecord",
+    "EvalRecord",
     "FlowModel",
+    "Generator",
     "ModelInfo",
     "ObserverInfo",
     "Part",
     "Preset",
     "PromptError",
     "Reward",
+    "RewardFigures",
     "RewardInfo",
     "Run",
     "Scores",

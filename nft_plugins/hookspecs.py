@@ -11,13 +11,14 @@ import pluggy
 
 from .cards import ModelInfo, ObserverInfo, Preset, RewardInfo, SolverInfo
 from .data import Batch, Scores
+from .records import EpochRecord, EvalRecord
 
 PROJECT = "nft"
 ENTRY_POINT_GROUP = "nft_plugins"
 #: The version of this contract, "MAJOR.MINOR". A plug-in says in its module which one it was written for,
 #: `CONTRACT = "1.0"`, and works with every later 1.x: minor versions add, and only a major one takes away,
-#: after a minor one has warned of it.
-CONTRACT = "1.0"
+#: after a minor one has warned of it. 1.1 brought `Generator` and the types of records.
+CONTRACT = "1.1"
 #: Hooks that offer something: the kind of their cards.
 OFFERS: dict[str, type] = {
     "nft_register_rewards": RewardInfo,
@@ -85,12 +86,12 @@ def nft_progress(run: Run, phase: str, done: int, total: int) -> None:
 
 
 @hookspec
-def nft_epoch_finished(run: Run, record: Mapping[str, Any]) -> None:
+def nft_epoch_finished(run: Run, record: EpochRecord) -> None:
     """An epoch is over; `record` is its line of `metrics.jsonl`."""
 
 
 @hookspec
-def nft_eval_finished(run: Run, record: Mapping[str, Any], batch: Batch, scores: Scores) -> None:
+def nft_eval_finished(run: Run, record: EvalRecord, batch: Batch, scores: Scores) -> None:
     """Held-out prompts were evaluated; `batch` and `scores` are the images and their scores.
 
     Of images that would take more than 1 GiB as float32, such as more than 341 at 512 px, they have the first

@@ -16,9 +16,10 @@ if TYPE_CHECKING:
     from torch import Tensor
     from typing_extensions import TypeAlias  # typing's came with Python 3.10
 
-    # One generator for the whole batch, or one for each image: then an image's noise does not
-    # depend on the batch it is in. diffusers' schedulers take the same union.
-    Generator: TypeAlias = torch.Generator | list[torch.Generator] | None
+#: Where a solver draws its noise, for annotations: one `torch.Generator` for the whole batch; a list with one
+#: for each image, so that an image's noise does not depend on the batch it is in; or None for torch's own.
+#: diffusers' schedulers take the same union.
+Generator: TypeAlias = "torch.Generator | list[torch.Generator] | None"
 
 #: `velocity(x_t [B, ...], t) -> v [B, ...]` for one time t in [0, 1] shared by the batch.
 Velocity: TypeAlias = "Callable[[Tensor, float], Tensor]"

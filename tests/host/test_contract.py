@@ -39,7 +39,8 @@ def described(name, what):
                 f"  {f.name}: {f.type}{' = ...' if has_default(f) else ''}" for f in dataclasses.fields(what)
             ]
         else:
-            lines += [f"  {field}: {kind}" for field, kind in inspect.get_annotations(what).items()]
+            kinds = inspect.get_annotations(what).items()
+            lines += [f"  {field}: {getattr(kind, '__forward_arg__', kind)}" for field, kind in kinds]
         methods = [n for n in vars(what) if not n.startswith("_") or n == "__call__"]
         return lines + [f"  {n}{signature(m)}" for n in sorted(methods) if (m := function(vars(what)[n]))]
     if inspect.isroutine(what):

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from math import isfinite
-from typing import Any
 
 import torch
+
+from nft_plugins import EpochRecord
 
 from ..errors import NftError
 from ..objective.advantages import flat_groups
@@ -81,7 +82,7 @@ def compute_epoch_means(at: Progress) -> dict[str, float | None]:
     }
 
 
-def stop_where_asked(training: Training, record: dict[str, Any]) -> None:
+def stop_where_asked(training: Training, record: EpochRecord) -> None:
     """Raise NftError for a warning under --strict, or where rewards were left out more often than max_skips."""
     s = training.settings
     if s.strict and record["warnings"]:

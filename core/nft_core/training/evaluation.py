@@ -37,16 +37,16 @@ def evaluate(run: Training) -> dict[str, str]:
     known = {"which": which(rollout.scores), "evaluation": run.evaluation}
     record = run.record("eval", at.epoch, images=len(draws), **figures, **known)
     total = record["rewards"]["total"]
-    whole = not rollout.skipped and total["mean"] is not None  # Without one of its rewards a total is another.
-    if whole:
-        at.baseline.setdefault("reward", total["mean"])
-        at.baseline.setdefault("reward_std", total["std"])
+    if rollout.skipped:  # Without one of its rewards a total is another.
+        total["mean"] = total["std"] = None
+    mean, std = total["mean"], total["std"]
+    if mean is not None and std is not None:
+        at.baseline.setdefault("reward", mean)
+        at.baseline.setdefault("reward_std", std)
     record["skipped"] = list(rollout.skipped)
-    if not whole:
-        total.update(mean=None, std=None)
-    record["warnings"] = found = warnings(record, at.baseline, s) if whole else {}
+    record["warnings"] = found = warnings(record, at.baseline, s) if mean is not None else {}
     if processes.rank() == 0:  # Observers are there alone.
         run.observe("nft_eval_finished", record=record, batch=batch, scores=scores)
-    if whole:
-        at.evaluations[at.step] = total["mean"]
+    if mean is not None:
+        at.evaluations[at.step] = mean
     return found

@@ -10,12 +10,12 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from math import isfinite
 from time import perf_counter
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal, overload
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from nft_plugins import Reward
+from nft_plugins import EpochRecord, EvalRecord, Reward
 
 from ..errors import CheckpointError, Stopped
 from ..prompts import Prompt
@@ -146,7 +146,13 @@ class Training:
         """Spent on the run, in this process and in those before it."""
         return round(self.at.seconds + perf_counter() - self.started, 3)
 
-    def record(self, event: str, epoch: int, **figures: Any) -> dict[str, Any]:
+    @overload
+    def record(self, event: Literal["epoch"], epoch: int, **figures: Any) -> EpochRecord: ...
+
+    @overload
+    def record(self, event: Literal["eval"], epoch: int, **figures: Any) -> EvalRecord: ...
+
+    def record(self, event: str, epoch: int, **figures: Any) -> Any:
         """A line of `metrics.jsonl`, with None for what is no finite number."""
         known = {"event": event, "epoch": epoch, "step": self.at.step, "seconds": self.seconds()}
         return known | dict(finite(figures))
