@@ -157,8 +157,8 @@ def check_scale(config: Mapping[str, Any], file: Path) -> None:
     """Raise OSError where a VAE's latents cannot be divided by its scale and moved by its shift."""
     for name, least in (("scaling_factor", 1e-6), ("shift_factor", 0.0)):
         value = config.get(name)
-        number = type(value) in (int, float) and math.isfinite(value)
-        if value is not None and not (number and abs(value) >= least):
+        number = value if isinstance(value, (int, float)) and not isinstance(value, bool) else math.nan
+        if value is not None and not (math.isfinite(number) and abs(number) >= least):
             raise OSError(f"{file}: {name} should be a number, got {value!r}. Download it again.")
 
 
@@ -268,8 +268,10 @@ def shift_of(config: Mapping[str, Any], tokens: int) -> float:
 def flow_scheduler(config: Mapping[str, Any]) -> Any:
     """diffusers' scheduler for a grid of times. A multistep one's own grid begins a little below 1."""
     if config.get("use_flow_sigmas"):
-        return FlowMatchEulerDiscreteScheduler(shift=config.get("flow_shift", 1.0))
-    return FlowMatchEulerDiscreteScheduler.from_config(config)
+        return FlowMatchEulerDiscreteScheduler(  # type: ignore[no-untyped-call]
+            shift=config.get("flow_shift", 1.0)
+        )
+    return FlowMatchEulerDiscreteScheduler.from_config(config)  # type: ignore[no-untyped-call]
 
 
 def check_texts(

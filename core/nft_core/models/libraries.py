@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from importlib import import_module
 from importlib.util import find_spec
 from types import ModuleType
-from typing import Any
+from typing import Any, cast
 
 import torch  # noqa: F401  Before it is whole, bitsandbytes cannot be imported.
 
@@ -51,4 +51,6 @@ with later("bitsandbytes"):
     from peft.tuners.lora import Linear, LoraLayer, model
 
 # A layer of bitsandbytes is there only where it has been imported; peft would import it to look for one.
-model.is_bnb_available = model.is_bnb_4bit_available = lambda: "bitsandbytes" in sys.modules
+cast(Any, model).is_bnb_available = cast(Any, model).is_bnb_4bit_available = lambda: (
+    "bitsandbytes" in sys.modules
+)

@@ -226,7 +226,7 @@ class PipelineModel:
         vae = self.pipeline.vae
         (images,) = vae.decode(self.unscaled(x_0).to(vae.dtype), return_dict=False)
         images = images.reshape(len(images), 3, *images.shape[-2:])  # A video's VAE makes one frame.
-        return (images.float() / 2 + 0.5).clamp(0, 1)
+        return cast(Tensor, (images.float() / 2 + 0.5).clamp(0, 1))
 
     def decode_in(self, dtype: torch.dtype) -> None:
         """Have the VAE decode in this dtype; in 16 bits on a GPU with channels last, which is fastest there."""
@@ -238,7 +238,8 @@ class PipelineModel:
     def unscaled(self, x_0: Tensor) -> Tensor:
         """Latents as the VAE itself has them."""
         vae = self.pipeline.vae.config
-        return x_0 / vae.scaling_factor + (getattr(vae, "shift_factor", None) or 0.0)
+        shift = getattr(vae, "shift_factor", None) or 0.0
+        return cast(Tensor, x_0 / vae.scaling_factor + shift)
 
     @property
     def multiple(self) -> int:
@@ -295,7 +296,7 @@ def packed(x: Tensor) -> Tensor:
 
 def unpacked(tokens: Tensor, height: int) -> Tensor:
     """`packed` undone, for latents of that many rows."""
-    return F.pixel_shuffle(tokens.transpose(1, 2).unflatten(2, (height // 2, -1)), 2)
+    return F.pixel_shuffle(torch.unflatten(tokens.transpose(1, 2), 2, (height // 2, -1)), 2)
 
 
 def filled(embeds: Tensor, length: int) -> Tensor:

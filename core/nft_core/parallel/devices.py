@@ -29,7 +29,7 @@ def out_of_memory(error: BaseException | None) -> bool:
 
 def free_memory() -> None:
     gc.collect()
-    if torch.cuda.is_initialized():
+    if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
         torch.cuda.empty_cache()
 
 
@@ -58,4 +58,4 @@ def on_device(device: torch.device, call: Callable[[], T]) -> Callable[[], T]:
 @cache
 def side_stream(device: torch.device, thread: str) -> torch.cuda.Stream:
     """One for all threads of a name, which take turns: the allocator keeps free memory by stream."""
-    return torch.cuda.Stream(device)
+    return torch.cuda.Stream(device)  # type: ignore[no-untyped-call]

@@ -24,13 +24,14 @@ def make_optimizer(s: Settings, parameters: Sequence[Parameter]) -> torch.optim.
     if s.optimizer == "adamw":
         return torch.optim.AdamW(parameters, fused=True, **options)  # type: ignore[arg-type]
     try:
-        import bitsandbytes
+        from bitsandbytes.optim.adamw import AdamW8bit
     except ImportError as error:
         raise NftError(
             'optimizer = adamw8bit needs bitsandbytes: pip install "nft-hub[8bit]", or use '
             "--set optimizer=adamw."
         ) from error
-    return bitsandbytes.optim.AdamW8bit(parameters, **options)  # type: ignore[no-any-return]
+    optimizer: torch.optim.Optimizer = AdamW8bit(parameters, **options)  # type: ignore[no-untyped-call]
+    return optimizer
 
 
 def moments(

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -143,7 +143,7 @@ class Policy:
             yield
             return
         layers = adapted_layers(self.model.transformer)
-        before = [layer.base_layer.weight.data for layer in layers]
+        before = [cast(Tensor, layer.base_layer.weight).data for layer in layers]
         try:
             with torch.no_grad():
                 for layer, w in zip(layers, before, strict=True):
