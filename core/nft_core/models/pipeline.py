@@ -20,16 +20,8 @@ from torch import Tensor
 from nft_plugins import Condition
 
 from ..errors import NftError
-from .checks import (
-    check_parts,
-    check_pipeline,
-    class_of,
-    empty_part,
-    flow_scheduler,
-    load_whole,
-    parts_of,
-    shift_of,
-)
+from .checks import check_parts, check_pipeline, empty_part, find_class, list_parts, load_part
+from .schedulers import compute_shift, make_flow_scheduler
 from .sources import read_index
 
 log = logging.getLogger(__name__)
@@ -97,7 +89,7 @@ class PipelineModel:
         return getattr(diffusers, self.pipeline_class)
 
     def _parts(self) -> dict[str, tuple[str, str]]:
-        return parts_of(self.index)
+        return list_parts(self.index)
 
     def _load(self, wanted: Callable[[str], bool], having: Mapping[str, Any]) -> Any:
         """A pipeline of the parts that are wanted, frozen, and of those that there are already."""
@@ -119,13 +111,13 @@ class PipelineModel:
         return pipeline
 
     def _is_module(self, part: str) -> bool:
-        cls = class_of(*self._parts()[part])
+        cls = find_class(*self._parts()[part])
         return isinstance(cls, type) and issubclass(cls, torch.nn.Module)
 
     def _load_module(self, part: str) -> torch.nn.Module:
         library, kind = self._parts()[part]
         # Where weights are missing, both libraries put random numbers in their place, and warn.
-        return load_whole(Path(self.source) / part, library, kind, self._dtype(part))
+        return load_part(Path(self.source) / part, library, kind, self._dtype(part))
 
     def _dtype(self, part: str) -> torch.dtype:
         if part == "vae":
@@ -272,7 +264,7 @@ class PipelineModel:
     def times(self, steps: int, height: int, width: int) -> tuple[float, ...]:
         """As the pipeline's scheduler: evenly spaced, then shifted, by the image's size if it says so."""
         config = self.pipeline.scheduler.config
-        scheduler = flow_scheduler(config)
+        scheduler = make_flow_scheduler(config)
         even = {"sigmas": [1 - i / steps for i in range(steps)]}
         given = even if self.even_sigmas else {"num_inference_steps": steps}
         tokens = (height // self.multiple) * (width // self.multiple)
@@ -282,7 +274,7 @@ class PipelineModel:
 
     def shift(self, tokens: int, steps: int) -> float:
         """The scheduler's `mu` for an image of that many tokens, where its shift depends on the size."""
-        return shift_of(self.pipeline.scheduler.config, tokens)
+        return compute_shift(self.pipeline.scheduler.config, tokens)
 
     def save_lora(self, folder: Path, state: Mapping[str, Tensor], config: Mapping[str, Any]) -> None:
         # Without the metadata a LoRA loads with another alpha, silently.

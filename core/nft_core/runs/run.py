@@ -144,7 +144,7 @@ def run_training(
         error: BaseException | None = None
         said: list[str] = []
         try:
-            with told() as training.told:  # Around the saving too, which a second signal must not end.
+            with told() as training.stop_signal:  # Around the saving too, which a second signal must not end.
                 try:
                     traced = (
                         profile(training, folder / "profile", host)
@@ -155,7 +155,7 @@ def run_training(
                         train(training)
                 except BaseException as caught:
                     # A second Ctrl-C means at once.
-                    if is_from_inside(caught, training.told()) or not isinstance(
+                    if is_from_inside(caught, training.stop_signal()) or not isinstance(
                         caught, KeyboardInterrupt | SaveError
                     ):
                         rescue(training, folder, said.append)
@@ -164,7 +164,8 @@ def run_training(
                     raise
         except BaseException as caught:
             error = caught
-            if is_from_inside(caught, training.told()):  # With an exit code of 0 the run would pass for whole.
+            # With an exit code of 0 the run would pass for whole.
+            if is_from_inside(caught, training.stop_signal()):
                 error = NftError(f"The run was ended from inside: {caught!r} came{where(caught)}.")
                 raise error from caught
             raise
@@ -195,13 +196,13 @@ def is_from_inside(error: BaseException, told: int) -> bool:
 
 def rescue(training: Training, folder: Path, tell: Callable[[str], None]) -> None:
     """Keep what was trained before an error or Ctrl-C, in the middle of an epoch as it may be."""
-    training.policy.restore()
+    training.policy.restore_live()
     at = training.at
-    if training.torn:
+    if training.is_inconsistent:
         tell("The error came in the middle of a step: what was trained since the last checkpoint is lost.")
     elif not (at.step or at.update):
         tell("Nothing was trained yet, so nothing is saved: `nft resume` begins anew.")
-    if training.torn or not (at.step or at.update):
+    if training.is_inconsistent or not (at.step or at.update):
         return
     in_step = training.sampler.in_step
     if training.policy.sharded and in_step and not in_step.all_here():

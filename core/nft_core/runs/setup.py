@@ -78,10 +78,10 @@ def find_family(settings: Settings, host: Host) -> tuple[str, Mapping[str, Any]]
     pipeline = str(index["_class_name"])
     family = host.family(pipeline, settings.family)
     if family is None:
-        from ..models.checks import unhandled
+        from ..models.checks import explain_unknown_pipeline
 
         known = {p for card in host.models.values() for p in card.info.pipelines}
-        raise UsageError(unhandled(name, pipeline, known))
+        raise UsageError(explain_unknown_pipeline(name, pipeline, known))
     return family, index
 
 
@@ -190,7 +190,7 @@ def assemble(
     from ..parallel.devices import free_memory
     from ..parallel.processes import rank
     from ..parallel.sharding import InStep
-    from ..sampling.conditions import Encoded, encode
+    from ..sampling.conditions import Encoded, encode_prompts
     from ..sampling.rollout import Sampler
     from ..training.compiling import compile_blocks
     from ..training.memory import checkpoint_activations
@@ -202,7 +202,7 @@ def assemble(
     drawn = prompts_of_run(len(prompts), s.prompts_per_epoch, s.seed, s.epochs)
     # In one go, for which the text encoders are loaded once.
     everyones = [*prompts, *held_out]
-    encoded = encode(model, everyones, [*drawn, *range(len(prompts), len(everyones))], cache, device)
+    encoded = encode_prompts(model, everyones, [*drawn, *range(len(prompts), len(everyones))], cache, device)
     condition, eval_condition = (
         Encoded(encoded.condition, r) for r in encoded.row.split([len(prompts), len(held_out)])
     )

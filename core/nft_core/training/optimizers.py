@@ -34,7 +34,7 @@ def make_optimizer(s: Settings, parameters: Sequence[Parameter]) -> torch.optim.
     return optimizer
 
 
-def moments(
+def collect_moments(
     names: Sequence[str], parameters: Sequence[Parameter], optimizer: torch.optim.Optimizer
 ) -> dict[str, Tensor]:
     """The optimizer's state by `PARAMETER.KEY`, on the CPU; of sharded parameters for all processes to call."""
@@ -51,7 +51,7 @@ def load_moments(
     optimizer: torch.optim.Optimizer,
     state: Mapping[str, Tensor],
 ) -> None:
-    """Put back what `moments` gave.
+    """Put back what `collect_moments` gave.
 
     Raises CheckpointError, having changed nothing, for another model's or another optimizer's.
     """
