@@ -36,7 +36,7 @@ from torch import Tensor
 
 from nft_core.models.sd3 import SD3
 from nft_core.objective.advantages import combined_advantages, optimality
-from nft_core.objective.loss import kl_loss, nft_loss, noised
+from nft_core.objective.loss import add_noise, kl_loss, nft_loss
 from nft_core.objective.schedules import lr_decay, next_kl_weight, old_decay, warmup
 from nft_core.objective.train_times import draw_times
 from nft_core.prompts import Prompt, prompts_of_epoch
@@ -262,7 +262,7 @@ class Published:
     def backward(self, x_0: Tensor, t: Tensor, noise: Tensor, c: Condition, r: Tensor, samples: int) -> Tensor:
         """Gradients of a microbatch at one time; returns the sums of its losses, and its size."""
         s = self.settings
-        x_t = noised(x_0, noise, t)
+        x_t = add_noise(x_0, noise, t)
         with self.cast():  # One for all three, as published.
             with torch.no_grad(), self.policy("old") as transformer:
                 v_old = self.velocity(transformer, x_t, t, c)

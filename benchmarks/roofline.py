@@ -174,7 +174,7 @@ def main() -> None:
         for name, (autocast, lean, fused) in styles.items():
             passes = {}
             for kind, images in (("old", FROZEN), ("reference", FROZEN), ("trained", TRAINED)):
-                policy = model.policy.reference() if kind == "reference" else model.policy.ema()
+                policy = model.policy.use_reference() if kind == "reference" else model.policy.use_ema()
                 with policy:
                     found = model.record(images, kind == "trained", autocast, lean)
                 seconds = rates.compiled(found) if fused else rates.eager(found)

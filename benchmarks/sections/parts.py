@@ -99,7 +99,7 @@ def time_styles(report: Report) -> tuple[str, dict[str, Any]]:
     for name, style in styles.items():
         p.style(*style)
         figures[name] = {"frozen": p.measure(p.many, False), "trained": p.measure(p.few, True)}
-    with p.policy.reference():
+    with p.policy.use_reference():
         figures["without a LoRA"] = {"frozen": p.measure(p.many, False)}
     return "; ".join(f"{name}: {describe(passes)}" for name, passes in figures.items()), figures
 
@@ -115,7 +115,7 @@ def time_compiled(report: Report) -> tuple[str, dict[str, Any]]:
     compile_blocks(p.model.transformer, **({"backend": "aot_eager"} if report.small else {}))
     start = monotonic()
     figures: dict[str, Any] = {"frozen": p.measure(p.many, False), "trained": p.measure(p.few, True)}
-    with p.policy.reference():
+    with p.policy.use_reference():
         figures["without a LoRA"] = p.measure(p.many, False)
     told = describe(figures)
     figures |= {"graphs": compiled_graphs(), "seconds": monotonic() - start}

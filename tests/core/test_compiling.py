@@ -7,7 +7,7 @@ from tiny_run import start
 from nft_core.training.compiling import (
     WORTH_COMPILING,
     compile_blocks,
-    compiled_modules,
+    find_compiled_modules,
     should_compile,
     warm_up,
 )
@@ -69,6 +69,8 @@ def test_a_compiler_that_fails_is_left_out(run):
     said = []
     warm_up(run, said.append)
     assert "the run goes on without it" in said[-1] and "no C compiler" in said[-1]
-    assert all(module._compiled_call_impl is None for module in compiled_modules(run.policy.model.transformer))
+    assert all(
+        module._compiled_call_impl is None for module in find_compiled_modules(run.policy.model.transformer)
+    )
     train(run)
     assert run.at.epoch == 1

@@ -12,7 +12,7 @@ from nft_core.errors import CheckpointError, NftError, UsageError
 from nft_core.models.sd3 import SD3
 from nft_core.prompts import Prompt
 from nft_core.runs.checkpoint import load_checkpoint, save_checkpoint
-from nft_core.sampling.conditions import encode
+from nft_core.sampling.conditions import encode_prompts
 from nft_core.training.compiling import compile_blocks
 from nft_core.training.loop import sample_images, train, train_epoch
 from nft_core.training.optimizers import GROWTH
@@ -96,7 +96,7 @@ def test_merging_puts_the_base_back_exactly(sd3_folder):
     x, t, c = torch.randn(2, 4, 8, 8), torch.tensor([0.2, 0.7]), policy.model.encode(["a", "b c"])
     with torch.no_grad():
         separate = policy.velocity(x, t, c)
-        with pytest.raises(ZeroDivisionError), policy.merged():
+        with pytest.raises(ZeroDivisionError), policy.merge_lora():
             torch.testing.assert_close(policy.velocity(x, t, c), separate)
             raise ZeroDivisionError
         assert torch.equal(policy.velocity(x, t, c), separate)
@@ -232,33 +232,33 @@ TEXTS = [Prompt(text, {}) for text in ("a", "bb", "ccc", "bb", "dddd", "eeeee")]
 def test_encodings_are_read_from_the_cache(tmp_path, monkeypatch):
     monkeypatch.setattr("nft_core.sampling.conditions.AT_ONCE", 2)
     model = Counting()
-    plain = encode(model, TEXTS, range(6))
+    plain = encode_prompts(model, TEXTS, range(6))
     model.encoded.clear()
-    first = encode(model, TEXTS, range(6), tmp_path / "cache")
+    first = encode_prompts(model, TEXTS, range(6), tmp_path / "cache")
     assert len(model.encoded) == 5
-    second = encode(model, TEXTS, range(6), tmp_path / "cache")
+    second = encode_prompts(model, TEXTS, range(6), tmp_path / "cache")
     assert len(model.encoded) == 5
     everything = torch.arange(6)
     for found in (first, second):
         for name, rows in found.of(everything, torch.device("cpu")).items():
             assert torch.equal(rows, plain.of(everything, torch.device("cpu"))[name]), name
     assert len(list((tmp_path / "cache").iterdir())) == 1
-    encode(model, TEXTS[:2], range(2), tmp_path / "cache")
+    encode_prompts(model, TEXTS[:2], range(2), tmp_path / "cache")
     model.scale = 2.0  # another option of the model
-    encode(model, TEXTS[:2], range(2), tmp_path / "cache")
+    encode_prompts(model, TEXTS[:2], range(2), tmp_path / "cache")
     assert len(model.encoded) == 5 + 2 + 2
 
 
 def test_many_encodings_go_to_a_file_that_goes_with_the_run(tmp_path, monkeypatch):
     monkeypatch.setattr("nft_core.sampling.conditions.AT_ONCE", 2)
-    plain = encode(Counting(), TEXTS, range(6))
+    plain = encode_prompts(Counting(), TEXTS, range(6))
     monkeypatch.setattr("nft_core.sampling.conditions.MOST_HELD", 0)
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
     seen = []
     monkeypatch.setattr(
         "nft_core.sampling.conditions.load_file", lambda file: seen.append(file) or load_file(file)
     )
-    found = encode(Counting(), TEXTS, range(6))
+    found = encode_prompts(Counting(), TEXTS, range(6))
     everything, device = torch.arange(6), torch.device("cpu")
     for name, rows in found.of(everything, device).items():
         assert torch.equal(rows, plain.of(everything, device)[name]), name
@@ -268,11 +268,11 @@ def test_many_encodings_go_to_a_file_that_goes_with_the_run(tmp_path, monkeypatc
 def test_a_cache_that_cannot_be_written_is_told_of(tmp_path, monkeypatch, capsys):
     (tmp_path / "file").write_text("")
     model = Counting()
-    encoded = encode(model, TEXTS, range(6), tmp_path / "file" / "cache")
+    encoded = encode_prompts(model, TEXTS, range(6), tmp_path / "file" / "cache")
     assert len(encoded.condition["c"]) == 5
     assert "Encoded prompts are not kept" in capsys.readouterr().err
     monkeypatch.setattr("shutil.disk_usage", lambda path: type("Usage", (), {"free": 10}))
-    encode(model, TEXTS, range(6), tmp_path / "cache")
+    encode_prompts(model, TEXTS, range(6), tmp_path / "cache")
     assert "the disk has 0.0 GB left" in capsys.readouterr().err
     assert list((tmp_path / "cache").iterdir()) == []
 

@@ -22,11 +22,11 @@ AT_512 = 3 * 512 * 512 * 4
     ],
 )
 def test_of_many_the_first_picture_of_prompts_spread_evenly(prompts, each, kept):
-    assert gallery.choose(prompts, each, AT_512).tolist() == list(kept)
+    assert gallery.choose_images(prompts, each, AT_512).tolist() == list(kept)
 
 
 def test_as_many_as_the_grids_have_of_any_size():
-    assert len(gallery.choose(100, 1, 2**30)) == 12
+    assert len(gallery.choose_images(100, 1, 2**30)) == 12
 
 
 def test_observers_get_some_pictures_with_their_scores_and_figures_of_all(tmp_path, monkeypatch):

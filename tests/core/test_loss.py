@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from nft_core.objective.loss import branch_loss, kl_loss, nft_loss, noised
+from nft_core.objective.loss import add_noise, branch_loss, kl_loss, nft_loss
 
 # One sample of two elements; every number below is worked out in the comments.
 X0 = torch.tensor([[1.0, -1.0]])
@@ -14,7 +14,7 @@ V = torch.tensor([[2.0, 2.0]])  # noise - x_0, so x_t - t v = x_0 exactly
 
 
 def test_noised_is_the_straight_line():
-    torch.testing.assert_close(noised(X0, NOISE, T), XT)
+    torch.testing.assert_close(add_noise(X0, NOISE, T), XT)
 
 
 def test_branch_loss_golden():

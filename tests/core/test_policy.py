@@ -41,12 +41,12 @@ def test_contexts_put_back_what_they_found(policy):
     disturb(policy)
     live = velocity(policy)
     assert (live - base).abs().max() > 1e-4
-    with policy.old():
+    with policy.use_old():
         torch.testing.assert_close(velocity(policy), base)
-        with policy.reference():
+        with policy.use_reference():
             torch.testing.assert_close(velocity(policy), base)
         torch.testing.assert_close(velocity(policy), base)
-    with pytest.raises(ZeroDivisionError), policy.old():
+    with pytest.raises(ZeroDivisionError), policy.use_old():
         raise ZeroDivisionError
     torch.testing.assert_close(velocity(policy), live, atol=0, rtol=0)
 
@@ -55,7 +55,7 @@ def test_live_weights_come_back_after_an_interrupted_swap(policy):
     disturb(policy)
     live = velocity(policy)
     policy._put(policy._old)  # what an interrupt in the middle of a swap can leave
-    policy.restore()
+    policy.restore_live()
     torch.testing.assert_close(velocity(policy), live, atol=0, rtol=0)
 
 
@@ -64,7 +64,7 @@ def test_old_policy_moves_by_its_formula(policy):
     disturb(policy)
     policy.move_old(0.75)
     assert policy.drift() == pytest.approx(0.075, rel=1e-3)
-    with policy.old():
+    with policy.use_old():
         for p, s in zip(policy.parameters, start, strict=True):
             torch.testing.assert_close(p.data, s + 0.025)
     policy.move_old(0.0)
@@ -75,12 +75,12 @@ def test_ema_moves_by_its_formula(policy):
     start = policy.parameters[0].detach().clone()
     disturb(policy)
     policy.move_ema()
-    with policy.ema():
+    with policy.use_ema():
         torch.testing.assert_close(policy.parameters[0].data, start + 0.01)
 
 
 def test_gradients_reach_the_live_weights_alone(policy):
-    with policy.old():
+    with policy.use_old():
         pass
     x = torch.ones(1, 4, 8, 8)
     policy.velocity(x, torch.tensor([0.5]), policy.model.encode(["a"])).sum().backward()
@@ -93,7 +93,7 @@ def test_gradients_reach_the_live_weights_alone(policy):
 def test_no_reference_is_kept_where_none_is_wanted(sd3_folder):
     policy = Policy(SD3(str(sd3_folder)), lora_rank=2, keep_reference=False)
     with pytest.raises(UsageError, match="kl_weight"):
-        policy.reference()
+        policy.use_reference()
     assert not any(name.startswith("reference.") for name in policy.state())
 
 

@@ -77,7 +77,7 @@ def peaceful(tmp_path_factory):
     """Records and final state of the run that nobody stops, and how often it asks whether it was told to."""
     folder = tmp_path_factory.mktemp("peaceful")
     run, asked = start(folder), []
-    run.told = lambda: len(asked.append(1) or ())
+    run.stop_signal = lambda: len(asked.append(1) or ())
     train(run)
     return untimed(folder), {k: v.clone() for k, v in run.policy.state().items()}, len(asked)
 
@@ -89,7 +89,7 @@ def test_stopped_at_every_possible_moment(peaceful, tmp_path):
         folder = tmp_path / str(moment)
         folder.mkdir()
         run, left = start(folder), iter(range(moment))
-        run.told = lambda left=left: 0 if next(left, None) is not None else 15
+        run.stop_signal = lambda left=left: 0 if next(left, None) is not None else 15
         with pytest.raises(Stopped):
             train(run)
         rescue_training(run, folder, lambda text: None)

@@ -5,7 +5,7 @@ import torch
 
 from nft_core.models.sd3 import SD3
 from nft_core.prompts import Prompt
-from nft_core.sampling.conditions import encode
+from nft_core.sampling.conditions import encode_prompts
 
 
 def test_its_own_size_is_the_default(sd3_folder):
@@ -20,7 +20,7 @@ def test_a_t5_wants_tokens(sd3_folder):
 def test_each_text_that_is_drawn_is_encoded_once(sd3_folder):
     model = SD3(str(sd3_folder), max_sequence_length=8)
     prompts = [Prompt(text, {}) for text in ("a", "b", "a", "c")]
-    encoded = encode(model, prompts, [2, 0, 1])
+    encoded = encode_prompts(model, prompts, [2, 0, 1])
     assert encoded.row.tolist() == [0, 1, 0, -1]
     ours = encoded.of(torch.tensor([1, 2, 0]), torch.device("cpu"))
     for name, rows in model.encode(["b", "a", "a"]).items():
@@ -30,13 +30,13 @@ def test_each_text_that_is_drawn_is_encoded_once(sd3_folder):
 @pytest.mark.parametrize("size", [0, 7, 200])
 def test_a_cut_file_of_the_cache_is_made_anew(sd3_folder, tmp_path, size):
     model, prompts = SD3(str(sd3_folder), max_sequence_length=8), [Prompt("a", {}), Prompt("b", {})]
-    first = encode(model, prompts, [0, 1], tmp_path)
+    first = encode_prompts(model, prompts, [0, 1], tmp_path)
     (file,) = tmp_path.iterdir()
     whole = file.read_bytes()
     cut = tmp_path / "cut"  # The first is still mapped.
     cut.write_bytes(whole[:size] if size < 200 else whole[:-1])
     cut.replace(file)
-    again = encode(model, prompts, [0, 1], tmp_path)
+    again = encode_prompts(model, prompts, [0, 1], tmp_path)
     for name, rows in first.condition.items():
         torch.testing.assert_close(again.condition[name], rows)
     assert file.read_bytes() == whole

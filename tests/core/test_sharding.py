@@ -58,24 +58,24 @@ def swaps(folder):
     live = velocity(policy)
     torch.testing.assert_close(live, velocity(plain))
     assert (live - base).abs().max() > 1e-4
-    with policy.old():
+    with policy.use_old():
         assert torch.equal(velocity(policy), base)
-        with policy.reference():
+        with policy.use_reference():
             assert torch.equal(velocity(policy), base)
         assert torch.equal(velocity(policy), base)
-    with pytest.raises(ZeroDivisionError), policy.old():
+    with pytest.raises(ZeroDivisionError), policy.use_old():
         raise ZeroDivisionError
     assert torch.equal(velocity(policy), live)
     policy._put(policy._old)  # What an interrupt in the middle of a swap can leave.
     state = policy.state()
     if rank() == 0:
         torch.testing.assert_close(state["live.proj_out.weight"], state["old.proj_out.weight"] + 0.1)
-    policy.restore()
+    policy.restore_live()
     assert torch.equal(velocity(policy), live)
     for p in policy.parameters:  # A step, after which old copies of the live weights are none.
         take_local_part(p).add_(0.1)
     stepped = velocity(policy)
-    with policy.old():
+    with policy.use_old():
         pass
     assert torch.equal(velocity(policy), stepped)
     policy.move_old(0.75)

@@ -106,7 +106,7 @@ def test_too_many_of_them_end_the_run(tmp_path):
     spoil(run, lambda update: True)
     with pytest.raises(NftError, match="3 gradient steps in a row were not finite.*lr"):
         train(run)
-    assert not run.torn
+    assert not run.is_inconsistent
 
 
 def test_steps_that_are_not_in_a_row_do_not(tmp_path):
@@ -135,7 +135,7 @@ def test_strict_ends_the_run_at_the_first_warning(tmp_path):
     with pytest.raises(NftError, match="Stopped by --strict: in 100% of the groups"):
         train(run)
     assert [r["epoch"] for r in found if r["event"] == "epoch"] == [1]
-    assert (run.at.epoch, run.torn) == (1, False)
+    assert (run.at.epoch, run.is_inconsistent) == (1, False)
 
 
 def test_figures_of_a_healthy_run(tmp_path):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, cast
 
 from torch import Tensor
 
@@ -34,7 +34,7 @@ class AuraFlow(PipelineModel):
     def velocity(self, x_t: Tensor, t: Tensor, condition: Condition) -> Tensor:
         embeds = condition["embeds"]
         (v,) = self.transformer(x_t.to(embeds.dtype), embeds, t, return_dict=False)
-        return v.to(x_t.dtype)
+        return cast(Tensor, v.to(x_t.dtype))
 
     @property
     def largest(self) -> int:

@@ -13,7 +13,6 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from importlib.metadata import version
 from importlib.util import find_spec
-from itertools import pairwise
 from pathlib import Path
 from typing import Any, cast, get_args, get_type_hints
 
@@ -24,6 +23,7 @@ from torch.nn.modules.module import register_module_parameter_registration_hook
 from nft_plugins.vocabulary import check_end, check_tokenizer
 
 from .headers import check_dtypes, check_shapes, read_header
+from .schedulers import check_scheduler, read_prediction_type
 
 #: Libraries that a pipeline's parts may be of.
 LIBRARIES = ("diffusers", "transformers")
@@ -31,8 +31,6 @@ LIBRARIES = ("diffusers", "transformers")
 TABLES = 2**24
 #: Tensors of a part without files. Published ones have up to about 2,000.
 MOST_TENSORS = 10_000
-#: Steps of training that a scheduler may say; it makes a table of them.
-MOST_STEPS = 1_000_000
 #: Suffixes of pickles, which can run anything when they are read.
 PICKLED = (".bin", ".ckpt", ".pickle", ".pkl", ".pt", ".pth")
 #: Makes one safetensors file of pickles, of tensors alone. Without quotation marks that shells differ in.
@@ -58,8 +56,8 @@ def check_parts(index: Mapping[str, Any]) -> None:
             )
 
 
-def parts_of(index: Mapping[str, Any]) -> dict[str, tuple[str, str]]:
-    """`(library, class)` of each part that a pipeline was saved with."""
+def list_parts(index: Mapping[str, Any]) -> dict[str, tuple[str, str]]:
+    """List the parts that a pipeline was saved with, as `(library, class)` by name."""
     kinds = {n: k for n, k in index.items() if isinstance(k, list) and not n.startswith("_")}
     return {name: (kind[0], kind[1]) for name, kind in kinds.items() if kind != [None, None]}
 
@@ -70,11 +68,11 @@ def check_pipeline(folder: Path, index: Mapping[str, Any], weights: bool = True)
     weights: whether they must be there; a plan does without. Raises OSError.
     """
     check_parts(index)
-    parts = parts_of(index)
+    parts = list_parts(index)
     texts = [name for name in parts if name.startswith("text_encoder")]
     # Some pipelines have a processor in a tokenizer's place.
     tokenizers = {n: t for n in texts if (t := n.replace("text_encoder", "tokenizer")) in index}
-    parameters = inspect.signature(class_of("diffusers", str(index["_class_name"])).__init__).parameters
+    parameters = inspect.signature(find_class("diffusers", str(index["_class_name"])).__init__).parameters
     expected = [n for n, p in list(parameters.items())[1:] if p.default is p.empty and n not in index]
     wanted = [*expected, "transformer", "vae", "scheduler", *tokenizers.values()]
     if unnamed := [name for name in dict.fromkeys(wanted) if name not in parts]:
@@ -84,7 +82,7 @@ def check_pipeline(folder: Path, index: Mapping[str, Any], weights: bool = True)
             f"{folder} is not whole: its model_index.json names {', '.join(lacking)}, and it has no such "
             "folder. Download all of its files again."
         )
-    check_classes(class_of("diffusers", str(index["_class_name"])), parts)
+    check_classes(find_class("diffusers", str(index["_class_name"])), parts)
     for name, (library, kind) in parts.items():
         check_part(folder / name, library, kind, weights)
     for name, tokenizer in tokenizers.items():
@@ -102,7 +100,7 @@ def check_classes(pipeline: Any, parts: Mapping[str, tuple[str, str]]) -> None:
     for name, kind in parts.items():
         classes = tuple(c for c in get_args(hints.get(name)) or (hints.get(name),) if isinstance(c, type))
         strict = name == "transformer" or any(c.__name__.startswith("CLIPText") for c in classes)
-        if strict and classes and not issubclass(class_of(*kind), classes):
+        if strict and classes and not issubclass(find_class(*kind), classes):
             raise OSError(
                 f"model_index.json names a {kind[1]} for {name}, and a {pipeline.__name__} works with "
                 f"{' or '.join(c.__name__ for c in classes)}. It may be another model's; download it again."
@@ -115,7 +113,7 @@ def check_part(folder: Path, library: str, name: str, weights: bool) -> None:
     A config may not name code, nor want a larger part than the files hold: transformers would allocate it,
     and then fill it with random numbers.
     """
-    cls = class_of(library, name)
+    cls = find_class(library, name)
     if name.endswith("Scheduler"):
         check_scheduler(read_object(folder / "scheduler_config.json"), folder)
     if "Tokenizer" in name:
@@ -125,9 +123,9 @@ def check_part(folder: Path, library: str, name: str, weights: bool) -> None:
     config = read_object(folder / "config.json")
     if name.startswith("Autoencoder"):
         check_scale(config, folder / "config.json")
-    if not weights and not files_in(folder, ".safetensors", *PICKLED):
+    if not weights and not list_files(folder, ".safetensors", *PICKLED):
         return
-    files, _ = weights_of(folder, library)
+    files, _ = find_weights(folder, library)
     if packed := config.get("quantization_config"):
         method = packed.get("quant_method") if isinstance(packed, dict) else packed
         raise OSError(
@@ -157,12 +155,13 @@ def check_scale(config: Mapping[str, Any], file: Path) -> None:
     """Raise OSError where a VAE's latents cannot be divided by its scale and moved by its shift."""
     for name, least in (("scaling_factor", 1e-6), ("shift_factor", 0.0)):
         value = config.get(name)
-        number = type(value) in (int, float) and math.isfinite(value)
-        if value is not None and not (number and abs(value) >= least):
+        number = value if isinstance(value, (int, float)) and not isinstance(value, bool) else math.nan
+        if value is not None and not (math.isfinite(number) and abs(number) >= least):
             raise OSError(f"{file}: {name} should be a number, got {value!r}. Download it again.")
 
 
-def class_of(library: str, name: str) -> Any:
+def find_class(library: str, name: str) -> Any:
+    """Find a class of diffusers or transformers. Raises OSError where the installed version has none."""
     found = getattr(importlib.import_module(library), name, None)
     if found is None:
         raise OSError(
@@ -173,7 +172,7 @@ def class_of(library: str, name: str) -> Any:
 
 
 def read_object(file: Path) -> dict[str, Any]:
-    """The JSON object in a file. Raises OSError where there is none."""
+    """Read the JSON object in a file. Raises OSError where there is none."""
     if not file.is_file():
         raise OSError(f"There is no file {file}. Download all of the model's files again.")
     try:
@@ -187,8 +186,8 @@ def read_object(file: Path) -> dict[str, Any]:
     return content
 
 
-def files_in(folder: Path, *suffixes: str) -> list[Path]:
-    """Those of a folder with one of the suffixes. Raises OSError for what only looks like a file."""
+def list_files(folder: Path, *suffixes: str) -> list[Path]:
+    """List a folder's files with one of the suffixes. Raises OSError for a pipe or a link to nothing."""
     found = sorted(f for f in folder.iterdir() if f.suffix in suffixes)
     for file in found:
         if not file.is_file():  # Reading a named pipe would wait for ever.
@@ -196,17 +195,19 @@ def files_in(folder: Path, *suffixes: str) -> list[Path]:
     return found
 
 
-def weights_of(folder: Path, library: str) -> tuple[list[Path], str | None]:
-    """The files of a part's weights, and their variant, such as fp16, where the folder has no others.
+def find_weights(folder: Path, library: str) -> tuple[list[Path], str | None]:
+    """Find the files of a part's weights, and their variant, such as fp16, where the folder has no others.
 
     Raises OSError where they are missing, pickled or of other names than the library's.
     """
     stem = "model" if library == "transformers" else "diffusion_pytorch_model"
-    found = files_in(folder, ".safetensors")
+    found = list_files(folder, ".safetensors")
     whole = folder / f"{stem}.safetensors"
     if whole in found:
         return [whole], None
-    indices = {f.name: f for f in files_in(folder, ".json") if f.name.startswith(f"{stem}.safetensors.index.")}
+    indices = {
+        f.name: f for f in list_files(folder, ".json") if f.name.startswith(f"{stem}.safetensors.index.")
+    }
     for name, file in sorted(indices.items(), key=lambda item: len(item[0])):
         variant = name.removeprefix(f"{stem}.safetensors.index.").removesuffix("json").rstrip(".")
         names = read_object(file).get("weight_map")
@@ -214,7 +215,7 @@ def weights_of(folder: Path, library: str) -> tuple[list[Path], str | None]:
             raise OSError(f"{file}: weight_map should name a file for each weight. Download it again.")
         shards = sorted({folder / str(shard) for shard in names.values()})
         if pickles := [f for f in shards if f.suffix in PICKLED]:
-            raise refusal(pickles, whole)
+            raise explain_pickles(pickles, whole)
         if lacking := [f.name for f in shards if f not in found]:
             raise OSError(f"{folder} lacks {', '.join(lacking)}, which {name} names. Download it again.")
         return shards, variant or None
@@ -226,50 +227,10 @@ def weights_of(folder: Path, library: str) -> tuple[list[Path], str | None]:
             f"{folder} holds {' and '.join(f.name for f in variants)}, and no {whole.name}: give one of them "
             "that name."
         )
-    if pickles := files_in(folder, *PICKLED):
-        raise refusal(pickles, whole)
+    if pickles := list_files(folder, *PICKLED):
+        raise explain_pickles(pickles, whole)
     held = f"it holds {', '.join(f.name for f in found)}" if found else "it holds no safetensors"
     raise OSError(f"{folder}: expected the weights in {whole.name}, and {held}. Download it again.")
-
-
-def check_scheduler(config: Mapping[str, Any], source: object) -> None:
-    """Raise OSError for a scheduler whose times do not run from 1, noise, down to 0, an image."""
-    kind, steps = config.get("_class_name", ""), config.get("num_train_timesteps", 1000)
-    if type(steps) is not int or not 1 <= steps <= MOST_STEPS:
-        raise OSError(
-            f"{source}: num_train_timesteps should be a whole number up to {MOST_STEPS:,}, got {steps!r}."
-        )
-    if predicts(config) != "flow_prediction":
-        raise OSError(
-            f"{source}: a {kind}, which takes the model to predict {predicts(config)}: expected a scheduler of "
-            "flow matching, such as FlowMatchEulerDiscreteScheduler."
-        )
-    try:
-        scheduler = flow_scheduler(config)
-        scheduler.set_timesteps(sigmas=[1.0, 0.75, 0.5, 0.25], mu=shift_of(config, 1024))
-        times = scheduler.sigmas.tolist()
-    except Exception as error:  # Settings of other kinds or out of range.
-        raise OSError(f"{source}: its settings give no times: {type(error).__name__}: {error}.") from error
-    if not all(1.0001 > t > s >= 0 for t, s in pairwise(times)):
-        said = ", ".join(f"{t:.3g}" for t in times)
-        raise OSError(
-            f"{source}: times should run from 1 down to 0, and this {kind} gives {said}. Look at its shift and "
-            "invert_sigmas."
-        )
-
-
-def shift_of(config: Mapping[str, Any], tokens: int) -> float:
-    """A scheduler's `mu` for an image of that many tokens, where its shift depends on the size."""
-    few, many = config.get("base_image_seq_len", 256), config.get("max_image_seq_len", 4096)
-    low, high = config.get("base_shift", 0.5), config.get("max_shift", 1.15)
-    return float(low + (high - low) * (tokens - few) / (many - few))
-
-
-def flow_scheduler(config: Mapping[str, Any]) -> Any:
-    """diffusers' scheduler for a grid of times. A multistep one's own grid begins a little below 1."""
-    if config.get("use_flow_sigmas"):
-        return FlowMatchEulerDiscreteScheduler(shift=config.get("flow_shift", 1.0))
-    return FlowMatchEulerDiscreteScheduler.from_config(config)
 
 
 def check_texts(
@@ -281,9 +242,9 @@ def check_texts(
     """
     if kind[0] != "transformers":
         return
-    config = class_of(*kind).config_class.from_pretrained(encoder)
+    config = find_class(*kind).config_class.from_pretrained(encoder)
     try:
-        tokenizer = class_of(*tokenizer_kind).from_pretrained(folder)
+        tokenizer = find_class(*tokenizer_kind).from_pretrained(folder)
     except Exception as error:  # Files of other forms raise anything.
         said = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}."
         mend = "Download all of its files again."
@@ -304,10 +265,10 @@ def check_texts(
             check_end(tokenizer, config.eos_token_id, length, str(folder))
 
 
-def load_whole(folder: Path, library: str, name: str, dtype: torch.dtype) -> torch.nn.Module:
-    """A part with its weights. Raises OSError where some are missing, of which the libraries only warn."""
-    _, variant = weights_of(folder, library)
-    module, found = class_of(library, name).from_pretrained(
+def load_part(folder: Path, library: str, name: str, dtype: torch.dtype) -> torch.nn.Module:
+    """Load a part with its weights. Raises OSError where some are missing; the libraries would only warn."""
+    _, variant = find_weights(folder, library)
+    module, found = find_class(library, name).from_pretrained(
         folder,
         use_safetensors=True,
         output_loading_info=True,
@@ -331,13 +292,13 @@ def load_whole(folder: Path, library: str, name: str, dtype: torch.dtype) -> tor
 def empty_part(
     source: str, library: str, name: str, tensors: int = MOST_TENSORS, **where: str
 ) -> torch.nn.Module:
-    """A part by its config alone, on the meta device, which holds no numbers.
+    """Make a part by its config alone, on the meta device, which holds no numbers.
 
     source: its folder, or a hub id with subfolder=. tensors: in its files, or the most that it may have.
     Raises OSError for a config that names code, or that is of far more.
     """
-    cls = class_of(library, name)
-    with torch.device("meta"), limited(source, name, tensors):
+    cls = find_class(library, name)
+    with torch.device("meta"), limit_tensors(source, name, tensors):
         if library == "diffusers":
             return cast(torch.nn.Module, cls.from_config(cls.load_config(source, **where)))
         config = cls.config_class.from_pretrained(source, **where)
@@ -351,7 +312,7 @@ def empty_part(
 
 
 @contextmanager
-def limited(source: str, name: str, tensors: int) -> Iterator[None]:
+def limit_tensors(source: str, name: str, tensors: int) -> Iterator[None]:
     """Raise OSError as soon as a part that is made inside has far more weights than its files have tensors.
 
     A config can ask for so many layers that making them, even without memory for numbers, never ends.
@@ -374,8 +335,8 @@ def limited(source: str, name: str, tensors: int) -> Iterator[None]:
         hook.remove()
 
 
-def refusal(pickles: Sequence[Path], target: Path) -> OSError:
-    """Why pickles are not read, with the command that makes `target` of them."""
+def explain_pickles(pickles: Sequence[Path], target: Path) -> OSError:
+    """Make the error that says why pickles are not read, with the command that converts them to `target`."""
     paths = [str(target), *map(str, pickles)]
     files = subprocess.list2cmdline(paths) if os.name == "nt" else shlex.join(paths)
     return OSError(
@@ -384,14 +345,14 @@ def refusal(pickles: Sequence[Path], target: Path) -> OSError:
     )
 
 
-def unhandled(source: str, pipeline: str, known: Iterable[str]) -> str:
-    """Why a pipeline of a class that is not known cannot be trained, and what can be done."""
+def explain_unknown_pipeline(source: str, pipeline: str, known: Iterable[str]) -> str:
+    """Say why a pipeline of an unknown class cannot be trained, and what can be done."""
     try:  # Whatever its class: the files of all schedulers are read alike.
         scheduler = FlowMatchEulerDiscreteScheduler.load_config(source, subfolder="scheduler")
     except (OSError, ValueError):
         scheduler = {}
     names = ", ".join(sorted(known))
-    if (predicted := predicts(scheduler)) != "flow_prediction":
+    if (predicted := read_prediction_type(scheduler)) != "flow_prediction":
         return (
             f"{source} is a {pipeline}, which is not a flow-matching model: its {scheduler['_class_name']} "
             f"takes it to predict {predicted}. Only flow-matching models can be trained, those of: {names}."
@@ -400,10 +361,3 @@ def unhandled(source: str, pipeline: str, known: Iterable[str]) -> str:
         f"{source} is a {pipeline}, which no model plug-in handles. Known: {names}. For another flow-matching "
         "pipeline an adapter is a short class in a plug-in package; docs/models.md shows one."
     )
-
-
-def predicts(scheduler: Mapping[str, Any]) -> str:
-    """What a scheduler's config takes a model to predict."""
-    of_flow = "FlowMatch" in str(scheduler.get("_class_name", "FlowMatch")) or scheduler.get("use_flow_sigmas")
-    # Old files leave out what was the only thing to predict then.
-    return "flow_prediction" if of_flow else str(scheduler.get("prediction_type", "epsilon"))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -60,7 +60,7 @@ class Flux2Klein(PipelineModel):
             guidance=None,
             return_dict=False,
         )
-        return v.transpose(1, 2).unflatten(2, x_t.shape[2:]).to(x_t.dtype)
+        return cast(Tensor, v.transpose(1, 2).unflatten(2, x_t.shape[2:]).to(x_t.dtype))
 
     def latent_shape(self, height: int, width: int) -> tuple[int, ...]:
         channels, rows, columns = super().latent_shape(height, width)

@@ -20,16 +20,8 @@ from torch import Tensor
 from nft_plugins import Condition
 
 from ..errors import NftError
-from .checks import (
-    check_parts,
-    check_pipeline,
-    class_of,
-    empty_part,
-    flow_scheduler,
-    load_whole,
-    parts_of,
-    shift_of,
-)
+from .checks import check_parts, check_pipeline, empty_part, find_class, list_parts, load_part
+from .schedulers import compute_shift, make_flow_scheduler
 from .sources import read_index
 
 log = logging.getLogger(__name__)
@@ -97,7 +89,7 @@ class PipelineModel:
         return getattr(diffusers, self.pipeline_class)
 
     def _parts(self) -> dict[str, tuple[str, str]]:
-        return parts_of(self.index)
+        return list_parts(self.index)
 
     def _load(self, wanted: Callable[[str], bool], having: Mapping[str, Any]) -> Any:
         """A pipeline of the parts that are wanted, frozen, and of those that there are already."""
@@ -119,13 +111,13 @@ class PipelineModel:
         return pipeline
 
     def _is_module(self, part: str) -> bool:
-        cls = class_of(*self._parts()[part])
+        cls = find_class(*self._parts()[part])
         return isinstance(cls, type) and issubclass(cls, torch.nn.Module)
 
     def _load_module(self, part: str) -> torch.nn.Module:
         library, kind = self._parts()[part]
         # Where weights are missing, both libraries put random numbers in their place, and warn.
-        return load_whole(Path(self.source) / part, library, kind, self._dtype(part))
+        return load_part(Path(self.source) / part, library, kind, self._dtype(part))
 
     def _dtype(self, part: str) -> torch.dtype:
         if part == "vae":
@@ -226,7 +218,7 @@ class PipelineModel:
         vae = self.pipeline.vae
         (images,) = vae.decode(self.unscaled(x_0).to(vae.dtype), return_dict=False)
         images = images.reshape(len(images), 3, *images.shape[-2:])  # A video's VAE makes one frame.
-        return (images.float() / 2 + 0.5).clamp(0, 1)
+        return cast(Tensor, (images.float() / 2 + 0.5).clamp(0, 1))
 
     def decode_in(self, dtype: torch.dtype) -> None:
         """Have the VAE decode in this dtype; in 16 bits on a GPU with channels last, which is fastest there."""
@@ -238,7 +230,8 @@ class PipelineModel:
     def unscaled(self, x_0: Tensor) -> Tensor:
         """Latents as the VAE itself has them."""
         vae = self.pipeline.vae.config
-        return x_0 / vae.scaling_factor + (getattr(vae, "shift_factor", None) or 0.0)
+        shift = getattr(vae, "shift_factor", None) or 0.0
+        return cast(Tensor, x_0 / vae.scaling_factor + shift)
 
     @property
     def multiple(self) -> int:
@@ -271,7 +264,7 @@ class PipelineModel:
     def times(self, steps: int, height: int, width: int) -> tuple[float, ...]:
         """As the pipeline's scheduler: evenly spaced, then shifted, by the image's size if it says so."""
         config = self.pipeline.scheduler.config
-        scheduler = flow_scheduler(config)
+        scheduler = make_flow_scheduler(config)
         even = {"sigmas": [1 - i / steps for i in range(steps)]}
         given = even if self.even_sigmas else {"num_inference_steps": steps}
         tokens = (height // self.multiple) * (width // self.multiple)
@@ -281,7 +274,7 @@ class PipelineModel:
 
     def shift(self, tokens: int, steps: int) -> float:
         """The scheduler's `mu` for an image of that many tokens, where its shift depends on the size."""
-        return shift_of(self.pipeline.scheduler.config, tokens)
+        return compute_shift(self.pipeline.scheduler.config, tokens)
 
     def save_lora(self, folder: Path, state: Mapping[str, Tensor], config: Mapping[str, Any]) -> None:
         # Without the metadata a LoRA loads with another alpha, silently.
@@ -295,7 +288,7 @@ def packed(x: Tensor) -> Tensor:
 
 def unpacked(tokens: Tensor, height: int) -> Tensor:
     """`packed` undone, for latents of that many rows."""
-    return F.pixel_shuffle(tokens.transpose(1, 2).unflatten(2, (height // 2, -1)), 2)
+    return F.pixel_shuffle(torch.unflatten(tokens.transpose(1, 2), 2, (height // 2, -1)), 2)
 
 
 def filled(embeds: Tensor, length: int) -> Tensor:

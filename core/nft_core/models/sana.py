@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from diffusers.models.attention_processor import SanaLinearAttnProcessor2_0
@@ -62,7 +62,7 @@ class Sana(PipelineModel):
             timestep=t * 1000 * self.pipeline.transformer.config.timestep_scale,
             return_dict=False,
         )
-        return v.to(x_t.dtype)
+        return cast(Tensor, v.to(x_t.dtype))
 
     @property
     def multiple(self) -> int:

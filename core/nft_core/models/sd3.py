@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -44,7 +44,8 @@ class SD3(PipelineModel):
 
     def _side(self) -> int:
         # Of a smaller model, its own; SD3.5's own would cost four times that of the published runs.
-        return min(self.pipeline.default_sample_size * self.pipeline.vae_scale_factor, self.default_side)
+        own = int(self.pipeline.default_sample_size * self.pipeline.vae_scale_factor)
+        return min(own, self.default_side)
 
     def encode_texts(self, pipeline: Any, prompts: list[str]) -> dict[str, Tensor]:
         embeds, _, pooled, _ = pipeline.encode_prompt(
@@ -65,7 +66,7 @@ class SD3(PipelineModel):
             timestep=t * 1000,
             return_dict=False,
         )
-        return v.to(x_t.dtype)
+        return cast(Tensor, v.to(x_t.dtype))
 
     @property
     def multiple(self) -> int:

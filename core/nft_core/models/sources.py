@@ -1,4 +1,7 @@
-"""What --model may name: a diffusers pipeline, in a folder or on the hub. What else it names is said."""
+"""What --model may name: a diffusers pipeline, in a folder or on the hub.
+
+Anything else gets an error that says what it is.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +13,7 @@ from diffusers import DiffusionPipeline
 from safetensors import SafetensorError, safe_open
 
 from ..errors import UsageError
-from .checks import PICKLED, files_in, read_object
+from .checks import PICKLED, list_files, read_object
 
 INDEX = "model_index.json"
 #: Makes a pipeline's folder of one file.
@@ -25,8 +28,8 @@ def read_index(source: str) -> dict[str, Any]:
     path = Path(source).expanduser()
     if path.exists() and not (path / INDEX).is_file():
         raise UsageError(
-            f"--model {source}: {what_is(path)} Expected the folder of a diffusers pipeline, with {INDEX} and "
-            "a folder for each of its parts, or the hub id of one."
+            f"--model {source}: {describe_path(path)} Expected the folder of a diffusers pipeline, with "
+            f"{INDEX} and a folder for each of its parts, or the hub id of one."
         )
     if not path.exists():
         index: Any = DiffusionPipeline.load_config(source)
@@ -40,10 +43,10 @@ def read_index(source: str) -> dict[str, Any]:
     return index
 
 
-def what_is(path: Path) -> str:
-    """A sentence of what a path is that is no pipeline's folder, and of what can be done with it."""
+def describe_path(path: Path) -> str:
+    """Say in a sentence what a path is that is no pipeline's folder, and what can be done with it."""
     if path.is_dir():
-        return what_folder_is(path)
+        return describe_folder(path)
     if not path.is_file():
         return "it is neither a file nor a folder."
     if path.name == INDEX:
@@ -52,10 +55,11 @@ def what_is(path: Path) -> str:
         return "this is a file of quantised weights, which cannot be trained: take the original ones."
     if path.suffix in PICKLED:
         return "this is a file of pickled weights, which can run code when they are read: take safetensors."
-    return what_weights_are(path) or "this is a file of another kind."
+    return describe_weights(path) or "this is a file of another kind."
 
 
-def what_folder_is(folder: Path) -> str:
+def describe_folder(folder: Path) -> str:
+    """Say what a folder is that is no pipeline's, such as a run, a LoRA or a part of a pipeline."""
     if (folder / "run.toml").is_file():
         command = shlex.quote(str(folder))
         return (
@@ -63,7 +67,7 @@ def what_folder_is(folder: Path) -> str:
             "model."
         )
     if (folder / "adapter_config.json").is_file():
-        return of_lora(folder)
+        return explain_lora(folder)
     config = read_object(folder / "config.json") if (folder / "config.json").is_file() else {}
     if kind := config.get("_class_name") or config.get("model_type"):
         return f"this is the folder of a {kind} alone, which is at most a part of a pipeline."
@@ -73,21 +77,21 @@ def what_folder_is(folder: Path) -> str:
         return f"there is no {INDEX} in it, but one in {shlex.quote(str(inner[0]))}: give that."
     if any(folder.glob("modular_*.json")):
         return "this is a modular pipeline, which is not read: take the repository of the plain one."
-    for file in files_in(folder, ".safetensors"):
-        return what_weights_are(file)
+    for file in list_files(folder, ".safetensors"):
+        return describe_weights(file)
     held = ", ".join(sorted(p.name for p in folder.iterdir())[:5])
     return f"there is no {INDEX} in this folder, but {held}." if held else "this folder is empty."
 
 
-def what_weights_are(file: Path) -> str:
-    """A LoRA, or the weights of a whole model in one file. Nothing for what cannot be read."""
+def describe_weights(file: Path) -> str:
+    """Say whether a safetensors file is a LoRA or a whole model; an empty string if it cannot be read."""
     try:
         with safe_open(file, framework="np") as opened:
             names = list(opened.keys())
     except (SafetensorError, OSError):
         return ""
     if any("lora" in name.lower() for name in names):
-        return of_lora(file)
+        return explain_lora(file)
     made = SPLIT.format(file=str(file), folder=str(file.with_suffix("")))
     return (
         f"{file.name} is one file of {len(names)} weights, which does not say of which model. {made} makes a "
@@ -95,7 +99,8 @@ def what_weights_are(file: Path) -> str:
     )
 
 
-def of_lora(path: Path) -> str:
+def explain_lora(path: Path) -> str:
+    """Say that a path is a LoRA, and how training can go on from one."""
     return (
         f"{path.name} is a LoRA, which changes a model and is none by itself: give its base as --model. To "
         "train on from it, load it into the base's pipeline with diffusers (load_lora_weights), fuse it in "

@@ -8,19 +8,19 @@ from torch import Tensor
 WEIGHT_FLOOR = 1e-5
 
 
-def mean_but_first(x: Tensor) -> Tensor:
+def mean_per_sample(x: Tensor) -> Tensor:
     """`[B, ...]` to `[B]`."""
     return x.flatten(1).mean(1)
 
 
-def per_sample(t: Tensor, like: Tensor) -> Tensor:
+def expand_per_sample(t: Tensor, like: Tensor) -> Tensor:
     """`[B]` shaped to broadcast against `like [B, ...]`."""
     return t.view(-1, *[1] * (like.ndim - 1))
 
 
-def noised(x_0: Tensor, noise: Tensor, t: Tensor) -> Tensor:
+def add_noise(x_0: Tensor, noise: Tensor, t: Tensor) -> Tensor:
     """`x_t = (1 - t) x_0 + t noise` for `t [B]`."""
-    t = per_sample(t, x_0)
+    t = expand_per_sample(t, x_0)
     return (1 - t) * x_0 + t * noise
 
 
@@ -30,9 +30,9 @@ def branch_loss(v: Tensor, x_t: Tensor, x_0: Tensor, t: Tensor) -> Tensor:
     The adaptive weight makes the loss of the order of the error itself at every t, in place of
     a hand-made weight over time (section 3.3).
     """
-    error = (x_t - per_sample(t, x_t) * v - x_0).float()
-    weight = mean_but_first(error.detach().abs()).clamp_min(WEIGHT_FLOOR)
-    return mean_but_first(error.square()) / weight
+    error = (x_t - expand_per_sample(t, x_t) * v - x_0).float()
+    weight = mean_per_sample(error.detach().abs()).clamp_min(WEIGHT_FLOOR)
+    return mean_per_sample(error.square()) / weight
 
 
 def nft_loss(
@@ -59,4 +59,4 @@ def nft_loss(
 
 def kl_loss(v_theta: Tensor, v_ref: Tensor) -> Tensor:
     """`|v_theta - v_ref|^2`, `[B]` float32: the KL to the reference up to a factor that depends on t."""
-    return mean_but_first((v_theta - v_ref).float().square())
+    return mean_per_sample((v_theta - v_ref).float().square())

@@ -11,7 +11,7 @@ from torch import Tensor
 TrainTimes = Literal["grid", "uniform", "logit_normal"]
 
 
-def shifted(t: Tensor, shift: float) -> Tensor:
+def shift_times(t: Tensor, shift: float) -> Tensor:
     """`shift t / (1 + (shift - 1) t)`: more time near the noise for shift > 1 (SD3, arXiv 2403.03206)."""
     return shift * t / (1 + (shift - 1) * t)
 
@@ -38,4 +38,4 @@ def draw_times(
         t = (torch.arange(count, device="cpu") + 1 - offset) / count
     else:
         t = torch.randn(count, generator=generator, dtype=torch.float32, device="cpu").sigmoid()
-    return shifted(t, shift).clamp(1e-4, 1)
+    return shift_times(t, shift).clamp(1e-4, 1)

@@ -22,18 +22,18 @@ def copy_to_device(rows: Tensor, device: torch.device) -> Tensor:
     return (rows.pin_memory() if pinned else rows).to(device, non_blocking=True)
 
 
-def out_of_memory(error: BaseException | None) -> bool:
+def is_out_of_memory(error: BaseException | None) -> bool:
     """Whether a GPU's or the CPU's memory is full."""
     return error is not None and (isinstance(error, torch.OutOfMemoryError) or is_memory_full(error))
 
 
 def free_memory() -> None:
     gc.collect()
-    if torch.cuda.is_initialized():
+    if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
         torch.cuda.empty_cache()
 
 
-def on_device(device: torch.device, call: Callable[[], T]) -> Callable[[], T]:
+def wrap_in_side_stream(device: torch.device, call: Callable[[], T]) -> Callable[[], T]:
     """`call`, for another thread: on a stream of its own, after what has been queued here so far.
 
     So a GPU works on the scores while it makes the next images. Which GPU is the current one is each thread's
@@ -45,7 +45,7 @@ def on_device(device: torch.device, call: Callable[[], T]) -> Callable[[], T]:
 
     def run() -> T:
         torch.cuda.set_device(device)
-        stream = side_stream(device, current_thread().name)
+        stream = get_side_stream(device, current_thread().name)
         stream.wait_event(queued)
         with torch.cuda.stream(stream):
             result = call()
@@ -56,6 +56,6 @@ def on_device(device: torch.device, call: Callable[[], T]) -> Callable[[], T]:
 
 
 @cache
-def side_stream(device: torch.device, thread: str) -> torch.cuda.Stream:
+def get_side_stream(device: torch.device, thread: str) -> torch.cuda.Stream:
     """One for all threads of a name, which take turns: the allocator keeps free memory by stream."""
-    return torch.cuda.Stream(device)
+    return torch.cuda.Stream(device)  # type: ignore[no-untyped-call]

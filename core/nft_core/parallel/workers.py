@@ -29,7 +29,7 @@ class Worker:
     def __init__(self, name: str) -> None:
         self.jobs: SimpleQueue[Job | None] = SimpleQueue()
         self.closed = Event()
-        Thread(target=serve, args=(self.jobs, self.closed), name=name, daemon=True).start()
+        Thread(target=run_jobs, args=(self.jobs, self.closed), name=name, daemon=True).start()
         weakref.finalize(self, self.jobs.put, None)
 
     def submit(self, call: Callable[[], T]) -> Future[T]:
@@ -50,7 +50,7 @@ under_way: set[Future[Any]] = set()
 atexit.register(lambda: wait(list(under_way), GRACE))
 
 
-def serve(jobs: SimpleQueue[Job | None], closed: Event) -> None:
+def run_jobs(jobs: SimpleQueue[Job | None], closed: Event) -> None:
     """A worker's thread: it knows the queue alone, so that a worker nobody holds any more can end."""
     while (job := jobs.get()) is not None:
         future, call = job

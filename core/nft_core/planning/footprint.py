@@ -189,7 +189,7 @@ class Computations:
 
     @torch.no_grad()
     def old(self, images: int, mark: object) -> Tensor:
-        with self.policy.old():
+        with self.policy.use_old():
             return self.velocity(self.latents(images))
 
     @torch.no_grad()

@@ -13,7 +13,7 @@ from ..parallel.devices import free_memory
 from ..parallel.processes import rank, world_size
 from ..parallel.sharding import InStep
 from ..prompts import Prompt, prompts_of_run
-from ..sampling.conditions import Encoded, encode
+from ..sampling.conditions import Encoded, encode_prompts
 from ..sampling.rollout import Sampler
 from ..settings import Settings
 from ..training.compiling import compile_blocks
@@ -42,7 +42,7 @@ def assemble_training(
 
     compiled: whether the transformer's blocks are to be compiled.
     """
-    condition, eval_condition = encode_prompts(s, model, prompts, held_out, device)
+    condition, eval_condition = encode_both(s, model, prompts, held_out, device)
     torch.manual_seed(s.seed)  # A LoRA's weights are drawn from torch's own generator.
     policy = make_policy(s, model, device)
     if s.gradient_checkpointing:
@@ -74,7 +74,7 @@ def assemble_training(
     return training
 
 
-def encode_prompts(
+def encode_both(
     s: Settings, model: FlowModel, prompts: list[Prompt], held_out: list[Prompt], device: torch.device
 ) -> tuple[Encoded, Encoded]:
     """Encode the prompts that the run will draw, and all held-out ones, and give up the text encoders."""
@@ -82,7 +82,7 @@ def encode_prompts(
     cache = Path(s.cache).expanduser() if s.cache else None
     both = [*prompts, *held_out]
     # In one go, so that the text encoders are loaded once.
-    encoded = encode(model, both, [*drawn, *range(len(prompts), len(both))], cache, device)
+    encoded = encode_prompts(model, both, [*drawn, *range(len(prompts), len(both))], cache, device)
     if hasattr(model, "release"):
         model.release()
         free_memory()  # What the encoders took is for any stream from here on.

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from ..errors import CheckpointError, NftError, SaveError, disk_advice
 from ..parallel.processes import rank
-from ..training.optimizers import load_moments, moments
+from ..training.optimizers import collect_moments, load_moments
 from ..training.policy import Policy
 from ..training.state import Progress, read_progress
 
@@ -72,7 +72,7 @@ def save_checkpoint(
     """
     if rank() != 0:
         policy.state()
-        moments(policy.names, policy.parameters, optimizer)
+        collect_moments(policy.names, policy.parameters, optimizer)
         return
     aside, old = _aside(folder, "part"), _aside(folder, "old")
     state = {"progress": progress.model_dump(mode="json"), "settings": dict(settings)}
@@ -83,7 +83,7 @@ def save_checkpoint(
         policy.save(aside, weights)
         save_file({k: v.cpu().contiguous() for k, v in weights.items()}, aside / POLICY)
         del weights
-        save_file(moments(policy.names, policy.parameters, optimizer), aside / OPTIMIZER)
+        save_file(collect_moments(policy.names, policy.parameters, optimizer), aside / OPTIMIZER)
         (aside / STATE).write_text(json.dumps(state, allow_nan=False) + "\n", encoding="utf-8")
         files = sorted(path for path in aside.rglob("*") if path.is_file())
         manifest = Manifest(files={path.relative_to(aside).as_posix(): _entry(path) for path in files})

@@ -182,21 +182,25 @@ def train_and_save(training: Training, folder: Path, traced: AbstractContextMana
     error: BaseException | None = None
     said: list[str] = []
     try:
-        with note_signals() as training.told:  # Around the saving too, which a second signal must not end.
+        with (
+            note_signals() as training.stop_signal
+        ):  # Around the saving too, which a second signal must not end.
             try:
                 with traced:
                     train(training)
             except BaseException as caught:
                 # A second Ctrl-C means at once, and what could not be saved cannot be saved now.
                 at_once = isinstance(caught, KeyboardInterrupt | SaveError)
-                if not at_once or is_from_inside(caught, training.told()):
+                if not at_once or is_from_inside(caught, training.stop_signal()):
                     rescue_training(training, folder, said.append)
                 if isinstance(caught, Stopped):
                     barrier()  # torchrun kills the first, which saves, 30 seconds after another has ended.
                 raise
     except BaseException as caught:
         error = caught
-        if is_from_inside(caught, training.told()):  # With an exit code of 0 the run would pass for whole.
+        if is_from_inside(
+            caught, training.stop_signal()
+        ):  # With an exit code of 0 the run would pass for whole.
             error = NftError(f"The run was ended from inside: {caught!r} came{where(caught)}.")
             raise error from caught
         raise
@@ -227,13 +231,13 @@ def is_from_inside(error: BaseException, told: int) -> bool:
 
 def rescue_training(training: Training, folder: Path, tell: Callable[[str], None]) -> None:
     """Save what was trained before an error or Ctrl-C, even in the middle of an epoch, and say so."""
-    training.policy.restore()
+    training.policy.restore_live()
     at = training.at
-    if training.torn:
+    if training.is_inconsistent:
         tell("The error came in the middle of a step: what was trained since the last checkpoint is lost.")
     elif not (at.step or at.update):
         tell("Nothing was trained yet, so nothing is saved: `nft resume` begins anew.")
-    if training.torn or not (at.step or at.update):
+    if training.is_inconsistent or not (at.step or at.update):
         return
     in_step = training.sampler.in_step
     if training.policy.sharded and in_step and not in_step.all_here():

@@ -69,10 +69,10 @@ def find_family(settings: Settings, host: Host) -> tuple[str, Mapping[str, Any]]
     pipeline = str(index["_class_name"])
     family = host.family(pipeline, settings.family)
     if family is None:
-        from ..models.checks import unhandled
+        from ..models.checks import explain_unknown_pipeline
 
         known = {p for card in host.models.values() for p in card.info.pipelines}
-        raise UsageError(unhandled(name, pipeline, known))
+        raise UsageError(explain_unknown_pipeline(name, pipeline, known))
     return family, index
 
 

@@ -63,7 +63,7 @@ class Encoded:
         }
 
 
-def encode(
+def encode_prompts(
     model: FlowModel,
     prompts: Sequence[Prompt],
     drawn: Iterable[int],
@@ -93,21 +93,21 @@ def encode(
         condition = encode_to_file(model, texts, folder)
         processes.barrier()
     finally:
-        if is_first_here():
+        if is_first_on_machine():
             shutil.rmtree(folder, ignore_errors=True)
     return Encoded(condition, rows)
 
 
 def encode_to_file(model: FlowModel, texts: Sequence[str], folder: Path) -> Condition:
     """The encodings in a file of the folder, mapped; in memory where the file could not be written."""
-    file = folder / f"{key(model, texts)}.safetensors"
-    if is_first_here() and not is_whole(file):
-        write(model, texts, file)
+    file = folder / f"{digest_encodings(model, texts)}.safetensors"
+    if is_first_on_machine() and not is_readable(file):
+        write_encodings(model, texts, file)
     processes.barrier()
-    return load_file(file) if is_whole(file) else model.encode(texts)
+    return load_file(file) if is_readable(file) else model.encode(texts)
 
 
-def is_whole(file: Path) -> bool:
+def is_readable(file: Path) -> bool:
     """Whether a file of the cache can be read; one that was cut short, as by a full disk, is made anew."""
     if not file.is_file():
         return False
@@ -118,21 +118,21 @@ def is_whole(file: Path) -> bool:
         return False
 
 
-def is_first_here() -> bool:
+def is_first_on_machine() -> bool:
     """Whether this is the first process of its machine."""
     return number("LOCAL_RANK", 0) == 0
 
 
 def make_scratch(device: torch.device) -> Path:
     """A new folder among the machine's temporary files, the same for all processes of a machine."""
-    folder = tempfile.mkdtemp(prefix="nft-encoded-") if is_first_here() else ""
+    folder = tempfile.mkdtemp(prefix="nft-encoded-") if is_first_on_machine() else ""
     mine = json.dumps([socket.gethostname(), folder])
     everyones = [json.loads(text) for text in processes.gather_texts(mine, device)]
     here = [path for host, path in everyones if host == socket.gethostname() and path]
     return Path(here[0] if here else tempfile.gettempdir())
 
 
-def key(model: FlowModel, texts: Sequence[str]) -> str:
+def digest_encodings(model: FlowModel, texts: Sequence[str]) -> str:
     """A name for encodings: another model, file, option, library or text makes another."""
     plain = (int, float, str, torch.dtype)
     options = {n: repr(v) for n, v in sorted(vars(model).items()) if isinstance(v, plain)}
@@ -150,7 +150,7 @@ def key(model: FlowModel, texts: Sequence[str]) -> str:
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:32]
 
 
-def write(model: FlowModel, texts: Sequence[str], file: Path) -> None:
+def write_encodings(model: FlowModel, texts: Sequence[str], file: Path) -> None:
     """Encode texts into a file, a part at a time, so that it may be larger than the memory.
 
     A cache is a convenience: where it cannot be written, that is told, and the run goes on without.
@@ -161,7 +161,7 @@ def write(model: FlowModel, texts: Sequence[str], file: Path) -> None:
         views: dict[str, Tensor] = {}
         for start in range(0, len(texts), AT_ONCE):
             condition = model.encode(texts[start : start + AT_ONCE])
-            views = views or empty_file(aside, condition, len(texts))
+            views = views or map_new_file(aside, condition, len(texts))
             for name, rows in condition.items():
                 views[name][start : start + len(rows)] = rows.cpu()
         aside.replace(file)
@@ -172,7 +172,7 @@ def write(model: FlowModel, texts: Sequence[str], file: Path) -> None:
             aside.unlink()
 
 
-def empty_file(file: Path, condition: Condition, count: int) -> dict[str, Tensor]:
+def map_new_file(file: Path, condition: Condition, count: int) -> dict[str, Tensor]:
     """A safetensors file for `count` rows of each tensor, mapped: what is written to them is in the file.
 
     Raises OSError where the disk has not the room, since writing to a map beyond it would end the process.

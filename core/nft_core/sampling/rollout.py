@@ -15,7 +15,7 @@ from torch import Tensor
 from nft_plugins import Batch, Condition, FlowModel, Reward, Scores, Solver, Velocity, randn_like
 
 from ..host.lending import quiet_moment
-from ..parallel.devices import free_memory, on_device
+from ..parallel.devices import free_memory, wrap_in_side_stream
 from ..parallel.processes import fail_together, gather_rows, list_owned, rank, sum_values, world_size
 from ..parallel.sharding import InStep
 from ..parallel.workers import Worker
@@ -147,7 +147,7 @@ def roll_out(
             else:
                 latents.append(x_0)
             # The reward scores this batch in another thread while the next one is generated.
-            pending.append(scorer.submit(on_device(sampler.device, partial(reward, batch))))
+            pending.append(scorer.submit(wrap_in_side_stream(sampler.device, partial(reward, batch))))
             progress(draws.purpose, sum(map(len, finite)), len(index))
             if len(pending) > AHEAD:
                 with phase("reward"):

@@ -22,7 +22,7 @@ from ..host.host import Host, load_host
 from ..host.lending import lend, own, process_kept, thread_kept
 from ..host.local import FunctionReward, importing
 from ..host.specs import Policy, RewardSpec, finite_weight, parse_reward
-from ..parallel.devices import out_of_memory
+from ..parallel.devices import is_out_of_memory
 from .failures import Failed, Guard, Tally, added
 
 
@@ -323,7 +323,7 @@ def checked(name: str, score: Callable[[], Scores], size: int) -> Scores:
         # Ctrl-C comes to the main thread alone.
         if isinstance(error, KeyboardInterrupt) and on_main_thread():
             raise
-        if out_of_memory(error):
+        if is_out_of_memory(error):
             raise NftError(
                 f"The reward {name!r} ran out of memory: {str(error) or 'MemoryError'} Score fewer images "
                 "at once: with rollout_batch in a run, --batch in nft score."

@@ -15,7 +15,7 @@ from nft_plugins import PromptError, Scores
 from ..errors import NftError, UsageError
 from ..host.lending import process_kept
 from ..host.specs import Policy
-from ..parallel.devices import free_memory, on_device, out_of_memory
+from ..parallel.devices import free_memory, is_out_of_memory, wrap_in_side_stream
 from ..parallel.workers import Worker
 
 #: Seconds before the second attempt, twice as long before each further one, and at most.
@@ -86,7 +86,7 @@ class Guard:
                 if attempt > self.policy.retry or isinstance(error.__cause__, PromptError):
                     self.hopeless = isinstance(error, Busy)
                     return self.give_up(error, attempt, size)
-                full = out_of_memory(error.__cause__)
+                full = is_out_of_memory(error.__cause__)
             # Only here are the error and the tensors of its frames gone.
             if full:
                 free_memory()
@@ -111,7 +111,7 @@ class Guard:
                 raise self.busy()
         self.overdue = None
         self.worker = self.worker or Worker(f"reward {self.name}")
-        future = self.worker.submit(on_device(device, score))
+        future = self.worker.submit(wrap_in_side_stream(device, score))
         if not wait([future], limit).done:
             self.overdue = future
             raise NftError(f"The reward {self.name!r} failed: it took longer than max_seconds = {limit:g} s.")

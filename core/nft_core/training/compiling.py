@@ -39,11 +39,11 @@ def compile_blocks(transformer: torch.nn.Module, **options: Any) -> None:
     options: of `torch.compile`.
     """
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 64)
-    for module in compiled_modules(transformer):  # diffusers' own function does not know sharded blocks.
+    for module in find_compiled_modules(transformer):  # diffusers' own function does not know sharded blocks.
         module.compile(**options)
 
 
-def compiled_modules(transformer: torch.nn.Module) -> list[torch.nn.Module]:
+def find_compiled_modules(transformer: torch.nn.Module) -> list[torch.nn.Module]:
     named = getattr(transformer, "_repeated_blocks", None)
     return list_blocks(transformer) if named else [transformer]
 
@@ -70,7 +70,7 @@ def warm_up(run: Training, tell: Callable[[str], None]) -> None:
         failure = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
     run.optimizer.zero_grad(set_to_none=True)
     if processes.sum_value(float(failure is not None), run.policy.device):
-        for module in compiled_modules(run.policy.model.transformer):
+        for module in find_compiled_modules(run.policy.model.transformer):
             module._compiled_call_impl = None
         tell(
             f"Warning: torch.compile failed, and the run goes on without it: {failure or 'in another process'}."
@@ -91,11 +91,11 @@ def make_passes(run: Training) -> None:
 
     several = max(run.sampler.batch // s.microbatch, 1)
     with torch.no_grad():
-        with policy.old(), policy.merged():
+        with policy.use_old(), policy.merge_lora():
             velocity(run.sampler.batch)
-        with policy.old():
+        with policy.use_old():
             velocity(min(several, s.train_times_count) * s.microbatch)
         if s.kl_weight:
-            with policy.reference():
+            with policy.use_reference():
                 velocity(min(several, s.train_times_count) * s.microbatch)
     velocity(s.microbatch).square().mean().backward()  # type: ignore[no-untyped-call]

@@ -55,7 +55,7 @@ def finish_epoch(training: Training, rollout: Rollout, seconds: float) -> None:
     record["warnings"] = warnings(record, at.baseline, s)
     training.observe("nft_epoch_finished", record=record)
     # Weights and counters change together here; no checkpoint is taken in between.
-    with training.change():
+    with training.change_together():
         policy.move_old(old_decay(s.old_decay, at.step))
         if means["kl"] is not None:
             at.kl_weight = next_kl_weight(at.kl_weight, means["kl"], s.kl_target, s.kl_weight)

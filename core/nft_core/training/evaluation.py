@@ -20,7 +20,7 @@ def evaluate(run: Training) -> dict[str, str]:
     # Epoch 0 in the key whatever the epoch: before and after differ by the weights alone.
     draws = Draws(run.eval_prompts, indices, s.eval_images, s.seed, "eval", 0)
     gallery = Gallery(draws)
-    with run.policy.ema(), run.policy.merged():
+    with run.policy.use_ema(), run.policy.merge_lora():
         rollout = roll_out(
             run.eval_sampler,
             draws,
@@ -28,11 +28,11 @@ def evaluate(run: Training) -> dict[str, str]:
             run.reward,
             run.progress,
             run.phase,
-            stop=run.stop,
+            stop=run.raise_if_stopped,
             look=gallery.add,
         )
     run.phases.clear()
-    batch, scores = gallery.shown(rollout.scores, run.policy.device)
+    batch, scores = gallery.collect(rollout.scores, run.policy.device)
     figures = statistics(rollout.scores, draws.metadata(), rollout.tallies)
     known = {"which": which(rollout.scores), "evaluation": run.evaluation}
     record = run.record("eval", at.epoch, images=len(draws), **figures, **known)

@@ -31,12 +31,12 @@ class Gallery:
     def add(self, rows: Tensor, batch: Batch) -> None:
         """Keep what is to be kept of a batch, as bytes on the CPU. rows: `[B]`, which images they are."""
         if not self.rows:
-            self.chosen = choose(len(self.draws.indices), self.draws.images, batch.images[0].numel() * 4)
+            self.chosen = choose_images(len(self.draws.indices), self.draws.images, batch.images[0].numel() * 4)
         kept = torch.isin(rows, self.chosen)
         self.rows.append(rows[kept])
         self.parts.append(batch.uint8[kept.to(batch.images.device)].cpu())
 
-    def shown(self, scores: Scores, device: torch.device) -> tuple[Batch, Scores]:
+    def collect(self, scores: Scores, device: torch.device) -> tuple[Batch, Scores]:
         """The pictures that all processes have kept, in order, and their scores."""
         index = torch.searchsorted(self.chosen, torch.cat(self.rows))
         pictures = gather_rows(torch.cat(self.parts), index, len(self.chosen), device)
@@ -45,7 +45,7 @@ class Gallery:
         return batch, map_scores(scores, lambda x: x[self.chosen])
 
 
-def choose(prompts: int, each: int, size: int) -> Tensor:
+def choose_images(prompts: int, each: int, size: int) -> Tensor:
     """Indices of the images to keep, of `each` images of so many prompts. size: bytes of an image."""
     most = max(MOST_BYTES // size, LEAST)
     if prompts * each <= most:

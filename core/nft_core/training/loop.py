@@ -40,7 +40,7 @@ def train_epoch(training: Training) -> None:
     start = perf_counter()
     # K images of each prompt from the old policy, by any solver, without guidance. The loss needs only x_0, so
     # no step of the solver is kept.
-    with policy.old(), policy.merged():
+    with policy.use_old(), policy.merge_lora():
         rollout = sample_images(training, at.epoch + 1)
     # r in [0, 1]: how much better an image did than the others of its prompt; 1/2 is as good as they did.
     advantages = combined_advantages(rollout.scores, rollout.groups, s.combine, s.std)
@@ -85,7 +85,7 @@ def sample_images(training: Training, epoch: int) -> Rollout:
         training.reward,
         training.progress,
         training.phase,
-        stop=training.stop,
+        stop=training.raise_if_stopped,
     )
     if not rollout.scores.valid.any():
         raise NftError(

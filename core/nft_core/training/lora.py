@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -28,7 +28,7 @@ class LeanLinear(Linear):
         result: Tensor = self.base_layer(x, *args, **kwargs)
         if self._disable_adapters:
             return result
-        a, b = self.lora_A[ADAPTER].weight, self.lora_B[ADAPTER].weight
+        a, b = cast(Tensor, self.lora_A[ADAPTER].weight), cast(Tensor, self.lora_B[ADAPTER].weight)
         # The scale goes to the narrow product, which is the smallest tensor of all.
         narrow = linear(x.to(result.dtype), a.to(result.dtype)) * self.scaling[ADAPTER]
         return result + linear(narrow, b.to(result.dtype))
@@ -43,7 +43,10 @@ def add_lora(transformer: torch.nn.Module, rank: int, alpha: float, targets: Seq
     if targets == "all-linear" or list(targets) == ["all-linear"]:
         layers = transformer.named_modules()
         targets = [name for name, layer in layers if isinstance(layer, torch.nn.Linear)]
-    config = LoraConfig(r=rank, lora_alpha=alpha, target_modules=list(targets), init_lora_weights="gaussian")
+    # peft says int for alpha, and takes a float as well.
+    config = LoraConfig(
+        r=rank, lora_alpha=cast(int, alpha), target_modules=list(targets), init_lora_weights="gaussian"
+    )
     transformer.requires_grad_(False)
     try:
         inject_adapter_in_model(config, transformer, adapter_name=ADAPTER)
@@ -61,7 +64,7 @@ def add_lora(transformer: torch.nn.Module, rank: int, alpha: float, targets: Seq
             f"linear: {', '.join(others[:4])}. Give longer names, as they end in transformer.named_modules(), "
             "or all-linear."
         )
-    transformer._hf_peft_config_loaded = True
+    cast(Any, transformer)._hf_peft_config_loaded = True  # By which diffusers knows of the LoRA.
     for layer in adapted_layers(transformer):
         layer.__class__ = LeanLinear  # The same parameters under the same names.
     for name, p in transformer.named_parameters():
@@ -80,6 +83,6 @@ def lora_metadata(config: LoraConfig) -> dict[str, Any]:
     """The config as JSON can hold it; diffusers writes it beside the weights."""
     return {
         name: sorted(value) if isinstance(value, set) else value
-        for name, value in config.to_dict().items()
+        for name, value in config.to_dict().items()  # type: ignore[no-untyped-call]
         if value is None or isinstance(value, (str, int, float, bool, list, set, dict))
     }

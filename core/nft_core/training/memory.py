@@ -1,14 +1,17 @@
-"""What saves memory in the training pass."""
+"""Activation checkpointing, which saves memory in the training pass."""
 
 from __future__ import annotations
 
-import torch
+from typing import Any
 
 from ..errors import UsageError
 
 
-def checkpoint_activations(transformer: torch.nn.Module) -> None:
-    """Keep only the blocks' inputs for the backward pass, and compute the rest anew there."""
+def checkpoint_activations(transformer: Any) -> None:
+    """Make a diffusers transformer keep its blocks' inputs alone; the backward pass computes the rest again.
+
+    Raises UsageError where the transformer cannot do so.
+    """
     if not hasattr(transformer, "enable_gradient_checkpointing"):
         raise UsageError(
             f"gradient_checkpointing = true, but {type(transformer).__name__} has no "

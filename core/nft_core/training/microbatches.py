@@ -11,7 +11,7 @@ from torch import Tensor
 
 from nft_plugins import Condition
 
-from ..objective.loss import noised
+from ..objective.loss import add_noise
 from ..objective.train_times import draw_times
 from ..parallel import processes
 from ..parallel.devices import copy_to_device
@@ -71,7 +71,7 @@ def make_microbatches(training: Training, rollout: Rollout, images: Tensor, r: T
             x_0 = torch.zeros_like(x_0)
         t, noise = draw_times_and_noise(training, rollout, index)
         t, noise = copy_to_device(t, device), copy_to_device(noise, device)
-        x_t = torch.stack([noised(x_0, e, at) for e, at in zip(noise, t, strict=True)])
+        x_t = torch.stack([add_noise(x_0, e, at) for e, at in zip(noise, t, strict=True)])
         condition = training.condition.of(rollout.groups[index], device)
         yield Microbatch(x_0, x_t, t, condition, copy_to_device(r[index], device), weight)
         training.progress("train", min((done + 1) * s.microbatch, len(mine)), len(mine))

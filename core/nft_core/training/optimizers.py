@@ -24,16 +24,17 @@ def make_optimizer(s: Settings, parameters: Sequence[Parameter]) -> torch.optim.
     if s.optimizer == "adamw":
         return torch.optim.AdamW(parameters, fused=True, **options)  # type: ignore[arg-type]
     try:
-        import bitsandbytes
+        from bitsandbytes.optim.adamw import AdamW8bit
     except ImportError as error:
         raise NftError(
             'optimizer = adamw8bit needs bitsandbytes: pip install "nft-hub[8bit]", or use '
             "--set optimizer=adamw."
         ) from error
-    return bitsandbytes.optim.AdamW8bit(parameters, **options)  # type: ignore[no-any-return]
+    optimizer: torch.optim.Optimizer = AdamW8bit(parameters, **options)  # type: ignore[no-untyped-call]
+    return optimizer
 
 
-def moments(
+def collect_moments(
     names: Sequence[str], parameters: Sequence[Parameter], optimizer: torch.optim.Optimizer
 ) -> dict[str, Tensor]:
     """The optimizer's state by `PARAMETER.KEY`, on the CPU; of sharded parameters for all processes to call."""
@@ -50,7 +51,7 @@ def load_moments(
     optimizer: torch.optim.Optimizer,
     state: Mapping[str, Tensor],
 ) -> None:
-    """Put back what `moments` gave.
+    """Put back what `collect_moments` gave.
 
     Raises CheckpointError, having changed nothing, for another model's or another optimizer's.
     """

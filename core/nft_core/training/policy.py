@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -30,8 +30,8 @@ Weights = list[Tensor]
 
 
 class Policy:
-    """A flow model with live weights that are trained, and copies that `old()`, `reference()` and
-    `ema()` put in their place for a while.
+    """A flow model with live weights that are trained, and copies that `use_old()`, `use_reference()` and
+    `use_ema()` put in their place for a while.
 
     The copies hold the trained parameters alone, whether these are a LoRA's or the whole
     transformer's, and swapping is an exchange of pointers. The reference is what training started from:
@@ -43,10 +43,10 @@ class Policy:
 
     lora_rank: 0 trains the whole transformer.
     lora_targets: names of linear layers; `all-linear` for every one of them.
-    ema_decay: 0 keeps no EMA, and `ema()` is the live policy.
+    ema_decay: 0 keeps no EMA, and `use_ema()` is the live policy.
     autocast: dtype of torch.autocast around the transformer, or None for its own dtype.
     offload: keep the copies in host memory, pinned where there is a GPU; they visit the device when in place.
-    merge: let `merged()` do what it says; with `fsdp` it does nothing.
+    merge: let `merge_lora()` do what it says; with `fsdp` it does nothing.
     fsdp: share the transformer's weights, but for a LoRA's, with the other processes.
     """
 
@@ -91,9 +91,9 @@ class Policy:
         self._live: Weights | None = None if self.sharded else [p.data for p in self.parameters]
         #: The weights in place; None: the live ones.
         self._placed: Weights | None = None
-        self._old = self._copy()
-        self._reference = self._copy() if keep_reference and not self.lora else None
-        self._ema = self._copy() if ema_decay else None
+        self._old = self._copy_live()
+        self._reference = self._copy_live() if keep_reference and not self.lora else None
+        self._ema = self._copy_live() if ema_decay else None
         self._keep_reference = keep_reference
 
     def velocity(self, x_t: Tensor, t: Tensor, condition: Condition) -> Tensor:
@@ -101,17 +101,17 @@ class Policy:
         with torch.autocast(self.device.type, self.autocast, enabled=self.autocast is not None):
             return self.model.velocity(x_t, t, condition).float()
 
-    def old(self) -> Any:
+    def use_old(self) -> Any:
         """The policy that rollouts are sampled from."""
         return self._in_place(self._old)
 
-    def reference(self) -> Any:
+    def use_reference(self) -> Any:
         """The policy that training started from; the KL term keeps the live one near it."""
         if not self._keep_reference:
             raise UsageError("this policy keeps no reference weights: its kl_weight is 0")
         return self._without_lora() if self.lora else self._in_place(self._reference)
 
-    def ema(self) -> Any:
+    def use_ema(self) -> Any:
         """The exponential moving average of the live policy, or the live one where there is none."""
         return self._in_place(self._ema)
 
@@ -122,10 +122,10 @@ class Policy:
             return
         before = self._placed
         try:
-            self._put(weights)
+            self._put_in_place(weights)
             yield
         finally:
-            self._put(before)
+            self._put_in_place(before)
 
     @contextmanager
     def _without_lora(self) -> Iterator[None]:
@@ -139,7 +139,7 @@ class Policy:
                 layer._disable_adapters = False
 
     @contextmanager
-    def merged(self) -> Iterator[None]:
+    def merge_lora(self) -> Iterator[None]:
         """Inside, the LoRA in place is added to the base's weights, which saves its products in every pass.
 
         It takes the memory of the adapted layers once more, and rounds their sum to the base's dtype. In bf16
@@ -150,7 +150,7 @@ class Policy:
             yield
             return
         layers = adapted_layers(self.model.transformer)
-        before = [layer.base_layer.weight.data for layer in layers]
+        before = [cast(Tensor, layer.base_layer.weight).data for layer in layers]
         try:
             with torch.no_grad():
                 for layer, w in zip(layers, before, strict=True):
@@ -161,11 +161,11 @@ class Policy:
             for layer, w in zip(layers, before, strict=True):
                 layer.base_layer.weight.data = w
 
-    def restore(self) -> None:
+    def restore_live(self) -> None:
         """Put the live weights in place, wherever an interrupt may have struck."""
-        self._put(None)
+        self._put_in_place(None)
 
-    def _put(self, weights: Weights | None) -> None:
+    def _put_in_place(self, weights: Weights | None) -> None:
         """Put weights in place; None: the live ones."""
         if self._live is None:  # They are in place. An interrupt leaves them there, or leaves a copy.
             self._live = [take_local_part(p).clone() for p in self.parameters]
@@ -178,7 +178,7 @@ class Policy:
         if self.sharded and weights is None:
             self._live = None
 
-    def _copy(self) -> Weights:
+    def _copy_live(self) -> Weights:
         copies = [take_local_part(p).clone() for p in self.parameters]
         if self.offload and self.device.type == "cuda":
             copies = [w.cpu().pin_memory() for w in copies]
@@ -187,14 +187,14 @@ class Policy:
     @torch.no_grad()
     def move_old(self, d: float) -> None:
         """`old <- d old + (1 - d) theta`."""
-        self._follow(self._old, 1 - d)
+        self._move_towards_live(self._old, 1 - d)
 
     @torch.no_grad()
     def move_ema(self) -> None:
         if self._ema is not None:
-            self._follow(self._ema, 1 - self.ema_decay)
+            self._move_towards_live(self._ema, 1 - self.ema_decay)
 
-    def _follow(self, weights: Weights, share: float) -> None:
+    def _move_towards_live(self, weights: Weights, share: float) -> None:
         """`weights <- weights + share (theta - weights)`."""
         if self.offload:
             for w, p in zip(weights, self.parameters, strict=True):
@@ -218,9 +218,9 @@ class Policy:
 
         Of weights that are sharded the first process has the whole, in host memory, and the others nothing.
         """
-        return {name: gather_whole(shard_like(w, p)) for name, p, w in self._sets()}
+        return {name: gather_whole(shard_like(w, p)) for name, p, w in self._list_weights()}
 
-    def _sets(self) -> Iterator[tuple[str, Parameter, Tensor]]:
+    def _list_weights(self) -> Iterator[tuple[str, Parameter, Tensor]]:
         """`SET.PARAMETER`, the parameter, and what this process holds of the set's."""
         sets = {
             "live": self._live or [take_local_part(p) for p in self.parameters],
@@ -240,7 +240,7 @@ class Policy:
         A set that was not kept then: the reference stays what it is at the start, the EMA begins anew.
         """
         kept = {name.partition(".")[0] for name in state}
-        for name, p, _ in self._sets():
+        for name, p, _ in self._list_weights():
             kind = name.partition(".")[0]
             if kind in ("reference", "ema") and kind not in kept:
                 continue
@@ -249,7 +249,7 @@ class Policy:
                 raise CheckpointError(
                     f"its weights are of another model: {name} is {there}, not {list(p.shape)}"
                 )
-        for name, p, w in self._sets():
+        for name, p, w in self._list_weights():
             kind, _, parameter = name.partition(".")
             if kind == "ema" and kind not in kept:
                 name = f"live.{parameter}"
@@ -265,7 +265,7 @@ class Policy:
 
         state: what `state()` gave.
         """
-        with self.ema() if not self.sharded else nullcontext():
+        with self.use_ema() if not self.sharded else nullcontext():
             transformer = self.model.transformer
             if self.sharded:
                 kind = "ema" if self._ema else "live"

@@ -80,12 +80,12 @@ def read_progress(state: Any) -> Progress:
         raise CheckpointError(f"its state.json is not one: {place}: {first['msg']}") from error
 
 
-def finite(value: Any) -> Any:
+def replace_nonfinite(value: Any) -> Any:
     """The same with None for each number in it that is not finite, for which JSON has no word."""
     if isinstance(value, Mapping):
-        return {name: finite(v) for name, v in value.items()}
+        return {name: replace_nonfinite(v) for name, v in value.items()}
     if isinstance(value, list | tuple):
-        return [finite(v) for v in value]
+        return [replace_nonfinite(v) for v in value]
     return None if isinstance(value, float) and not isfinite(value) else value
 
 
@@ -95,8 +95,9 @@ class Training:
 
     observe: `(hook, **arguments)`, tells the run's observers; save: writes a checkpoint.
     evaluation: the fingerprint of the evaluations.
-    told: the number of the signal that told this process to end, or 0.
-    torn: weights, moments and progress do not belong together: a moment, or for good after an error in it.
+    stop_signal: gives the number of the signal that told this process to end, or 0.
+    is_inconsistent: whether weights, moments and progress do not belong together. It is so during a change, and
+        stays so after an error in one; no checkpoint may be saved then.
     """
 
     settings: Settings
@@ -113,8 +114,8 @@ class Training:
     save: Callable[[], None]
     at: Progress
     evaluation: Mapping[str, Any] = field(default_factory=dict)
-    told: Callable[[], int] = lambda: 0
-    torn: bool = False
+    stop_signal: Callable[[], int] = lambda: 0
+    is_inconsistent: bool = False
     started: float = field(default_factory=perf_counter)
     phases: dict[str, float] = field(default_factory=dict)
 
@@ -128,18 +129,18 @@ class Training:
             self.phases[name] = self.phases.get(name, 0.0) + perf_counter() - start
 
     @contextmanager
-    def change(self) -> Iterator[None]:
-        """Inside, what belongs together moves: a checkpoint is of before or of after."""
-        self.torn = True
+    def change_together(self) -> Iterator[None]:
+        """Weights, optimizer and counters change together here; no checkpoint is taken in between."""
+        self.is_inconsistent = True
         yield
-        self.torn = False
+        self.is_inconsistent = False
 
     def progress(self, phase: str, done: int, total: int) -> None:
         self.observe("nft_progress", phase=phase, done=done, total=total)
 
-    def stop(self) -> None:
+    def raise_if_stopped(self) -> None:
         """Raise Stopped where this process was told to end."""
-        if signal := self.told():
+        if signal := self.stop_signal():
             raise Stopped(signal)
 
     def seconds(self) -> float:
@@ -155,4 +156,4 @@ class Training:
     def record(self, event: str, epoch: int, **figures: Any) -> Any:
         """A line of `metrics.jsonl`, with None for what is no finite number."""
         known = {"event": event, "epoch": epoch, "step": self.at.step, "seconds": self.seconds()}
-        return known | dict(finite(figures))
+        return known | dict(replace_nonfinite(figures))

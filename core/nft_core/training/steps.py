@@ -40,11 +40,11 @@ def compute_frozen_velocities(
             parts.append(training.policy.velocity(x.flatten(0, 1), at.flatten(), rows).view_as(x))
         return torch.cat(parts)
 
-    with training.policy.old():
+    with training.policy.use_old():
         v_old = velocities()
     if not training.settings.kl_weight:
         return v_old, None
-    with training.policy.reference():
+    with training.policy.use_reference():
         return v_old, velocities()
 
 
@@ -76,9 +76,9 @@ def take_step(training: Training, sums: Tensor) -> None:
     # The gradients still have the loss scale in them, so the limit gets it too.
     norm = clip_gradients(policy.parameters, s.max_grad_norm * at.loss_scale) / at.loss_scale
     # Whether a process was told to end goes with the figures, in one message: all end after the same step.
-    *added, signal = processes.sum_values([*sums.tolist(), training.told()], policy.device)
+    *added, signal = processes.sum_values([*sums.tolist(), training.stop_signal()], policy.device)
     if all(map(isfinite, [norm, *added])):
-        with training.change():
+        with training.change_together():
             update_weights(training)
             at.sums = [a + b for a, b in zip(at.sums, added, strict=True)]
             at.grad_norms.append(norm)
@@ -90,7 +90,7 @@ def take_step(training: Training, sums: Tensor) -> None:
     else:
         leave_step_out(training, norm)
     if signal:
-        raise Stopped(training.told() or SIGTERM)
+        raise Stopped(training.stop_signal() or SIGTERM)
 
 
 def update_weights(training: Training) -> None:

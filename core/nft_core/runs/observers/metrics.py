@@ -11,7 +11,7 @@ from typing import Any
 from nft_plugins import Run, hookimpl
 
 from ...errors import NftError, disk_advice
-from ...training.state import Progress, finite
+from ...training.state import Progress, replace_nonfinite
 
 FILE = "metrics.jsonl"
 
@@ -45,7 +45,7 @@ def say_unwritable(path: Path, error: OSError) -> NftError:
 
 
 def to_line(record: Mapping[str, Any]) -> str:
-    return json.dumps(finite(record), allow_nan=False) + "\n"
+    return json.dumps(replace_nonfinite(record), allow_nan=False) + "\n"
 
 
 def trim_metrics(folder: Path, at: Progress, tell: Callable[[str], None]) -> None:
