@@ -1,16 +1,11 @@
 """Errors that a user can mend: one paragraph that says what was expected, what came and what to do."""
 
-from pathlib import Path
-from typing import TYPE_CHECKING
-
-if TYPE_CHECKING:
-    pass
-
 import errno
 import re
 import traceback
 from collections.abc import Iterable
 from difflib import get_close_matches
+from pathlib import Path
 
 
 class NftError(Exception):

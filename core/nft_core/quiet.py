@@ -15,7 +15,11 @@ def quiet(*libraries: str) -> None:
 
     The bars of downloads stay.
     """
-    from huggingface_hub.utils import are_progress_bars_disabled, enable_progress_bars
+    # Documented there, but not marked as exported for type checkers.
+    from huggingface_hub.utils import (  # type: ignore[attr-defined]
+        are_progress_bars_disabled,
+        enable_progress_bars,
+    )
 
     warnings.filterwarnings("ignore", module="huggingface_hub")
     silent = are_progress_bars_disabled()

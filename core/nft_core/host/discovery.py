@@ -291,18 +291,22 @@ def hook_problem(plugin: object) -> str:
 
 def malformed(info: Any) -> str:
     """What in a card is of another type than listings can show; empty where nothing is."""
-    kinds = {"str": (str, "text"), "tuple[str, ...]": (tuple, "a tuple of texts")}
+    kinds: dict[str, tuple[type[Any], str]] = {
+        "str": (str, "text"),
+        "tuple[str, ...]": (tuple, "a tuple of texts"),
+    }
     for f in fields(info):
         value = getattr(info, f.name)
-        kind, words = kinds.get(
-            str(f.type), (Mapping, "a mapping") if "Mapping" in str(f.type) else (object, "")
-        )
+        other: tuple[type[Any], str] = (Mapping, "a mapping") if "Mapping" in str(f.type) else (object, "")
+        kind, words = kinds.get(str(f.type), other)
         if not isinstance(value, kind) or (kind is tuple and not all(isinstance(v, str) for v in value)):
             return f"{f.name} = {value!r}, not {words}"
     return ""
 
 
-def _claim(info: Any, kind: type, cards: MutableMapping[str, Registered[Any]], hook: str, row: Plugin) -> None:
+def _claim(
+    info: Any, kind: type[Any], cards: MutableMapping[str, Registered[Any]], hook: str, row: Plugin
+) -> None:
     owner = f"{row.distribution} ({row.name})"
     if not isinstance(info, kind):
         row.broken(f"{hook} registered a {type(info).__name__}, not a {kind.__name__}")

@@ -95,7 +95,7 @@ class Host:
                 raise UsageError(
                     f"The reward {other.name!r} cannot be made of itself, got {spec!r}: name another."
                 )
-            mine = {**split((defaults or {}).get(other.name, {}))[1], **other.options}
+            mine = {**split((defaults or {}).get(str(other.name), {}))[1], **other.options}
             return Inside(self.make_reward(other.name, mine, device, defaults, loaded, (name, *inside)))
 
         offered = {"device": device, "make_reward": make_another}
@@ -110,7 +110,8 @@ class Host:
         """A solver by name, or by `FILE.py:NAME`; `diffusers:CLASS` is made by the family `diffusers:`."""
         family, colon, member = name.partition(":")
         if is_reference(name) and family + colon not in self.solvers:
-            what, factory, arguments = f"solver {name!r}", load_object(name), ()
+            arguments: tuple[str, ...] = ()
+            what, factory = f"solver {name!r}", load_object(name)
             if isinstance(factory, Solver) and not inspect.isclass(factory) and not options:
                 return factory
         else:

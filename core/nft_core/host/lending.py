@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 from functools import cached_property
 from threading import Lock
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 from nft_plugins import Batch, Part, Reward, Run, Scores
 from nft_plugins.process import (
@@ -59,7 +59,7 @@ class Lent(Batch):
         return self.__dict__.get("_lender")
 
     def is_changed(self) -> bool:
-        return self.__dict__["_as_lent"] != state_of(self.images)
+        return bool(self.__dict__["_as_lent"] != state_of(self.images))
 
 
 def lend(batch: Batch) -> Batch:
@@ -81,15 +81,16 @@ def apart(value: T) -> T:
     import numpy as np
     import torch
 
+    copied: Any = value  # Of the same type in each branch, which a checker cannot see.
     if isinstance(value, torch.Tensor):
-        return lazy_copy(value)  # type: ignore[return-value]
-    if isinstance(value, np.ndarray):
-        return value.copy()
-    if type(value) in (list, tuple):
-        return type(value)(map(apart, value))  # type: ignore[call-arg,arg-type]
-    if type(value) is dict:
-        return {key: apart(item) for key, item in value.items()}  # type: ignore[return-value]
-    return value
+        copied = lazy_copy(value)
+    elif isinstance(value, np.ndarray):
+        copied = value.copy()
+    elif isinstance(value, list | tuple) and type(value) in (list, tuple):
+        copied = type(value)(map(apart, value))
+    elif isinstance(value, dict) and type(value) is dict:
+        copied = {key: apart(item) for key, item in value.items()}
+    return cast(T, copied)
 
 
 def lazy_copy(tensor: Tensor) -> Tensor:
