@@ -10,7 +10,7 @@ from contextlib import contextmanager, redirect_stdout
 from importlib import import_module
 
 
-def quiet(*libraries: str) -> None:
+def silence_libraries(*libraries: str) -> None:
     """No bars for files that diffusers or transformers read and no warnings of parts that are not used.
 
     The bars of downloads stay.
@@ -32,7 +32,7 @@ def quiet(*libraries: str) -> None:
 
 
 @contextmanager
-def printing_aside() -> Iterator[None]:
+def redirect_prints() -> Iterator[None]:
     """Send to standard error what plug-ins, and programs that they start, print to standard output.
 
     There our tables and JSON go, which others read.

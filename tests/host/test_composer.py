@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from nft_core.errors import NftError, UsageError
-from nft_core.host.specs import RESERVED, Policy, RewardSpec, parse_reward
+from nft_core.host.specs import RESERVED, FailurePolicy, RewardSpec, parse_reward
 from nft_core.scoring.composer import Composed, Guarded, Term, compose, merged, reward
 from nft_plugins import Batch, PromptError, Scores
 from nft_plugins.testing import cards
@@ -183,9 +183,9 @@ def test_a_missing_checkpoint_is_one_paragraph(tmp_path):
         (" ocr = 1e-3 , a = 1 ", RewardSpec("ocr", 1e-3, {"a": "1"})),
         ("ocr,a=", RewardSpec("ocr", 1.0, {"a": ""})),
         ({"name": "ocr", "weight": 2, "a": 1}, RewardSpec("ocr", 2.0, {"a": 1})),
-        ("ocr,on_error=mask,a=1", RewardSpec("ocr", 1.0, {"a": "1"}, Policy("mask"))),
-        ("ocr=2,retry=3,max_seconds=0.5", RewardSpec("ocr", 2.0, {}, Policy("stop", 3, 0.5))),
-        ({"name": "ocr", "on_error": "skip", "retry": 2}, RewardSpec("ocr", 1.0, {}, Policy("skip", 2))),
+        ("ocr,on_error=mask,a=1", RewardSpec("ocr", 1.0, {"a": "1"}, FailurePolicy("mask"))),
+        ("ocr=2,retry=3,max_seconds=0.5", RewardSpec("ocr", 2.0, {}, FailurePolicy("stop", 3, 0.5))),
+        ({"name": "ocr", "on_error": "skip", "retry": 2}, RewardSpec("ocr", 1.0, {}, FailurePolicy("skip", 2))),
         ("ocr,on_error=stop,retry=0,max_seconds=0", RewardSpec("ocr")),
     ],
 )
@@ -197,7 +197,7 @@ def test_specs(text, expected):
 def test_defaults_of_a_spec_give_way_to_its_own_words():
     defaults = {"ocr": {"on_error": "mask", "retry": 2, "upscale": 4}}
     assert parse_reward("ocr,on_error=stop,upscale=2", defaults) == RewardSpec(
-        "ocr", 1.0, {"upscale": "2"}, Policy("stop", 2)
+        "ocr", 1.0, {"upscale": "2"}, FailurePolicy("stop", 2)
     )
     assert parse_reward("clipscore", defaults) == RewardSpec("clipscore")
 
@@ -208,7 +208,7 @@ def test_the_guards_words_never_reach_a_factory():
 
     masked = reward(cat, on_error="mask", retry="1", scale=2)
     assert isinstance(masked.terms[0].reward, Guarded)
-    assert masked.terms[0].reward.guard.policy == Policy("mask", 1)
+    assert masked.terms[0].reward.guard.policy == FailurePolicy("mask", 1)
     assert values(masked) == [1.0] * 3
     # What needs no guard has none.
     assert not isinstance(reward(cat).terms[0].reward, Guarded)

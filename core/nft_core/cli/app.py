@@ -268,10 +268,10 @@ def start(
     # The run, and whoever goes on with it, may stand in another folder.
     settings, folder = make_settings(anchored(settings.model_dump())), anchored_folder(folder)
 
-    environment.check()
+    environment.check_numbers()
     end_with_the_parent()
     end_when_told()
-    processes = 1 if environment.started() else count(settings.processes, settings.device)
+    processes = 1 if environment.is_started_by_launcher() else count(settings.processes, settings.device)
     with lasting_output():
         if processes == 1:
             run_training(
@@ -317,7 +317,7 @@ def new_folder(rewards: list[str]) -> Iterator[Path]:
 
     wanted = default_folder(rewards)
     folder, number = wanted, 1
-    while environment.first() and not make(folder, new=True):
+    while environment.is_first_process() and not make(folder, new=True):
         number += 1
         folder = wanted.with_name(f"{wanted.name}-{number}")
     try:

@@ -15,7 +15,7 @@ from typing import NamedTuple
 
 import torch
 
-from ..environment import number
+from ..environment import read_number
 from ..errors import NftError
 from ..host.host import Host
 from ..parallel import launch
@@ -101,7 +101,7 @@ def phases(s: Settings, f: Footprint, rewards: Mapping[str, int]) -> Phases:
 def processes(s: Settings) -> int:
     """That the run's images are shared by."""
     if "WORLD_SIZE" in os.environ:
-        return number("WORLD_SIZE", 1)
+        return read_number("WORLD_SIZE", 1)
     if s.processes == "auto":
         return launch.count("auto", s.device) if s.device == "cpu" else 1
     return s.processes

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from nft_plugins import Run
 
-from ..errors import CheckpointError, NftError, UsageError, unknown
+from ..errors import CheckpointError, NftError, UsageError, unknown_name
 from ..host.host import Host
 from ..host.specs import RewardSpec, parse_observer, parse_reward
 from ..prompts import Prompt, read_prompts, refusal_of, scorable
@@ -38,14 +38,14 @@ def resolve(host: Host, preset: str | None, *layers: Mapping[str, Any]) -> Setti
     base: dict[str, Any] = {}
     if preset:
         if preset not in host.presets:
-            raise unknown("preset", preset, host.presets)
+            raise unknown_name("preset", preset, host.presets)
         info = host.presets[preset].info
         base = {**info.settings, "reward_defaults": {k: dict(v) for k, v in info.rewards.items()}}
     for layer in layers:
         defaults = layer.get("reward_defaults", {})
         for name in defaults if isinstance(defaults, Mapping) else ():
             if name not in host.rewards:
-                raise unknown("reward", name, host.rewards)
+                raise unknown_name("reward", name, host.rewards)
     return make_settings(base, *layers)
 
 
@@ -100,10 +100,10 @@ def usable(
     tell: Callable[[str], None],
 ) -> tuple[list[Prompt], list[Prompt]]:
     """Those that the rewards can score; held-out prompts are split off where there are none."""
-    from ..host.lending import kept
+    from ..host.lending import keep_state
 
     everything = [*prompts, *held_out]
-    with kept("the check of prompts"):
+    with keep_state("the check of prompts"):
         prompts = scorable(prompts, check, policy)
         held_out = scorable(held_out, check, policy) if held_out else []
         lost = len(everything) - len(prompts) - len(held_out)

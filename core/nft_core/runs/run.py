@@ -11,14 +11,14 @@ from typing import TYPE_CHECKING
 from nft_plugins import Run
 
 from .. import environment
-from ..environment import first as is_first
+from ..environment import is_first_process as is_first
 from ..errors import (
     NftError,
     SaveError,
     Stopped,
     UsageError,
-    first_line,
-    where,
+    locate_error,
+    shorten_error,
 )
 from ..host.host import Host
 from ..parallel.signals import told
@@ -70,7 +70,7 @@ def run_training(
     loaded or written, and NftError for what fails later.
     """
     folder = folder.resolve()  # A reward may change the current folder.
-    environment.check()
+    environment.check_numbers()
     first = is_first()
     tell = say if first else lambda text: None
     specs, solver, prompts, held_out = prepare(settings, host)
@@ -85,12 +85,12 @@ def run_training(
             claim(folder)
 
         from ..parallel.processes import agree, barrier, process_group, rank, same_everywhere
-        from ..quiet import quiet
+        from ..quiet import silence_libraries
         from ..training.attention import attention_kernel
         from ..training.compiling import should_compile, warm_up
         from ..training.loop import train
 
-        quiet("diffusers", "transformers")
+        silence_libraries("diffusers", "transformers")
         device = pick_device(settings.device)
         for warning in stack.enter_context(process_group(device, settings.peer_timeout, settings.join_timeout)):
             tell(warning)
@@ -165,7 +165,7 @@ def run_training(
         except BaseException as caught:
             error = caught
             if is_from_inside(caught, training.told()):  # With an exit code of 0 the run would pass for whole.
-                error = NftError(f"The run was ended from inside: {caught!r} came{where(caught)}.")
+                error = NftError(f"The run was ended from inside: {caught!r} came{locate_error(caught)}.")
                 raise error from caught
             raise
         finally:
@@ -183,8 +183,8 @@ def memory_errors() -> Iterator[None]:
         yield
     except torch.OutOfMemoryError as error:
         raise NftError(
-            f"{first_line(error)} Lower rollout_batch, microbatch or resolution; the same command with --plan "
-            "says what takes the memory, and which settings would fit."
+            f"{shorten_error(error)} Lower rollout_batch, microbatch or resolution; the same command with "
+            "--plan says what takes the memory, and which settings would fit."
         ) from error
 
 

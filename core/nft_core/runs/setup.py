@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
     from ..training.policy import Policy
     from ..training.state import Training
-from ..errors import first_line
+from ..errors import shorten_error
 from .inputs import silent
 
 
@@ -30,8 +30,8 @@ def pick_device(name: str) -> torch.device:
     """The device by name; `auto` is this process's GPU where there is one."""
     import torch
 
-    environment.check()
-    local = environment.number("LOCAL_RANK", 0)
+    environment.check_numbers()
+    local = environment.read_number("LOCAL_RANK", 0)
     if name == "auto":
         name = f"cuda:{local}" if torch.cuda.is_available() else "cpu"
     kind, _, index = name.partition(":")
@@ -71,7 +71,7 @@ def find_family(settings: Settings, host: Host) -> tuple[str, Mapping[str, Any]]
     except (OSError, ValueError) as error:
         raise NftError(
             f"Cannot load the model {name!r}: looked for a diffusers pipeline (model_index.json) in a folder "
-            f"of that name and on the Hugging Face hub. {first_line(error)} Check the name, your network "
+            f"of that name and on the Hugging Face hub. {shorten_error(error)} Check the name, your network "
             "and, for a gated model, `hf auth login`; a local folder with --model PATH works offline, "
             "and so does --tiny, which brings its own small model."
         ) from error
@@ -87,7 +87,7 @@ def find_family(settings: Settings, host: Host) -> tuple[str, Mapping[str, Any]]
 
 def check_model(settings: Settings, host: Host) -> None:
     """Raise NftError for a model that cannot be trained, or is not whole. No weights are read."""
-    from ..host.factories import resolve as factory_of
+    from ..host.factories import import_factory as factory_of
     from ..models.checks import check_pipeline
     from ..models.pipeline import PipelineModel
 
@@ -102,7 +102,7 @@ def check_model(settings: Settings, host: Host) -> None:
 
 
 def unreadable(model: str, error: Exception) -> NftError:
-    said = str(error) if isinstance(error, OSError) else f"{type(error).__name__}: {first_line(error)}"
+    said = str(error) if isinstance(error, OSError) else f"{type(error).__name__}: {shorten_error(error)}"
     return NftError(f"Cannot load the model {model!r}: {said}")
 
 

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from nft_plugins import Batch, Condition, FlowModel, Reward, Scores, Solver, Velocity, randn_like
 
-from ..host.lending import quiet_moment
+from ..host.lending import trust_main_thread
 from ..parallel.devices import free_memory, on_device
 from ..parallel.processes import gather_rows, owned, rank, sum_values, together, world_size
 from ..parallel.sharding import InStep
@@ -199,7 +199,7 @@ def scoring() -> Iterator[Worker]:
     """A thread for rewards. On an error or Ctrl-C what is queued is dropped, what runs is not waited for."""
     worker = Worker("reward")
     try:
-        with quiet_moment():
+        with trust_main_thread():
             yield worker
     finally:
         worker.close()
