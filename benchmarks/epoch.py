@@ -50,7 +50,7 @@ from worlds import WORLDS, is_made_here, load_pipeline, load_world, settings_of,
 
 from nft_core.host.host import load_host
 from nft_core.prompts import Prompt
-from nft_core.quiet import quiet
+from nft_core.quiet import silence_libraries
 from nft_core.runs.assembly import assemble_training
 from nft_core.runs.inputs import check_sizes, choose_prompts, load_rewards, prepare_inputs
 from nft_core.runs.setup import autocast_dtype, pick_device
@@ -109,7 +109,7 @@ class Prepared:
 
 def prepared(job: Job) -> Prepared:
     """As `nft run` does it."""
-    quiet("diffusers", "transformers")
+    silence_libraries("diffusers", "transformers")
     host = load_host()
     settings = settings_of(job.world, host, job.model, job.epochs, job.device, job.settings)
     device = pick_device(settings.device)

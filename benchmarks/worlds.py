@@ -15,7 +15,7 @@ import torch
 
 from nft_core.host.host import Host
 from nft_core.models.sd3 import SD3
-from nft_core.quiet import quiet
+from nft_core.quiet import silence_libraries
 from nft_core.runs.inputs import make_run_settings
 from nft_core.runs.setup import autocast_dtype, load_model
 from nft_core.settings import Settings
@@ -130,7 +130,7 @@ def write_configs(folder: Path, size: str) -> str:
         T5Tokenizer,
     )
 
-    quiet("diffusers", "transformers")
+    silence_libraries("diffusers", "transformers")
     shapes = SHAPES[size]
     parts: dict[str, Any] = {"scheduler": FlowMatchEulerDiscreteScheduler(shift=3.0)}
     letters = [c + end for c in "abcdefghijklmnopqrstuvwxyz" for end in ("", "</w>")]

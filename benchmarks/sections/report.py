@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from measures import median
 
-from nft_core.quiet import quiet
+from nft_core.quiet import silence_libraries
 
 #: A check: it returns its result in words, and figures for the JSON.
 Check = Callable[["Report"], tuple[str, dict[str, Any]]]
@@ -43,7 +43,7 @@ class Report:
         self.scratch = folder / f"{section}.scratch"
         shutil.rmtree(self.scratch, ignore_errors=True)  # Of a run before.
         self.scratch.mkdir()
-        quiet("diffusers", "transformers")
+        silence_libraries("diffusers", "transformers")
 
     def left(self) -> float:
         """Seconds that the section still has."""

@@ -7,7 +7,7 @@ import os
 from .errors import UsageError
 
 
-def number(name: str, default: int) -> int:
+def read_number(name: str, default: int) -> int:
     """A variable of the environment as a whole number. Raises UsageError for anything else, as empty text."""
     text = os.environ.get(name, str(default))
     if not (text.isascii() and text.isdecimal() and len(text) < 19):
@@ -15,17 +15,17 @@ def number(name: str, default: int) -> int:
     return int(text)
 
 
-def check() -> None:
+def check_numbers() -> None:
     """Raise UsageError where a launcher has left something else than numbers, before anything is loaded."""
     for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE"):
-        number(name, 0)
+        read_number(name, 0)
 
 
-def started() -> bool:
+def is_started_by_launcher() -> bool:
     """Whether this process is one of several already, of ours or of torchrun's."""
     return "RANK" in os.environ
 
 
-def first() -> bool:
+def is_first_process() -> bool:
     """Whether this process is the only one or the first of several."""
-    return number("RANK", 0) == 0
+    return read_number("RANK", 0) == 0

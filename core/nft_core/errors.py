@@ -1,16 +1,11 @@
 """Errors that a user can mend: one paragraph that says what was expected, what came and what to do."""
 
-from pathlib import Path
-from typing import TYPE_CHECKING
-
-if TYPE_CHECKING:
-    pass
-
 import errno
 import re
 import traceback
 from collections.abc import Iterable
 from difflib import get_close_matches
+from pathlib import Path
 
 
 class NftError(Exception):
@@ -59,7 +54,7 @@ def is_memory_full(error: BaseException) -> bool:
     return isinstance(error, MemoryError) or "allocate memory" in str(error)
 
 
-def unknown(kind: str, name: str, known: Iterable[str], hint: str = "") -> UsageError:
+def unknown_name(kind: str, name: str, known: Iterable[str], hint: str = "") -> UsageError:
     """A name that nobody has, with the nearest known one, the list of them all, and a hint."""
     known = sorted(known)
     near = get_close_matches(name, known, n=1, cutoff=0.5)
@@ -68,7 +63,7 @@ def unknown(kind: str, name: str, known: Iterable[str], hint: str = "") -> Usage
     return UsageError(f"{said} {hint}" if hint else said)
 
 
-def named_error(error: BaseException) -> str:
+def describe_error(error: BaseException) -> str:
     """The class of an error and what it says, which for a plug-in's own may raise in turn."""
     try:
         return f"{type(error).__name__}: {error}"
@@ -104,7 +99,7 @@ def disk_advice(error: BaseException) -> str:
 OURS = {"nft_core", "nft_rewards", "nft_solvers", "nft_plugins", "importlib", "torch"}
 
 
-def where(error: BaseException) -> str:
+def locate_error(error: BaseException) -> str:
     """` (FILE, line N)`: where the file that was called from here, a plug-in's or a user's, raised."""
     frames = [f for f in traceback.extract_tb(error.__traceback__) if not f.filename.startswith("<")]
     theirs = [f for f in frames if not OURS & set(Path(f.filename).parts)]
@@ -114,6 +109,6 @@ def where(error: BaseException) -> str:
     return f" ({Path(last.filename).name}, line {last.lineno})"
 
 
-def first_line(error: BaseException) -> str:
+def shorten_error(error: BaseException) -> str:
     text = " ".join(str(error).split())
     return text if len(text) < 400 else text[:400] + " ..."

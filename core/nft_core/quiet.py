@@ -10,12 +10,16 @@ from contextlib import contextmanager, redirect_stdout
 from importlib import import_module
 
 
-def quiet(*libraries: str) -> None:
+def silence_libraries(*libraries: str) -> None:
     """No bars for files that diffusers or transformers read and no warnings of parts that are not used.
 
     The bars of downloads stay.
     """
-    from huggingface_hub.utils import are_progress_bars_disabled, enable_progress_bars
+    # Documented there, but not marked as exported for type checkers.
+    from huggingface_hub.utils import (  # type: ignore[attr-defined]
+        are_progress_bars_disabled,
+        enable_progress_bars,
+    )
 
     warnings.filterwarnings("ignore", module="huggingface_hub")
     silent = are_progress_bars_disabled()
@@ -28,7 +32,7 @@ def quiet(*libraries: str) -> None:
 
 
 @contextmanager
-def printing_aside() -> Iterator[None]:
+def redirect_prints() -> Iterator[None]:
     """Send to standard error what plug-ins, and programs that they start, print to standard output.
 
     There our tables and JSON go, which others read.

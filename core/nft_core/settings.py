@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal
 import tomli_w
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
-from .errors import UsageError, unknown
+from .errors import UsageError, unknown_name
 from .objective.advantages import AdvantageMode, Combine, Std
 from .objective.schedules import OLD_DECAY, LrSchedule
 from .objective.train_times import TrainTimes
@@ -233,7 +233,7 @@ def make_settings(*layers: Mapping[str, Any]) -> Settings:
     for layer in layers:
         for name, value in layer.items():
             if name not in Settings.model_fields:
-                raise unknown("setting", name, Settings.model_fields)
+                raise unknown_name("setting", name, Settings.model_fields)
             before = merged.get(name)
             if name == "reward_defaults" and isinstance(value, Mapping) and isinstance(before, Mapping):
                 value = {**before, **value}

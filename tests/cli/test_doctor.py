@@ -80,7 +80,7 @@ def test_torchvision_of_another_torch(site, monkeypatch, cuda):
     site("torch", code)
     path = site("torchvision", "raise RuntimeError('operator torchvision::nms does not exist')")
     monkeypatch.setattr(doctor.shutil, "which", lambda name: None)
-    monkeypatch.setattr(doctor, "installed", lambda module: True)
+    monkeypatch.setattr(doctor, "is_installed", lambda module: True)
     for name, value in path.items():
         monkeypatch.setenv(name, value)
     result = nft()
@@ -110,7 +110,7 @@ def test_a_broken_plugin(tmp_path, monkeypatch):
 def test_a_reward_that_is_not_ready_is_no_problem(monkeypatch):
     monkeypatch.setattr(doctor, "probe", lambda: SOUND)
     monkeypatch.setattr(doctor.shutil, "which", lambda name: None)
-    monkeypatch.setattr("nft_core.host.host.installed", lambda module: module != "rapidocr")
+    monkeypatch.setattr("nft_core.host.host.is_installed", lambda module: module != "rapidocr")
     result = nft()
     assert result.exit_code == 0, result.output
     rows = {
@@ -141,7 +141,7 @@ def test_a_broken_torchvision_is_explained_where_it_does_harm(monkeypatch):
     """As transformers hides it: it says alone that a module cannot be imported."""
     said = "RuntimeError: operator torchvision::nms does not exist"
     monkeypatch.setattr(doctor, "probe", lambda: SOUND | {"torchvision_error": said})
-    monkeypatch.setattr(doctor, "installed", lambda module: True)
+    monkeypatch.setattr(doctor, "is_installed", lambda module: True)
 
     def fail(*given, **options):
         raise NftError("The reward cannot be loaded.") from ModuleNotFoundError("Could not import 'CLIPModel'")

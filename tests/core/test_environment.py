@@ -11,7 +11,7 @@ import torch
 from click.testing import CliRunner
 
 from nft_core.cli.app import main
-from nft_core.environment import first
+from nft_core.environment import is_first_process
 from nft_core.errors import NftError, UsageError
 from nft_core.host.host import load_host
 from nft_core.planning.plan import count_planned_processes
@@ -41,7 +41,7 @@ def test_a_run_says_so_before_it_starts_anything(name, tmp_path):
 def test_who_reads_them_elsewhere_says_the_same(monkeypatch):
     monkeypatch.setenv("RANK", "")
     with pytest.raises(UsageError, match="RANK = ''"):
-        first()
+        is_first_process()
     monkeypatch.setenv("WORLD_SIZE", "")
     with pytest.raises(UsageError, match="WORLD_SIZE = ''"):
         count_planned_processes(make_settings({"rewards": ["x"]}))

@@ -16,7 +16,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from nft_core.errors import NftError
 from nft_core.host import lending
 from nft_core.host.host import load_host
-from nft_core.host.lending import lend
+from nft_core.host.lending import lend_batch
 from nft_core.host.specs import parse_reward
 from nft_core.parallel.workers import Worker
 from nft_core.sampling.rollout import start_scoring
@@ -83,7 +83,7 @@ def test_what_one_reward_does_to_its_batch_no_other_sees(spoil, policy):
 
 def test_images_are_copied_for_the_one_who_writes_alone():
     batch = a_batch()
-    lent, other = lend(batch), lend(batch)
+    lent, other = lend_batch(batch), lend_batch(batch)
     assert lent.images.mean() == batch.images.mean()
     memory = torch._C._data_address(other.images), torch._C._data_address(lent.images)
     assert memory[0] == memory[1] == torch._C._data_address(batch.images)
@@ -94,7 +94,7 @@ def test_images_are_copied_for_the_one_who_writes_alone():
 
 def test_what_is_shared_is_computed_once():
     calls = []
-    for lent in (batch := a_batch(), lend(batch), lend(lend(batch))):
+    for lent in (batch := a_batch(), lend_batch(batch), lend_batch(lend_batch(batch))):
         lent.shared("key", lambda: calls.append(1))
     assert calls == [1]
 
@@ -102,12 +102,12 @@ def test_what_is_shared_is_computed_once():
 def test_images_of_numpys_own_memory_can_be_lent():
     array = np.full((1, 3, 4, 4), 0.5, dtype=np.float32)
     batch = Batch(torch.from_numpy(array), ["p"], [{}], torch.arange(1))
-    lend(batch).images.zero_()
+    lend_batch(batch).images.zero_()
     assert (array == 0.5).all()
 
 
 def test_a_lent_batch_can_be_replaced():
-    batch = lend(a_batch())
+    batch = lend_batch(a_batch())
     half = replace(batch, images=batch.images / 2)
     assert half.uint8.float().mean() < 0.6 * batch.uint8.float().mean()
 

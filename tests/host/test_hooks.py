@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from nft_core.errors import NftError
-from nft_core.host.discovery import Plugin, hook_problem, isolated
+from nft_core.host.discovery import Plugin, find_hook_problem, isolate_plugin
 from nft_core.host.hooks import Hooks
 from nft_plugins import RewardInfo, Run, hookimpl
 
@@ -220,8 +220,8 @@ def test_a_hook_may_have_another_name_and_none_is_passed_over():
         def nft_run_started(self):
             pass
 
-    assert hook_problem(Named()) == ""
-    assert hook_problem(Unmarked()) == "not marked with @nft_plugins.hookimpl: nft_run_started"
+    assert find_hook_problem(Named()) == ""
+    assert find_hook_problem(Unmarked()) == "not marked with @nft_plugins.hookimpl: nft_run_started"
 
 
 def test_plugins_register_through_pluggy_and_break_alone(hooks):
@@ -249,7 +249,7 @@ def test_plugins_register_through_pluggy_and_break_alone(hooks):
 
     rows = [Plugin(kind.__name__, "mine", "1") for kind in (Base, Broken, Around)]
     for row, kind in zip(rows, (Base, Broken, Around), strict=True):
-        hooks.register(kind(), row.name, lambda hook, row=row: isolated(row, hook))
+        hooks.register(kind(), row.name, lambda hook, row=row: isolate_plugin(row, hook))
     hooks.manager.hook.nft_register_rewards(register=lambda row, card: cards.append((row.name, card.name)))
     assert calls == ["before", "broken", "plain"]
     assert cards == [("Broken", "early"), ("Base", "plain"), ("Around", "late")]

@@ -309,9 +309,9 @@ def test_an_import_does_not_move_the_process(site, monkeypatch):
 def test_ctrl_c_while_a_plugin_is_imported_ends_the_command():
     import signal
 
-    from nft_core.host.discovery import Plugin, catch_ctrl_c, harmless
+    from nft_core.host.discovery import Plugin, break_alone, catch_ctrl_c
 
-    with pytest.raises(KeyboardInterrupt), catch_ctrl_c(), harmless(Plugin("x", "x", "1"), "importing x"):
+    with pytest.raises(KeyboardInterrupt), catch_ctrl_c(), break_alone(Plugin("x", "x", "1"), "importing x"):
         signal.raise_signal(signal.SIGINT)
 
 

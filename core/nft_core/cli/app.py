@@ -268,10 +268,10 @@ def start(
     # The run, and whoever goes on with it, may stand in another folder.
     settings, folder = make_settings(make_paths_whole(settings.model_dump())), make_folder_whole(folder)
 
-    environment.check()
+    environment.check_numbers()
     end_with_the_parent()
     end_on_signals()
-    processes = 1 if environment.started() else count_processes(settings.processes, settings.device)
+    processes = 1 if environment.is_started_by_launcher() else count_processes(settings.processes, settings.device)
     with lasting_output():
         if processes == 1:
             run_training(
@@ -317,7 +317,7 @@ def new_folder(rewards: list[str]) -> Iterator[Path]:
 
     wanted = default_folder(rewards)
     folder, number = wanted, 1
-    while environment.first() and not make_folder(folder, new=True):
+    while environment.is_first_process() and not make_folder(folder, new=True):
         number += 1
         folder = wanted.with_name(f"{wanted.name}-{number}")
     try:

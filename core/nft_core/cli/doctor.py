@@ -17,8 +17,8 @@ from typing import Any
 
 import click
 
-from ..errors import named_error
-from ..host.factories import installed
+from ..errors import describe_error
+from ..host.factories import is_installed
 from ..host.host import Host, load_host
 from .listing import readiness
 from .tables import show
@@ -102,12 +102,12 @@ def version(distribution: str) -> str | None:
     except importlib.metadata.PackageNotFoundError:
         return None
     except Exception as error:
-        return f"its metadata cannot be read: {named_error(error)}"
+        return f"its metadata cannot be read: {describe_error(error)}"
 
 
 def probe() -> dict[str, Any]:
     """What a fresh process says of torch, its GPUs and torchvision; `KEY_error` where one raises."""
-    wanted = ["torchvision"] if installed("torchvision") else []
+    wanted = ["torchvision"] if is_installed("torchvision") else []
     try:
         # -P: what stands in the current folder is not what is installed.
         done = subprocess.run(
@@ -133,7 +133,7 @@ def explain(error: BaseException | None) -> str:
     """
     while error and not (isinstance(error, ImportError) or "torchvision" in str(error)):
         error = error.__cause__ or error.__context__
-    if not error or not installed("torchvision"):
+    if not error or not is_installed("torchvision"):
         return ""
     return " ".join(sentence(p) for p in torch_problems(probe()) if p["what"] == "torchvision")
 

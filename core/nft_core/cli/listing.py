@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from ..host.discovery import Registered
-from ..host.host import lacking, load_host, remedy
+from ..host.host import advise_install, find_missing_modules, load_host
 from .tables import as_json, cards, show
 
 if TYPE_CHECKING:
@@ -50,8 +50,8 @@ def plugins(load: bool, as_json: bool) -> None:
 
 def readiness(card: Registered[Any]) -> dict[str, Any]:
     """Whether a card's modules are installed, and the command that brings them where they are not."""
-    missing = lacking(card)
-    return {"ready": not missing, "install": remedy(card) if missing else ""}
+    missing = find_missing_modules(card)
+    return {"ready": not missing, "install": advise_install(card) if missing else ""}
 
 
 @click.group(invoke_without_command=True)

@@ -32,7 +32,7 @@ from ..planning.plan import (
     write_changes,
 )
 from ..prompts import Prompt, prompts_of_run
-from ..quiet import quiet
+from ..quiet import silence_libraries
 from ..runs.inputs import prepare_inputs
 from ..runs.setup import pick_device
 from ..settings import Settings
@@ -45,7 +45,7 @@ def show_plan(s: Settings, host: Host, card: float | None, rate: float | None) -
     card: GiB of a GPU to plan for; None: this machine's GPU, or with the device cpu its own memory.
     rate: TFLOP/s, for the least time that an epoch takes; None tells no time.
     """
-    quiet("diffusers", "transformers")
+    silence_libraries("diffusers", "transformers")
     specs, _, prompts, held_out = prepare_inputs(s, host)
     # A plan for GPUs needs none.
     there = s.device == "cpu" or torch.cuda.is_available()

@@ -14,9 +14,9 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from ..errors import NftError, UsageError
-from ..host.factories import OFFERED, annotation, resolve
+from ..host.factories import OFFERED, find_annotation, import_factory
 from ..host.host import Host, load_host
-from ..quiet import printing_aside, quiet
+from ..quiet import redirect_prints, silence_libraries
 from .listing import readiness
 from .score import device_option, preset_name, preset_option, tiny_option
 from .tables import as_json, cards, show
@@ -33,7 +33,7 @@ def info(name: str, as_json: bool) -> None:
 
     Options are those of --reward NAME,KEY=VALUE.
     """
-    with printing_aside():  # Its module is imported.
+    with redirect_prints():  # Its module is imported.
         row = described(load_host(), name)
     if as_json:
         click.echo(json.dumps(row, indent=2, default=str))
@@ -68,7 +68,7 @@ def described(host: Host, name: str) -> dict[str, Any]:
     row |= {"distribution": card.distribution, "factory": card.info.factory if card.owners else name}
     row |= readiness(card)
     try:
-        factory = resolve(card.info.factory)
+        factory = import_factory(card.info.factory)
         return row | {"options": options(factory), "doc": inspect.getdoc(factory) or ""}
     except NftError as error:
         return row | {"options": str(error), "doc": ""}
@@ -80,7 +80,11 @@ def options(factory: Callable[..., Any]) -> list[dict[str, Any]]:
     for name, p in inspect.signature(factory).parameters.items():
         if name in OFFERED or p.kind not in (p.KEYWORD_ONLY, p.POSITIONAL_OR_KEYWORD):
             continue
-        option = {"name": name, "type": type_text(annotation(factory, name)), "required": p.default is p.empty}
+        option = {
+            "name": name,
+            "type": type_text(find_annotation(factory, name)),
+            "required": p.default is p.empty,
+        }
         rows.append(option | {"default": None if option["required"] else p.default})
     return rows
 
@@ -141,7 +145,7 @@ def check(
     specs = parse_rewards(settings, host)
     known = read_known(expect) if expect else {}
     place = pick_device(settings.device)
-    quiet("transformers")
+    silence_libraries("transformers")
     start = time.monotonic()
     composed = load_rewards(specs, host, place, settings.reward_defaults)
     if len(composed.terms) > 1 or composed.constant:  # A file's composition is checked as one reward.

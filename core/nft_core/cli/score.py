@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from ..host.host import load_host
-from ..quiet import printing_aside, quiet
+from ..quiet import redirect_prints, silence_libraries
 from .tables import new_table, print_table
 
 if TYPE_CHECKING:
@@ -85,7 +85,7 @@ def score(
     if prompt is not None and prompts is not None:
         raise click.UsageError("--prompt is for all images and --prompts for each: give one of them.")
     host = load_host()
-    with printing_aside():  # Rewards print too.
+    with redirect_prints():  # Rewards print too.
         settings = make_run_settings(
             host, preset_name(tiny, preset), {"rewards": list(rewards), "device": device}
         )
@@ -97,7 +97,7 @@ def score(
         # All that can be wrong is looked at before anything large is loaded.
         items = find_prompts(find_images(images, partial(click.echo, err=True)), prompt, prompts)
         place = pick_device(settings.device)
-        quiet("transformers")
+        silence_libraries("transformers")
         reward = load_rewards(specs, host, place, settings.reward_defaults)
         with bar(len(items)) as advance:
             results = score_items(items, reward, batch=batch, device=place, progress=advance)

@@ -34,11 +34,11 @@ from nft_plugins import (
 )
 from nft_plugins.hookspecs import OFFERS
 
-from ..errors import named_error
+from ..errors import describe_error
 from ..parallel.signals import Terminated, catch_ctrl_c
-from ..quiet import printing_aside
+from ..quiet import redirect_prints
 from .hooks import Hooks
-from .lending import python_kept
+from .lending import keep_python_state
 
 #: The distribution whose plug-ins are the built-ins.
 OWN = "nft-hub"
@@ -115,9 +115,9 @@ Cards = dict[str, MutableMapping[str, Registered[Any]]]
 
 def discover(hooks: Hooks, cards: Cards) -> list[Plugin]:
     """Register every plug-in that `NFT_PLUGINS` allows, and collect their cards; returns a row for each."""
-    rows, names = [], chosen()  # Before a plug-in is imported, which might set NFT_PLUGINS.
+    rows, names = [], read_chosen_names()  # Before a plug-in is imported, which might set NFT_PLUGINS.
     offered: list[tuple[Plugin, str, Any]] = []
-    for found in find():
+    for found in find_entry_points():
         row = Plugin(found.name, found.distribution, found.version)
         rows.append(row)
         if names is not None and row.distribution != OWN and row.name not in names:
@@ -126,35 +126,35 @@ def discover(hooks: Hooks, cards: Cards) -> list[Plugin]:
         if found.entry is None:
             row.broken(found.problem, f"pip install --force-reinstall {row.distribution}, or pip uninstall it")
             continue
-        with isolated(row, "looking at it"):
-            module = load(found.entry, row)
-            if module is not None and fits(module, row):
-                attach(hooks, module, row)
+        with isolate_plugin(row, "looking at it"):
+            module = load_entry_point(found.entry, row)
+            if module is not None and check_contract(module, row):
+                register_hooks(hooks, module, row)
     for hook in OFFERS:
         getattr(hooks.manager.hook, hook)(
             register=lambda row, card, hook=hook: offered.append((row, hook, card))
         )
     # In the rows' order, whichever plug-in was called first: a name that two claim is the first row's.
     for row in rows:
-        with isolated(row, "looking at its cards"):
+        with isolate_plugin(row, "looking at its cards"):
             for _, hook, card in [offer for offer in offered if offer[0] is row]:
-                with harmless(row, f"a card of {hook}"):
-                    _claim(card, OFFERS[hook], cards[hook], hook, row)
-    rows += [missing(name) for name in sorted(names or ()) if name not in {r.name for r in rows}]
-    return rows + contract_rows()
+                with break_alone(row, f"a card of {hook}"):
+                    _claim_name(card, OFFERS[hook], cards[hook], hook, row)
+    rows += [make_missing_row(name) for name in sorted(names or ()) if name not in {r.name for r in rows}]
+    return rows + check_imported_contract()
 
 
 @contextmanager
-def isolated(row: Plugin, what: str) -> Iterator[Callable[[Any], Any]]:
+def isolate_plugin(row: Plugin, what: str) -> Iterator[Callable[[Any], Any]]:
     """Code of a plug-in that runs inside breaks its row alone. what: is being done.
 
     Yields what ties the `register` of a hook to the plug-in.
     """
-    with catch_ctrl_c(), deprecations(row), printing_aside(), python_kept(), harmless(row, what):
+    with catch_ctrl_c(), note_deprecations(row), redirect_prints(), keep_python_state(), break_alone(row, what):
         yield lambda register: partial(register, row)
 
 
-def find() -> list[Found]:
+def find_entry_points() -> list[Found]:
     """The entry points of the group; the built-ins first, then by name.
 
     Of several distributions of a name Python imports from the first, and so only its entry points count.
@@ -162,13 +162,13 @@ def find() -> list[Found]:
     unique: dict[tuple[str, str], Found] = {}
     taken = set()
     for distribution in distributions():
-        key = re.sub("[-_.]+", "-", by_folder(distribution)[0]).lower()
+        key = re.sub("[-_.]+", "-", read_name_of_folder(distribution)[0]).lower()
         if key in taken:
             continue
         taken.add(key)
         entries, problem = read_entries(distribution)
         if entries or problem:
-            name, version = named(distribution)
+            name, version = read_name(distribution)
             each = [Found(e, name, version) for e in entries] or [Found(None, name, version, problem)]
             unique.update({(found.name, name): found for found in each})
     return sorted(unique.values(), key=lambda f: (f.distribution != OWN, f.name, f.distribution))
@@ -184,9 +184,9 @@ def read_entries(distribution: Distribution) -> tuple[list[EntryPoint], str]:
         return [], f"its entry_points.txt cannot be read: {type(error).__name__}: {error}"
 
 
-def named(distribution: Distribution) -> tuple[str, str]:
+def read_name(distribution: Distribution) -> tuple[str, str]:
     """Name and version; by its folder where its metadata say nothing."""
-    name, version = by_folder(distribution)
+    name, version = read_name_of_folder(distribution)
     try:
         metadata = distribution.metadata
         return str(metadata["Name"] or name), str(metadata["Version"] or version)
@@ -194,7 +194,7 @@ def named(distribution: Distribution) -> tuple[str, str]:
         return name, version
 
 
-def by_folder(distribution: Distribution) -> tuple[str, str]:
+def read_name_of_folder(distribution: Distribution) -> tuple[str, str]:
     """Name and version as NAME-VERSION.dist-info has them, which is quicker to read than metadata."""
     folder = getattr(distribution, "_path", None)
     if folder is None:  # Of a finder that knows no folders.
@@ -203,13 +203,13 @@ def by_folder(distribution: Distribution) -> tuple[str, str]:
     return name, version or "?"
 
 
-def chosen() -> set[str] | None:
+def read_chosen_names() -> set[str] | None:
     """The plug-ins that `NFT_PLUGINS` names; None where it is not set."""
     names = os.environ.get("NFT_PLUGINS")
     return None if names is None else {name.strip() for name in names.split(",")} - {""}
 
 
-def missing(name: str) -> Plugin:
+def make_missing_row(name: str) -> Plugin:
     row = Plugin(name, "?", "?")
     row.broken(
         "NFT_PLUGINS names it, and no plug-in of that name is installed", "install it, or mend NFT_PLUGINS"
@@ -218,7 +218,7 @@ def missing(name: str) -> Plugin:
 
 
 @contextmanager
-def deprecations(row: Plugin) -> Iterator[None]:
+def note_deprecations(row: Plugin) -> Iterator[None]:
     """Notes of what the plug-in uses and a later contract will not have."""
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always", ContractDeprecation)
@@ -231,7 +231,7 @@ def deprecations(row: Plugin) -> Iterator[None]:
 
 
 @contextmanager
-def harmless(row: Plugin, what: str) -> Iterator[None]:
+def break_alone(row: Plugin, what: str) -> Iterator[None]:
     """Whatever is raised inside, but for Ctrl-C, breaks the plug-in alone. what: was being done."""
     try:
         yield
@@ -241,17 +241,17 @@ def harmless(row: Plugin, what: str) -> Iterator[None]:
         mend = row.complaint
         if isinstance(error, ModuleNotFoundError):
             mend = f"install the package that brings the module {error.name}, or {mend}"
-        row.broken(f"{what} raised {named_error(error)}", mend, error)
+        row.broken(f"{what} raised {describe_error(error)}", mend, error)
 
 
-def contract_rows() -> list[Plugin]:
+def check_imported_contract() -> list[Plugin]:
     """A broken row where the contract that was imported is not the one that is installed; else none.
 
     Two copies come of a checkout as the current folder, of PYTHONPATH, and of one package upgraded without the
     other. Their classes differ: a card of one copy is no card to a host with the other.
     """
     row = Plugin("nft_plugins", CONTRACT_PACKAGE, "?")
-    with harmless(row, f"looking for {CONTRACT_PACKAGE}"):
+    with break_alone(row, f"looking for {CONTRACT_PACKAGE}"):
         compare_contract(row)
     return [row] if row.status == "broken" else []
 
@@ -285,14 +285,14 @@ def folder_of(package: Distribution) -> Path:
     return Path(str(package.locate_file("nft_plugins"))).resolve()
 
 
-def load(entry: EntryPoint, row: Plugin) -> object | None:
+def load_entry_point(entry: EntryPoint, row: Plugin) -> object | None:
     module: object | None = None
-    with harmless(row, f"importing {entry.value}"):
+    with break_alone(row, f"importing {entry.value}"):
         module = entry.load()
     return module
 
 
-def fits(module: object, row: Plugin) -> bool:
+def check_contract(module: object, row: Plugin) -> bool:
     """Whether the plug-in was written for this contract, where it says for which."""
     declared = getattr(module, "CONTRACT", None)
     if declared is None:
@@ -312,18 +312,18 @@ def fits(module: object, row: Plugin) -> bool:
     return row.status != "broken"
 
 
-def attach(hooks: Hooks, module: object, row: Plugin) -> None:
+def register_hooks(hooks: Hooks, module: object, row: Plugin) -> None:
     """Register with pluggy, which looks at the hooks' names and arguments."""
-    if problem := hook_problem(module):
+    if problem := find_hook_problem(module):
         row.broken(problem)
         return
     try:
-        hooks.register(module, f"{row.distribution}:{row.name}", partial(isolated, row))
+        hooks.register(module, f"{row.distribution}:{row.name}", partial(isolate_plugin, row))
     except (pluggy.PluginValidationError, ValueError) as error:
         row.broken(" ".join(str(error).split()))
 
 
-def hook_problem(plugin: object) -> str:
+def find_hook_problem(plugin: object) -> str:
     """What is wrong with the names of a module's or an object's hooks."""
     specified = {name for name in vars(hookspecs) if name.startswith("nft_")}
     marks = {name: getattr(getattr(plugin, name, None), f"{PROJECT}_impl", None) for name in dir(plugin)}
@@ -337,26 +337,30 @@ def hook_problem(plugin: object) -> str:
     return f"not marked with @nft_plugins.hookimpl: {', '.join(unmarked)}" if unmarked else ""
 
 
-def malformed(info: Any) -> str:
+def find_malformed_field(info: Any) -> str:
     """What in a card is of another type than listings can show; empty where nothing is."""
-    kinds = {"str": (str, "text"), "tuple[str, ...]": (tuple, "a tuple of texts")}
+    kinds: dict[str, tuple[type[Any], str]] = {
+        "str": (str, "text"),
+        "tuple[str, ...]": (tuple, "a tuple of texts"),
+    }
     for f in fields(info):
         value = getattr(info, f.name)
-        kind, words = kinds.get(
-            str(f.type), (Mapping, "a mapping") if "Mapping" in str(f.type) else (object, "")
-        )
+        other: tuple[type[Any], str] = (Mapping, "a mapping") if "Mapping" in str(f.type) else (object, "")
+        kind, words = kinds.get(str(f.type), other)
         if not isinstance(value, kind) or (kind is tuple and not all(isinstance(v, str) for v in value)):
             return f"{f.name} = {value!r}, not {words}"
     return ""
 
 
-def _claim(info: Any, kind: type, cards: MutableMapping[str, Registered[Any]], hook: str, row: Plugin) -> None:
+def _claim_name(
+    info: Any, kind: type[Any], cards: MutableMapping[str, Registered[Any]], hook: str, row: Plugin
+) -> None:
     owner = f"{row.distribution} ({row.name})"
     if not isinstance(info, kind):
         row.broken(f"{hook} registered a {type(info).__name__}, not a {kind.__name__}")
     elif not isinstance(info.name, str) or not NAME.fullmatch(info.name):
         row.broken(f"{info.name!r} is no name: lower-case letters, digits, _ and -")
-    elif wrong := malformed(info):
+    elif wrong := find_malformed_field(info):
         row.broken(f"the card of {info.name!r} has {wrong}")
     elif info.name in cards:
         other = cards[info.name]

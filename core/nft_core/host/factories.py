@@ -10,20 +10,20 @@ import typing
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
-from ..errors import NftError, UsageError, named_error, unknown, where
+from ..errors import NftError, UsageError, describe_error, locate_error, unknown_name
 
 #: What factories are given if they take it, and so is no option.
 OFFERED = {"device", "make_reward"}
 
 
-def installed(module: str) -> bool:
+def is_installed(module: str) -> bool:
     try:
         return importlib.util.find_spec(module) is not None
     except (ImportError, ValueError):
         return False
 
 
-def resolve(factory: str | Callable[..., Any]) -> Callable[..., Any]:
+def import_factory(factory: str | Callable[..., Any]) -> Callable[..., Any]:
     """The factory behind `module:attribute`. Raises NftError where it cannot be imported."""
     if callable(factory):
         return factory
@@ -33,10 +33,10 @@ def resolve(factory: str | Callable[..., Any]) -> Callable[..., Any]:
     except KeyboardInterrupt:
         raise
     except BaseException as error:  # A broken package raises anything when it is imported.
-        raise NftError(f"Cannot import {factory!r}: {named_error(error)}.") from error
+        raise NftError(f"Cannot import {factory!r}: {describe_error(error)}.") from error
 
 
-def build(
+def call_factory(
     what: str,
     factory: str | Callable[..., Any],
     arguments: Iterable[Any],
@@ -47,15 +47,19 @@ def build(
 
     Raises UsageError for an option that is not in its signature or has a value of another type.
     """
-    call = resolve(factory)
+    call = import_factory(factory)
     parameters = inspect.signature(call).parameters
     open_ended = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
     named = {n: p for n, p in parameters.items() if p.kind in (p.KEYWORD_ONLY, p.POSITIONAL_OR_KEYWORD)}
     given: dict[str, Any] = {}
     for name, value in options.items():
         if (name not in named and not open_ended) or name in OFFERED - {"device"}:
-            raise unknown(f"option of the {what}", name, set(named) - OFFERED)
-        given[name] = convert(what, name, value, annotation(call, name)) if name in named else literal(value)
+            raise unknown_name(f"option of the {what}", name, set(named) - OFFERED)
+        given[name] = (
+            convert_option(what, name, value, find_annotation(call, name))
+            if name in named
+            else parse_literal(value)
+        )
     given = {name: value for name, value in offered.items() if name in named} | given
     try:
         inspect.signature(call).bind(*arguments, **given)
@@ -68,14 +72,14 @@ def build(
     except ValueError as error:
         raise UsageError(f"The {what} cannot be made with these options: {error}") from error
     except OSError as error:  # whose text says enough
-        raise NftError(f"The {what} cannot be loaded: {error}{where(error)}") from error
+        raise NftError(f"The {what} cannot be loaded: {error}{locate_error(error)}") from error
     except KeyboardInterrupt:
         raise
     except BaseException as error:
-        raise NftError(f"The {what} cannot be loaded: {named_error(error)}{where(error)}") from error
+        raise NftError(f"The {what} cannot be loaded: {describe_error(error)}{locate_error(error)}") from error
 
 
-def annotation(call: Callable[..., Any], name: str) -> Any:
+def find_annotation(call: Callable[..., Any], name: str) -> Any:
     target = call.__init__ if inspect.isclass(call) else call
     try:
         return typing.get_type_hints(target).get(name, Any)
@@ -83,11 +87,11 @@ def annotation(call: Callable[..., Any], name: str) -> Any:
         return Any
 
 
-def convert(what: str, name: str, value: Any, kind: Any) -> Any:
+def convert_option(what: str, name: str, value: Any, kind: Any) -> Any:
     """A value of the annotated type from the command line, where it is a string, or from TOML."""
     from pydantic import PydanticSchemaGenerationError, TypeAdapter, ValidationError
 
-    plain = literal(value)
+    plain = parse_literal(value)
     try:
         adapter = TypeAdapter(kind)
     except PydanticSchemaGenerationError:
@@ -106,7 +110,7 @@ def convert(what: str, name: str, value: Any, kind: Any) -> Any:
         ) from error
 
 
-def literal(value: Any) -> Any:
+def parse_literal(value: Any) -> Any:
     """Numbers, true, false, null and lists as JSON writes them, and none; other strings as they are."""
     if isinstance(value, str) and value.lower() == "none":
         return None

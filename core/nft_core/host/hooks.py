@@ -14,8 +14,8 @@ import pluggy
 
 from nft_plugins import PROJECT, hookimpl, hookspecs
 
-from ..errors import NftError, where
-from .lending import own
+from ..errors import NftError, locate_error
+from .lending import copy_for_plugin
 
 #: `guard(hook)` surrounds a call of a plug-in's hook: nobody else meets what the plug-in raises. It yields what
 #: makes the plug-in's own value of an argument.
@@ -47,7 +47,7 @@ class Hooks:
                 return registering(hook)
             return self.drop_if_broken(name, hook)
 
-        self.manager.register(stand_in(observer, name, self.manager, guard), name)
+        self.manager.register(make_stand_in(observer, name, self.manager, guard), name)
 
     def ask(self, observer: object, name: str) -> None:
         """Add an observer that the user has asked for: where it cannot even start, the run does not."""
@@ -80,11 +80,11 @@ class Hooks:
     def drop_if_broken(self, name: str, hook: str) -> Iterator[Callable[[Any], Any]]:
         """Guard an observer's call. It is given copies, so that no other observer sees what it changes."""
         try:
-            yield own
+            yield copy_for_plugin
         except (NftError, KeyboardInterrupt) as error:
             self.ending = self.ending or error
         except BaseException as error:
-            cause = f"{type(error).__name__}: {error}{where(error)}"
+            cause = f"{type(error).__name__}: {error}{locate_error(error)}"
             if hook == "nft_run_started" and name in self.asked:
                 failure = NftError(f"The observer {name} cannot start: {cause}")
                 failure.__cause__ = error
@@ -96,7 +96,7 @@ class Hooks:
                 )
 
 
-def stand_in(plugin: object, name: str, manager: pluggy.PluginManager, guard: Guard) -> ModuleType:
+def make_stand_in(plugin: object, name: str, manager: pluggy.PluginManager, guard: Guard) -> ModuleType:
     """A module with the plug-in's hooks, each with its options for pluggy and inside `guard`."""
     stand = ModuleType(name)
     for attribute in dir(plugin):

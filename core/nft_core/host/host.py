@@ -19,14 +19,14 @@ from nft_plugins import (
     SolverInfo,
 )
 
-from ..errors import NftError, UsageError, unknown
-from ..quiet import printing_aside
-from .discovery import Cards, Info, Plugin, Registered, discover, hook_problem
-from .factories import annotation, build, convert, installed, resolve
+from ..errors import NftError, UsageError, unknown_name
+from ..quiet import redirect_prints
+from .discovery import Cards, Info, Plugin, Registered, discover, find_hook_problem
+from .factories import call_factory, convert_option, find_annotation, import_factory, is_installed
 from .hooks import Hooks
-from .lending import Inside, kept
-from .local import is_reference, load_object, local_reward
-from .specs import RESERVED, ObserverSpec, Policy, parse_reward, split
+from .lending import Inside, keep_state
+from .local import is_reference, load_object, make_local_card
+from .specs import RESERVED, FailurePolicy, ObserverSpec, parse_reward, split_options
 
 
 @dataclass
@@ -55,7 +55,7 @@ class Host:
     def reward(self, name: str | Callable[..., Any]) -> Registered[RewardInfo]:
         """The card of a reward by name, `FILE.py:NAME` or `MODULE:NAME`, or of a Python function or object."""
         if not isinstance(name, str) or is_reference(name):
-            return local_reward(name)
+            return make_local_card(name)
         return self._one("reward", name, self.rewards)
 
     def make_reward(
@@ -79,14 +79,14 @@ class Host:
         if key in loaded:
             return loaded[key]
         card = self.reward(name)
-        name, what = card.info.name, described("reward", card)
-        require(card, what)
+        name, what = card.info.name, name_card("reward", card)
+        require_modules(card, what)
 
         def make_another(spec: str) -> Reward:
             other = parse_reward(spec)
             if other.weight != 1:
                 raise UsageError(f"{other.name!r} inside the reward {name!r} takes no weight, got {spec!r}.")
-            if other.guard != Policy():
+            if other.guard != FailurePolicy():
                 raise UsageError(
                     f"{other.name!r} inside the reward {name!r} takes no {', '.join(RESERVED)}, got {spec!r}: "
                     "give them to the outer reward."
@@ -95,12 +95,12 @@ class Host:
                 raise UsageError(
                     f"The reward {other.name!r} cannot be made of itself, got {spec!r}: name another."
                 )
-            mine = {**split((defaults or {}).get(other.name, {}))[1], **other.options}
+            mine = {**split_options((defaults or {}).get(str(other.name), {}))[1], **other.options}
             return Inside(self.make_reward(other.name, mine, device, defaults, loaded, (name, *inside)))
 
         offered = {"device": device, "make_reward": make_another}
-        with kept(f"the making of the {what}", making=True):
-            made = build(what, card.info.factory, (), options, offered)
+        with keep_state(f"the making of the {what}", making=True):
+            made = call_factory(what, card.info.factory, (), options, offered)
         if not isinstance(made, Reward):
             raise NftError(f"The factory of the {what} gave {type(made).__name__}, not a reward.")
         loaded[key] = made
@@ -110,15 +110,16 @@ class Host:
         """A solver by name, or by `FILE.py:NAME`; `diffusers:CLASS` is made by the family `diffusers:`."""
         family, colon, member = name.partition(":")
         if is_reference(name) and family + colon not in self.solvers:
-            what, factory, arguments = f"solver {name!r}", load_object(name), ()
+            arguments: tuple[str, ...] = ()
+            what, factory = f"solver {name!r}", load_object(name)
             if isinstance(factory, Solver) and not inspect.isclass(factory) and not options:
                 return factory
         else:
             card = self._one("solver", family + colon, self.solvers)
             if colon and not member:
                 raise UsageError(f"The solver {name!r} is a family: name one of its members, as {name}CLASS.")
-            what, factory, arguments = described("solver", card), card.info.factory, (member,) if colon else ()
-        made = build(what, factory, arguments, options, {})
+            what, factory, arguments = name_card("solver", card), card.info.factory, (member,) if colon else ()
+        made = call_factory(what, factory, arguments, options, {})
         if not isinstance(made, Solver):
             raise NftError(f"The factory of the {what} gave {type(made).__name__}, not a solver.")
         return made
@@ -126,10 +127,10 @@ class Host:
     def make_observer(self, spec: ObserverSpec) -> object:
         """An observer by name. Raises UsageError and NftError as `make_reward` does."""
         card = self._one("observer", spec.name, self.observers)
-        what = described("observer", card)
-        require(card, what)
-        made = build(what, card.info.factory, (), spec.options, {})
-        if problem := hook_problem(made):
+        what = name_card("observer", card)
+        require_modules(card, what)
+        made = call_factory(what, card.info.factory, (), spec.options, {})
+        if problem := find_hook_problem(made):
             raise NftError(f"The factory of the {what} gave {type(made).__name__}, and {problem}.")
         return typing.cast(object, made)
 
@@ -139,19 +140,19 @@ class Host:
         Raises UsageError for an option that is not in its signature or has a value of another type.
         """
         card = self._one("model family", family, self.models)
-        factory = resolve(card.info.factory)
+        factory = import_factory(card.info.factory)
         known = dict(inspect.signature(factory).parameters)
         every = any(p.kind is p.VAR_KEYWORD for p in known.values())
         own = {n for n, p in list(known.items())[1:] if p.kind is not p.VAR_KEYWORD} - {"device", "dtype"}
         what = f"model family {family!r}"
         for name in options:
             if name not in own and not every:
-                raise unknown(f"option of the {what}", name, own)
+                raise unknown_name(f"option of the {what}", name, own)
         given = {n: v for n, v in offered.items() if every or n in known or n in ("device", "dtype")}
-        given |= {n: convert(what, n, v, annotation(factory, n)) for n, v in options.items()}
+        given |= {n: convert_option(what, n, v, find_annotation(factory, n)) for n, v in options.items()}
         made = factory(checkpoint, **given)
         if not isinstance(made, FlowModel):
-            what = described("model family", card)
+            what = name_card("model family", card)
             raise NftError(f"The factory of the {what} gave {type(made).__name__}, not a model.")
         return made
 
@@ -180,7 +181,7 @@ class Host:
 
     def _one(self, kind: str, name: str, cards: Mapping[str, Registered[Info]]) -> Registered[Info]:
         if name not in cards:
-            raise unknown(kind, name, cards, self._hint())
+            raise unknown_name(kind, name, cards, self._hint())
         if len(owners := cards[name].owners) > 1:
             raise UsageError(
                 f"The {kind} {name!r} is claimed by {' and '.join(owners)}: uninstall one of them, or "
@@ -191,10 +192,10 @@ class Host:
     def lacks(self, row: Plugin) -> list[str]:
         """What a plug-in offers and this environment cannot run, with what mends it."""
         return [
-            f"{name} needs {', '.join(missing)}: {remedy(card)}"
+            f"{name} needs {', '.join(missing)}: {advise_install(card)}"
             for cards in self.cards.values()
             for name, card in cards.items()
-            if card.owners == (f"{row.distribution} ({row.name})",) and (missing := lacking(card))
+            if card.owners == (f"{row.distribution} ({row.name})",) and (missing := find_missing_modules(card))
         ]
 
     def try_all(self) -> None:
@@ -210,10 +211,10 @@ class Host:
                 if card.built_in or name.endswith(":"):  # A family has no default.
                     continue
                 try:
-                    with printing_aside():
+                    with redirect_prints():
                         make(name)
                 except NftError as error:
-                    mend = remedy(card) if lacking(card) else ""
+                    mend = advise_install(card) if find_missing_modules(card) else ""
                     for owner in card.owners:
                         rows[owner].broken(str(error), mend, error.__cause__)
 
@@ -234,24 +235,24 @@ def load_host() -> Host:
     return host
 
 
-def described(kind: str, card: Registered[Any]) -> str:
+def name_card(kind: str, card: Registered[Any]) -> str:
     """What messages call it: a stranger's with the package that brings it."""
     brought = "" if card.built_in or not card.distribution else f" of {card.distribution}"
     return f"{kind} {card.info.name!r}{brought}"
 
 
-def lacking(card: Registered[Any]) -> list[str]:
+def find_missing_modules(card: Registered[Any]) -> list[str]:
     """The modules that a card names and this environment does not have."""
-    return [m for m in getattr(card.info, "modules", ()) if not installed(m)]
+    return [m for m in getattr(card.info, "modules", ()) if not is_installed(m)]
 
 
-def require(card: Registered[Any], what: str) -> None:
+def require_modules(card: Registered[Any], what: str) -> None:
     """Raise NftError, with the command that brings them, where modules are not installed."""
-    if missing := lacking(card):
-        raise NftError(f"The {what} needs {', '.join(missing)}, not installed: {remedy(card)}.")
+    if missing := find_missing_modules(card):
+        raise NftError(f"The {what} needs {', '.join(missing)}, not installed: {advise_install(card)}.")
 
 
-def remedy(card: Registered[Any]) -> str:
+def advise_install(card: Registered[Any]) -> str:
     """The command that brings a card's modules."""
     if card.info.extra:
         return f'pip install "{card.distribution}[{card.info.extra}]"'

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 from functools import cached_property
 from threading import Lock
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 from nft_plugins import Batch, Part, Reward, Run, Scores
 from nft_plugins.process import (
@@ -43,56 +43,62 @@ class Lent(Batch):
 
     @cached_property
     def uint8(self) -> Tensor:
-        return super().uint8 if self.lender is None else apart(self.lender.uint8)
+        return super().uint8 if self.lender is None else copy_arrays(self.lender.uint8)
 
     @cached_property
     def pil(self) -> list[Image]:
-        return super().pil if self.lender is None else [lent_picture(image) for image in self.lender.pil]
+        return super().pil if self.lender is None else [lend_picture(image) for image in self.lender.pil]
 
     def shared(self, key: Hashable, compute: Callable[[], T]) -> T:
         if self.lender is None or self.is_changed():  # What it computes now is not for others.
             return super().shared(key, compute)
-        return apart(self.lender.shared(key, compute))
+        return copy_arrays(self.lender.shared(key, compute))
 
     @property
     def lender(self) -> Batch | None:
         return self.__dict__.get("_lender")
 
     def is_changed(self) -> bool:
-        return self.__dict__["_as_lent"] != state_of(self.images)
+        return bool(self.__dict__["_as_lent"] != read_version(self.images))
 
 
-def lend(batch: Batch) -> Batch:
+def lend_batch(batch: Batch) -> Batch:
     """The batch for one reward. Images are copied when it writes to them; on a GPU, which is quick, at once."""
-    lent = Lent(apart(batch.images), own(batch.prompts), own(batch.metadata), batch.groups.clone())
-    lent.__dict__.update(_lender=batch, _as_lent=state_of(lent.images))
+    lent = Lent(
+        copy_arrays(batch.images),
+        copy_for_plugin(batch.prompts),
+        copy_for_plugin(batch.metadata),
+        batch.groups.clone(),
+    )
+    lent.__dict__.update(_lender=batch, _as_lent=read_version(lent.images))
     return lent
 
 
-def state_of(tensor: Tensor) -> tuple[int, bool]:
+def read_version(tensor: Tensor) -> tuple[int, bool]:
     """What is another where something was written to the tensor."""
     import torch
 
     return 0 if tensor.is_inference() else tensor._version, torch._C._is_cow_tensor(tensor)  # type: ignore[attr-defined]
 
 
-def apart(value: T) -> T:
+def copy_arrays(value: T) -> T:
     """Tensors, arrays, and lists, tuples and dictionaries of them: what is written to them nobody else sees."""
     import numpy as np
     import torch
 
+    copied: Any = value  # Of the same type in each branch, which a checker cannot see.
     if isinstance(value, torch.Tensor):
-        return lazy_copy(value)  # type: ignore[return-value]
-    if isinstance(value, np.ndarray):
-        return value.copy()
-    if type(value) in (list, tuple):
-        return type(value)(map(apart, value))  # type: ignore[call-arg,arg-type]
-    if type(value) is dict:
-        return {key: apart(item) for key, item in value.items()}  # type: ignore[return-value]
-    return value
+        copied = copy_lazily(value)
+    elif isinstance(value, np.ndarray):
+        copied = value.copy()
+    elif isinstance(value, list | tuple) and type(value) in (list, tuple):
+        copied = type(value)(map(copy_arrays, value))
+    elif isinstance(value, dict) and type(value) is dict:
+        copied = {key: copy_arrays(item) for key, item in value.items()}
+    return cast(T, copied)
 
 
-def lazy_copy(tensor: Tensor) -> Tensor:
+def copy_lazily(tensor: Tensor) -> Tensor:
     """A copy whose memory is the other's until one of the two is written to, in whatever way.
 
     On a GPU torch would make the copy on another stream than the one that writes.
@@ -108,35 +114,35 @@ def lazy_copy(tensor: Tensor) -> Tensor:
     return tensor.clone()
 
 
-def lent_picture(image: Image) -> Image:
+def lend_picture(image: Image) -> Image:
     """The picture with the same pixels, which Pillow copies before something is drawn in it."""
     view = image._new(image.im)
     view.readonly = 1
     return view
 
 
-def own(value: Any) -> Any:
+def copy_for_plugin(value: Any) -> Any:
     """Lists and mappings of any depth that can be changed and nobody else sees it, of a batch or scores too."""
     kind = type(value)
     if kind in PLAIN:
         return value
     if kind is dict:
-        return {key: own(item) for key, item in value.items()}
+        return {key: copy_for_plugin(item) for key, item in value.items()}
     if kind in (list, tuple):
-        return kind(own(item) for item in value)
+        return kind(copy_for_plugin(item) for item in value)
     if isinstance(value, Batch):
-        return lend(value)
+        return lend_batch(value)
     if isinstance(value, Scores):
         details = {name: figure.clone() for name, figure in value.details.items()}
-        parts = {name: Part(part.weight, own(part.scores)) for name, part in value.parts.items()}
+        parts = {name: Part(part.weight, copy_for_plugin(part.scores)) for name, part in value.parts.items()}
         return Scores(value.values.clone(), value.valid.clone(), details, parts)
     if isinstance(value, Run):
-        return replace(value, settings=own(value.settings))
+        return replace(value, settings=copy_for_plugin(value.settings))
     if isinstance(value, Mapping):
-        return {key: own(item) for key, item in value.items()}
+        return {key: copy_for_plugin(item) for key, item in value.items()}
     if isinstance(value, set | bytearray):
         return copy.copy(value)
-    return apart(value)
+    return copy_arrays(value)
 
 
 class Inside:
@@ -146,7 +152,7 @@ class Inside:
         self.reward = reward
 
     def __call__(self, batch: Batch) -> Scores:
-        return self.reward(lend(batch))
+        return self.reward(lend_batch(batch))
 
     def __getattr__(self, name: str) -> Any:
         # What else it offers: check_prompt, regroup.
@@ -162,7 +168,7 @@ trusted: Noted = []
 
 
 @contextmanager
-def quiet_moment() -> Iterator[None]:
+def trust_main_thread() -> Iterator[None]:
     """Inside, other threads put OF_MOMENTS back to what it is now, while no model and no reward is at work."""
     global trusted
     outer, trusted = trusted, [(p, value) for p, value in noted(shared_places()) if p.name in OF_MOMENTS]
@@ -173,7 +179,7 @@ def quiet_moment() -> Iterator[None]:
 
 
 @contextmanager
-def process_kept(who: str, making: bool = False) -> Iterator[None]:
+def keep_process_state(who: str, making: bool = False) -> Iterator[None]:
     """Put back what is run inside changes of the process, and warn where numbers of other threads may be wrong.
 
     who: a call of a reward, in words.
@@ -198,7 +204,7 @@ def process_kept(who: str, making: bool = False) -> Iterator[None]:
 
 
 @contextmanager
-def python_kept() -> Iterator[None]:
+def keep_python_state() -> Iterator[None]:
     """Put back what is run inside changes of Python's own state, where nothing else is imported yet."""
     before = noted(python_places(), BY_IMPORTS)
     try:
@@ -208,7 +214,7 @@ def python_kept() -> Iterator[None]:
 
 
 @contextmanager
-def thread_kept() -> Iterator[None]:
+def keep_thread_state() -> Iterator[None]:
     """Put back what is run inside changes of this thread."""
     import torch
 
@@ -222,7 +228,7 @@ def thread_kept() -> Iterator[None]:
 
 
 @contextmanager
-def kept(who: str, making: bool = False) -> Iterator[None]:
+def keep_state(who: str, making: bool = False) -> Iterator[None]:
     """Put back what is run inside changes of the process and of this thread."""
-    with process_kept(who, making), thread_kept():
+    with keep_process_state(who, making), keep_thread_state():
         yield

@@ -19,10 +19,10 @@ from typing import TYPE_CHECKING, Any
 
 from nft_plugins import Batch, RewardInfo, Scores
 
-from ..errors import NftError, UsageError, named_error, unknown, where
+from ..errors import NftError, UsageError, describe_error, locate_error, unknown_name
 from .discovery import Registered
 from .factories import OFFERED
-from .lending import kept
+from .lending import keep_state
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -57,13 +57,13 @@ def load_object(reference: str) -> Any:
     except KeyboardInterrupt:
         raise
     except BaseException as error:
-        raise NftError(f"Importing {location} raised {named_error(error)}{where(error)}.") from error
+        raise NftError(f"Importing {location} raised {describe_error(error)}{locate_error(error)}.") from error
     finally:
         importing.reset(token)
     if not hasattr(module, attribute):
         own = [n for n, o in vars(module).items() if getattr(o, "__module__", "") == module.__name__]
         mine = [n for n in own if not n.startswith("_") and callable(vars(module)[n])]
-        raise unknown(f"function or class of {location}", attribute, mine)
+        raise unknown_name(f"function or class of {location}", attribute, mine)
     return getattr(module, attribute)
 
 
@@ -78,13 +78,13 @@ def import_file(path: Path) -> ModuleType:
     path = path.resolve()
     name = f"nft_local:{path}"
     if name not in sys.modules:
-        reach(path.parent)
+        add_import_folder(path.parent)
         spec = importlib.util.spec_from_file_location(name, path)
         assert spec is not None and spec.loader is not None  # It ends in .py.
         module = importlib.util.module_from_spec(spec)
         sys.modules[name] = module  # Before it runs: dataclasses look there.
         try:
-            with kept(f"the import of {path.name}", making=True):
+            with keep_state(f"the import of {path.name}", making=True):
                 spec.loader.exec_module(module)
         except BaseException:
             del sys.modules[name]
@@ -94,9 +94,9 @@ def import_file(path: Path) -> ModuleType:
 
 def import_module(name: str) -> ModuleType:
     """A module that is installed or stands in the current folder."""
-    reach(Path.cwd())
+    add_import_folder(Path.cwd())
     try:
-        with kept(f"the import of {name}", making=True):
+        with keep_state(f"the import of {name}", making=True):
             return importlib.import_module(name)
     except ModuleNotFoundError as error:
         if error.name and (name == error.name or name.startswith(f"{error.name}.")):
@@ -107,13 +107,13 @@ def import_module(name: str) -> ModuleType:
         raise
 
 
-def reach(folder: Path) -> None:
+def add_import_folder(folder: Path) -> None:
     """Let modules in a folder be imported; last, so that none stands before an installed one."""
     if str(folder) not in sys.path:
         sys.path.append(str(folder))
 
 
-def local_reward(name: str | Callable[..., Any]) -> Registered[RewardInfo]:
+def make_local_card(name: str | Callable[..., Any]) -> Registered[RewardInfo]:
     """The card of a reward that nobody has registered: a reference, or a Python function, class or object.
 
     A class, or a function that takes no field of the batch, is a factory: its parameters are the options.
@@ -124,15 +124,15 @@ def local_reward(name: str | Callable[..., Any]) -> Registered[RewardInfo]:
     if not callable(target):
         raise UsageError(f"{title} is no reward: expected a function, a class or an object that can be called.")
     summary = (inspect.getdoc(target) or "").partition("\n")[0]
-    return Registered(RewardInfo(title, summary, factory(target, title)), ())
+    return Registered(RewardInfo(title, summary, make_factory(target, title)), ())
 
 
-def factory(target: Callable[..., Any], title: str) -> Callable[..., Any]:
+def make_factory(target: Callable[..., Any], title: str) -> Callable[..., Any]:
     """What makes a reward of `target`, with its options, and nothing else, as its signature."""
     is_object = not inspect.isclass(target) and not inspect.isroutine(target)
     if is_object:
-        return lambda: adapted(target, title)
-    taken = () if inspect.isclass(target) else fields_of(target)
+        return lambda: adapt_reward(target, title)
+    taken = () if inspect.isclass(target) else list_batch_fields(target)
     signature = inspect.signature(target)
     options = [p for n, p in signature.parameters.items() if n not in taken]
     required = [p.name for p in options if p.default is p.empty and p.kind is p.POSITIONAL_OR_KEYWORD]
@@ -144,10 +144,10 @@ def factory(target: Callable[..., Any], title: str) -> Callable[..., Any]:
 
     @functools.wraps(target)
     def make(**given: Any) -> Any:
-        return FunctionReward(target, title, taken, given) if taken else adapted(target(**given), title)
+        return FunctionReward(target, title, taken, given) if taken else adapt_reward(target(**given), title)
 
     if inspect.isclass(target):
-        make.__annotations__ = hints(target.__init__)
+        make.__annotations__ = read_annotations(target.__init__)
     # Options can be given by name alone, whatever stood before or behind them.
     make.__signature__ = signature.replace(  # type: ignore[attr-defined]
         parameters=[p.replace(kind=p.KEYWORD_ONLY) if p.kind is p.POSITIONAL_OR_KEYWORD else p for p in options]
@@ -155,25 +155,25 @@ def factory(target: Callable[..., Any], title: str) -> Callable[..., Any]:
     return make
 
 
-def hints(function: Any) -> dict[str, Any]:
+def read_annotations(function: Any) -> dict[str, Any]:
     try:
         return typing.get_type_hints(function)
     except (NameError, TypeError, AttributeError):
         return {}
 
 
-def fields_of(function: Any) -> tuple[str, ...]:
+def list_batch_fields(function: Any) -> tuple[str, ...]:
     """The fields of the batch among a function's parameters."""
     return tuple(n for n in inspect.signature(function).parameters if n in FIELDS)
 
 
-def adapted(made: Any, title: str) -> Any:
+def adapt_reward(made: Any, title: str) -> Any:
     """What a factory made, as a reward."""
     if not callable(made):
         raise NftError(
             f"{title} gave {type(made).__name__}, not a reward: a function or an object with __call__."
         )
-    return FunctionReward(made, title, fields_of(made), {})
+    return FunctionReward(made, title, list_batch_fields(made), {})
 
 
 @dataclass(frozen=True, eq=False)
@@ -190,9 +190,9 @@ class FunctionReward:
 
     def __call__(self, batch: Batch) -> Scores:
         if not self.takes:
-            return scores_of(self.function(batch, **self.options), len(batch), self.title)
+            return convert_to_scores(self.function(batch, **self.options), len(batch), self.title)
         given = {name: batch if name == "batch" else getattr(batch, name) for name in self.takes}
-        return scores_of(self.function(**given, **self.options), len(batch), self.title)
+        return convert_to_scores(self.function(**given, **self.options), len(batch), self.title)
 
     def __getattr__(self, name: str) -> Any:
         # What else an object offers: check_prompt, regroup.
@@ -201,7 +201,7 @@ class FunctionReward:
         return getattr(self.function, name)
 
 
-def scores_of(result: Any, size: int, title: str) -> Scores:
+def convert_to_scores(result: Any, size: int, title: str) -> Scores:
     """What a function returned, as scores: None and what is not finite are invalid.
 
     Raises NftError for what is neither `Scores` nor `size` numbers in a list, an array or a tensor.
@@ -211,11 +211,11 @@ def scores_of(result: Any, size: int, title: str) -> Scores:
     if isinstance(result, Scores):
         return result
     try:
-        values = numbers(result)
+        values = convert_to_tensor(result)
     except (TypeError, ValueError, RuntimeError) as error:
         raise NftError(
             f"The reward {title!r} must return {size} numbers, in a list, an array or a tensor, or Scores; got "
-            f"{shown(result)}."
+            f"{describe_value(result)}."
         ) from error
     if values.shape != torch.Size([size]):
         raise NftError(
@@ -225,7 +225,7 @@ def scores_of(result: Any, size: int, title: str) -> Scores:
     return Scores.of(values)
 
 
-def numbers(result: Any) -> Tensor:
+def convert_to_tensor(result: Any) -> Tensor:
     import numpy as np
     import torch
 
@@ -243,7 +243,7 @@ def numbers(result: Any) -> Tensor:
     raise TypeError(type(result).__name__)
 
 
-def shown(value: Any) -> str:
+def describe_value(value: Any) -> str:
     if value is None:
         return "None: is a return missing?"
     text = repr(value)

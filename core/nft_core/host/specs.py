@@ -17,7 +17,7 @@ MOST_RETRIES, MOST_SECONDS, MOST_WEIGHT = 1000, 1e6, 1e30
 
 
 @dataclass(frozen=True)
-class Policy:
+class FailurePolicy:
     """What is done where a reward fails; the names are words of its spec, which its factory never sees.
 
     on_error: `stop` ends the run, `mask` leaves the samples out, `skip` the reward for the epoch.
@@ -31,11 +31,11 @@ class Policy:
 
     def words(self) -> dict[str, Any]:
         """What differs from the default, as a spec has it."""
-        return {name: value for name, value in vars(self).items() if value != getattr(Policy, name)}
+        return {name: value for name, value in vars(self).items() if value != getattr(FailurePolicy, name)}
 
 
 #: Words of every reward's spec.
-RESERVED = tuple(vars(Policy()))
+RESERVED = tuple(vars(FailurePolicy()))
 
 
 @dataclass(frozen=True)
@@ -48,7 +48,7 @@ class RewardSpec:
     name: str | Callable[..., Any]
     weight: float = 1.0
     options: Mapping[str, Any] = field(default_factory=dict)
-    guard: Policy = Policy()
+    guard: FailurePolicy = FailurePolicy()
 
     def __str__(self) -> str:
         words = {**self.options, **self.guard.words()}
@@ -56,8 +56,8 @@ class RewardSpec:
 
     def with_options(self, options: Mapping[str, Any]) -> RewardSpec:
         """The spec with further options, the guard's words among them; they come before its own."""
-        words, rest = split(options)
-        guard = parse_policy(words, self.title, self.guard)
+        words, rest = split_options(options)
+        guard = parse_failure_policy(words, self.title, self.guard)
         return replace(self, options={**self.options, **rest}, guard=guard)
 
     @property
@@ -88,27 +88,27 @@ def parse_reward(
     """
     if not isinstance(given, str | Mapping):
         if not callable(given):
-            raise UsageError(f"A reward is written {FORM}, or is a function; got {_short(given)}.")
+            raise UsageError(f"A reward is written {FORM}, or is a function; got {_shorten_value(given)}.")
         return RewardSpec(given)
-    name, weight, options = _parse(given, "A reward", FORM)
-    spec = RewardSpec(name, 1.0 if weight == "" else finite_weight(weight, name))
+    name, weight, options = _parse_spec(given, "A reward", FORM)
+    spec = RewardSpec(name, 1.0 if weight == "" else parse_weight(weight, name))
     return spec.with_options((defaults or {}).get(name, {})).with_options(options)
 
 
-def split(options: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+def split_options(options: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
     """The guard's words among options, and the factory's options."""
     words = {name: value for name, value in options.items() if name in RESERVED}
     return words, {name: value for name, value in options.items() if name not in RESERVED}
 
 
-def parse_policy(words: Mapping[str, Any], name: str, base: Policy) -> Policy:
+def parse_failure_policy(words: Mapping[str, Any], name: str, base: FailurePolicy) -> FailurePolicy:
     """`base` with some words changed, which come from a command line, TOML or Python.
 
     Raises UsageError, naming the reward, for a value that a word does not have.
     """
 
     def wrong(word: str, expected: str) -> UsageError:
-        return UsageError(f"Reward {name!r}: {word} must be {expected}, got {_short(words[word])}.")
+        return UsageError(f"Reward {name!r}: {word} must be {expected}, got {_shorten_value(words[word])}.")
 
     policy = base
     if "on_error" in words:
@@ -116,19 +116,19 @@ def parse_policy(words: Mapping[str, Any], name: str, base: Policy) -> Policy:
             raise wrong("on_error", f"one of {', '.join(get_args(OnError))}")
         policy = replace(policy, on_error=words["on_error"])
     if "retry" in words:
-        number = _number(words["retry"])
+        number = _parse_number(words["retry"])
         if not 0 <= number <= MOST_RETRIES or number % 1:
             raise wrong("retry", f"a whole number from 0 to {MOST_RETRIES}")
         policy = replace(policy, retry=int(number))
     if "max_seconds" in words:
-        number = _number(words["max_seconds"])
+        number = _parse_number(words["max_seconds"])
         if not 0 <= number <= MOST_SECONDS:
             raise wrong("max_seconds", f"seconds, 0 for any time, {MOST_SECONDS:.0f} at most")
         policy = replace(policy, max_seconds=number)
     return policy
 
 
-def _short(value: Any) -> str:
+def _shorten_value(value: Any) -> str:
     try:
         text = repr(value)
     except (ValueError, RecursionError):  # An integer of thousands of digits, or lists nested as deep.
@@ -136,7 +136,7 @@ def _short(value: Any) -> str:
     return text if len(text) < 100 else f"{text[:100]}..."
 
 
-def _number(value: Any) -> float:
+def _parse_number(value: Any) -> float:
     """NaN, which is in no range, for what is no number."""
     try:
         return math.nan if isinstance(value, bool) else float(value)
@@ -149,19 +149,19 @@ def parse_observer(given: str | Mapping[str, Any]) -> ObserverSpec:
 
     Raises UsageError for a text or table of another form.
     """
-    name, weight, options = _parse(given, "An observer", OBSERVER_FORM)
+    name, weight, options = _parse_spec(given, "An observer", OBSERVER_FORM)
     if weight != "":
         raise UsageError(f"Observer {name!r}: it has no weight; an observer is written {OBSERVER_FORM}.")
     return ObserverSpec(name, options)
 
 
-def _parse(given: str | Mapping[str, Any], what: str, form: str) -> tuple[str, Any, dict[str, Any]]:
+def _parse_spec(given: str | Mapping[str, Any], what: str, form: str) -> tuple[str, Any, dict[str, Any]]:
     """Name, weight (empty where there is none) and options."""
     if isinstance(given, Mapping):
         options = dict(given)
         name, weight = options.pop("name", ""), options.pop("weight", "")
         if not isinstance(name, str) or not name:
-            raise UsageError(f"{what} needs a name: expected {form}, got {_short(dict(given))}.")
+            raise UsageError(f"{what} needs a name: expected {form}, got {_shorten_value(dict(given))}.")
         return name, weight, options
     head, *rest = given.split(",")
     name, equals, weight = (part.strip() for part in head.partition("="))
@@ -178,7 +178,7 @@ def _parse(given: str | Mapping[str, Any], what: str, form: str) -> tuple[str, A
     return name, weight, options
 
 
-def finite_weight(weight: Any, name: str) -> float:
+def parse_weight(weight: Any, name: str) -> float:
     """The weight as a number. Raises UsageError for what is no finite number, or larger than MOST_WEIGHT."""
     try:
         number = float(weight)
@@ -186,7 +186,7 @@ def finite_weight(weight: Any, name: str) -> float:
         number = math.nan
     if not abs(number) <= MOST_WEIGHT:
         raise UsageError(
-            f"Reward {name!r}: the weight must be a finite number, got {_short(weight)}; write {FORM}, with "
-            f"{MOST_WEIGHT:g} at most."
+            f"Reward {name!r}: the weight must be a finite number, got {_shorten_value(weight)}; write {FORM}, "
+            f"with {MOST_WEIGHT:g} at most."
         )
     return number

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from math import cos, pi
 from typing import Literal
 
-from ..errors import UsageError, unknown
+from ..errors import UsageError, unknown_name
 
 LrSchedule = Literal["constant", "cosine", "inverse_sqrt"]
 
@@ -26,7 +26,7 @@ def old_decay(schedule: str | float, step: int) -> float:
     ago); `ramp` (0.001 a step up to 0.5); `slow` (0 for 75 steps, then 0.0075 a step up to 0.999).
     """
     if isinstance(schedule, str) and schedule not in OLD_DECAY:
-        raise unknown("old_decay schedule", schedule, OLD_DECAY)
+        raise unknown_name("old_decay schedule", schedule, OLD_DECAY)
     d = OLD_DECAY[schedule](step) if isinstance(schedule, str) else float(schedule)
     if not 0 <= d < 1:
         raise UsageError(f"old_decay must be in [0, 1), got {d}: at 1 the old policy would never move")

@@ -23,7 +23,7 @@ from uuid import uuid4
 import torch
 import torch.distributed as dist
 
-from ..environment import number
+from ..environment import read_number
 from ..errors import NftError, PeerError, UsageError
 from .launch import RENDEZVOUS
 
@@ -54,7 +54,7 @@ ALIKE = {
 
 def read_rank_and_size() -> tuple[int, int]:
     """Read RANK and WORLD_SIZE from the environment; 0 and 1 where there is none. Raises UsageError."""
-    rank, size = number("RANK", 0), number("WORLD_SIZE", 1)
+    rank, size = read_number("RANK", 0), read_number("WORLD_SIZE", 1)
     if not 0 <= rank < size:
         raise UsageError(
             f"The environment has RANK = {rank} and WORLD_SIZE = {size}: ranks count from 0, and WORLD_SIZE is "
@@ -106,7 +106,7 @@ def open_store(rank: int, size: int, seconds: float) -> Store:
         store = FileStore(os.environ[RENDEZVOUS], size)
         store.set_timeout(wait)
         return store
-    address, port = os.environ["MASTER_ADDR"], number("MASTER_PORT", 0)
+    address, port = os.environ["MASTER_ADDR"], read_number("MASTER_PORT", 0)
     if port > 65535:
         raise UsageError(f"The environment has MASTER_PORT = {port}: a port is a number up to 65535.")
     # torchrun's agent on the first node keeps a store already.

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, suppress
 from typing import Any
 
-from ..environment import first
+from ..environment import is_first_process
 
 #: Signals by which terminals, shells and schedulers end a process, on this system. A run saves first; SIGKILL
 #: alone leaves it no time.
@@ -88,7 +88,7 @@ def note_signals() -> Iterator[Callable[[], int]]:
         interrupts += number == signal.SIGINT
         if interrupts > 1:
             raise KeyboardInterrupt
-        if not noted and first():
+        if not noted and is_first_process():
             with suppress(OSError):  # The terminal may be gone, which is what SIGHUP says.
                 # Not print(), which may be what was interrupted.
                 os.write(2, b"\nEnding after this step, and saving. Ctrl-C once more ends at once, unsaved.\n")

@@ -19,7 +19,7 @@ from torch.utils._pytree import tree_map_only
 
 from nft_plugins import Condition, FlowModel, Solver
 
-from ..errors import NftError, UsageError, first_line
+from ..errors import NftError, UsageError, shorten_error
 from ..host.host import Host
 from ..models.pipeline import ENCODED_AT_ONCE, OF_TEXT, PipelineModel
 from ..objective.loss import kl_loss, nft_loss
@@ -97,7 +97,7 @@ def count_footprint(s: Settings, host: Host, device: torch.device, both: bool = 
     except Exception as error:  # A model that looks at numbers, which there are none of.
         raise NftError(
             f"{s.model} cannot be planned for, since its family does not work on the meta device, which has "
-            f"shapes and no numbers: {type(error).__name__}: {first_line(error)}"
+            f"shapes and no numbers: {type(error).__name__}: {shorten_error(error)}"
         ) from error
 
 

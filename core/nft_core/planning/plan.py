@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 import torch
 
-from ..environment import number
+from ..environment import read_number
 from ..errors import NftError
 from ..host.host import Host
 from ..parallel import launch
@@ -106,7 +106,7 @@ def plan_phases(s: Settings, f: Footprint, rewards: Mapping[str, int]) -> Phases
 def count_planned_processes(s: Settings) -> int:
     """Count the processes that share the run's images."""
     if "WORLD_SIZE" in os.environ:
-        return number("WORLD_SIZE", 1)
+        return read_number("WORLD_SIZE", 1)
     if s.processes == "auto":
         return launch.count_processes("auto", s.device) if s.device == "cpu" else 1
     return s.processes

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..host.local import is_reference
-from ..host.specs import RewardSpec, split
+from ..host.specs import RewardSpec, split_options
 from ..prompts import Prompt
 from ..settings import Settings
 from .places import shorten_path, shorten_paths
@@ -61,7 +61,7 @@ def fingerprint_evaluation(
         # A reward may be made of others, which its options name.
         inner = [str(v).partition(",")[0].partition("=")[0] for v in spec.options.values()]
         made_of = [identify_source(n, host.rewards.get(n), sources) for n in (str(spec.name), *inner)]
-        options = [spec.options, *(split(settings.reward_defaults.get(n, {}))[1] for n in inner)]
+        options = [spec.options, *(split_options(settings.reward_defaults.get(n, {}))[1] for n in inner)]
         given = [{k: shorten_path(str(v)) for k, v in each.items()} for each in options]
         by_title.setdefault(spec.title, []).append([shorten_path(str(spec.name)), given, made_of])
     return {

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from nft_plugins import Run, Solver
 
-from ..errors import CheckpointError, NftError, UsageError, unknown
+from ..errors import CheckpointError, NftError, UsageError, unknown_name
 from ..host.host import Host
 from ..host.specs import RewardSpec, parse_observer, parse_reward
 from ..prompts import Prompt, read_prompts, refusal_of, scorable
@@ -36,14 +36,14 @@ def make_run_settings(host: Host, preset: str | None, *layers: Mapping[str, Any]
     base: dict[str, Any] = {}
     if preset:
         if preset not in host.presets:
-            raise unknown("preset", preset, host.presets)
+            raise unknown_name("preset", preset, host.presets)
         info = host.presets[preset].info
         base = {**info.settings, "reward_defaults": {k: dict(v) for k, v in info.rewards.items()}}
     for layer in layers:
         defaults = layer.get("reward_defaults", {})
         for name in defaults if isinstance(defaults, Mapping) else ():
             if name not in host.rewards:
-                raise unknown("reward", name, host.rewards)
+                raise unknown_name("reward", name, host.rewards)
     return make_settings(base, *layers)
 
 
@@ -125,10 +125,10 @@ def drop_unscorable(
     tell: Callable[[str], None],
 ) -> tuple[list[Prompt], list[Prompt]]:
     """Leave out prompts that a reward refuses, and tell how many, with an example."""
-    from ..host.lending import kept
+    from ..host.lending import keep_state
 
     everything = [*inputs.prompts, *inputs.held_out]
-    with kept("the check of prompts"):
+    with keep_state("the check of prompts"):
         prompts = scorable(inputs.prompts, check, policy)
         held_out = scorable(inputs.held_out, check, policy) if inputs.held_out else []
         if lost := len(everything) - len(prompts) - len(held_out):

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import CheckpointError, UsageError
-from ..host.specs import Policy, RewardSpec, parse_reward
+from ..host.specs import FailurePolicy, RewardSpec, parse_reward
 from ..prompts import Prompt
 from ..settings import Settings, make_settings
 from .fingerprint import compare_sources
@@ -96,7 +96,7 @@ def describe_changes(before: Mapping[str, Any], settings: Settings) -> tuple[lis
 
 def drop_failure_policies(rewards: Sequence[Any]) -> list[RewardSpec]:
     """Parse rewards without what is done where they fail: that may change."""
-    return [replace(parse_reward(given), guard=Policy()) for given in rewards]
+    return [replace(parse_reward(given), guard=FailurePolicy()) for given in rewards]
 
 
 def digest_prompts(prompts: Sequence[Prompt], held_out: Sequence[Prompt]) -> str:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from nft_plugins import Run
 
 from .. import environment
-from ..errors import NftError, SaveError, Stopped, UsageError, first_line, where
+from ..errors import NftError, SaveError, Stopped, UsageError, locate_error, shorten_error
 from ..host.host import Host
 from ..parallel.signals import note_signals
 from ..settings import Settings
@@ -64,8 +64,8 @@ def run_training(
     loaded or written, and NftError for what fails later.
     """
     folder = folder.resolve()  # A reward may change the current folder.
-    environment.check()
-    first = environment.first()
+    environment.check_numbers()
+    first = environment.is_first_process()
     tell = say if first else lambda text: None
     inputs = prepare_inputs(settings, host)
     asked = make_observers(settings, host) if first else {}
@@ -107,10 +107,10 @@ def enter_surroundings(
 ) -> None:
     """Enter what holds for the whole run: the group of processes, kernels, and how errors are told."""
     from ..parallel.processes import process_group
-    from ..quiet import quiet
+    from ..quiet import silence_libraries
     from ..training.attention import attention_kernel
 
-    quiet("diffusers", "transformers")
+    silence_libraries("diffusers", "transformers")
     for warning in stack.enter_context(process_group(device, settings.peer_timeout, settings.join_timeout)):
         tell(warning)
     stack.enter_context(explain_memory_errors())
@@ -201,7 +201,7 @@ def train_and_save(training: Training, folder: Path, traced: AbstractContextMana
         if is_from_inside(
             caught, training.stop_signal()
         ):  # With an exit code of 0 the run would pass for whole.
-            error = NftError(f"The run was ended from inside: {caught!r} came{where(caught)}.")
+            error = NftError(f"The run was ended from inside: {caught!r} came{locate_error(caught)}.")
             raise error from caught
         raise
     finally:
@@ -219,8 +219,8 @@ def explain_memory_errors() -> Iterator[None]:
         yield
     except torch.OutOfMemoryError as error:
         raise NftError(
-            f"{first_line(error)} Lower rollout_batch, microbatch or resolution; the same command with --plan "
-            "says what takes the memory, and which settings would fit."
+            f"{shorten_error(error)} Lower rollout_batch, microbatch or resolution; the same command with "
+            "--plan says what takes the memory, and which settings would fit."
         ) from error
 
 

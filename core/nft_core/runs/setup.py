@@ -12,7 +12,7 @@ import torch
 from nft_plugins import FlowModel
 
 from .. import environment
-from ..errors import NftError, UsageError, first_line
+from ..errors import NftError, UsageError, shorten_error
 from ..host.host import Host
 from ..settings import Settings
 
@@ -21,8 +21,8 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 def pick_device(name: str) -> torch.device:
     """Find the device by name; `auto` is this process's GPU where there is one. Raises UsageError."""
-    environment.check()
-    local = environment.number("LOCAL_RANK", 0)
+    environment.check_numbers()
+    local = environment.read_number("LOCAL_RANK", 0)
     if name == "auto":
         name = f"cuda:{local}" if torch.cuda.is_available() else "cpu"
     kind, _, index = name.partition(":")
@@ -62,7 +62,7 @@ def find_family(settings: Settings, host: Host) -> tuple[str, Mapping[str, Any]]
     except (OSError, ValueError) as error:
         raise NftError(
             f"Cannot load the model {name!r}: looked for a diffusers pipeline (model_index.json) in a folder "
-            f"of that name and on the Hugging Face hub. {first_line(error)} Check the name, your network "
+            f"of that name and on the Hugging Face hub. {shorten_error(error)} Check the name, your network "
             "and, for a gated model, `hf auth login`; a local folder with --model PATH works offline, "
             "and so does --tiny, which brings its own small model."
         ) from error
@@ -78,7 +78,7 @@ def find_family(settings: Settings, host: Host) -> tuple[str, Mapping[str, Any]]
 
 def check_model(settings: Settings, host: Host) -> None:
     """Raise NftError for a model that cannot be trained, or is not whole. No weights are read."""
-    from ..host.factories import resolve as factory_of
+    from ..host.factories import import_factory as factory_of
     from ..models.checks import check_pipeline
     from ..models.pipeline import PipelineModel
 
@@ -93,7 +93,7 @@ def check_model(settings: Settings, host: Host) -> None:
 
 
 def say_unloadable(model: str, error: Exception) -> NftError:
-    said = str(error) if isinstance(error, OSError) else f"{type(error).__name__}: {first_line(error)}"
+    said = str(error) if isinstance(error, OSError) else f"{type(error).__name__}: {shorten_error(error)}"
     return NftError(f"Cannot load the model {model!r}: {said}")
 
 

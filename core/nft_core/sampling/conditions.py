@@ -24,7 +24,7 @@ from torch import Tensor
 
 from nft_plugins import Condition, FlowModel
 
-from ..environment import number
+from ..environment import read_number
 from ..parallel import processes
 from ..parallel.devices import copy_to_device
 from ..prompts import Prompt
@@ -120,7 +120,7 @@ def is_readable(file: Path) -> bool:
 
 def is_first_on_machine() -> bool:
     """Whether this is the first process of its machine."""
-    return number("LOCAL_RANK", 0) == 0
+    return read_number("LOCAL_RANK", 0) == 0
 
 
 def make_scratch(device: torch.device) -> Path:

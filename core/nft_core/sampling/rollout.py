@@ -14,7 +14,7 @@ from torch import Tensor
 
 from nft_plugins import Batch, Condition, FlowModel, Reward, Scores, Solver, Velocity, randn_like
 
-from ..host.lending import quiet_moment
+from ..host.lending import trust_main_thread
 from ..parallel.devices import free_memory, wrap_in_side_stream
 from ..parallel.processes import fail_together, gather_rows, list_owned, rank, sum_values, world_size
 from ..parallel.sharding import InStep
@@ -224,7 +224,7 @@ def start_scoring() -> Iterator[Worker]:
     """Start a thread for rewards. After an error or Ctrl-C its queue is dropped and no call waited for."""
     worker = Worker("reward")
     try:
-        with quiet_moment():
+        with trust_main_thread():
             yield worker
     finally:
         worker.close()

@@ -17,11 +17,11 @@ from torch import Tensor
 from nft_plugins import Batch, Part, PromptError, Reward, Scores
 from nft_plugins.process import on_main_thread
 
-from ..errors import NftError, UsageError, named_error, where
+from ..errors import NftError, UsageError, describe_error, locate_error
 from ..host.host import Host, load_host
-from ..host.lending import lend, own, process_kept, thread_kept
+from ..host.lending import copy_for_plugin, keep_process_state, keep_thread_state, lend_batch
 from ..host.local import FunctionReward, importing
-from ..host.specs import Policy, RewardSpec, finite_weight, parse_reward
+from ..host.specs import FailurePolicy, RewardSpec, parse_reward, parse_weight
 from ..parallel.devices import is_out_of_memory
 from .failures import Failed, Guard, Tally, added
 
@@ -213,7 +213,7 @@ class Guarded:
         size = len(batch)
 
         def score() -> Scores:  # Each attempt has a batch of its own.
-            return checked(self.guard.name, lambda: self.reward(lend(batch)), size)
+            return checked(self.guard.name, lambda: self.reward(lend_batch(batch)), size)
 
         return self.guard(score, size, batch.images.device)
 
@@ -229,9 +229,9 @@ class GuardedGroups(Guarded):
         return self.reward.regroup(scores, groups) if scores.valid.any() else scores
 
 
-def guarded(reward: Reward, policy: Policy, name: str) -> Reward:
+def guarded(reward: Reward, policy: FailurePolicy, name: str) -> Reward:
     """The reward under a policy; as it is under the default one."""
-    if policy == Policy():
+    if policy == FailurePolicy():
         return reward
     kind = GuardedGroups if hasattr(reward, "regroup") else Guarded
     return kind(reward, Guard(policy, name))
@@ -271,7 +271,7 @@ def check_prompt(member: Any, name: str, prompt: str, metadata: Mapping[str, Any
     if check is None:
         return
     try:
-        check(prompt, own(metadata))
+        check(prompt, copy_for_plugin(metadata))
     except PromptError as error:
         message = str(error)
         raise PromptError(message if message.startswith(name) else f"{name}: {message}") from error
@@ -280,7 +280,7 @@ def check_prompt(member: Any, name: str, prompt: str, metadata: Mapping[str, Any
     except BaseException as error:
         raise NftError(
             f"The reward {name!r} failed in check_prompt, which may raise PromptError alone: "
-            f"{named_error(error)}{where(error)}"
+            f"{describe_error(error)}{locate_error(error)}"
         ) from error
 
 
@@ -298,14 +298,14 @@ def scored(name: str, reward: Reward, batch: Batch) -> Scores:
     """A member's scores. Neither the batch nor the state of the process can be spoiled for other members."""
     if isinstance(reward, Composed | Mapped | Guarded):  # Which see to that for their own members.
         return checked(name, partial(reward, batch), len(batch))
-    with process_kept(f"the call of the reward {name!r}"):
-        return checked(name, lambda: reward(lend(batch)), len(batch))
+    with keep_process_state(f"the call of the reward {name!r}"):
+        return checked(name, lambda: reward(lend_batch(batch)), len(batch))
 
 
 def regrouped(name: str, reward: Any, scores: Scores, groups: Tensor) -> Scores:
     """What a member's `regroup` makes of its scores, on the same terms."""
-    with process_kept(f"the call of the reward {name!r}"):
-        return checked(name, lambda: reward.regroup(own(scores), groups.clone()), len(groups))
+    with keep_process_state(f"the call of the reward {name!r}"):
+        return checked(name, lambda: reward.regroup(copy_for_plugin(scores), groups.clone()), len(groups))
 
 
 def checked(name: str, score: Callable[[], Scores], size: int) -> Scores:
@@ -313,7 +313,7 @@ def checked(name: str, score: Callable[[], Scores], size: int) -> Scores:
     try:
         # Whether gradients are recorded is each thread's own affair, so it is said here.
         with torch.no_grad():
-            with thread_kept():
+            with keep_thread_state():
                 scores = score()
             # What fails on a GPU is told when its results are fetched.
             return held(name, scores, size)
@@ -328,7 +328,7 @@ def checked(name: str, score: Callable[[], Scores], size: int) -> Scores:
                 f"The reward {name!r} ran out of memory: {str(error) or 'MemoryError'} Score fewer images "
                 "at once: with rollout_batch in a run, --batch in nft score."
             ) from error
-        raise NftError(f"The reward {name!r} failed: {named_error(error)}{where(error)}") from error
+        raise NftError(f"The reward {name!r} failed: {describe_error(error)}{locate_error(error)}") from error
 
 
 def held(name: str, scores: Any, size: int) -> Scores:
@@ -400,7 +400,7 @@ def compose(
             spec = as_spec(given)
             named = Named(replace(spec, weight=1.0), host, device)
             given = Composed((Term(spec.title, spec.weight, named),))
-        weight = 1.0 if weights is None else finite_weight(weights[i], given.terms[0].name)
+        weight = 1.0 if weights is None else parse_weight(weights[i], given.terms[0].name)
         total += weight * (loader.load(given) if loader else given)
     return total
 
@@ -416,7 +416,7 @@ class Loader:
         if host is None:
             # A path means another file in another folder.
             self.loaded = shared.setdefault((Path.cwd(), self.device), Shared())
-        self.under: dict[tuple[int, Policy], Reward] = {}
+        self.under: dict[tuple[int, FailurePolicy], Reward] = {}
 
     @cached_property
     def host(self) -> Host:
@@ -446,7 +446,7 @@ class Loader:
         made = self.host.make_reward(spec.name, spec.options, self.device, self.defaults, self.loaded)
         composed = made.function if isinstance(made, FunctionReward) else made
         if isinstance(composed, Composed):
-            if spec.guard != Policy():
+            if spec.guard != FailurePolicy():
                 raise UsageError(
                     f"The reward {spec.title!r} is composed of {', '.join(t.name for t in composed.terms)}: "
                     f"give {', '.join(spec.guard.words())} to each of these, as in reward(NAME, on_error=...)."

@@ -13,8 +13,8 @@ import torch
 from nft_plugins import PromptError, Scores
 
 from ..errors import NftError, UsageError
-from ..host.lending import process_kept
-from ..host.specs import Policy
+from ..host.lending import keep_process_state
+from ..host.specs import FailurePolicy
 from ..parallel.devices import free_memory, is_out_of_memory, wrap_in_side_stream
 from ..parallel.workers import Worker
 
@@ -58,7 +58,7 @@ def added(tallies: Iterable[Tally]) -> Tally:
 class Guard:
     """Makes a reward's calls under its policy, and counts what failed."""
 
-    def __init__(self, policy: Policy, name: str) -> None:
+    def __init__(self, policy: FailurePolicy, name: str) -> None:
         self.policy, self.name = policy, name
         self.tally = Tally()
         self.details: frozenset[str] | None = None
@@ -96,7 +96,7 @@ class Guard:
 
     def attempt(self, score: Callable[[], Scores], device: torch.device) -> Scores:
         # Of a call that takes too long, what it has changed so far is put back here, not when it ends at last.
-        with process_kept(f"the call of the reward {self.name!r}"):
+        with keep_process_state(f"the call of the reward {self.name!r}"):
             scores = self.in_time(score, device) if self.policy.max_seconds else score()
         if self.policy.on_error != "stop":  # There, batches that differ end the run when they are put together.
             self.check_details(scores)

@@ -262,7 +262,7 @@ def score(
     batch: images scored at once, fewer where they are large.
     progress: told how many more images are done.
     """
-    with lending.kept("the check of prompts"):
+    with lending.keep_state("the check of prompts"):
         check_prompts(items, reward)
     results = [Scored(item) for item in items]
     groupwise = {t.name: t.reward for t in reward.terms if hasattr(t.reward, "regroup")}
