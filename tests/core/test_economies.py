@@ -55,7 +55,7 @@ def test_compiled_blocks_follow_the_weights(sd3_folder):
 
     def velocities():
         found = [policy.velocity(x, t, c).detach()]
-        for context in (policy.old, policy.reference, policy.merged, policy.ema):
+        for context in (policy.use_old, policy.use_reference, policy.merge_lora, policy.use_ema):
             with torch.no_grad(), context():
                 found.append(policy.velocity(x, t, c))
         return found
@@ -286,6 +286,6 @@ def test_a_model_gives_up_its_text_encoders(sd3_folder, tmp_path):
 def test_no_pass_for_a_reference_that_weighs_nothing(tmp_path, monkeypatch):
     run = make(tmp_path, kl_weight=0.0)
     asked = []
-    monkeypatch.setattr(run.policy, "reference", lambda: asked.append(1))
+    monkeypatch.setattr(run.policy, "use_reference", lambda: asked.append(1))
     train_epoch(run)
     assert asked == []

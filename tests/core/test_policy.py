@@ -30,7 +30,7 @@ def test_all_four_start_equal_to_the_base(policy, sd3_folder):
     x = torch.linspace(-1, 1, 4 * 64).reshape(1, 4, 8, 8)
     with torch.no_grad():
         base = model.velocity(x, torch.tensor([0.5]), model.encode(["a b"]))
-    for context in (policy.old, policy.reference, policy.ema):
+    for context in (policy.use_old, policy.use_reference, policy.use_ema):
         with context():
             torch.testing.assert_close(velocity(policy), base)
     torch.testing.assert_close(velocity(policy), base)
@@ -54,7 +54,7 @@ def test_contexts_put_back_what_they_found(policy):
 def test_live_weights_come_back_after_an_interrupted_swap(policy):
     disturb(policy)
     live = velocity(policy)
-    policy._put(policy._old)  # what an interrupt in the middle of a swap can leave
+    policy._put_in_place(policy._old)  # what an interrupt in the middle of a swap can leave
     policy.restore_live()
     torch.testing.assert_close(velocity(policy), live, atol=0, rtol=0)
 

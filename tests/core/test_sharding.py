@@ -66,7 +66,7 @@ def swaps(folder):
     with pytest.raises(ZeroDivisionError), policy.use_old():
         raise ZeroDivisionError
     assert torch.equal(velocity(policy), live)
-    policy._put(policy._old)  # What an interrupt in the middle of a swap can leave.
+    policy._put_in_place(policy._old)  # What an interrupt in the middle of a swap can leave.
     state = policy.state()
     if rank() == 0:
         torch.testing.assert_close(state["live.proj_out.weight"], state["old.proj_out.weight"] + 0.1)

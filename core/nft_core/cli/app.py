@@ -271,7 +271,9 @@ def start(
     environment.check_numbers()
     end_with_the_parent()
     end_on_signals()
-    processes = 1 if environment.is_started_by_launcher() else count_processes(settings.processes, settings.device)
+    processes = (
+        1 if environment.is_started_by_launcher() else count_processes(settings.processes, settings.device)
+    )
     with lasting_output():
         if processes == 1:
             run_training(
