@@ -102,8 +102,7 @@ def remarks(
     prompts: list[Prompt],
     held_out: list[Prompt],
 ) -> Iterator[str]:
-    step = f.recomputed if s.gradient_checkpointing else f.step
-    assert step is not None
+    step = f.training_step(s)
     each = step.held(s.microbatch + 1) - step.held(s.microbatch)
     yield f"Activations that wait for the backward pass: {amount(each)} for each image of the microbatch."
     drawn = prompts_of_run(len(prompts), min(s.prompts_per_epoch, len(prompts)), s.seed, s.epochs)

@@ -1,4 +1,4 @@
-"""Processes. Every helper is a no-op in a run of one process; `launch` or torchrun starts more."""
+"""Processes. Every helper is a no-op in a run of one process; `launch_processes` or torchrun starts more."""
 
 from __future__ import annotations
 

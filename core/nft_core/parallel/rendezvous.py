@@ -1,6 +1,6 @@
 """How the processes of a run find one another: each says what it is, and waits for the others up to a deadline.
 
-Where they meet stands in the environment, put there by torchrun, by `launch` or by hand. What can be wrong
+Where they meet stands in the environment, put there by torchrun, by `nft run` or by hand. What can be wrong
 before they exchange a tensor is said here: who never came, who cannot reach the first process, who has other
 versions. torch's own messages name keys of a store and ports of its own.
 """

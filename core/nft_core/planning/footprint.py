@@ -77,6 +77,13 @@ class Footprint:
     passes: int
     state: int
 
+    def training_step(self, s: Settings) -> Growth:
+        """Pick what a training step takes with these settings. Raises NftError where it was not counted."""
+        step = self.recomputed if s.gradient_checkpointing else self.step
+        if step is None:
+            raise NftError("The footprint was taken with another gradient_checkpointing: take it with both.")
+        return step
+
 
 def count_footprint(s: Settings, host: Host, device: torch.device, both: bool = False) -> Footprint:
     """Count what the settings' model takes on a device of that kind.
@@ -151,7 +158,7 @@ def count_model(s: Settings, host: Host, model: FlowModel, both: bool) -> Footpr
 
 
 class Computations:
-    """The run's computations on meta tensors, for `growth`.
+    """The run's computations on meta tensors, for `count_growth`.
 
     condition: a row or more, to make others like.
     """

@@ -81,9 +81,7 @@ def plan_phases(s: Settings, f: Footprint, rewards: Mapping[str, int]) -> Phases
     # Decoded parts wait for the last one, and are then put together.
     decoding = batch * f.latent + max((batch - decoded) * f.image + f.decode.peak(decoded), 2 * batch * f.image)
     frozen = f.forward.peak(count_together(s, micro)) - spared + visitor
-    step = f.recomputed if s.gradient_checkpointing else f.step
-    if step is None:
-        raise NftError("The footprint was taken with another gradient_checkpointing: take it with both.")
+    step = f.training_step(s)
     exchange = trained if count_planned_processes(s) > 1 else 0
     return {
         "encode": {**loaded, **beside, "text encoders": sum(f.texts.values()), "activations": f.encode},
@@ -173,8 +171,7 @@ class EpochWork(NamedTuple):
 
 def count_works(s: Settings, f: Footprint) -> list[EpochWork]:
     """Count all of an epoch's passes through the transformer and the VAE."""
-    step = f.recomputed if s.gradient_checkpointing else f.step
-    assert step is not None  # `phases` has looked.
+    step = f.training_step(s)
     images, times = s.prompts_per_epoch * s.group_size, s.train_times_count
     weights = sum(f.weights.values()) + (4 * sum(f.trained) if f.lora else 0)
     frozen = images * times / count_together(s, s.microbatch) * weights

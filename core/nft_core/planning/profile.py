@@ -167,8 +167,7 @@ def list_costs(profiler: profile, device: str) -> Iterator[str]:
 
 
 def describe_speed(stretch: Stretch, f: Footprint, run: Training, most: float) -> str:
-    step = f.recomputed if run.settings.gradient_checkpointing else f.step
-    assert step is not None  # Taken with the run's own settings.
+    step = f.training_step(run.settings)
     sampling = f.passes * (f.reference if f.merged else f.forward.flops) + f.decode.flops
     each = {ROLLOUT: sampling, FROZEN: f.forward.flops, LIVE: step.flops}
     flops = sum(each[kind] * images for kind, images in stretch.images.items())

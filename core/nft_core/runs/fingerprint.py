@@ -26,7 +26,7 @@ OF_PICTURES = (
     *("seed", "eval_images", "solver", "solver_options", "resolution", "model_options", "family"),
     *("max_sequence_length", "precision", "decode_precision"),
 )
-#: What is the same in `evaluation` where only rewards differ.
+#: Parts of an evaluation's fingerprint that depend on rewards alone.
 OF_SCORES = ("rewards", "total")
 #: Bytes that are read of a file of weights, at its start, in its middle and at its end.
 SAMPLE = 4096
@@ -45,7 +45,8 @@ def fingerprint_evaluation(
     """Make an evaluation's fingerprint, all text: what its pictures depend on, `rewards`, and their `total`.
 
     Means under the same fingerprint differ by the weights alone. Where files lie is no part of it.
-    sources: of `sources_of`. resolved: settings of OF_PICTURES that leave the choice to the machine, as chosen.
+    sources: of `collect_sources`.
+    resolved: settings of OF_PICTURES that leave the choice to the machine, as chosen.
     """
     values = shorten_paths(settings.model_dump(mode="json")) | resolved
     chosen = {name: values[name] for name in OF_PICTURES}
