@@ -14,13 +14,13 @@ import pytest
 import torch
 
 from nft_core.errors import NftError, UsageError
-from nft_core.host.specs import Policy
+from nft_core.host.specs import FailurePolicy
 from nft_core.parallel import devices
 from nft_core.parallel.workers import Worker
 from nft_core.sampling.rollout import awaited
 from nft_core.scoring import failures as guard
-from nft_core.scoring.composer import Composed, Term, guarded
-from nft_core.scoring.failures import Failed, Tally, pause
+from nft_core.scoring.composer import Composed, Term, guard_reward
+from nft_core.scoring.failures import Failed, Tally, seconds_before_retry
 from nft_core.scoring.scores import concatenate
 from nft_core.scoring.statistics import statistics
 from nft_plugins import Batch, PromptError, Scores
@@ -118,11 +118,11 @@ FAILURES = {
 
 
 def policy(name, **words):
-    return Policy(max_seconds=0.05 if name == "hangs" else 0.0, **words)
+    return FailurePolicy(max_seconds=0.05 if name == "hangs" else 0.0, **words)
 
 
 def composed(reward, words=None, other=True):
-    terms = [Term("x", 1.0, guarded(reward, words or Policy(), "x"))]
+    terms = [Term("x", 1.0, guard_reward(reward, words or FailurePolicy(), "x"))]
     if other:
         terms.append(Term("y", 2.0, lambda b: Scores.of(torch.ones(len(b)))))
     return Composed(tuple(terms))
@@ -162,7 +162,7 @@ def test_mask_and_skip(name, on_error, retry, capsys):
 
 
 def test_one_warning_an_epoch(capsys):
-    both = composed(FAILURES["raises"][0], Policy("mask"))
+    both = composed(FAILURES["raises"][0], FailurePolicy("mask"))
     for _ in range(2):
         both(batch()), both(batch())
         both.tallies()
@@ -184,7 +184,7 @@ def flaky(failures):
 
 @pytest.mark.parametrize("on_error", ["stop", "mask", "skip"])
 def test_a_retry_succeeds(on_error):
-    both = composed(flaky(2), Policy(on_error, retry=2))
+    both = composed(flaky(2), FailurePolicy(on_error, retry=2))
     assert both(batch()).parts["x"].scores.values.tolist() == [1, 2, 3]
     assert both.tallies()["x"] == Tally(retried=2)
 
@@ -198,23 +198,23 @@ def test_what_no_retry_mends_is_tried_once(error):
         raise error
 
     with pytest.raises(NftError, match="no words|no such folder"):
-        composed(score, Policy(retry=3))(batch())
+        composed(score, FailurePolicy(retry=3))(batch())
     assert len(calls) == 1
 
 
 def test_a_mistake_of_the_user_is_never_masked():
     with pytest.raises(UsageError, match="no such folder"):
-        composed(raises(UsageError("no such folder")), Policy("mask"))(batch())
+        composed(raises(UsageError("no such folder")), FailurePolicy("mask"))(batch())
 
 
 def test_ctrl_c_passes():
     with pytest.raises(KeyboardInterrupt):
-        composed(raises(KeyboardInterrupt()), Policy("mask"))(batch())
+        composed(raises(KeyboardInterrupt()), FailurePolicy("mask"))(batch())
 
 
 def test_invalid_samples_are_no_failure(capsys):
     some = lambda b: Scores(torch.tensor([1.0, math.nan, 3.0]), torch.tensor([True, False, True]))  # noqa: E731
-    both = composed(some, Policy("mask", retry=1))
+    both = composed(some, FailurePolicy("mask", retry=1))
     assert both(batch()).valid.tolist() == [True, False, True]
     assert both.tallies()["x"] == Tally()
     assert capsys.readouterr().err == ""
@@ -222,13 +222,13 @@ def test_invalid_samples_are_no_failure(capsys):
 
 def patient(both, monkeypatch):
     """Whoever waits for the reward from here on waits as long as it takes."""
-    monkeypatch.setattr(both.terms[0].reward.guard, "policy", Policy("mask", retry=1, max_seconds=900))
+    monkeypatch.setattr(both.terms[0].reward, "policy", FailurePolicy("mask", retry=1, max_seconds=900))
 
 
 def test_a_retry_takes_up_when_the_late_call_has_ended(monkeypatch):
     """Two calls never run at once, and what the late one returned is nobody's."""
     slow = Hangs()
-    both = composed(slow, Policy("mask", retry=1, max_seconds=0.05))
+    both = composed(slow, FailurePolicy("mask", retry=1, max_seconds=0.05))
     timer = threading.Timer(0.1, slow.go.set)
     monkeypatch.setattr(guard, "sleep", lambda seconds: (patient(both, monkeypatch), timer.start()))
     assert both(batch()).valid.all()
@@ -239,32 +239,32 @@ def test_a_retry_takes_up_when_the_late_call_has_ended(monkeypatch):
 def test_after_a_late_call_the_next_batch_is_scored(monkeypatch):
     slow, waits = Hangs(), []
     monkeypatch.setattr(guard, "wait", lambda *a: waits.append(a) or wait(*a))
-    both = composed(slow, Policy("mask", max_seconds=0.05))
+    both = composed(slow, FailurePolicy("mask", max_seconds=0.05))
     assert not both(batch()).valid.any()  # takes too long
     assert not both(batch()).valid.any()  # waits in vain
     assert len(waits) == 2
     assert not both(batch()).valid.any()
     assert len(waits) == 2  # does not wait again
     slow.go.set()
-    wait([both.terms[0].reward.guard.overdue])
+    wait([both.terms[0].reward.overdue])
     patient(both, monkeypatch)
     assert both(batch()).valid.all()
     assert slow.overlap == 1
 
 
 def test_a_call_within_its_time_is_as_without_a_deadline():
-    both = composed(returns(good), Policy(max_seconds=900))
+    both = composed(returns(good), FailurePolicy(max_seconds=900))
     assert both(batch()).parts["x"].scores.values.tolist() == [1, 2, 3]
     with torch.enable_grad():
         weight = torch.ones(3, requires_grad=True)
-        assert not composed(lambda b: Scores.of(weight * 2), Policy(max_seconds=900))(
+        assert not composed(lambda b: Scores.of(weight * 2), FailurePolicy(max_seconds=900))(
             batch()
         ).values.requires_grad
 
 
 def test_details_that_change_are_a_failure_under_mask():
     answers = iter([good(), Scores.of(torch.ones(3)), good()])
-    both = composed(lambda b: next(answers), Policy("mask"), other=False)
+    both = composed(lambda b: next(answers), FailurePolicy("mask"), other=False)
     batches = [both(batch()) for _ in range(3)]
     assert [bool(s.valid.all()) for s in batches] == [True, False, True]
     together = concatenate(batches)
@@ -274,7 +274,7 @@ def test_details_that_change_are_a_failure_under_mask():
 
 def test_batches_without_scores_join_the_others():
     """In a clipped member of a sum, before and after batches that it could score."""
-    x = Composed((Term("x", 1.0, guarded(flaky(1), Policy("mask"), "x")),))
+    x = Composed((Term("x", 1.0, guard_reward(flaky(1), FailurePolicy("mask"), "x")),))
     y = Composed((Term("y", 0.5, lambda b: Scores.of(torch.ones(len(b)), more=torch.ones(len(b)))),))
     both = x.clip(0, 2) + y
     lost, good = both(batch()), both(batch())
@@ -288,7 +288,7 @@ def test_batches_without_scores_join_the_others():
 
 
 def test_one_reward_in_two_members_costs_both():
-    x = Composed((Term("x", 1.0, guarded(raises(ValueError("bad")), Policy("skip"), "x")),))
+    x = Composed((Term("x", 1.0, guard_reward(raises(ValueError("bad")), FailurePolicy("skip"), "x")),))
     both = x + x.clip(0, 1)
     scores = both(batch())
     assert both.tallies() == {"x": Tally(0, 6, 2), "x:2": Tally(0, 6, 2)}
@@ -313,15 +313,15 @@ class Groups:
 
 @pytest.mark.parametrize("fails", [False, True])
 def test_regrouping_under_a_policy(fails):
-    both = composed(Groups(fails), Policy("mask"))
+    both = composed(Groups(fails), FailurePolicy("mask"))
     scores = both.regroup(both(batch()), torch.zeros(3))
     assert scores.parts["x"].scores.valid.tolist() == [not fails] * 3
     assert scores.parts["x"].scores.values.tolist() == [0, 0, 0 if fails else 1]
-    assert not hasattr(guarded(returns(good), Policy("mask"), "x"), "regroup")
+    assert not hasattr(guard_reward(returns(good), FailurePolicy("mask"), "x"), "regroup")
 
 
 def test_without_a_member_the_total_is_of_the_others():
-    both = composed(raises(ValueError("bad")), Policy("skip"))
+    both = composed(raises(ValueError("bad")), FailurePolicy("skip"))
     scores = both.without(both(batch()), ["x"])
     assert scores.values.tolist() == [2.0] * 3 and scores.valid.all()
     assert {name: part.weight for name, part in scores.parts.items()} == {"x": 0.0, "y": 2.0}
@@ -332,7 +332,7 @@ def test_without_a_member_the_total_is_of_the_others():
 
 
 def test_statistics_count_what_was_lost():
-    both = composed(raises(ValueError("bad")), Policy("mask", retry=1))
+    both = composed(raises(ValueError("bad")), FailurePolicy("mask", retry=1))
     scores = concatenate([both(batch()), both(batch())])
     rewards = statistics(scores, tallies=both.tallies())["rewards"]
     lost = {"valid": 0, "invalid": 6, "masked": 6, "retried": 2}
@@ -341,14 +341,14 @@ def test_statistics_count_what_was_lost():
 
 
 def test_a_tag_that_is_null_is_no_tag():
-    scores = concatenate([composed(raises(ValueError("bad")), Policy("mask"))(batch())] * 2)
+    scores = concatenate([composed(raises(ValueError("bad")), FailurePolicy("mask"))(batch())] * 2)
     tags = [{"tag": None}, {"tag": "a"}, {}, {"tag": float("nan")}, {"tag": "a"}, {"tag": "b"}]
     assert list(statistics(scores, tags)["tags"]) == ["a", "b"]
 
 
 def test_pauses_double_up_to_a_bound(monkeypatch):
     monkeypatch.setattr(guard, "BACKOFF", 0.5)
-    assert [pause(n) for n in (1, 2, 3, 7, 8, 1000)] == [0.5, 1.0, 2.0, 30.0, 30.0, 30.0]
+    assert [seconds_before_retry(n) for n in (1, 2, 3, 7, 8, 1000)] == [0.5, 1.0, 2.0, 30.0, 30.0, 30.0]
 
 
 def test_memory_is_freed_before_the_next_attempt(monkeypatch):
@@ -366,7 +366,7 @@ def test_memory_is_freed_before_the_next_attempt(monkeypatch):
 
     freed = []
     monkeypatch.setattr(guard, "free_memory", lambda: (gc.collect(), freed.append(held[0]() is None)))
-    assert composed(score, Policy(retry=1))(batch()).valid.all()
+    assert composed(score, FailurePolicy(retry=1))(batch()).valid.all()
     assert freed == [True]
 
 

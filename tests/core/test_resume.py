@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from nft_core.errors import CheckpointError, NftError, SaveError, Stopped, UsageError
-from nft_core.host.specs import Policy, RewardSpec
+from nft_core.host.specs import FailurePolicy, RewardSpec
 from nft_core.runs.checkpoint import checkpoints, newest, prune, read_manifest, read_state, verify
 from nft_core.runs.folder import locked, write_settings
 from nft_core.runs.observers.metrics import append, read, trim
@@ -168,7 +168,7 @@ def composed(reward, fails):
             raise RuntimeError("out of sorts")
         return reward(batch)
 
-    return compose([reward, RewardSpec(moody, guard=Policy("skip"))])
+    return compose([reward, RewardSpec(moody, guard=FailurePolicy("skip"))])
 
 
 def test_what_was_allowed_to_change_is_compared_with_nothing_of_before(saved):

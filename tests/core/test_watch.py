@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from nft_core.errors import NftError
-from nft_core.host.specs import Policy, RewardSpec
+from nft_core.host.specs import FailurePolicy, RewardSpec
 from nft_core.scoring.composer import compose
 from nft_core.settings import make_settings
 from nft_core.training.loop import train
@@ -203,7 +203,7 @@ def fails(batch):
     ("rewards", "says"),
     [
         ([all_invalid], "Marked all as invalid: all_invalid."),
-        ([RewardSpec(fails, guard=Policy("mask"))], "Calls failed of fails. With on_error=mask"),
+        ([RewardSpec(fails, guard=FailurePolicy("mask"))], "Calls failed of fails. With on_error=mask"),
         ([every(2, 0), every(2, 1)], "none could be scored by all that have a weight"),
         ([RewardSpec(every(1, 0), weight=1e30)], "leave float32's range: give smaller weights"),
     ],

@@ -8,9 +8,9 @@ from hypothesis import strategies as st
 from nft_core.errors import NftError, UsageError
 from nft_core.host.host import load_host
 from nft_core.host.local import load_object
-from nft_core.host.specs import RESERVED, Policy, RewardSpec, parse_reward
+from nft_core.host.specs import RESERVED, FailurePolicy, RewardSpec, parse_reward
 from nft_core.objective.advantages import combined_advantages
-from nft_core.scoring.composer import Composed, Guarded, Term, compose, merged, reward
+from nft_core.scoring.composer import Composed, Guarded, Term, compose, merge_terms, reward
 from nft_core.scoring.failures import Tally
 from nft_plugins import Batch, PromptError, Scores
 from nft_plugins.testing import cards
@@ -79,7 +79,7 @@ def test_equal_entries_share_and_others_keep_names_apart():
     assert values(both) == [3.0] * 3
     assert len(calls) == 1
     assert [t.name for t in (A + plain("a", [0.0] * 3)).terms] == ["a", "a:2"]
-    assert [t.weight for t in merged([*same.terms, *same.terms])] == [2.0]
+    assert [t.weight for t in merge_terms([*same.terms, *same.terms])] == [2.0]
 
 
 def raise_(error):
@@ -187,9 +187,9 @@ def test_a_missing_checkpoint_is_one_paragraph(tmp_path):
         (" ocr = 1e-3 , a = 1 ", RewardSpec("ocr", 1e-3, {"a": "1"})),
         ("ocr,a=", RewardSpec("ocr", 1.0, {"a": ""})),
         ({"name": "ocr", "weight": 2, "a": 1}, RewardSpec("ocr", 2.0, {"a": 1})),
-        ("ocr,on_error=mask,a=1", RewardSpec("ocr", 1.0, {"a": "1"}, Policy("mask"))),
-        ("ocr=2,retry=3,max_seconds=0.5", RewardSpec("ocr", 2.0, {}, Policy("stop", 3, 0.5))),
-        ({"name": "ocr", "on_error": "skip", "retry": 2}, RewardSpec("ocr", 1.0, {}, Policy("skip", 2))),
+        ("ocr,on_error=mask,a=1", RewardSpec("ocr", 1.0, {"a": "1"}, FailurePolicy("mask"))),
+        ("ocr=2,retry=3,max_seconds=0.5", RewardSpec("ocr", 2.0, {}, FailurePolicy("stop", 3, 0.5))),
+        ({"name": "ocr", "on_error": "skip", "retry": 2}, RewardSpec("ocr", 1.0, {}, FailurePolicy("skip", 2))),
         ("ocr,on_error=stop,retry=0,max_seconds=0", RewardSpec("ocr")),
     ],
 )
@@ -201,7 +201,7 @@ def test_specs(text, expected):
 def test_defaults_of_a_spec_give_way_to_its_own_words():
     defaults = {"ocr": {"on_error": "mask", "retry": 2, "upscale": 4}}
     assert parse_reward("ocr,on_error=stop,upscale=2", defaults) == RewardSpec(
-        "ocr", 1.0, {"upscale": "2"}, Policy("stop", 2)
+        "ocr", 1.0, {"upscale": "2"}, FailurePolicy("stop", 2)
     )
     assert parse_reward("clipscore", defaults) == RewardSpec("clipscore")
 
@@ -212,7 +212,7 @@ def test_the_guards_words_never_reach_a_factory():
 
     masked = reward(cat, on_error="mask", retry="1", scale=2)
     assert isinstance(masked.terms[0].reward, Guarded)
-    assert masked.terms[0].reward.guard.policy == Policy("mask", 1)
+    assert masked.terms[0].reward.policy == FailurePolicy("mask", 1)
     assert values(masked) == [1.0] * 3
     # What needs no guard has none.
     assert not isinstance(reward(cat).terms[0].reward, Guarded)
@@ -348,7 +348,7 @@ def mine(tmp_path, monkeypatch):
 def described(composed):
     """Names, weights and failure policies of the members."""
     return [
-        (t.name, t.weight, t.reward.guard.policy if isinstance(t.reward, Guarded) else Policy())
+        (t.name, t.weight, t.reward.policy if isinstance(t.reward, Guarded) else FailurePolicy())
         for t in composed.terms
     ]
 
@@ -402,9 +402,9 @@ def test_a_mapped_part_is_one_member_with_the_run_s_options(mine):
     assert scores.details["First/place"].tolist() == [0.0, 5.0, 10.0]
     assert values(mine("mine.py:both=0.5")) == [0.0, 6.0, 10.0]
     assert described(mine("mine.py:of_compositions")) == [
-        ("First", 1.0, Policy()),
-        ("Fails", 0.5, Policy("skip", 1, 60.0)),
-        ("First:2", -2.0, Policy()),
+        ("First", 1.0, FailurePolicy()),
+        ("Fails", 0.5, FailurePolicy("skip", 1, 60.0)),
+        ("First:2", -2.0, FailurePolicy()),
     ]
 
 
@@ -418,7 +418,7 @@ def test_members_are_loaded_once_by_the_run_on_its_device(mine):
 def test_equal_rewards_of_python_share_one_loaded_model(mine):
     name = "mine.py:First"
     twice = reward(name) + reward(name) + 0.5 * reward(name, on_error="mask") + reward(name, on_error="mask")
-    assert described(twice) == [("First", 2.0, Policy()), ("First:2", 1.5, Policy("mask"))]
+    assert described(twice) == [("First", 2.0, FailurePolicy()), ("First:2", 1.5, FailurePolicy("mask"))]
     assert values(twice) == [0.0, 3.5, 7.0]
     assert len(mine.loaded()) == 1
     assert reward(name, scale=2).terms[0].reward is not twice.terms[0].reward

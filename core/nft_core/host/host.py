@@ -31,7 +31,7 @@ from .discovery import Cards, Info, Plugin, Registered, discover, hook_problem
 from .factories import annotation, build, convert, installed, resolve
 from .lending import Inside, kept, own
 from .local import is_reference, load_object, local_reward
-from .specs import RESERVED, ObserverSpec, Policy, parse_reward, split
+from .specs import RESERVED, FailurePolicy, ObserverSpec, parse_reward, split
 
 
 @dataclass
@@ -92,7 +92,7 @@ class Host:
             other = parse_reward(spec)
             if other.weight != 1:
                 raise UsageError(f"{other.name!r} inside the reward {name!r} takes no weight, got {spec!r}.")
-            if other.guard != Policy():
+            if other.guard != FailurePolicy():
                 raise UsageError(
                     f"{other.name!r} inside the reward {name!r} takes no {', '.join(RESERVED)}, got {spec!r}: "
                     "give them to the outer reward."

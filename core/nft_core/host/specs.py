@@ -17,7 +17,7 @@ MOST_RETRIES, MOST_SECONDS, MOST_WEIGHT = 1000, 1e6, 1e30
 
 
 @dataclass(frozen=True)
-class Policy:
+class FailurePolicy:
     """What is done where a reward fails; the names are words of its spec, which its factory never sees.
 
     on_error: `stop` ends the run, `mask` leaves the samples out, `skip` the reward for the epoch.
@@ -31,11 +31,11 @@ class Policy:
 
     def words(self) -> dict[str, Any]:
         """What differs from the default, as a spec has it."""
-        return {name: value for name, value in vars(self).items() if value != getattr(Policy, name)}
+        return {name: value for name, value in vars(self).items() if value != getattr(FailurePolicy, name)}
 
 
 #: Words of every reward's spec.
-RESERVED = tuple(vars(Policy()))
+RESERVED = tuple(vars(FailurePolicy()))
 
 
 @dataclass(frozen=True)
@@ -48,7 +48,7 @@ class RewardSpec:
     name: str | Callable[..., Any]
     weight: float = 1.0
     options: Mapping[str, Any] = field(default_factory=dict)
-    guard: Policy = Policy()
+    guard: FailurePolicy = FailurePolicy()
 
     def __str__(self) -> str:
         words = {**self.options, **self.guard.words()}
@@ -101,7 +101,7 @@ def split(options: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
     return words, {name: value for name, value in options.items() if name not in RESERVED}
 
 
-def parse_policy(words: Mapping[str, Any], name: str, base: Policy) -> Policy:
+def parse_policy(words: Mapping[str, Any], name: str, base: FailurePolicy) -> FailurePolicy:
     """`base` with some words changed, which come from a command line, TOML or Python.
 
     Raises UsageError, naming the reward, for a value that a word does not have.

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import CheckpointError, UsageError
-from ..host.specs import Policy, RewardSpec, parse_reward
+from ..host.specs import FailurePolicy, RewardSpec, parse_reward
 from ..prompts import Prompt
 from ..settings import Settings, make_settings
 from .fingerprint import differences
@@ -91,7 +91,7 @@ def changes(before: Mapping[str, Any], settings: Settings) -> tuple[list[str], l
 
 def unguarded(rewards: Sequence[Any]) -> list[RewardSpec]:
     """Rewards without what is done where they fail, which may change."""
-    return [replace(parse_reward(given), guard=Policy()) for given in rewards]
+    return [replace(parse_reward(given), guard=FailurePolicy()) for given in rewards]
 
 
 def digest(prompts: Sequence[Prompt], held_out: Sequence[Prompt]) -> str:
