@@ -170,7 +170,7 @@ def read_fields(record: Any) -> dict[str, Any]:
     """
     if not isinstance(record, dict):
         return {}
-    fields = read_value(record)
+    fields: dict[str, Any] = read_value(record)
     # In `nft rewards check --expect` it is the value of an image that cannot be scored.
     if "value" in record:
         fields["value"] = record["value"]

@@ -19,8 +19,8 @@ from nft_core.parallel import devices
 from nft_core.parallel.workers import Worker
 from nft_core.sampling.rollout import await_scores
 from nft_core.scoring import failures as guard
-from nft_core.scoring.composer import Composed, Term, guarded
-from nft_core.scoring.failures import Failed, Tally, pause
+from nft_core.scoring.composer import Composed, Term, guard_reward
+from nft_core.scoring.failures import Failed, Tally, seconds_before_retry
 from nft_core.scoring.scores import concatenate
 from nft_core.scoring.statistics import statistics
 from nft_plugins import Batch, PromptError, Scores
@@ -122,7 +122,7 @@ def policy(name, **words):
 
 
 def composed(reward, words=None, other=True):
-    terms = [Term("x", 1.0, guarded(reward, words or FailurePolicy(), "x"))]
+    terms = [Term("x", 1.0, guard_reward(reward, words or FailurePolicy(), "x"))]
     if other:
         terms.append(Term("y", 2.0, lambda b: Scores.of(torch.ones(len(b)))))
     return Composed(tuple(terms))
@@ -222,7 +222,7 @@ def test_invalid_samples_are_no_failure(capsys):
 
 def patient(both, monkeypatch):
     """Whoever waits for the reward from here on waits as long as it takes."""
-    monkeypatch.setattr(both.terms[0].reward.guard, "policy", FailurePolicy("mask", retry=1, max_seconds=900))
+    monkeypatch.setattr(both.terms[0].reward, "policy", FailurePolicy("mask", retry=1, max_seconds=900))
 
 
 def test_a_retry_takes_up_when_the_late_call_has_ended(monkeypatch):
@@ -246,7 +246,7 @@ def test_after_a_late_call_the_next_batch_is_scored(monkeypatch):
     assert not both(batch()).valid.any()
     assert len(waits) == 2  # does not wait again
     slow.go.set()
-    wait([both.terms[0].reward.guard.overdue])
+    wait([both.terms[0].reward.overdue])
     patient(both, monkeypatch)
     assert both(batch()).valid.all()
     assert slow.overlap == 1
@@ -274,7 +274,7 @@ def test_details_that_change_are_a_failure_under_mask():
 
 def test_batches_without_scores_join_the_others():
     """In a clipped member of a sum, before and after batches that it could score."""
-    x = Composed((Term("x", 1.0, guarded(flaky(1), FailurePolicy("mask"), "x")),))
+    x = Composed((Term("x", 1.0, guard_reward(flaky(1), FailurePolicy("mask"), "x")),))
     y = Composed((Term("y", 0.5, lambda b: Scores.of(torch.ones(len(b)), more=torch.ones(len(b)))),))
     both = x.clip(0, 2) + y
     lost, good = both(batch()), both(batch())
@@ -288,7 +288,7 @@ def test_batches_without_scores_join_the_others():
 
 
 def test_one_reward_in_two_members_costs_both():
-    x = Composed((Term("x", 1.0, guarded(raises(ValueError("bad")), FailurePolicy("skip"), "x")),))
+    x = Composed((Term("x", 1.0, guard_reward(raises(ValueError("bad")), FailurePolicy("skip"), "x")),))
     both = x + x.clip(0, 1)
     scores = both(batch())
     assert both.tallies() == {"x": Tally(0, 6, 2), "x:2": Tally(0, 6, 2)}
@@ -317,7 +317,7 @@ def test_regrouping_under_a_policy(fails):
     scores = both.regroup(both(batch()), torch.zeros(3))
     assert scores.parts["x"].scores.valid.tolist() == [not fails] * 3
     assert scores.parts["x"].scores.values.tolist() == [0, 0, 0 if fails else 1]
-    assert not hasattr(guarded(returns(good), FailurePolicy("mask"), "x"), "regroup")
+    assert not hasattr(guard_reward(returns(good), FailurePolicy("mask"), "x"), "regroup")
 
 
 def test_without_a_member_the_total_is_of_the_others():
@@ -348,7 +348,7 @@ def test_a_tag_that_is_null_is_no_tag():
 
 def test_pauses_double_up_to_a_bound(monkeypatch):
     monkeypatch.setattr(guard, "BACKOFF", 0.5)
-    assert [pause(n) for n in (1, 2, 3, 7, 8, 1000)] == [0.5, 1.0, 2.0, 30.0, 30.0, 30.0]
+    assert [seconds_before_retry(n) for n in (1, 2, 3, 7, 8, 1000)] == [0.5, 1.0, 2.0, 30.0, 30.0, 30.0]
 
 
 def test_memory_is_freed_before_the_next_attempt(monkeypatch):
@@ -430,10 +430,10 @@ def test_threads_of_a_name_share_a_stream(monkeypatch):
     monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
     here = SimpleNamespace(record_event=lambda: "images")
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device: here)
-    devices.get_side_stream.cache_clear()
+    devices.side_stream.cache_clear()
     gpu = torch.device("cuda", 0)
     for name in ("reward", "reward", "reward ocr"):
-        assert Worker(name).submit(devices.wrap_in_side_stream(gpu, lambda: 5)).result() == 5
+        assert Worker(name).submit(devices.on_device(gpu, lambda: 5)).result() == 5
     assert made == [gpu] * 2
     assert waited == ["images", "scores"] * 3
-    devices.get_side_stream.cache_clear()
+    devices.side_stream.cache_clear()

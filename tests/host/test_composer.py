@@ -10,7 +10,7 @@ from nft_core.host.host import load_host
 from nft_core.host.local import load_object
 from nft_core.host.specs import RESERVED, FailurePolicy, RewardSpec, parse_reward
 from nft_core.objective.advantages import combined_advantages
-from nft_core.scoring.composer import Composed, Guarded, Term, compose, merged, reward
+from nft_core.scoring.composer import Composed, Guarded, Term, compose, merge_terms, reward
 from nft_core.scoring.failures import Tally
 from nft_plugins import Batch, PromptError, Scores
 from nft_plugins.testing import cards
@@ -79,7 +79,7 @@ def test_equal_entries_share_and_others_keep_names_apart():
     assert values(both) == [3.0] * 3
     assert len(calls) == 1
     assert [t.name for t in (A + plain("a", [0.0] * 3)).terms] == ["a", "a:2"]
-    assert [t.weight for t in merged([*same.terms, *same.terms])] == [2.0]
+    assert [t.weight for t in merge_terms([*same.terms, *same.terms])] == [2.0]
 
 
 def raise_(error):
@@ -212,7 +212,7 @@ def test_the_guards_words_never_reach_a_factory():
 
     masked = reward(cat, on_error="mask", retry="1", scale=2)
     assert isinstance(masked.terms[0].reward, Guarded)
-    assert masked.terms[0].reward.guard.policy == FailurePolicy("mask", 1)
+    assert masked.terms[0].reward.policy == FailurePolicy("mask", 1)
     assert values(masked) == [1.0] * 3
     # What needs no guard has none.
     assert not isinstance(reward(cat).terms[0].reward, Guarded)
@@ -348,7 +348,7 @@ def mine(tmp_path, monkeypatch):
 def described(composed):
     """Names, weights and failure policies of the members."""
     return [
-        (t.name, t.weight, t.reward.guard.policy if isinstance(t.reward, Guarded) else FailurePolicy())
+        (t.name, t.weight, t.reward.policy if isinstance(t.reward, Guarded) else FailurePolicy())
         for t in composed.terms
     ]
 

@@ -91,7 +91,7 @@ def test_pip_finds_it_in_the_folder_without_an_index():
 
 
 def test_the_installed_contract_is_the_imported_one():
-    assert discovery.contract_rows() == []
+    assert discovery.check_imported_contract() == []
 
 
 def test_a_second_copy_on_the_path_is_told(tmp_path):
@@ -164,7 +164,7 @@ def test_a_contract_that_is_not_installed(monkeypatch):
 def test_damaged_metadata_break_the_row_alone(install, tmp_path):
     install("0.1.0", url="x")
     (tmp_path / "nft_plugins-0.1.0.dist-info" / "direct_url.json").write_text("{")
-    (row,) = discovery.contract_rows()
+    (row,) = discovery.check_imported_contract()
     assert row.cause.startswith("looking for nft-plugins raised JSONDecodeError")
 
 

@@ -1,4 +1,4 @@
-"""Several rewards as one: weights, arithmetic, and weights of a model shared between equal entries."""
+"""Joins several rewards into one: weights, arithmetic, and one loaded model for equal entries."""
 
 from __future__ import annotations
 
@@ -14,16 +14,15 @@ from weakref import WeakValueDictionary
 import torch
 from torch import Tensor
 
-from nft_plugins import Batch, Part, PromptError, Reward, Scores
-from nft_plugins.process import on_main_thread
+from nft_plugins import Batch, Part, Reward, Scores
 
-from ..errors import NftError, UsageError, describe_error, locate_error
+from ..errors import NftError, UsageError
 from ..host.host import Host, load_host
-from ..host.lending import copy_for_plugin, keep_process_state, keep_thread_state, lend_batch
+from ..host.lending import keep_process_state, lend_batch
 from ..host.local import FunctionReward, importing
 from ..host.specs import FailurePolicy, RewardSpec, parse_reward, parse_weight
-from ..parallel.devices import is_out_of_memory
-from .failures import Failed, Guard, Tally, added
+from .contract import call_checked, check_prompt, regroup_checked
+from .failures import Failed, Guarded, Tally, add_tallies, guard_reward
 
 
 @dataclass(frozen=True)
@@ -68,7 +67,7 @@ class Composed:
         for term in self.members:
             # Equal entries hold the same object, which scores a batch once.
             if id(term.reward) not in scored:
-                scored[id(term.reward)] = advised(term, batch)
+                scored[id(term.reward)] = score_member(term, batch)
         return self.total({t.name: Part(t.weight, scored[id(t.reward)]) for t in self.members}, len(batch))
 
     @cached_property
@@ -78,16 +77,16 @@ class Composed:
         return self.terms if is_loaded(self) else compose([self]).terms
 
     def regroup(self, scores: Scores, groups: Tensor) -> Scores:
-        """The scores anew, now that those of whole groups are known; see `nft_plugins.Reward`."""
+        """Let members compare whole groups, and add up their scores again; see `nft_plugins.Reward`."""
         parts = dict(scores.parts)
         for term in self.members:
             if hasattr(term.reward, "regroup"):
                 part = parts[term.name].scores
-                parts[term.name] = Part(term.weight, regrouped(term.name, term.reward, part, groups))
+                parts[term.name] = Part(term.weight, regroup_checked(term.name, term.reward, part, groups))
         return self.total(parts, len(groups))
 
     def total(self, parts: Mapping[str, Part], size: int) -> Scores:
-        """The members' scores as one."""
+        """Add up the members' scores, each times its weight."""
         values = torch.full((size,), self.constant, dtype=torch.float32, device="cpu")
         valid = torch.ones(size, dtype=torch.bool, device="cpu")
         for weight, scores in parts.values():
@@ -104,7 +103,7 @@ class Composed:
         return Scores(values, valid, details, parts)
 
     def without(self, scores: Scores, names: Iterable[str]) -> Scores:
-        """The scores with the weight 0 for some members. Raises NftError where no other has a weight."""
+        """Give some members the weight 0 in scores. Raises NftError where no other has a weight."""
         names = set(names)
         parts = {n: Part(0.0 if n in names else p.weight, p.scores) for n, p in scores.parts.items()}
         if any(p.weight for p in scores.parts.values()) and not any(p.weight for p in parts.values()):
@@ -115,20 +114,20 @@ class Composed:
             )
         return self.total(parts, len(scores))
 
-    def guards(self) -> Iterator[tuple[str, Guard]]:
-        """The guards by member; a member made of others has theirs."""
+    def guarded_members(self) -> Iterator[tuple[str, Guarded]]:
+        """Yield the members that have a failure policy, by name; a mapped member has those inside it."""
         for term in self.members:
             if isinstance(term.reward, Guarded):
-                yield term.name, term.reward.guard
+                yield term.name, term.reward
             elif isinstance(term.reward, Mapped):
                 # One reward may stand in it twice.
-                for guard in {id(g): g for _, g in term.reward.inner.guards()}.values():
-                    yield term.name, guard
+                for member in {id(g): g for _, g in term.reward.inner.guarded_members()}.values():
+                    yield term.name, member
 
     def tallies(self) -> dict[str, Tally]:
-        """What failures have cost each member since this was asked last."""
-        guards = list(self.guards())
-        tallies = {t.name: added(g.tally for name, g in guards if name == t.name) for t in self.members}
+        """Take what failures have cost each member since the last call, and count from 0 again."""
+        guards = list(self.guarded_members())
+        tallies = {t.name: add_tallies(g.tally for name, g in guards if name == t.name) for t in self.members}
         for _, guard in guards:
             guard.tally = Tally()
         return tallies
@@ -142,7 +141,7 @@ class Composed:
         if isinstance(other, (int, float)):
             return Composed(self.terms, self.constant + other)
         if isinstance(other, Composed):
-            return Composed(merged([*self.terms, *other.terms]), self.constant + other.constant)
+            return Composed(merge_terms([*self.terms, *other.terms]), self.constant + other.constant)
         return NotImplemented
 
     def __mul__(self, weight: float) -> Composed:
@@ -187,14 +186,15 @@ class Mapped:
     f: Callable[[Tensor], Tensor]
 
     def __call__(self, batch: Batch) -> Scores:
-        return self.mapped(self.inner(batch))
+        return self.map_values(self.inner(batch))
 
     def regroup(self, scores: Scores, groups: Tensor) -> Scores:
-        return self.mapped(self.inner.regroup(scores, groups))
+        return self.map_values(self.inner.regroup(scores, groups))
 
-    def mapped(self, scores: Scores) -> Scores:
+    def map_values(self, scores: Scores) -> Scores:
         details = scores.details
-        if len(self.inner.terms) == 1:  # Its name would come twice: a member's details are NAME/DETAIL.
+        # The outer sum writes NAME/DETAIL again, and a single member has the name of the whole.
+        if len(self.inner.terms) == 1:
             details = {name.removeprefix(f"{self.inner.terms[0].name}/"): d for name, d in details.items()}
         return Scores(self.f(scores.values), scores.valid, details, scores.parts)
 
@@ -202,47 +202,12 @@ class Mapped:
         self.inner.check_prompt(prompt, metadata)
 
 
-@dataclass(frozen=True, eq=False)
-class Guarded:
-    """A reward whose calls are made under a policy."""
-
-    reward: Reward
-    guard: Guard
-
-    def __call__(self, batch: Batch) -> Scores:
-        size = len(batch)
-
-        def score() -> Scores:  # Each attempt has a batch of its own.
-            return checked(self.guard.name, lambda: self.reward(lend_batch(batch)), size)
-
-        return self.guard(score, size, batch.images.device)
-
-    def check_prompt(self, prompt: str, metadata: Mapping[str, Any]) -> None:
-        check_prompt(self.reward, self.guard.name, prompt, metadata)
-
-
-class GuardedGroups(Guarded):
-    """One that compares the images of a group: under no policy, for all processes must do the same there."""
-
-    def regroup(self, scores: Scores, groups: Tensor) -> Scores:
-        # Where every call failed there are no details either, which the reward may need.
-        return self.reward.regroup(scores, groups) if scores.valid.any() else scores
-
-
-def guarded(reward: Reward, policy: FailurePolicy, name: str) -> Reward:
-    """The reward under a policy; as it is under the default one."""
-    if policy == FailurePolicy():
-        return reward
-    kind = GuardedGroups if hasattr(reward, "regroup") else Guarded
-    return kind(reward, Guard(policy, name))
-
-
-def merged(terms: Iterable[Term]) -> tuple[Term, ...]:
-    """Terms with names of their own; the weights of equal entries add up."""
+def merge_terms(terms: Iterable[Term]) -> tuple[Term, ...]:
+    """Give each term a name of its own, and add up the weights of equal ones."""
     result: dict[str, Term] = {}
     for term in terms:
         name, number = term.name, 1
-        # `total` is what figures call the sum.
+        # Figures call the sum `total`, so no member may be called so.
         while name == "total" or (name in result and not is_same(result[name].reward, term.reward)):
             number += 1
             name = f"{term.name}:{number}"
@@ -254,7 +219,7 @@ def merged(terms: Iterable[Term]) -> tuple[Term, ...]:
 def is_same(one: Reward | Named, other: Reward | Named) -> bool:
     """Whether two members are the same reward, with the same done where it fails."""
     if isinstance(one, Guarded) and isinstance(other, Guarded):
-        return one.reward is other.reward and one.guard.policy == other.guard.policy
+        return one.reward is other.reward and one.policy == other.policy
     return one is other or (isinstance(one, Named) and one == other)
 
 
@@ -266,97 +231,23 @@ def is_loaded(composed: Composed) -> bool:
     )
 
 
-def check_prompt(member: Any, name: str, prompt: str, metadata: Mapping[str, Any]) -> None:
-    check = getattr(member, "check_prompt", None)
-    if check is None:
-        return
+def score_member(term: Term, batch: Batch) -> Scores:
+    """Score a batch with a member. Where it fails, the error says how a run could go on."""
     try:
-        check(prompt, copy_for_plugin(metadata))
-    except PromptError as error:
-        message = str(error)
-        raise PromptError(message if message.startswith(name) else f"{name}: {message}") from error
-    except (NftError, KeyboardInterrupt):
-        raise
-    except BaseException as error:
-        raise NftError(
-            f"The reward {name!r} failed in check_prompt, which may raise PromptError alone: "
-            f"{describe_error(error)}{locate_error(error)}"
-        ) from error
-
-
-def advised(term: Term, batch: Batch) -> Scores:
-    """A member's scores. Where it fails, the error says how a run could go on."""
-    try:
-        return scored(term.name, term.reward, batch)
+        return call_reward(term.name, term.reward, batch)
     except (Failed, UsageError):
         raise
     except NftError as error:
         raise Failed.after(error) from error.__cause__
 
 
-def scored(name: str, reward: Reward, batch: Batch) -> Scores:
-    """A member's scores. Neither the batch nor the state of the process can be spoiled for other members."""
-    if isinstance(reward, Composed | Mapped | Guarded):  # Which see to that for their own members.
-        return checked(name, partial(reward, batch), len(batch))
+def call_reward(name: str, reward: Reward | Named, batch: Batch) -> Scores:
+    """Score a batch with one reward, which cannot spoil the batch or the state of the process for others."""
+    assert not isinstance(reward, Named)  # `Composed.members` and `compose` have loaded it.
+    if isinstance(reward, Composed | Mapped | Guarded):  # These see to that for their own members.
+        return call_checked(name, partial(reward, batch), len(batch))
     with keep_process_state(f"the call of the reward {name!r}"):
-        return checked(name, lambda: reward(lend_batch(batch)), len(batch))
-
-
-def regrouped(name: str, reward: Any, scores: Scores, groups: Tensor) -> Scores:
-    """What a member's `regroup` makes of its scores, on the same terms."""
-    with keep_process_state(f"the call of the reward {name!r}"):
-        return checked(name, lambda: reward.regroup(copy_for_plugin(scores), groups.clone()), len(groups))
-
-
-def checked(name: str, score: Callable[[], Scores], size: int) -> Scores:
-    """What `score()` returns for a member, on the CPU, held to the contract."""
-    try:
-        # Whether gradients are recorded is each thread's own affair, so it is said here.
-        with torch.no_grad():
-            with keep_thread_state():
-                scores = score()
-            # What fails on a GPU is told when its results are fetched.
-            return held(name, scores, size)
-    except NftError:
-        raise
-    except BaseException as error:  # As extensions raise in Rust or C++.
-        # Ctrl-C comes to the main thread alone.
-        if isinstance(error, KeyboardInterrupt) and on_main_thread():
-            raise
-        if is_out_of_memory(error):
-            raise NftError(
-                f"The reward {name!r} ran out of memory: {str(error) or 'MemoryError'} Score fewer images "
-                "at once: with rollout_batch in a run, --batch in nft score."
-            ) from error
-        raise NftError(f"The reward {name!r} failed: {describe_error(error)}{locate_error(error)}") from error
-
-
-def held(name: str, scores: Any, size: int) -> Scores:
-    """Scores on the CPU, 0 where they are not valid. Raises NftError where they do not keep the contract."""
-    if not isinstance(scores, Scores):
-        raise NftError(f"The reward {name!r} must return Scores, got {type(scores).__name__}.")
-    figures = {"values": scores.values, **{f"detail {key}": d for key, d in scores.details.items()}}
-    for what, figure in figures.items():
-        if not isinstance(figure, Tensor) or figure.is_complex():
-            raise NftError(f"The reward {name!r} must give its {what} as a float32 tensor, got {kind(figure)}.")
-    if not isinstance(scores.valid, Tensor) or scores.valid.dtype != torch.bool:
-        raise NftError(f"The reward {name!r} must give valid as a bool tensor, got {kind(scores.valid)}.")
-    if len(scores) != size:
-        raise NftError(f"The reward {name!r} must score {size} images, got {len(scores)} values.")
-    # Copies: a reward may write to its tensors in its next call.
-    values, valid = scores.values.detach().float().cpu(), scores.valid.cpu().clone()
-    if not values[valid].isfinite().all():
-        raise NftError(
-            f"The reward {name!r} gave a value that is not finite and marked it as valid: a sample that "
-            "cannot be scored must have valid = False."
-        )
-    details = {key: d.detach().float().cpu().clone() for key, d in scores.details.items()}
-    parts = {key: Part(p.weight, held(f"{name}/{key}", p.scores, size)) for key, p in scores.parts.items()}
-    return Scores(values.where(valid, 0), valid, details, parts)
-
-
-def kind(figure: object) -> str:
-    return str(figure.dtype) if isinstance(figure, Tensor) else type(figure).__name__
+        return call_checked(name, lambda: reward(lend_batch(batch)), len(batch))
 
 
 #: A reward as a spec, as a TOML table, as a Python function or object that is one, or as one composed before.
@@ -368,7 +259,7 @@ def reward(given: Given, *, host: Host | None = None, device: str | None = None,
 
     A function takes what it needs of `images`, `prompts`, `metadata`, `groups`, `uint8`, `pil` and `batch` by
     name, and returns a number for each image, None where it cannot score one; its other parameters are options.
-    `on_error`, `retry` and `max_seconds` are options of every reward, `nft_core.host.specs.Policy`.
+    `on_error`, `retry` and `max_seconds` are options of every reward, `nft_core.host.specs.FailurePolicy`.
     device: the CPU where it is not given; in a file that a run is given, the run's.
     Raises UsageError for an unknown name or option and NftError for a reward that cannot be loaded.
     """
@@ -454,14 +345,15 @@ class Loader:
             return self.load(composed, (*inside, spec.name))
         key = (id(made), spec.guard)
         if key not in self.under:
-            self.under[key] = guarded(made, spec.guard, spec.title)
+            self.under[key] = guard_reward(made, spec.guard, spec.title)
         return Composed((Term(spec.title, 1.0, self.under[key]),))
 
     def with_defaults(self, spec: RewardSpec) -> RewardSpec:
         """The spec with the run's options for this reward where the file gives none."""
-        if spec.name not in self.defaults:
+        defaults = self.defaults.get(spec.name) if isinstance(spec.name, str) else None
+        if not defaults:
             return spec
-        base = RewardSpec(spec.name).with_options(self.defaults[spec.name])
+        base = RewardSpec(spec.name).with_options(defaults)
         return base.with_options({**spec.options, **spec.guard.words()})
 
 

@@ -1,22 +1,25 @@
-"""What stands between a run and a reward: further attempts, deadlines, and what a failure costs."""
+"""Calls of rewards under a failure policy: further attempts, deadlines, and counts of what was lost."""
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import Future, wait
+from functools import partial
 from time import sleep
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
+from torch import Tensor
 
-from nft_plugins import PromptError, Scores
+from nft_plugins import Batch, PromptError, Reward, Scores
 
 from ..errors import NftError, UsageError
-from ..host.lending import keep_process_state
+from ..host.lending import keep_process_state, lend_batch
 from ..host.specs import FailurePolicy
 from ..parallel.devices import free_memory, is_out_of_memory, wrap_in_side_stream
 from ..parallel.workers import Worker
+from .contract import call_checked, check_prompt
 
 #: Seconds before the second attempt, twice as long before each further one, and at most.
 BACKOFF, LONGEST = 0.5, 30.0
@@ -31,6 +34,7 @@ class Failed(NftError):
 
     @classmethod
     def after(cls, error: NftError, attempts: int = 1) -> Failed:
+        """Make the error that ends the run of the one that the last attempt raised."""
         tried = f" It was tried {attempts} times." if attempts > 1 else ""
         return cls(f"{str(error).rstrip('.')}.{tried} {ADVICE}")
 
@@ -40,7 +44,7 @@ class Busy(NftError):
 
 
 class Tally(NamedTuple):
-    """What failures have cost.
+    """Counts what failures of a reward have cost.
 
     retried: calls that were tried again. masked: images without a score. skipped: failures for which the
     reward is to be left out of the epoch.
@@ -51,35 +55,39 @@ class Tally(NamedTuple):
     skipped: int = 0
 
 
-def added(tallies: Iterable[Tally]) -> Tally:
+def add_tallies(tallies: Iterable[Tally]) -> Tally:
+    """Add up tallies, number by number."""
     return Tally(*map(sum, zip(Tally(), *tallies, strict=True)))
 
 
-class Guard:
-    """Makes a reward's calls under its policy, and counts what failed."""
+class Guarded:
+    """A reward whose calls are made under its failure policy, and whose failures are counted."""
 
-    def __init__(self, policy: FailurePolicy, name: str) -> None:
-        self.policy, self.name = policy, name
+    def __init__(self, reward: Reward, policy: FailurePolicy, name: str) -> None:
+        self.reward, self.policy, self.name = reward, policy, name
         self.tally = Tally()
         self.details: frozenset[str] | None = None
         self.worker: Worker | None = None
         self.overdue: Future[Scores] | None = None
         self.hopeless = False
+        # Callers ask `hasattr(member, "regroup")`, so only a reward that has it may have it here.
+        if regroup := getattr(reward, "regroup", None):
+            self.regroup = partial(self.regroup_where_scored, regroup)
 
-    def __call__(self, score: Callable[[], Scores], size: int, device: torch.device) -> Scores:
-        """What `score()` returns; for `size` images without a score under `mask` and `skip`, where it fails.
+    def __call__(self, batch: Batch) -> Scores:
+        """Score a batch; under `mask` and `skip` no image of it has a score where the reward fails.
 
-        score: raises NftError where the reward fails. device: of the images.
         Raises Failed after the last attempt under `stop`, and UsageError, which no attempt mends, at once.
         """
+        size = len(batch)
         if self.tally.skipped:  # The reward is out of the epoch already.
-            return self.nothing(size)
-        if self.hopeless and self.running():
+            return self.no_scores(size)
+        if self.hopeless and self.is_running():
             # One batch has waited for this call in vain. If every other did too, an epoch would take for ever.
-            return self.give_up(self.busy(), 1, size)
+            return self.give_up(self.busy_error(), 1, size)
         for attempt in range(1, self.policy.retry + 2):
             try:
-                return self.attempt(score, device)
+                return self.attempt(batch)
             except UsageError:
                 raise
             except NftError as error:
@@ -87,28 +95,45 @@ class Guard:
                     self.hopeless = isinstance(error, Busy)
                     return self.give_up(error, attempt, size)
                 full = is_out_of_memory(error.__cause__)
-            # Only here are the error and the tensors of its frames gone.
+            # Outside `except`, so that the traceback no longer keeps GPU tensors alive.
             if full:
                 free_memory()
-            self.tally = added([self.tally, Tally(retried=1)])
-            sleep(pause(attempt))
+            self.tally = add_tallies([self.tally, Tally(retried=1)])
+            sleep(seconds_before_retry(attempt))
         raise AssertionError("the last attempt returns or raises")
 
-    def attempt(self, score: Callable[[], Scores], device: torch.device) -> Scores:
+    def regroup_where_scored(
+        self, regroup: Callable[[Scores, Tensor], Scores], scores: Scores, groups: Tensor
+    ) -> Scores:
+        """Call the reward's `regroup`, under no policy: all processes must do the same there."""
+        # Where every call failed there are no details either, which the reward may need.
+        return regroup(scores, groups) if scores.valid.any() else scores
+
+    def check_prompt(self, prompt: str, metadata: Mapping[str, Any]) -> None:
+        """Raise PromptError for a prompt that the reward can never score."""
+        check_prompt(self.reward, self.name, prompt, metadata)
+
+    def attempt(self, batch: Batch) -> Scores:
+        """Call the reward once. Raises NftError where it fails, takes too long or gives other details."""
+
+        def score() -> Scores:
+            # Each attempt has a batch of its own: one that failed may have written to it.
+            return call_checked(self.name, lambda: self.reward(lend_batch(batch)), len(batch))
+
         # Of a call that takes too long, what it has changed so far is put back here, not when it ends at last.
         with keep_process_state(f"the call of the reward {self.name!r}"):
-            scores = self.in_time(score, device) if self.policy.max_seconds else score()
+            scores = self.call_in_time(score, batch.images.device) if self.policy.max_seconds else score()
         if self.policy.on_error != "stop":  # There, batches that differ end the run when they are put together.
             self.check_details(scores)
         return scores
 
-    def in_time(self, score: Callable[[], Scores], device: torch.device) -> Scores:
-        """What `score()` returns within the deadline. Calls never overlap, for which no reward is prepared."""
+    def call_in_time(self, score: Callable[[], Scores], device: torch.device) -> Scores:
+        """Call `score()` within the deadline. Calls never overlap: rewards are not written for two at once."""
         limit = self.policy.max_seconds
         if self.overdue:
             wait([self.overdue], limit)
-            if self.running():
-                raise self.busy()
+            if self.is_running():
+                raise self.busy_error()
         self.overdue = None
         self.worker = self.worker or Worker(f"reward {self.name}")
         future = self.worker.submit(wrap_in_side_stream(device, score))
@@ -117,27 +142,30 @@ class Guard:
             raise NftError(f"The reward {self.name!r} failed: it took longer than max_seconds = {limit:g} s.")
         return future.result()
 
-    def running(self) -> bool:
+    def is_running(self) -> bool:
+        """Whether a call that took too long is still at work."""
         return self.overdue is not None and not self.overdue.done()
 
-    def busy(self) -> Busy:
+    def busy_error(self) -> Busy:
+        """Make the error for a call that cannot start, since the one before it is still at work."""
         return Busy(
             f"The reward {self.name!r} failed: a call that took longer than max_seconds = "
             f"{self.policy.max_seconds:g} s is still running, and two never run at once."
         )
 
     def check_details(self, scores: Scores) -> None:
+        """Raise NftError where the names of the details are not those of the first batch."""
         names = frozenset(scores.details)
         if self.details is None:
             self.details = names
         if names != self.details:
             raise NftError(
                 f"The reward {self.name!r} must give the same details for every batch, got "
-                f"{listed(names)}, and before {listed(self.details)}."
+                f"{join_names(names)}, and before {join_names(self.details)}."
             )
 
     def give_up(self, error: NftError, attempts: int, size: int) -> Scores:
-        """Scores of which none is valid, or the end of the run."""
+        """Return scores of which none is valid, with a warning at the first; under `stop` raise Failed."""
         if self.policy.on_error == "stop":
             raise Failed.after(error, attempts) from error.__cause__
         if not self.tally.masked:
@@ -149,22 +177,28 @@ class Guard:
                 "further failures are counted, not shown.",
                 file=sys.stderr,
             )
-        return self.nothing(size)
+        return self.no_scores(size)
 
-    def nothing(self, size: int) -> Scores:
-        """Scores of which none is valid, counted."""
+    def no_scores(self, size: int) -> Scores:
+        """Count the images as lost, and make scores of which none is valid."""
         lost = Tally(masked=size, skipped=int(self.policy.on_error == "skip"))
-        self.tally = added([self.tally, lost])
+        self.tally = add_tallies([self.tally, lost])
         return Scores(
             torch.zeros(size, dtype=torch.float32, device="cpu"),
             torch.zeros(size, dtype=torch.bool, device="cpu"),
         )
 
 
-def listed(names: Iterable[str]) -> str:
+def join_names(names: Iterable[str]) -> str:
+    """Write names as a list for a message."""
     return ", ".join(sorted(names)) or "none"
 
 
-def pause(attempt: int) -> float:
-    """Seconds to wait after an attempt, the first of which is 1."""
+def seconds_before_retry(attempt: int) -> float:
+    """Tell how long to wait, in seconds, after an attempt; the first attempt is 1."""
     return min(BACKOFF * 2.0 ** min(attempt - 1, 64), LONGEST)
+
+
+def guard_reward(reward: Reward, policy: FailurePolicy, name: str) -> Reward:
+    """Put a reward under a failure policy; under the default one it stays as it is."""
+    return reward if policy == FailurePolicy() else Guarded(reward, policy, name)

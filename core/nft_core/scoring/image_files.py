@@ -15,7 +15,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps, features
+from PIL import Image, ImageOps, UnidentifiedImageError, features
 from torch import Tensor
 
 from ..errors import UsageError
@@ -124,12 +124,12 @@ def opened(source: Path | Image.Image, name: Path) -> Iterator[Image.Image]:
             warnings.simplefilter("ignore")  # such as odd EXIF
             warnings.simplefilter("error", Image.DecompressionBombWarning)
             # Whoever gave an image goes on with it.
-            given = isinstance(source, Image.Image)
-            with nullcontext(source) if given else Image.open(source, formats=FORMATS) as image:
+            given = source if isinstance(source, Image.Image) else Image.open(source, formats=FORMATS)
+            with nullcontext(given) if given is source else given as image:
                 if is_deep(image):
                     raise ValueError("more than 8 bits a channel; convert it to 8")
                 yield image
-    except Image.UnidentifiedImageError as error:
+    except UnidentifiedImageError as error:
         raise UsageError(f"Cannot read {name}: it is none of {KINDS}.") from error
     except MemoryError as error:
         raise UsageError(f"Cannot read {name}: the CPU's memory is full.") from error

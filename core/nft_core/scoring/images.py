@@ -8,7 +8,7 @@ import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NoReturn, cast
 
 import torch
 from PIL import Image
@@ -20,7 +20,8 @@ from ..errors import NftError, UsageError
 from ..host import lending
 from ..host.specs import RewardSpec
 from ..prompts import Prompt, is_text, read_fields, read_prompts
-from .composer import Composed, Given, compose, regrouped, scored
+from .composer import Composed, Given, call_reward, compose
+from .contract import regroup_checked
 from .image_files import UNREADABLE, decode, size_of
 from .scores import concatenate
 
@@ -231,8 +232,8 @@ def score_images(
         )
     items = [make_item(*row) for row in zip(range(len(given)), given, texts, extras, strict=True)]
     one = isinstance(reward, str | Mapping | RewardSpec) or callable(reward)
-    reward = compose([reward] if one else reward, device=device)
-    return score(items, reward, batch=batch, device=device)
+    rewards = cast(Iterable[Given], [reward] if one else reward)
+    return score(items, compose(rewards, device=device), batch=batch, device=device)
 
 
 def make_item(number: int, image: Any, prompt: str | None, metadata: Mapping[str, Any]) -> Item:
@@ -278,18 +279,21 @@ def score(
                 for term in reward.terms:
                     result.fail(term.name, str(error))
         for rows in by_shape.values():
-            told, images, group_indices = zip(*rows, strict=True)
-            given = _score_batch(told, torch.stack(images).to(device), group_indices, reward)
+            told = [result for result, _, _ in rows]
+            images = torch.stack([image for _, image, _ in rows]).to(device)
+            group_indices = [group for _, _, group in rows]
+            given = _score_batch(told, images, group_indices, reward)
             for name in groupwise.keys() & given.keys():
                 kept[name].append((told, group_indices, given[name]))
         progress(len(indices))
     for name, member in groupwise.items():
         if kept[name]:  # A group's images were spread over batches until here.
-            rows, groups, parts = zip(*kept[name], strict=True)
-            told = [result for part in rows for result in part]
-            whole = torch.tensor([g for part in groups for g in part], dtype=torch.int64, device="cpu")
+            told = [result for results_of_batch, _, _ in kept[name] for result in results_of_batch]
+            every_group = [group for _, groups_of_batch, _ in kept[name] for group in groups_of_batch]
+            whole = torch.tensor(every_group, dtype=torch.int64, device="cpu")
             try:
-                again = regrouped(name, member, concatenate(parts), whole)
+                scores = concatenate([scores_of_batch for _, _, scores_of_batch in kept[name]])
+                again = regroup_checked(name, member, scores, whole)
             except NftError as error:
                 _fail(told, name, error)
             else:
@@ -312,7 +316,7 @@ def _score_batch(
     )
     for name, _, member in reward.terms:
         try:
-            scores = scored(name, member, batch)
+            scores = call_reward(name, member, batch)
         except NoPrompt as error:
             raise NoPrompt(error.path, name) from error
         except NftError as error:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from nft_plugins import Scores
 
-from .failures import Tally, added
+from .failures import Tally, add_tallies
 
 
 def statistics(
@@ -25,7 +25,7 @@ def statistics(
     tallies: what failures have cost, by reward; of the total, their sum is told.
     """
     everything, finite = _figures(scores)
-    lost = {**(tallies or {}), "total": added((tallies or {}).values())}
+    lost = {**(tallies or {}), "total": add_tallies((tallies or {}).values())}
     rewards = {name: _summary(*figure, lost.get(name, Tally())) for name, figure in everything.items()}
     details = {name: _mean(*figure) for name, figure in finite.items()}
     # None as well where files say null, and NaN, which is unlike itself.

@@ -1,0 +1,99 @@
+"""What a reward must return, and what it may raise: its calls are held to that here."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from nft_plugins import Part, PromptError, Scores
+from nft_plugins.process import on_main_thread
+
+from ..errors import NftError, describe_error, locate_error
+from ..host.lending import copy_for_plugin, keep_process_state, keep_thread_state
+from ..parallel.devices import is_out_of_memory
+
+
+def check_prompt(member: Any, name: str, prompt: str, metadata: Mapping[str, Any]) -> None:
+    """Raise PromptError, which names the reward, for a prompt that it can never score."""
+    check = getattr(member, "check_prompt", None)
+    if check is None:
+        return
+    try:
+        check(prompt, copy_for_plugin(metadata))
+    except PromptError as error:
+        message = str(error)
+        raise PromptError(message if message.startswith(name) else f"{name}: {message}") from error
+    except (NftError, KeyboardInterrupt):
+        raise
+    except BaseException as error:
+        raise NftError(
+            f"The reward {name!r} failed in check_prompt, which may raise PromptError alone: "
+            f"{describe_error(error)}{locate_error(error)}"
+        ) from error
+
+
+def regroup_checked(name: str, reward: Any, scores: Scores, groups: Tensor) -> Scores:
+    """Let a reward compare the images of each group, held to the contract as in its call; its new scores."""
+    with keep_process_state(f"the call of the reward {name!r}"):
+        return call_checked(name, lambda: reward.regroup(copy_for_plugin(scores), groups.clone()), len(groups))
+
+
+def call_checked(name: str, score: Callable[[], Scores], size: int) -> Scores:
+    """Call `score()`; its scores on the CPU. Raises NftError, with the reward's name, for any error."""
+    try:
+        # Each thread has its own switch for gradients, so it is set here, where the reward runs.
+        with torch.no_grad():
+            with keep_thread_state():
+                scores = score()
+            # A failure on a GPU only shows when its results are fetched, so they are fetched inside `try`.
+            return check_scores(name, scores, size)
+    except NftError:
+        raise
+    except BaseException as error:  # Extensions in Rust or C++ raise errors that are no Exception.
+        # Ctrl-C arrives in the main thread alone; elsewhere the reward itself raised it.
+        if isinstance(error, KeyboardInterrupt) and on_main_thread():
+            raise
+        if is_out_of_memory(error):
+            raise NftError(
+                f"The reward {name!r} ran out of memory: {str(error) or 'MemoryError'} Score fewer images "
+                "at once: with rollout_batch in a run, --batch in nft score."
+            ) from error
+        raise NftError(f"The reward {name!r} failed: {describe_error(error)}{locate_error(error)}") from error
+
+
+def check_scores(name: str, scores: Any, size: int) -> Scores:
+    """Copy scores to the CPU, 0 where they are not valid. Raises NftError where they break the contract."""
+    if not isinstance(scores, Scores):
+        raise NftError(f"The reward {name!r} must return Scores, got {type(scores).__name__}.")
+    figures = {"values": scores.values, **{f"detail {key}": d for key, d in scores.details.items()}}
+    for what, figure in figures.items():
+        if not isinstance(figure, Tensor) or figure.is_complex():
+            raise NftError(
+                f"The reward {name!r} must give its {what} as a float32 tensor, got {describe_type(figure)}."
+            )
+    if not isinstance(scores.valid, Tensor) or scores.valid.dtype != torch.bool:
+        raise NftError(
+            f"The reward {name!r} must give valid as a bool tensor, got {describe_type(scores.valid)}."
+        )
+    if len(scores) != size:
+        raise NftError(f"The reward {name!r} must score {size} images, got {len(scores)} values.")
+    # Copies: a reward may write to its tensors in its next call.
+    values, valid = scores.values.detach().float().cpu(), scores.valid.cpu().clone()
+    if not values[valid].isfinite().all():
+        raise NftError(
+            f"The reward {name!r} gave a value that is not finite and marked it as valid: a sample that "
+            "cannot be scored must have valid = False."
+        )
+    details = {key: d.detach().float().cpu().clone() for key, d in scores.details.items()}
+    parts = {
+        key: Part(p.weight, check_scores(f"{name}/{key}", p.scores, size)) for key, p in scores.parts.items()
+    }
+    return Scores(values.where(valid, 0), valid, details, parts)
+
+
+def describe_type(figure: object) -> str:
+    """Name the dtype of a tensor, or the class of anything else."""
+    return str(figure.dtype) if isinstance(figure, Tensor) else type(figure).__name__
