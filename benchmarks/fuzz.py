@@ -32,7 +32,7 @@ from nft_core.host.specs import parse_observer, parse_reward
 from nft_core.prompts import read_prompts
 from nft_core.runs.checkpoint import MANIFEST, read_manifest
 from nft_core.runs.observers.metrics import FILE, read_records
-from nft_core.settings import Settings, make_settings, parse_assignment, read_toml, shown, to_toml
+from nft_core.settings import Settings, make_settings, parse_assignment, read_toml, shorten_value, to_toml
 
 #: Seconds after which an input counts as a hang, on a machine that may be busy.
 HANG = 20.0
@@ -471,7 +471,7 @@ def fuzz(target: Target, count: int, start: int = 0) -> Outcome:
                 result.refused[place(error)] += 1
                 assert str(error).strip(), "an error without a text"
             except Exception as error:
-                error.add_note(f"The input: {shown(value)}")
+                error.add_note(f"The input: {shorten_value(value)}")
                 raise
             else:
                 result.accepted += 1

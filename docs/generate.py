@@ -1,5 +1,6 @@
 """The reference pages, from the code: `python docs/generate.py` writes them, a test compares them.
 
+- `settings.md` from the settings' groups, defaults and descriptions,
 - `reference/cli.md` from click's commands,
 - `reference/hooks.md` from `nft_plugins`: the hooks, and what they hand over and are handed,
 - `reference/rewards.md` from the built-in rewards' cards and the signatures of their factories.
@@ -24,7 +25,9 @@ import click
 import nft_plugins
 from nft_core.cli.app import main
 from nft_core.cli.rewards import described, written
+from nft_core.cli.settings import describe_settings
 from nft_core.host.host import load_host
+from nft_core.settings import GROUPS
 from nft_plugins import hookspecs, records
 
 DOCS = Path(__file__).parent
@@ -39,6 +42,7 @@ INTERFACES = ("Reward", "Solver", "SteppedSolver", "FlowModel")
 def pages() -> dict[str, str]:
     """Text by path inside `docs`."""
     return {
+        "settings.md": NOTE + settings(),
         "reference/cli.md": NOTE + cli(),
         "reference/hooks.md": NOTE + hooks(),
         "reference/rewards.md": NOTE + rewards(),
@@ -121,6 +125,36 @@ def value_of(kind: click.ParamType) -> str:
     if isinstance(kind, click.Path):
         return "PATH"
     return "INTEGER" if "integer" in kind.name else "NUMBER" if "float" in kind.name else "TEXT"
+
+
+# The settings.
+
+
+def settings() -> str:
+    def blocks() -> Iterator[str]:
+        yield "# Settings"
+        yield (
+            "Every setting of a run, by group. In a run file for `--config` a group is a table; the names are "
+            "the same without tables too:"
+        )
+        yield fenced('[optimizer]\nlr = 1e-4\n\n[rewards]\nrewards = ["pickscore", "ocr=0.5"]', "toml")
+        yield (
+            "On the command line write `--set lr=1e-4` or `--set optimizer.lr=1e-4`; some settings "
+            "have an option of `nft run` too. What is said later wins: preset, `--config`, `--set`, "
+            "then the other options. "
+            "`nft settings` prints this page's list, with `--tiny` also what that changes, and "
+            "`nft settings NAME` the help of a setting or a group."
+        )
+        for name, group in GROUPS.items():
+            yield f"## `[{name}]`"
+            yield group.__doc__ or ""
+            yield "| setting | default | values | what it does |\n|---|---|---|---|\n" + "\n".join(
+                f"| `{row['name']}` | {default_text(row['default'])} | {cell(row['allowed'])} | "
+                f"{cell(row['description'])} |"
+                for row in describe_settings(list(group.model_fields), {})
+            )
+
+    return joined(blocks())
 
 
 # The contract.
@@ -312,7 +346,7 @@ def docstring_text(text: str) -> str:
 
 
 def default_text(value: Any) -> str:
-    return "" if value == "" else f"`{written(value)}`"
+    return "" if value in ("", [], {}) else f"`{written(value)}`"
 
 
 def cell(value: Any) -> str:

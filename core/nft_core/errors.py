@@ -54,13 +54,23 @@ def is_memory_full(error: BaseException) -> bool:
     return isinstance(error, MemoryError) or "allocate memory" in str(error)
 
 
-def unknown_name(kind: str, name: str, known: Iterable[str], hint: str = "") -> UsageError:
-    """A name that nobody has, with the nearest known one, the list of them all, and a hint."""
+#: A list of more names than this hides the nearest ones.
+SHORT_LIST = 12
+
+
+def unknown_name(kind: str, name: str, known: Iterable[str], hint: str = "", lists: str = "") -> UsageError:
+    """Make the error for a name that nobody has: it suggests the nearest three, and says which names there are.
+
+    hint: a last sentence. lists: the command that lists all names, which is named where they are many.
+    """
     known = sorted(known)
-    near = get_close_matches(name, known, n=1, cutoff=0.5)
-    guess = f" Did you mean {near[0]!r}?" if near else ""
-    said = f"Unknown {kind} {name!r}.{guess} Known: {', '.join(known) or 'none'}."
-    return UsageError(f"{said} {hint}" if hint else said)
+    near = [repr(n) for n in get_close_matches(name, known, n=3, cutoff=0.6)]
+    guess = f" Did you mean {' or '.join(filter(None, (', '.join(near[:-1]), near[-1])))}?" if near else ""
+    if lists and len(known) > SHORT_LIST:
+        there_are = f"`{lists}` lists all {len(known)}."
+    else:
+        there_are = f"Known: {', '.join(known) or 'none'}."
+    return UsageError(" ".join(filter(None, (f"Unknown {kind} {name!r}.{guess}", there_are, hint))))
 
 
 def describe_error(error: BaseException) -> str:

@@ -4,13 +4,13 @@ import json
 import os
 import subprocess
 import sys
-import tomllib
 from pathlib import Path
 
 import pytest
 from click.testing import CliRunner
 
 from nft_core.cli.app import main, new_folder
+from nft_core.settings import read_toml
 
 SMALL = [
     "prompts_per_epoch=4",
@@ -121,7 +121,7 @@ def test_summary(finished, ours):
 
 def test_run_toml_repeats_the_run(finished, tmp_path):
     folder, _ = finished
-    settings = tomllib.loads((folder / "run.toml").read_text())
+    settings = read_toml(folder / "run.toml")
     assert settings["rewards"] == ["pickscore", "ocr=0.5"]
     result = nft("run", "--config", folder / "run.toml", "--out", tmp_path / "again")
     assert result.returncode == 0, result.stderr
@@ -143,7 +143,7 @@ def test_lora_of_the_embedded_world_loads_into_a_plain_pipeline(tmp_path):
     from diffusers import StableDiffusion3Pipeline
     from safetensors.torch import load_file
 
-    settings = tomllib.loads((folder / "run.toml").read_text())
+    settings = read_toml(folder / "run.toml")
     pipeline = StableDiffusion3Pipeline.from_pretrained(
         settings["model"], text_encoder_3=None, tokenizer_3=None, dtype=torch.float32
     )

@@ -2,9 +2,10 @@ import math
 import tomllib
 
 import pytest
+import tomli_w
 
 from nft_core.errors import UsageError
-from nft_core.settings import Settings, make_settings, parse_assignment, read_toml, to_toml
+from nft_core.settings import GROUPS, Settings, make_settings, parse_assignment, read_toml, to_toml
 
 
 def test_later_layers_win():
@@ -103,3 +104,42 @@ def test_options_that_a_checkpoint_cannot_hold(given):
     """TOML has inf and nan, and JSON has not."""
     with pytest.raises(UsageError, match=f"Setting {next(iter(given))} = .*expected finite numbers"):
         make_settings(given)
+
+
+@pytest.mark.parametrize("given", [{"lr": 2.0}, {"optimizer.lr": 2.0}, {"optimizer": {"lr": 2.0}}])
+def test_a_setting_may_be_given_flat_or_in_its_group(given):
+    assert make_settings({"lr": 1.0}, given).lr == 2.0
+
+
+def test_a_group_may_have_the_name_of_a_setting():
+    settings = make_settings({"optimizer": {"optimizer": "adamw8bit"}, "model": "a/b"})
+    assert (settings.optimizer, settings.model) == ("adamw8bit", "a/b")
+    assert parse_assignment("optimizer.optimizer=adamw") == ("optimizer", "adamw")
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"loss": {"lr": 1}}, "lr is of another group, so write optimizer.lr or lr"),
+        ({"lr": 1, "optimizer": {"lr": 2}}, "lr is given twice"),
+        (
+            {"eval_evry": 1},
+            "Did you mean 'eval_every', 'eval_steps' or 'eval_images'. `nft settings` lists all",
+        ),
+    ],
+)
+def test_bad_tables(given, message):
+    with pytest.raises(UsageError, match=message) as caught:
+        make_settings(given)
+    assert "watch_gap" not in str(caught.value)
+
+
+def test_run_files_have_tables_and_flat_ones_are_read(tmp_path):
+    settings = make_settings({"rewards": ["ocr"], "lr": 1e-4})
+    tables = tomllib.loads(to_toml(settings))
+    assert tables["optimizer"]["lr"] == 1e-4
+    assert list(tables) == list(GROUPS)
+    for number, text in enumerate((to_toml(settings), tomli_w.dumps(settings.model_dump(mode="json")))):
+        path = tmp_path / f"{number}.toml"
+        path.write_text(text)
+        assert read_toml(path) == settings.model_dump(mode="json")

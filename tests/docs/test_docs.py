@@ -2,7 +2,6 @@
 
 import difflib
 import importlib.util
-import json
 import re
 from pathlib import Path
 
@@ -24,11 +23,10 @@ def read(name):
 
 @pytest.mark.parametrize("name", Settings.model_fields)
 def test_settings(name):
-    field = Settings.model_fields[name]
-    row = next(line for line in read("docs/settings.md").splitlines() if line.startswith(f"| `{name}` |"))
-    default = f"`{json.dumps(field.default)}`" if field.default not in ("", [], {}) else ""
-    described = field.description.replace("|", r"\|")
-    assert [cell.strip() for cell in re.split(r"(?<!\\)\|", row)[1:-1]] == [f"`{name}`", default, described]
+    """A first sentence that can stand alone, then more; the generated page has it."""
+    text = Settings.model_fields[name].description
+    assert text[0].isupper() and text.endswith(".") and len(text) > 40
+    assert sum(line.startswith(f"| `{name}` |") for line in read("docs/settings.md").splitlines()) == 1
 
 
 @pytest.mark.parametrize("name", [n for n in vars(hookspecs) if n.startswith("nft_")])
@@ -65,7 +63,9 @@ def load_generator():
 generate = load_generator()
 
 
-@pytest.mark.parametrize("page", ["reference/cli.md", "reference/hooks.md", "reference/rewards.md"])
+@pytest.mark.parametrize(
+    "page", ["settings.md", "reference/cli.md", "reference/hooks.md", "reference/rewards.md"]
+)
 def test_generated_pages_are_what_the_code_gives(page, monkeypatch):
     """A hook, an argument, a command or an option that is new or changed is not in the page yet."""
     monkeypatch.setenv("NFT_PLUGINS", "")  # What else is installed here is no part of them.

@@ -14,7 +14,6 @@ import os
 import platform
 import re
 import sys
-import tomllib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cache
 from importlib.metadata import version
@@ -34,6 +33,7 @@ from safetensors import safe_open
 import nft_core
 from nft_core.cli import main
 from nft_core.score import score_images
+from nft_core.settings import read_toml
 from nft_rewards.photographs import PhotoDetector
 
 HERE = Path(__file__).parent
@@ -425,7 +425,7 @@ def settings() -> Figures:
         )
         fails("run", "--tiny", "--reward", reward, "--out", tiny, *make_sets(once))
         found["tiny"] = read_run_file(tiny, place, *once)
-        model = tomllib.loads((tiny / "run.toml").read_text())["model"]
+        model = read_toml(tiny / "run.toml")["model"]
         file = f"{place}/prompts.txt"
         given = {"model": model, "max_sequence_length": 0, "prompts": file, "eval_prompts": file}
         fails("run", "--reward", reward, "--out", Path(place) / "plain", *make_sets(given))
@@ -441,7 +441,7 @@ def fails(*arguments: object) -> None:
 
 def read_run_file(folder: Path, place: str, *given: str) -> Figures:
     """The settings of a run; GIVEN stands for those that it was given."""
-    found = tomllib.loads((folder / "run.toml").read_text())
+    found = read_toml(folder / "run.toml")
     text = json.dumps(
         {name: "GIVEN" if name in (*given, "rewards") else value for name, value in found.items()}
     )

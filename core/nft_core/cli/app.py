@@ -21,6 +21,7 @@ from .listing import models, observers, plugins, rewards, solvers
 from .new import new
 from .rewards import check, info
 from .score import preset_name, score
+from .settings import settings as list_settings
 
 if TYPE_CHECKING:
     from ..host.host import Host
@@ -74,7 +75,7 @@ def main() -> None:
     """
 
 
-for command in (score, doctor, plugins, rewards, solvers, models, observers, new):
+for command in (score, doctor, plugins, rewards, solvers, models, observers, list_settings, new):
     main.add_command(command)
 for command in (info, check):
     rewards.add_command(command)
@@ -86,34 +87,57 @@ for command in (info, check):
     "rewards_",
     metavar="SPEC",
     multiple=True,
-    help="A reward, NAME[=WEIGHT][,KEY=VALUE...]; FILE.py:FUNCTION or MODULE:NAME is one of yours. Repeatable.",
+    help="Reward to train on, as NAME[=WEIGHT][,KEY=VALUE...]; a higher weight makes it count more. "
+    "FILE.py:FUNCTION or MODULE:NAME is one of yours. Repeatable; `nft rewards` lists them.",
 )
 @click.option(
     "--model",
     metavar="PATH|HUB_ID",
-    help="A diffusers pipeline  [default: stabilityai/stable-diffusion-3.5-medium]",
+    help="Model to train: a diffusers pipeline, as a local folder or an id on the Hugging Face hub.  "
+    "[default: stabilityai/stable-diffusion-3.5-medium]",
 )
 @click.option(
     "--tiny",
     is_flag=True,
-    help="The embedded world, short for --preset tiny: a small real model that trains on a CPU.",
+    help="Train a small real model that comes with nft-hub, in minutes on a CPU. Short for --preset tiny.",
 )
-@click.option("--preset", metavar="NAME", help="A named set of settings.")
+@click.option(
+    "--preset",
+    metavar="NAME",
+    help="Start from a named set of settings; `nft settings --preset NAME` shows what it changes.",
+)
 @click.option(
     "--combine",
     type=click.Choice(["sum", "normalized"]),
-    help="How rewards are joined.  [default: sum]",
+    help="How several rewards become one. sum: their weighted sum; normalized: each is normalised first, so "
+    "that one with large numbers does not drown the others.  [default: sum]",
 )
-@click.option("--solver", metavar="NAME", help="Solver of the rollouts; see `nft solvers`.  [default: dpm2]")
-@click.option("--prompts", metavar="FILE", help="Training prompts, .txt, .jsonl or .json.")
-@click.option("--eval-prompts", metavar="FILE", help="Held-out prompts, .txt, .jsonl or .json.")
-@click.option("--epochs", type=int, help="Rollouts followed by updates.")
-@click.option("--seed", type=int, help="Of everything random in the run.  [default: 0]")
-@click.option("--device", metavar="NAME", help="cpu, cuda, cuda:N or auto.  [default: auto]")
+@click.option(
+    "--solver",
+    metavar="NAME",
+    help="Solver that generates the images; `nft solvers` lists them.  [default: dpm2]",
+)
+@click.option(
+    "--prompts",
+    metavar="FILE",
+    help="File of training prompts: .txt with one a line, .jsonl or .json.  [default: built in]",
+)
+@click.option(
+    "--eval-prompts",
+    metavar="FILE",
+    help="File of prompts that are evaluated and never trained on, in the same forms.",
+)
+@click.option(
+    "--epochs", type=int, help="Number of epochs; each generates images, then trains on them.  [default: 100]"
+)
+@click.option("--seed", type=int, help="Seed of everything random in the run.  [default: 0]")
+@click.option(
+    "--device", metavar="NAME", help="Device to compute on: cpu, cuda, cuda:N or auto.  [default: auto]"
+)
 @click.option(
     "--out",
     type=click.Path(path_type=Path),
-    help="The run's folder, new or empty.  [default: runs/REWARDS-TIME]",
+    help="Folder to write the run to, new or empty.  [default: runs/REWARDS-TIME]",
 )
 @click.option(
     "--observer",
@@ -126,14 +150,14 @@ for command in (info, check):
     "--config",
     type=click.Path(path_type=Path),
     metavar="FILE.toml",
-    help="Settings from a file, such as another run's run.toml.",
+    help="Read settings from a TOML file, such as another run's run.toml.",
 )
 @click.option(
     "--set",
     "assignments",
     metavar="KEY=VALUE",
     multiple=True,
-    help="Any setting; repeatable. docs/settings.md lists them.",
+    help="Give a setting a value, such as lr=1e-4 or optimizer.lr=1e-4; repeatable. `nft settings` lists them.",
 )
 @click.option(
     "--resume",
@@ -150,13 +174,16 @@ for command in (info, check):
     "--plan", is_flag=True, help="Train nothing: print the memory and the operations that it would take."
 )
 @click.option(
-    "--card", type=click.FloatRange(min=1), metavar="GIB", help="With --plan: for a GPU of that memory."
+    "--card",
+    type=click.FloatRange(min=1),
+    metavar="GIB",
+    help="With --plan: plan for a GPU with this much memory, in GiB.",
 )
 @click.option(
     "--peak-tflops",
     type=click.FloatRange(min=0, min_open=True),
     metavar="N",
-    help="With --plan: the least time that it takes at that speed.",
+    help="With --plan: tell the least seconds of an epoch at this speed, in TFLOP/s; higher is faster.",
 )
 @click.option("--profile", is_flag=True, help="Trace a part of the second epoch, and say what takes the time.")
 def run(
@@ -216,17 +243,23 @@ def run(
 
 @main.command("resume")
 @click.argument("folder", metavar="RUN", type=click.Path(path_type=Path))
-@click.option("--epochs", type=int, metavar="N", help="Train up to this epoch.")
+@click.option(
+    "--epochs", type=int, metavar="N", help="Train until this epoch, counted from the start of the run."
+)
 @click.option(
     "--reward",
     "rewards_",
     metavar="SPEC",
     multiple=True,
-    help="The rewards anew, such as with another on_error, retry or max_seconds; repeatable.",
+    help="Replace the run's rewards, for example to change on_error, retry or max_seconds; repeatable.",
 )
-@click.option("--device", metavar="NAME", help="auto, cpu, cuda or cuda:N")
+@click.option("--device", metavar="NAME", help="Device to compute on: cpu, cuda, cuda:N or auto.")
 @click.option(
-    "--set", "assignments", metavar="KEY=VALUE", multiple=True, help="Another value of a setting; repeatable."
+    "--set",
+    "assignments",
+    metavar="KEY=VALUE",
+    multiple=True,
+    help="Give a setting another value, such as lr=1e-4; repeatable.",
 )
 @click.option(
     "--allow-changes", is_flag=True, help="Go on even with settings or prompts that change what is learned."

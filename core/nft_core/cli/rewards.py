@@ -184,7 +184,7 @@ def read_known(file: Path) -> dict[Path, tuple[str, Mapping[str, Any], float | N
     """Prompt, metadata and value by image, of a file in the form of `nft score --prompts` with a `value`."""
     from ..scoring.images import read_lines
 
-    known = {}
+    known: dict[Path, tuple[str, Mapping[str, Any], float | None]] = {}
     for path, line in read_lines(file).items():
         metadata = dict(line.metadata)
         value = metadata.pop("value", "")

@@ -137,7 +137,7 @@ def record(result: Scored, reward: Composed) -> dict[str, Any]:
     from ..scoring.images import total, weighted
 
     item = result.item
-    row = {"path": printable(item.path), "prompt": item.prompt, "metadata": item.metadata}
+    row: dict[str, Any] = {"path": printable(item.path), "prompt": item.prompt, "metadata": item.metadata}
     row |= {"values": result.values, "valid": result.valid, "details": result.details}
     row |= {"total": total(result, reward)} if weighted(reward) else {}
     return row | ({"errors": result.errors} if result.errors else {})

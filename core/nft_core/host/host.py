@@ -181,7 +181,7 @@ class Host:
 
     def _one(self, kind: str, name: str, cards: Mapping[str, Registered[Info]]) -> Registered[Info]:
         if name not in cards:
-            raise unknown_name(kind, name, cards, self._hint())
+            raise unknown_name(kind, name, cards, self._hint(), lists=f"nft {kind.split()[0]}s")
         if len(owners := cards[name].owners) > 1:
             raise UsageError(
                 f"The {kind} {name!r} is claimed by {' and '.join(owners)}: uninstall one of them, or "

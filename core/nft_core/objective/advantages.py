@@ -2,18 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Literal
-
 import torch
 from torch import Tensor
 
 from nft_plugins import Scores
 
 from ..errors import UsageError
-
-Std = Literal["global", "group"]
-Combine = Literal["sum", "normalized"]
-AdvantageMode = Literal["all", "positive_only", "negative_only", "one_only", "binary"]
+from .choices import AdvantageMode, Combine, Std
 
 #: Added to every standard deviation, as published: a group that agrees gets advantages of 0, not 0 / 0.
 EPSILON = 1e-4

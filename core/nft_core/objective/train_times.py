@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal
 
 import torch
 from torch import Tensor
 
-TrainTimes = Literal["grid", "uniform", "logit_normal"]
+from .choices import TrainTimes
 
 
 def shift_times(t: Tensor, shift: float) -> Tensor:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shlex
+import tomllib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -11,6 +12,7 @@ from typing import Any
 
 from ..errors import CheckpointError, NftError, UsageError, disk_advice
 from ..settings import Settings, read_toml, to_toml
+from ..settings.tables import flatten_tables
 
 
 def read_settings(folder: Path) -> dict[str, Any]:
@@ -94,7 +96,8 @@ def write_settings(folder: Path, settings: Settings, step: int) -> None:
 
     try:
         former = file.read_text(encoding="utf-8") if file.exists() else text
-        if former != text and not before.exists():
+        # An older run's file has the same settings without tables.
+        if former != text and read_toml(file) != flatten_tables(tomllib.loads(text)) and not before.exists():
             write(before, former)
         write(file, text)
     except OSError as error:

@@ -43,7 +43,7 @@ def make_run_settings(host: Host, preset: str | None, *layers: Mapping[str, Any]
         defaults = layer.get("reward_defaults", {})
         for name in defaults if isinstance(defaults, Mapping) else ():
             if name not in host.rewards:
-                raise unknown_name("reward", name, host.rewards)
+                raise unknown_name("reward", name, host.rewards, lists="nft rewards")
     return make_settings(base, *layers)
 
 
@@ -70,7 +70,7 @@ def parse_rewards(settings: Settings, host: Host) -> list[RewardSpec]:
     if not settings.rewards:
         raise UsageError(
             "A run needs a reward: give --reward NAME, as in --reward pickscore. "
-            f"Known: {', '.join(sorted(host.rewards))}; FILE.py:FUNCTION is a reward of yours."
+            "`nft rewards` lists them; FILE.py:FUNCTION is a reward of yours."
         )
     specs = [parse_reward(given, settings.reward_defaults) for given in settings.rewards]
     for spec in specs:

@@ -1,0 +1,136 @@
+"""A run's settings: all groups together, checked by pydantic."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from math import isfinite
+from typing import Any
+
+from pydantic import ValidationError, field_validator, model_validator
+
+from ..errors import UsageError
+from ..objective.schedules import OLD_DECAY
+from .groups import (
+    Checkpoint,
+    Evaluation,
+    Loss,
+    Memory,
+    Model,
+    Optimizer,
+    Parallel,
+    Prompts,
+    Rewards,
+    Rollout,
+    Run,
+    Watch,
+)
+from .tables import flatten_tables
+
+
+# pydantic lists the fields of the last base first.
+class Settings(
+    Watch, Checkpoint, Evaluation, Parallel, Memory, Optimizer, Loss, Rollout, Rewards, Prompts, Model, Run
+):
+    """All settings of a run under their flat names, such as `settings.lr`. `groups.py` declares each."""
+
+    @field_validator("rewards", "reward_defaults", "observers", "solver_options", "model_options")
+    @classmethod
+    def _finite(cls, value: Any) -> Any:
+        """TOML knows inf and nan; a checkpoint's JSON does not."""
+        rest = [value]
+        while rest:
+            one = rest.pop()
+            if isinstance(one, float) and not isfinite(one):
+                raise ValueError(
+                    "expected finite numbers; an option may also be given as text, as NAME,KEY=inf"
+                )
+            rest += one.values() if isinstance(one, dict) else one if isinstance(one, list) else []
+        return value
+
+    @field_validator("old_decay")
+    @classmethod
+    def _known_schedule(cls, value: float | str) -> float | str:
+        if isinstance(value, str) and value not in OLD_DECAY:
+            raise ValueError(f"expected a number in [0, 1) or one of {', '.join(OLD_DECAY)}")
+        if isinstance(value, float) and not 0 <= value < 1:
+            raise ValueError("expected a number in [0, 1): at 1 the old policy would never move")
+        return value
+
+    @model_validator(mode="after")
+    def _kl_is_measured(self) -> Settings:
+        if self.kl_target and not self.kl_weight:
+            raise ValueError("kl_target raises kl_weight, and 0 stays 0: give a kl_weight, or set kl_target=0")
+        return self
+
+    @model_validator(mode="after")
+    def _moments_can_be_shared(self) -> Settings:
+        if self.parallel == "fsdp" and self.optimizer == "adamw8bit" and not self.lora_rank:
+            raise ValueError(
+                "bitsandbytes cannot train weights that processes share: with parallel=fsdp and lora_rank=0 "
+                "use optimizer=adamw, whose moments are shared too"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _possible_sizes(self) -> Settings:
+        images = self.prompts_per_epoch * self.group_size
+        if images % self.updates_per_epoch:
+            raise ValueError(
+                f"prompts_per_epoch x group_size = {self.prompts_per_epoch} x {self.group_size} = {images} "
+                f"images cannot be split into {self.updates_per_epoch} equal updates; the nearest possible "
+                f"updates_per_epoch is {nearest_divisor(images, self.updates_per_epoch)}"
+            )
+        return self
+
+
+def nearest_divisor(number: int, wanted: int) -> int:
+    """The divisor of `number` nearest to `wanted`, the smaller of two; 1 where none is near."""
+    wanted = min(wanted, number)
+    # A bound, since nobody waits for the divisors of a mistyped 10^18.
+    for distance in range(min(wanted, 100_000)):
+        for n in (wanted - distance, wanted + distance):
+            if number % n == 0:
+                return n
+    return 1
+
+
+def make_settings(*layers: Mapping[str, Any]) -> Settings:
+    """Settings from mappings, later ones first in rank; the defaults of different rewards are put together.
+
+    Raises UsageError with every mistake on one line.
+    """
+    merged: dict[str, Any] = {}
+    for layer in layers:
+        for name, value in flatten_tables(layer).items():
+            before = merged.get(name)
+            if name == "reward_defaults" and isinstance(value, Mapping) and isinstance(before, Mapping):
+                value = {**before, **value}
+            if isinstance(value, int) and abs(value) >= 2**63:  # More than a run file and torch can hold.
+                raise UsageError(f"Setting {name} = {shorten_value(value)}: a whole number must be below 2^63.")
+            merged[name] = value
+    try:
+        return Settings(**merged)
+    except ValidationError as error:
+        raise UsageError("; ".join(explain_error(e) for e in error.errors())) from error
+
+
+#: pydantic names which part of a union has refused a value.
+UNION_PART = re.compile(r"float|str|int|constrained-\w+|(literal|dict|list)\[.*")
+
+
+def explain_error(error: Any) -> str:
+    name = ".".join(part for part in map(str, error["loc"]) if not UNION_PART.fullmatch(part))
+    message = error["msg"].removeprefix("Value error, ")
+    if not name:
+        return str(message)
+    return f"Setting {name} = {shorten_value(error['input'])}: {message[0].lower() + message[1:]}."
+
+
+def shorten_value(value: Any) -> str:
+    """Write a value as an error shows it, cut where it is long."""
+    try:
+        text = repr(value)
+    except (ValueError, RecursionError):  # An integer of thousands of digits, or tables nested as deep.
+        return f"a very large {type(value).__name__}"
+    return text if len(text) <= 200 else f"{text[:200]}..."
