@@ -8,7 +8,7 @@ from .errors import UsageError
 
 
 def read_number(name: str, default: int) -> int:
-    """A variable of the environment as a whole number. Raises UsageError for anything else, as empty text."""
+    """Read a variable of the environment as a whole number. Raises UsageError for anything else."""
     text = os.environ.get(name, str(default))
     if not (text.isascii() and text.isdecimal() and len(text) < 19):
         raise UsageError(f"The environment has {name} = {text!r}: expected a whole number.")
@@ -16,7 +16,7 @@ def read_number(name: str, default: int) -> int:
 
 
 def check_numbers() -> None:
-    """Raise UsageError where a launcher has left something else than numbers, before anything is loaded."""
+    """Check that the launcher's variables are numbers, before anything is loaded. Raises UsageError."""
     for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE"):
         read_number(name, 0)
 

@@ -25,7 +25,7 @@ class SaveError(NftError):
 
 
 class CheckpointError(NftError):
-    """A checkpoint that is not whole, or does not fit the run."""
+    """A checkpoint is not whole, or does not fit the run."""
 
 
 class Stopped(NftError):
@@ -74,10 +74,10 @@ def unknown_name(kind: str, name: str, known: Iterable[str], hint: str = "", lis
 
 
 def describe_error(error: BaseException) -> str:
-    """The class of an error and what it says, which for a plug-in's own may raise in turn."""
+    """Describe an error by its class and its text."""
     try:
         return f"{type(error).__name__}: {error}"
-    except Exception:
+    except Exception:  # A plug-in's own error may be unable to say what it is.
         return type(error).__name__
 
 
@@ -98,19 +98,19 @@ REMEDIES = {
 
 
 def disk_advice(error: BaseException) -> str:
-    """What helps where the system refuses to write; the start of a sentence."""
+    """Say what helps where the system refuses to write, as the start of a sentence."""
     number = error.errno if isinstance(error, OSError) else None
     if number is None and (said := re.search(r"\(os error (\d+)\)", str(error))):  # as safetensors tells it
         number = int(said[1])
     return REMEDIES.get(number or 0, "Mend that")
 
 
-#: Folders of frames that say nothing of a plug-in.
+#: Folders whose lines in a traceback are not those of a plug-in or a user.
 OURS = {"nft_core", "nft_rewards", "nft_solvers", "nft_plugins", "importlib", "torch"}
 
 
 def locate_error(error: BaseException) -> str:
-    """` (FILE, line N)`: where the file that was called from here, a plug-in's or a user's, raised."""
+    """Locate an error in the file of a plug-in or a user, as ` (FILE, line N)`; empty where there is none."""
     frames = [f for f in traceback.extract_tb(error.__traceback__) if not f.filename.startswith("<")]
     theirs = [f for f in frames if not OURS & set(Path(f.filename).parts)]
     if not theirs or isinstance(error, SyntaxError):  # which says so itself
@@ -120,5 +120,6 @@ def locate_error(error: BaseException) -> str:
 
 
 def shorten_error(error: BaseException) -> str:
+    """Shorten an error's text to one line of at most 400 letters."""
     text = " ".join(str(error).split())
     return text if len(text) < 400 else text[:400] + " ..."

@@ -10,7 +10,7 @@ from typing import Any, TextIO, cast
 
 
 class Lasting:
-    """A text stream that takes everything. What cannot be written is lost; of standard output that is said."""
+    """A text stream whose writes never fail: what cannot be written is lost, which is said once."""
 
     def __init__(self, stream: TextIO) -> None:
         self.stream, self.failed = stream, False
@@ -22,7 +22,7 @@ class Lasting:
             code = self.stream.encoding or "ascii"
             return self.write(text.encode(code, "backslashreplace").decode(code))
         except (OSError, ValueError) as error:  # ValueError: it was closed.
-            self.lose(error)
+            self.report_loss(error)
             return len(text)
 
     def writelines(self, lines: Iterable[str]) -> None:
@@ -33,9 +33,9 @@ class Lasting:
         try:
             self.stream.flush()
         except (OSError, ValueError) as error:
-            self.lose(error)
+            self.report_loss(error)
 
-    def lose(self, error: Exception) -> None:
+    def report_loss(self, error: Exception) -> None:
         if self.failed:
             return
         self.failed = True
@@ -44,8 +44,8 @@ class Lasting:
             said = f"Standard output is gone ({cause}). The run goes on; its figures are in metrics.jsonl.\n"
             sys.stderr.write(said)
 
-    def let_go(self) -> None:
-        """Send what is still to come nowhere, where the stream has failed: Python flushes it when it ends."""
+    def discard_rest(self) -> None:
+        """Throw away the rest of a stream that has failed: Python's flush at its end would fail again."""
         self.flush()
         if self.failed:
             with suppress(OSError, ValueError):  # It may be no file.
@@ -59,7 +59,7 @@ class Lasting:
 
 @contextmanager
 def lasting_output() -> Iterator[None]:
-    """Inside, no failure of standard output or error is an error of whoever prints."""
+    """Let prints inside succeed even where standard output or error is gone."""
     before = sys.stdout, sys.stderr
     ours = Lasting(before[0]), Lasting(before[1])
     sys.stdout, sys.stderr = (cast(TextIO, stream) for stream in ours)
@@ -67,5 +67,5 @@ def lasting_output() -> Iterator[None]:
         yield
     finally:
         for stream in ours:
-            stream.let_go()
+            stream.discard_rest()
         sys.stdout, sys.stderr = before

@@ -1,4 +1,4 @@
-"""What libraries and plug-ins print that is not for a user of this one, or not there."""
+"""Keep what libraries and plug-ins print off the screen, or off standard output."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from importlib import import_module
 
 
 def silence_libraries(*libraries: str) -> None:
-    """No bars for files that diffusers or transformers read and no warnings of parts that are not used.
+    """Switch off the bars and warnings of diffusers or transformers for files that they read.
 
-    The bars of downloads stay.
+    The bars of downloads stay: a download takes long, and its user wants to see that it goes on.
     """
     # Documented there, but not marked as exported for type checkers.
     from huggingface_hub.utils import (  # type: ignore[attr-defined]
@@ -35,7 +35,7 @@ def silence_libraries(*libraries: str) -> None:
 def redirect_prints() -> Iterator[None]:
     """Send to standard error what plug-ins, and programs that they start, print to standard output.
 
-    There our tables and JSON go, which others read.
+    Standard output is for tables and JSON, which other programs read.
     """
     with redirect_stdout(sys.stderr):
         try:

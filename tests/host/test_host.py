@@ -364,21 +364,23 @@ def test_of_two_families_for_a_pipeline_none_is_taken_in_silence():
     from nft_plugins import ModelInfo
 
     host = load_host()
-    assert host.family("StableDiffusion3Pipeline") == "sd3" and host.family("NoSuchPipeline") is None
+    assert (
+        host.choose_family("StableDiffusion3Pipeline") == "sd3" and host.choose_family("NoSuchPipeline") is None
+    )
     card = ModelInfo("mine", "another", "plug:Mine", ("StableDiffusion3Pipeline",))
     host.models["mine"] = Registered(card, ("plug-mine (mine)",))
     with pytest.raises(
         UsageError, match=r"families 'sd3' of nft-hub \(nft_core\) and 'mine' of plug-mine \(mine\)"
     ):
-        host.family("StableDiffusion3Pipeline")
-    assert host.family("StableDiffusion3Pipeline", "mine") == "mine"
-    assert host.family("StableDiffusion3Pipeline", "sd3") == "sd3"
+        host.choose_family("StableDiffusion3Pipeline")
+    assert host.choose_family("StableDiffusion3Pipeline", "mine") == "mine"
+    assert host.choose_family("StableDiffusion3Pipeline", "sd3") == "sd3"
     with pytest.raises(
         UsageError, match="family = 'mine' handles StableDiffusion3Pipeline, and the model is a Flux"
     ):
-        host.family("FluxPipeline", "mine")
+        host.choose_family("FluxPipeline", "mine")
     with pytest.raises(UsageError, match="Unknown model family 'mien'. Did you mean 'mine'?"):
-        host.family("FluxPipeline", "mien")
+        host.choose_family("FluxPipeline", "mien")
 
 
 def test_deprecations_are_noted(site, monkeypatch):

@@ -49,7 +49,7 @@ Info = TypeVar("Info", RewardInfo, SolverInfo, ModelInfo, ObserverInfo, Preset)
 
 
 class Found(NamedTuple):
-    """An entry point, and the distribution that brings it; none, and a problem, where it cannot be read."""
+    """An entry point and the distribution that brings it. Without `entry`, `problem` says why."""
 
     entry: EntryPoint | None
     distribution: str
@@ -81,14 +81,14 @@ class Plugin:
     notes: list[str] = field(default_factory=list)
     traceback: str = ""
 
-    def broken(self, cause: str, mend: str = "", error: BaseException | None = None) -> None:
-        """Mark as broken; the first cause stays."""
+    def mark_broken(self, cause: str, mend: str = "", error: BaseException | None = None) -> None:
+        """Mark the plug-in as broken. A later call changes nothing: the first cause is the one to mend."""
         if self.status != "broken":
-            self.status, self.cause, self.mend = "broken", cause, mend or self.complaint
+            self.status, self.cause, self.mend = "broken", cause, mend or self.default_mend
             self.traceback = "".join(traceback.format_exception(error)) if error else ""
 
     @property
-    def complaint(self) -> str:
+    def default_mend(self) -> str:
         return f"tell the author of {self.distribution}, or pip uninstall {self.distribution}"
 
 
@@ -124,7 +124,9 @@ def discover(hooks: Hooks, cards: Cards) -> list[Plugin]:
             row.status, row.cause = "off", "not named in NFT_PLUGINS"
             continue
         if found.entry is None:
-            row.broken(found.problem, f"pip install --force-reinstall {row.distribution}, or pip uninstall it")
+            row.mark_broken(
+                found.problem, f"pip install --force-reinstall {row.distribution}, or pip uninstall it"
+            )
             continue
         with isolate_plugin(row, "looking at it"):
             module = load_entry_point(found.entry, row)
@@ -175,7 +177,7 @@ def find_entry_points() -> list[Found]:
 
 
 def read_entries(distribution: Distribution) -> tuple[list[EntryPoint], str]:
-    """A distribution's entry points of the group, or why they cannot be read."""
+    """Read a distribution's entry points of the group, or say why they cannot be read."""
     try:
         if ENTRY_POINT_GROUP not in (distribution.read_text("entry_points.txt") or ""):
             return [], ""
@@ -185,7 +187,7 @@ def read_entries(distribution: Distribution) -> tuple[list[EntryPoint], str]:
 
 
 def read_name(distribution: Distribution) -> tuple[str, str]:
-    """Name and version; by its folder where its metadata say nothing."""
+    """Read a distribution's name and version, from its folder's name where its metadata say nothing."""
     name, version = read_name_of_folder(distribution)
     try:
         metadata = distribution.metadata
@@ -195,7 +197,7 @@ def read_name(distribution: Distribution) -> tuple[str, str]:
 
 
 def read_name_of_folder(distribution: Distribution) -> tuple[str, str]:
-    """Name and version as NAME-VERSION.dist-info has them, which is quicker to read than metadata."""
+    """Read name and version from NAME-VERSION.dist-info, which is quicker than to open the metadata."""
     folder = getattr(distribution, "_path", None)
     if folder is None:  # Of a finder that knows no folders.
         return f"unnamed {id(distribution)}", "?"
@@ -204,14 +206,15 @@ def read_name_of_folder(distribution: Distribution) -> tuple[str, str]:
 
 
 def read_chosen_names() -> set[str] | None:
-    """The plug-ins that `NFT_PLUGINS` names; None where it is not set."""
+    """Read the plug-ins that `NFT_PLUGINS` names; None where it is not set, and all are loaded."""
     names = os.environ.get("NFT_PLUGINS")
     return None if names is None else {name.strip() for name in names.split(",")} - {""}
 
 
 def make_missing_row(name: str) -> Plugin:
+    """Make the row of a plug-in that `NFT_PLUGINS` names and nobody has installed."""
     row = Plugin(name, "?", "?")
-    row.broken(
+    row.mark_broken(
         "NFT_PLUGINS names it, and no plug-in of that name is installed", "install it, or mend NFT_PLUGINS"
     )
     return row
@@ -219,7 +222,7 @@ def make_missing_row(name: str) -> Plugin:
 
 @contextmanager
 def note_deprecations(row: Plugin) -> Iterator[None]:
-    """Notes of what the plug-in uses and a later contract will not have."""
+    """Note in the row what the plug-in uses inside and a later contract will not have; other warnings pass."""
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always", ContractDeprecation)
         yield
@@ -232,16 +235,19 @@ def note_deprecations(row: Plugin) -> Iterator[None]:
 
 @contextmanager
 def break_alone(row: Plugin, what: str) -> Iterator[None]:
-    """Whatever is raised inside, but for Ctrl-C, breaks the plug-in alone. what: was being done."""
+    """Mark the plug-in as broken where something is raised inside; only the user's Ctrl-C goes on.
+
+    what: was being done, in words.
+    """
     try:
         yield
     except Terminated:
         raise
     except BaseException as error:  # A panic of an extension in Rust is no Exception.
-        mend = row.complaint
+        mend = row.default_mend
         if isinstance(error, ModuleNotFoundError):
             mend = f"install the package that brings the module {error.name}, or {mend}"
-        row.broken(f"{what} raised {describe_error(error)}", mend, error)
+        row.mark_broken(f"{what} raised {describe_error(error)}", mend, error)
 
 
 def check_imported_contract() -> list[Plugin]:
@@ -286,6 +292,7 @@ def folder_of(package: Distribution) -> Path:
 
 
 def load_entry_point(entry: EntryPoint, row: Plugin) -> object | None:
+    """Import a plug-in's module; None, and a broken row, where that fails."""
     module: object | None = None
     with break_alone(row, f"importing {entry.value}"):
         module = entry.load()
@@ -293,38 +300,40 @@ def load_entry_point(entry: EntryPoint, row: Plugin) -> object | None:
 
 
 def check_contract(module: object, row: Plugin) -> bool:
-    """Whether the plug-in was written for this contract, where it says for which."""
+    """Check whether the plug-in was written for this contract; one that does not say for which passes."""
     declared = getattr(module, "CONTRACT", None)
     if declared is None:
         return True
     row.contract = str(declared)
     match = re.fullmatch(r"(\d+)\.(\d+)", row.contract)
     if not match:
-        row.broken(f'CONTRACT = {declared!r} is no contract version: expected "MAJOR.MINOR", as "{CONTRACT}"')
+        row.mark_broken(
+            f'CONTRACT = {declared!r} is no contract version: expected "MAJOR.MINOR", as "{CONTRACT}"'
+        )
         return False
     major, minor = (int(part) for part in CONTRACT.split("."))
     wanted, since = int(match[1]), int(match[2])
     cause = f"it was written for the contract {row.contract}, and this {OWN} has {CONTRACT}"
     if (wanted, since) > (major, minor):
-        row.broken(cause, f"pip install --upgrade {OWN}")
+        row.mark_broken(cause, f"pip install --upgrade {OWN}")
     elif wanted < major:
-        row.broken(cause, f"pip install --upgrade {row.distribution}, or tell its author")
+        row.mark_broken(cause, f"pip install --upgrade {row.distribution}, or tell its author")
     return row.status != "broken"
 
 
 def register_hooks(hooks: Hooks, module: object, row: Plugin) -> None:
-    """Register with pluggy, which looks at the hooks' names and arguments."""
+    """Register a plug-in's hooks with pluggy, which checks that their arguments exist."""
     if problem := find_hook_problem(module):
-        row.broken(problem)
+        row.mark_broken(problem)
         return
     try:
         hooks.register(module, f"{row.distribution}:{row.name}", partial(isolate_plugin, row))
     except (pluggy.PluginValidationError, ValueError) as error:
-        row.broken(" ".join(str(error).split()))
+        row.mark_broken(" ".join(str(error).split()))
 
 
 def find_hook_problem(plugin: object) -> str:
-    """What is wrong with the names of a module's or an object's hooks."""
+    """Find what is wrong with the names and marks of a plug-in's hooks; empty where nothing is."""
     specified = {name for name in vars(hookspecs) if name.startswith("nft_")}
     marks = {name: getattr(getattr(plugin, name, None), f"{PROJECT}_impl", None) for name in dir(plugin)}
     hooks = {mark.get("specname") or name for name, mark in marks.items() if isinstance(mark, dict)}
@@ -338,7 +347,7 @@ def find_hook_problem(plugin: object) -> str:
 
 
 def find_malformed_field(info: Any) -> str:
-    """What in a card is of another type than listings can show; empty where nothing is."""
+    """Find a field of a card whose type listings could not show; empty where all are well."""
     kinds: dict[str, tuple[type[Any], str]] = {
         "str": (str, "text"),
         "tuple[str, ...]": (tuple, "a tuple of texts"),
@@ -355,17 +364,20 @@ def find_malformed_field(info: Any) -> str:
 def _claim_name(
     info: Any, kind: type[Any], cards: MutableMapping[str, Registered[Any]], hook: str, row: Plugin
 ) -> None:
+    """Put a card under its name, or mark its plug-in as broken where it cannot stand there."""
     owner = f"{row.distribution} ({row.name})"
+    # In this order: a later check reads what the ones before it have looked at.
     if not isinstance(info, kind):
-        row.broken(f"{hook} registered a {type(info).__name__}, not a {kind.__name__}")
+        row.mark_broken(f"{hook} registered a {type(info).__name__}, not a {kind.__name__}")
     elif not isinstance(info.name, str) or not NAME.fullmatch(info.name):
-        row.broken(f"{info.name!r} is no name: lower-case letters, digits, _ and -")
+        row.mark_broken(f"{info.name!r} is no name: lower-case letters, digits, _ and -")
     elif wrong := find_malformed_field(info):
-        row.broken(f"the card of {info.name!r} has {wrong}")
+        row.mark_broken(f"the card of {info.name!r} has {wrong}")
     elif info.name in cards:
+        # Both claim it from here on, and whoever asks for the name is told of both.
         other = cards[info.name]
         cards[info.name] = Registered(other.info, (*other.owners, owner))
-        row.broken(
+        row.mark_broken(
             f"the name {info.name!r} is claimed by {' and '.join(cards[info.name].owners)}",
             f"pip uninstall {row.distribution}, or NFT_PLUGINS= with the plug-ins you want",
         )

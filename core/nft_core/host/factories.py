@@ -17,6 +17,7 @@ OFFERED = {"device", "make_reward"}
 
 
 def is_installed(module: str) -> bool:
+    """Whether a module could be imported; it is not imported for that, since it may be heavy."""
     try:
         return importlib.util.find_spec(module) is not None
     except (ImportError, ValueError):
@@ -24,7 +25,7 @@ def is_installed(module: str) -> bool:
 
 
 def import_factory(factory: str | Callable[..., Any]) -> Callable[..., Any]:
-    """The factory behind `module:attribute`. Raises NftError where it cannot be imported."""
+    """Import the factory behind `module:attribute`. Raises NftError where that fails."""
     if callable(factory):
         return factory
     module, _, attribute = factory.partition(":")
@@ -60,6 +61,7 @@ def call_factory(
             if name in named
             else parse_literal(value)
         )
+    # What the user gives comes before what is offered, such as device=cpu for one reward of a run on a GPU.
     given = {name: value for name, value in offered.items() if name in named} | given
     try:
         inspect.signature(call).bind(*arguments, **given)
@@ -80,6 +82,8 @@ def call_factory(
 
 
 def find_annotation(call: Callable[..., Any], name: str) -> Any:
+    """Find the type of a factory's parameter; Any where it has none or it cannot be evaluated."""
+    # The hints of a class are those of its fields, which may differ from its parameters.
     target = call.__init__ if inspect.isclass(call) else call
     try:
         return typing.get_type_hints(target).get(name, Any)
@@ -88,7 +92,10 @@ def find_annotation(call: Callable[..., Any], name: str) -> Any:
 
 
 def convert_option(what: str, name: str, value: Any, kind: Any) -> Any:
-    """A value of the annotated type from the command line, where it is a string, or from TOML."""
+    """Convert an option's value to the annotated type; on the command line it is text, in TOML a value.
+
+    Raises UsageError for a value that does not have that type.
+    """
     from pydantic import PydanticSchemaGenerationError, TypeAdapter, ValidationError
 
     plain = parse_literal(value)
@@ -111,7 +118,7 @@ def convert_option(what: str, name: str, value: Any, kind: Any) -> Any:
 
 
 def parse_literal(value: Any) -> Any:
-    """Numbers, true, false, null and lists as JSON writes them, and none; other strings as they are."""
+    """Read text as JSON where it is JSON, such as numbers and lists; `none` is None, other text stays text."""
     if isinstance(value, str) and value.lower() == "none":
         return None
     try:

@@ -75,6 +75,7 @@ class Host:
         inside: names of the rewards that this one is made for.
         """
         loaded = {} if loaded is None else loaded
+        # Equal entries share one object, so that a model's weights are in memory once.
         key = (name if isinstance(name, str) else id(name), repr(sorted(options.items())))
         if key in loaded:
             return loaded[key]
@@ -156,7 +157,7 @@ class Host:
             raise NftError(f"The factory of the {what} gave {type(made).__name__}, not a model.")
         return made
 
-    def family(self, pipeline: str, chosen: str = "") -> str | None:
+    def choose_family(self, pipeline: str, chosen: str = "") -> str | None:
         """The name of the family that handles a pipeline's class; None where there is none.
 
         chosen: by the user. Raises UsageError where it does not handle the class, and where nothing is chosen
@@ -189,8 +190,8 @@ class Host:
             )
         return cards[name]
 
-    def lacks(self, row: Plugin) -> list[str]:
-        """What a plug-in offers and this environment cannot run, with what mends it."""
+    def list_missing_modules(self, row: Plugin) -> list[str]:
+        """List what a plug-in offers and this environment cannot run, with the command that helps."""
         return [
             f"{name} needs {', '.join(missing)}: {advise_install(card)}"
             for cards in self.cards.values()
@@ -216,10 +217,10 @@ class Host:
                 except NftError as error:
                     mend = advise_install(card) if find_missing_modules(card) else ""
                     for owner in card.owners:
-                        rows[owner].broken(str(error), mend, error.__cause__)
+                        rows[owner].mark_broken(str(error), mend, error.__cause__)
 
     def _hint(self) -> str:
-        """Who else might have brought a name that nobody has."""
+        """Say which plug-ins might have brought an unknown name: those that are broken or switched off."""
         broken = [f"{p.name} is broken: {p.cause}" for p in self.plugins if p.status == "broken"]
         off = [p.name for p in self.plugins if p.status == "off"]
         said = [f"Of the plug-ins {'; '.join(broken)} (`nft plugins` says what mends it)."] if broken else []
@@ -227,22 +228,22 @@ class Host:
 
 
 def load_host() -> Host:
-    """A host with every plug-in of this environment that `NFT_PLUGINS` allows."""
+    """Load a host with every plug-in of this environment that `NFT_PLUGINS` allows."""
     host = Host(Hooks())
     host.plugins += discover(host.hooks, host.cards)
     for row in host.plugins:
-        row.notes += host.lacks(row)
+        row.notes += host.list_missing_modules(row)
     return host
 
 
 def name_card(kind: str, card: Registered[Any]) -> str:
-    """What messages call it: a stranger's with the package that brings it."""
+    """Name a card in a message: kind and name, and for a stranger's the package that brings it."""
     brought = "" if card.built_in or not card.distribution else f" of {card.distribution}"
     return f"{kind} {card.info.name!r}{brought}"
 
 
 def find_missing_modules(card: Registered[Any]) -> list[str]:
-    """The modules that a card names and this environment does not have."""
+    """List the modules that a card names and this environment does not have."""
     return [m for m in getattr(card.info, "modules", ()) if not is_installed(m)]
 
 
@@ -253,7 +254,7 @@ def require_modules(card: Registered[Any], what: str) -> None:
 
 
 def advise_install(card: Registered[Any]) -> str:
-    """The command that brings a card's modules."""
+    """Say which command installs a card's modules."""
     if card.info.extra:
         return f'pip install "{card.distribution}[{card.info.extra}]"'
     return f"see the documentation of {card.distribution}"

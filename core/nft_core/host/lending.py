@@ -75,14 +75,14 @@ def lend_batch(batch: Batch) -> Batch:
 
 
 def read_version(tensor: Tensor) -> tuple[int, bool]:
-    """What is another where something was written to the tensor."""
+    """Read a version of the tensor that changes when something is written to it."""
     import torch
 
     return 0 if tensor.is_inference() else tensor._version, torch._C._is_cow_tensor(tensor)  # type: ignore[attr-defined]
 
 
 def copy_arrays(value: T) -> T:
-    """Tensors, arrays, and lists, tuples and dictionaries of them: what is written to them nobody else sees."""
+    """Copy tensors, arrays, and lists, tuples and dictionaries of them: nobody else sees writes to them."""
     import numpy as np
     import torch
 
@@ -122,7 +122,7 @@ def lend_picture(image: Image) -> Image:
 
 
 def copy_for_plugin(value: Any) -> Any:
-    """Lists and mappings of any depth that can be changed and nobody else sees it, of a batch or scores too."""
+    """Copy a value that a plug-in is given, to any depth, so that nobody else sees what it changes."""
     kind = type(value)
     if kind in PLAIN:
         return value
@@ -163,13 +163,16 @@ class Inside:
 
 #: What the main thread may change for a moment, as when a model chooses its kernel of attention.
 OF_MOMENTS = (*NUMBERS, "the standard streams")
-#: What `quiet_moment` has noted of it.
+#: What `trust_main_thread` has noted of it.
 trusted: Noted = []
 
 
 @contextmanager
 def trust_main_thread() -> Iterator[None]:
-    """Inside, other threads put OF_MOMENTS back to what it is now, while no model and no reward is at work."""
+    """Let other threads take the state of OF_MOMENTS as it is now for the one to put back, while inside.
+
+    To be entered while no model and no reward is at work: what the main thread changes later is not theirs.
+    """
     global trusted
     outer, trusted = trusted, [(p, value) for p, value in noted(shared_places()) if p.name in OF_MOMENTS]
     try:

@@ -42,7 +42,7 @@ def is_reference(name: str) -> bool:
 
 
 def load_object(reference: str) -> Any:
-    """The object behind `FILE.py:NAME`, the file as seen from the current folder, or `MODULE:NAME`.
+    """Load the object behind `FILE.py:NAME`, the file as seen from the current folder, or `MODULE:NAME`.
 
     Raises UsageError for a file, a module or a name that is not there, and NftError for a file that cannot
     be imported.
@@ -68,7 +68,7 @@ def load_object(reference: str) -> Any:
 
 
 def import_file(path: Path) -> ModuleType:
-    """The module of a file, with the modules beside it in reach, as `python FILE.py` has them."""
+    """Import a file, which may import the modules beside it, as with `python FILE.py`."""
     if not path.is_file():
         place = "" if path.is_absolute() else f" in {Path.cwd()}"
         raise UsageError(
@@ -93,7 +93,7 @@ def import_file(path: Path) -> ModuleType:
 
 
 def import_module(name: str) -> ModuleType:
-    """A module that is installed or stands in the current folder."""
+    """Import a module that is installed or stands in the current folder."""
     add_import_folder(Path.cwd())
     try:
         with keep_state(f"the import of {name}", making=True):
@@ -108,13 +108,13 @@ def import_module(name: str) -> ModuleType:
 
 
 def add_import_folder(folder: Path) -> None:
-    """Let modules in a folder be imported; last, so that none stands before an installed one."""
+    """Add a folder to those that modules are imported from: last, so that none hides an installed one."""
     if str(folder) not in sys.path:
         sys.path.append(str(folder))
 
 
 def make_local_card(name: str | Callable[..., Any]) -> Registered[RewardInfo]:
-    """The card of a reward that nobody has registered: a reference, or a Python function, class or object.
+    """Make the card of a reward that nobody has registered: a reference, or a Python function, class or object.
 
     A class, or a function that takes no field of the batch, is a factory: its parameters are the options.
     A function that takes fields is the reward, and its other parameters are the options.
@@ -128,7 +128,7 @@ def make_local_card(name: str | Callable[..., Any]) -> Registered[RewardInfo]:
 
 
 def make_factory(target: Callable[..., Any], title: str) -> Callable[..., Any]:
-    """What makes a reward of `target`, with its options, and nothing else, as its signature."""
+    """Make a factory of a reward from `target`; the options are its whole signature."""
     is_object = not inspect.isclass(target) and not inspect.isroutine(target)
     if is_object:
         return lambda: adapt_reward(target, title)
@@ -156,6 +156,7 @@ def make_factory(target: Callable[..., Any], title: str) -> Callable[..., Any]:
 
 
 def read_annotations(function: Any) -> dict[str, Any]:
+    """Read the types of a function's parameters; none where they cannot be evaluated."""
     try:
         return typing.get_type_hints(function)
     except (NameError, TypeError, AttributeError):
@@ -163,12 +164,12 @@ def read_annotations(function: Any) -> dict[str, Any]:
 
 
 def list_batch_fields(function: Any) -> tuple[str, ...]:
-    """The fields of the batch among a function's parameters."""
+    """List the fields of the batch among a function's parameters."""
     return tuple(n for n in inspect.signature(function).parameters if n in FIELDS)
 
 
 def adapt_reward(made: Any, title: str) -> Any:
-    """What a factory made, as a reward."""
+    """Make a reward of what a factory made. Raises NftError where that cannot be called."""
     if not callable(made):
         raise NftError(
             f"{title} gave {type(made).__name__}, not a reward: a function or an object with __call__."
@@ -202,7 +203,7 @@ class FunctionReward:
 
 
 def convert_to_scores(result: Any, size: int, title: str) -> Scores:
-    """What a function returned, as scores: None and what is not finite are invalid.
+    """Convert what a function returned to scores: None and what is not finite are invalid.
 
     Raises NftError for what is neither `Scores` nor `size` numbers in a list, an array or a tensor.
     """
@@ -226,6 +227,7 @@ def convert_to_scores(result: Any, size: int, title: str) -> Scores:
 
 
 def convert_to_tensor(result: Any) -> Tensor:
+    """Convert numbers to a float32 tensor; what is None becomes NaN. Raises TypeError for other things."""
     import numpy as np
     import torch
 
@@ -244,6 +246,7 @@ def convert_to_tensor(result: Any) -> Tensor:
 
 
 def describe_value(value: Any) -> str:
+    """Describe a value by its type and the start of its text."""
     if value is None:
         return "None: is a return missing?"
     text = repr(value)

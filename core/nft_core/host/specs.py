@@ -12,7 +12,7 @@ from ..errors import UsageError
 FORM = "NAME[=WEIGHT][,KEY=VALUE...], such as pickscore, ocr=0.5 or ocr=0.5,upscale=4"
 OBSERVER_FORM = "NAME[,KEY=VALUE...], such as tensorboard or wandb,project=ocr"
 OnError: TypeAlias = Literal["stop", "mask", "skip"]
-#: Bounds that no run needs to pass, so that a slip of the keyboard is told at once.
+#: No run needs more than these, so a larger number is a typing error, which is reported at once.
 MOST_RETRIES, MOST_SECONDS, MOST_WEIGHT = 1000, 1e6, 1e30
 
 
@@ -29,8 +29,8 @@ class FailurePolicy:
     retry: int = 0
     max_seconds: float = 0.0
 
-    def words(self) -> dict[str, Any]:
-        """What differs from the default, as a spec has it."""
+    def list_changes(self) -> dict[str, Any]:
+        """List what differs from the default, as a spec writes it."""
         return {name: value for name, value in vars(self).items() if value != getattr(FailurePolicy, name)}
 
 
@@ -51,7 +51,7 @@ class RewardSpec:
     guard: FailurePolicy = FailurePolicy()
 
     def __str__(self) -> str:
-        words = {**self.options, **self.guard.words()}
+        words = {**self.options, **self.guard.list_changes()}
         return f"{self.name}={self.weight!r}" + "".join(f",{key}={value}" for key, value in words.items())
 
     def with_options(self, options: Mapping[str, Any]) -> RewardSpec:
@@ -80,7 +80,7 @@ def parse_reward(
     given: str | Mapping[str, Any] | Callable[..., Any],
     defaults: Mapping[str, Mapping[str, Any]] | None = None,
 ) -> RewardSpec:
-    """A spec from its text, from a TOML table with `name`, `weight` and options, or from a function.
+    """Make a spec from its text, from a TOML table with `name`, `weight` and options, or from a function.
 
     defaults: options by reward name, where the spec does not give them.
     Raises UsageError for a text or table of another form, a weight that is no finite number, or a word of the
@@ -96,13 +96,13 @@ def parse_reward(
 
 
 def split_options(options: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
-    """The guard's words among options, and the factory's options."""
+    """Split options into the words of the failure policy and the options of the factory."""
     words = {name: value for name, value in options.items() if name in RESERVED}
     return words, {name: value for name, value in options.items() if name not in RESERVED}
 
 
 def parse_failure_policy(words: Mapping[str, Any], name: str, base: FailurePolicy) -> FailurePolicy:
-    """`base` with some words changed, which come from a command line, TOML or Python.
+    """Change some words of `base`, which come from a command line, TOML or Python.
 
     Raises UsageError, naming the reward, for a value that a word does not have.
     """
@@ -129,6 +129,7 @@ def parse_failure_policy(words: Mapping[str, Any], name: str, base: FailurePolic
 
 
 def _shorten_value(value: Any) -> str:
+    """Shorten a value's text for a message."""
     try:
         text = repr(value)
     except (ValueError, RecursionError):  # An integer of thousands of digits, or lists nested as deep.
@@ -137,7 +138,7 @@ def _shorten_value(value: Any) -> str:
 
 
 def _parse_number(value: Any) -> float:
-    """NaN, which is in no range, for what is no number."""
+    """Convert to a number; NaN, which is in no range, for what is none."""
     try:
         return math.nan if isinstance(value, bool) else float(value)
     except (TypeError, ValueError, OverflowError):
@@ -145,7 +146,7 @@ def _parse_number(value: Any) -> float:
 
 
 def parse_observer(given: str | Mapping[str, Any]) -> ObserverSpec:
-    """A spec from its text, or from a TOML table with `name` and options.
+    """Make a spec from its text, or from a TOML table with `name` and options.
 
     Raises UsageError for a text or table of another form.
     """
@@ -156,7 +157,7 @@ def parse_observer(given: str | Mapping[str, Any]) -> ObserverSpec:
 
 
 def _parse_spec(given: str | Mapping[str, Any], what: str, form: str) -> tuple[str, Any, dict[str, Any]]:
-    """Name, weight (empty where there is none) and options."""
+    """Split a spec into its name, its weight (empty where there is none) and its options."""
     if isinstance(given, Mapping):
         options = dict(given)
         name, weight = options.pop("name", ""), options.pop("weight", "")
@@ -179,7 +180,7 @@ def _parse_spec(given: str | Mapping[str, Any], what: str, form: str) -> tuple[s
 
 
 def parse_weight(weight: Any, name: str) -> float:
-    """The weight as a number. Raises UsageError for what is no finite number, or larger than MOST_WEIGHT."""
+    """Convert a weight to a number. Raises UsageError where it is not finite, or larger than MOST_WEIGHT."""
     try:
         number = float(weight)
     except (TypeError, ValueError, OverflowError):

@@ -67,7 +67,7 @@ def find_family(settings: Settings, host: Host) -> tuple[str, Mapping[str, Any]]
             "and so does --tiny, which brings its own small model."
         ) from error
     pipeline = str(index["_class_name"])
-    family = host.family(pipeline, settings.family)
+    family = host.choose_family(pipeline, settings.family)
     if family is None:
         from ..models.checks import explain_unknown_pipeline
 
