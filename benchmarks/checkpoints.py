@@ -5,6 +5,8 @@ import json
 import math
 import string
 from itertools import product
+from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -27,7 +29,7 @@ from transformers import (
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
 #: Width, layers and heads of the image and the text tower; width of embeddings; activation.
-CLIPS = {
+CLIPS: dict[str, dict[str, tuple[tuple[int, int, int], tuple[int, int, int], int, str]]] = {
     "full": {
         "vit-h": ((1280, 32, 16), (1024, 24, 16), 1024, "gelu"),
         "vit-l": ((1024, 24, 16), (768, 12, 12), 768, "quick_gelu"),
@@ -42,7 +44,7 @@ HPSV2 = {"full": "ViT-H-14", "small": "ViT-S-32"}
 WORDS = ["".join(letters) for letters in product(string.ascii_lowercase, repeat=3)]
 
 
-def randomise(model):
+def randomise(model: Any) -> Any:
     """Weights that let images and prompts make a difference: of the size of 1 / sqrt(inputs), norms about 1."""
     source = torch.Generator(next(model.parameters()).device).manual_seed(0)
     for name, p in model.named_parameters():
@@ -55,11 +57,11 @@ def randomise(model):
     return model
 
 
-def clip(folder, kind, size="full"):
+def clip(folder: Path, kind: str, size: str = "full") -> str:
     """A CLIPModel as the hub has it, with the names of older files; tokens are short. Gives the folder."""
     vision, text, width, activation = CLIPS[size][kind]
 
-    def sizes(tower):
+    def sizes(tower: tuple[int, int, int]) -> dict[str, Any]:
         hidden, layers, heads = tower
         shape = {"hidden_size": hidden, "intermediate_size": 4 * hidden, "hidden_act": activation}
         return shape | {"num_hidden_layers": layers, "num_attention_heads": heads}
@@ -69,7 +71,8 @@ def clip(folder, kind, size="full"):
     merges += [(first, last + "</w>") for first, last in merges]
     vocab = ["<|startoftext|>", "<|endoftext|>", *letters, *(c + "</w>" for c in letters)]
     vocab += [first + last for first, last in merges]
-    tokenizer = CLIPTokenizer(vocab={t: i for i, t in enumerate(vocab)}, merges=merges, model_max_length=77)
+    ids: dict[str, Any] = {"vocab": {t: i for i, t in enumerate(vocab)}, "merges": merges}
+    tokenizer = CLIPTokenizer(**ids, model_max_length=77)
     config = CLIPConfig(
         text_config=sizes(text) | {"vocab_size": 49408, "max_position_embeddings": 77, "eos_token_id": 1},
         vision_config=sizes(vision) | {"image_size": 224, "patch_size": 14},
@@ -85,7 +88,7 @@ def clip(folder, kind, size="full"):
     return str(folder)
 
 
-def hpsv2(folder, size="full"):
+def hpsv2(folder: Path, size: str = "full") -> str:
     """HPSv2's file, in half precision as published. Gives the folder."""
     import open_clip
 
@@ -96,21 +99,27 @@ def hpsv2(folder, size="full"):
     return str(folder)
 
 
-def mask2former(folder, size="full"):
+def mask2former(folder: Path, size: str = "full") -> str:
     """facebook/mask2former-swin-small-coco-instance's sizes, sure of its classes so that it finds objects."""
     from nft_rewards.mask2former import COCO
 
     torch.manual_seed(0)
-    stages = [f"stage{i}" for i in range(1, 5)]
-    names = {"id2label": dict(enumerate(COCO)), "label2id": {name: i for i, name in enumerate(COCO)}}
+    stages: dict[str, Any] = {"out_features": [f"stage{i}" for i in range(1, 5)]}
+    names: dict[str, Any] = {
+        "id2label": dict(enumerate(COCO)),
+        "label2id": {name: i for i, name in enumerate(COCO)},
+    }
     if size == "full":
-        swin = SwinConfig(embed_dim=96, depths=[2, 2, 18, 2], num_heads=[3, 6, 12, 24], out_features=stages)
+        swin = SwinConfig(embed_dim=96, depths=[2, 2, 18, 2], num_heads=[3, 6, 12, 24], **stages)
         config = Mask2FormerConfig(backbone_config=swin, **names)
     else:
-        swin = SwinConfig(
-            embed_dim=8, depths=[1] * 4, num_heads=[1, 2, 2, 2], window_size=4, out_features=stages
-        )
-        sizes = {"feature_size": 32, "mask_feature_size": 32, "hidden_dim": 32, "encoder_layers": 1}
+        swin = SwinConfig(embed_dim=8, depths=[1] * 4, num_heads=[1, 2, 2, 2], window_size=4, **stages)
+        sizes: dict[str, Any] = {
+            "feature_size": 32,
+            "mask_feature_size": 32,
+            "hidden_dim": 32,
+            "encoder_layers": 1,
+        }
         config = Mask2FormerConfig(backbone_config=swin, decoder_layers=2, num_queries=12, **sizes, **names)
     model = Mask2FormerForUniversalSegmentation(config)
     model.class_predictor.weight.data.mul_(60)
@@ -118,19 +127,19 @@ def mask2former(folder, size="full"):
     return str(folder)
 
 
-def imagereward(folder, size="full"):
+def imagereward(folder: Path, size: str = "full") -> str:
     """ImageReward's weights under their published names, and a tokenizer of short words. Gives the folder."""
     from nft_rewards.blip import MED_CONFIG, SAFETENSORS, TEXT, VISION, BLIPScore, published_name
 
-    less = {"num_hidden_layers": 2} if size == "small" else {}
-    config = TEXT | less | {"vision": VISION | less}
+    less: dict[str, Any] = {"num_hidden_layers": 2} if size == "small" else {}
+    config: dict[str, Any] = TEXT | less | {"vision": VISION | less}
     model = randomise(BLIPScore(VISION | less, TEXT | less))
     folder.mkdir(parents=True, exist_ok=True)
     save_file({published_name(name): w for name, w in model.state_dict().items()}, folder / SAFETENSORS)
     (folder / MED_CONFIG).write_text(json.dumps(config))
     letters = [*string.ascii_lowercase, *(f"##{letter}" for letter in string.ascii_lowercase)]
     vocab = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *letters, *WORDS]
-    vocab += [f"[unused{i}]" for i in range(TEXT["vocab_size"] - 2 - len(vocab))]
+    vocab += [f"[unused{i}]" for i in range(config["vocab_size"] - 2 - len(vocab))]
     (folder / "vocab.txt").write_text("\n".join(vocab) + "\n")
     (folder / "tokenizer_config.json").write_text('{"do_lower_case": true}')
     return str(folder)

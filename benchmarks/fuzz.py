@@ -32,7 +32,7 @@ from nft_core.host.specs import parse_observer, parse_reward
 from nft_core.prompts import read_prompts
 from nft_core.runs.checkpoint import MANIFEST, read_manifest
 from nft_core.runs.observers.metrics import FILE, read_records
-from nft_core.settings import Settings, make_settings, parse_assignment, read_toml, shorten_value, to_toml
+from nft_core.settings import make_settings, parse_assignment, read_toml, shorten_value, to_toml
 
 #: Seconds after which an input counts as a hang, on a machine that may be busy.
 HANG = 20.0
@@ -234,7 +234,7 @@ def read_prompt_file(name: str) -> Callable[[bytes, Path], None]:
 
 
 # Settings.
-DEFAULTS = Settings().model_dump(mode="json")
+DEFAULTS = make_settings({}).model_dump(mode="json")
 FIELDS = list(DEFAULTS)
 
 
@@ -449,7 +449,8 @@ def fuzz(target: Target, count: int, start: int = 0) -> Outcome:
 
     Raises AssertionError, too, for what was written outside the folder of the input.
     """
-    result, seen = Outcome(), set()
+    result = Outcome()
+    seen: set[int] = set()
     before, here = time.perf_counter(), Path.cwd()
     with tempfile.TemporaryDirectory() as name:
         around = Path(name).resolve()

@@ -2,15 +2,17 @@
 
 python benchmarks/margins.py RUN [CHECKPOINT]
 
-Paints the held-out prompts of a finished `nft run --tiny --reward geneval` with the base model and with the
-run's last checkpoint, and counts a shape only where its overlap with its own outline exceeds that with every
-other kind's by a margin. Margin 0 is the reward's own detector. Were shapes learned that lie between two, the
-share of them that keep a margin would fall.
+Generates images of the held-out prompts of a finished `nft run --tiny --reward geneval` with the base model and
+with the run's last checkpoint, and counts a shape only where its overlap with its own outline exceeds that with
+every other kind's by a margin. Margin 0 is the reward's own detector. Were shapes learned that lie between two,
+the share of them that keep a margin would fall.
 """
 
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 from diffusers import SD3Transformer2DModel
 
 from nft_core.host.host import load_host
@@ -22,29 +24,36 @@ from nft_core.sampling.rollout import roll_out
 from nft_core.settings import make_settings, read_toml
 from nft_core.training.gallery import Gallery
 from nft_tiny import detector
+from nft_tiny.scenes import SHAPES
 
 MARGINS = (0.0, 0.03, 0.06, 0.1)
+#: Kind, colour and box.
+Shape = tuple[str, str, detector.Box]
 
 
-def margin_of(pixels, contrast, background, shape):
-    """By how much a recognised shape's overlap exceeds that of the next kind."""
+def measure_margin(pixels: np.ndarray, contrast: np.ndarray, background: np.ndarray, shape: Shape) -> float:
+    """Return by how much a recognised shape's overlap exceeds that with the next kind."""
     label, color, box = shape
     ink = detector.PALETTE[detector.NAMES.index(color)] - background
     covered = ((pixels - background) @ ink / (ink @ ink)).clip(0, 1) * (contrast > 0)
-    overlaps = {kind: detector.fitted(covered, kind, box)[0] for kind in detector.SHAPES}
+    overlaps = {kind: detector.fitted(covered, kind, box)[0] for kind in SHAPES}
     return overlaps.pop(label) - max(overlaps.values())
 
 
-def stricter(margin, recognise=detector.recognise):
-    def by_margin(pixels, contrast, background):
+def make_stricter(
+    margin: float, recognise: Callable[..., Shape | None] = detector.recognise
+) -> Callable[..., Shape | None]:
+    """Return a `recognise` that knows a shape only where it keeps the margin."""
+
+    def by_margin(pixels: np.ndarray, contrast: np.ndarray, background: np.ndarray) -> Shape | None:
         shape = recognise(pixels, contrast, background)
-        clear = shape is None or not margin or margin_of(pixels, contrast, background, shape) >= margin
+        clear = shape is None or not margin or measure_margin(pixels, contrast, background, shape) >= margin
         return shape if clear else None
 
     return by_margin
 
 
-def main():
+def main() -> None:
     folder = Path(sys.argv[1])
     settings = make_settings(read_toml(folder / "run.toml"), {"processes": 1, "device": "cpu"})
     host = load_host()
@@ -62,15 +71,15 @@ def main():
             model.transformer.load_state_dict(weights)
         draws = Draws(held_out, range(len(held_out)), settings.eval_images, settings.seed, "eval", 0)
         gallery = Gallery(draws)  # Pictures of the embedded world are small: all are kept.
-        painted = roll_out(
+        rollout = roll_out(
             run.eval_sampler, draws, run.eval_condition, reward, run.progress, run.phase, look=gallery.add
         )
-        batch, _ = gallery.shown(painted.scores, device)
+        batch, _ = gallery.shown(rollout.scores, device)
         row = []
         for margin in MARGINS:
-            detector.recognise = stricter(margin)
+            detector.recognise = make_stricter(margin)
             row.append(float(reward(batch).details["geneval/strict"].mean()))
-        detector.recognise = stricter(0.0)
+        detector.recognise = make_stricter(0.0)
         print(f"| {name} | {' | '.join(f'{x:.3f}' for x in row)} |", flush=True)
 
 

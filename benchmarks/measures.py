@@ -115,7 +115,12 @@ class Clock:
     def figures(self) -> dict[str, Any]:
         """Of the epoch that has ended."""
         phases, busy = ({n: s for n, s in of.items() if n != NOT_COUNTED} for of in (self.seconds, self.busy))
-        figures = {"seconds": sum(phases.values()), "cpu": self.cpu, "phases": phases, "busy": busy}
+        figures: dict[str, Any] = {
+            "seconds": sum(phases.values()),
+            "cpu": self.cpu,
+            "phases": phases,
+            "busy": busy,
+        }
         figures["flops"] = self.flops
         if self.device.type == "cuda":
             figures["peak_bytes"] = torch.cuda.max_memory_allocated(self.device)

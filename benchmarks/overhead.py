@@ -30,7 +30,7 @@ from typing import Any
 HERE = Path(__file__).parents[1]
 
 
-def run(tree: Path, epochs: int, assignments: list[str]) -> list[dict]:
+def run(tree: Path, epochs: int, assignments: list[str]) -> list[dict[str, Any]]:
     """The epoch lines of a run of that tree's code."""
     with tempfile.TemporaryDirectory() as place:
         folder = Path(place) / "run"
@@ -99,7 +99,7 @@ def arguments(folder: Path, epochs: int, assignments: list[str]) -> list[str]:
     return [*words, "--out", str(folder), *(word for a in settings for word in ("--set", a))]
 
 
-def figures(records: list[dict]) -> dict[str, float]:
+def figures(records: list[dict[str, Any]]) -> dict[str, float]:
     span = records[-1]["seconds"] - records[0]["seconds"]
     return {
         "epoch": statistics.median(r["epoch_seconds"] for r in records[1:]),

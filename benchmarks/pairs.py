@@ -1,11 +1,13 @@
 """Pictures and prompts for the comparisons with authors' packages, whose environments hold little else."""
 
+from collections.abc import Iterator, Sequence
+
 import torch
 
 from nft_plugins import Batch
 
 
-def batches(prompts, sizes):
+def batches(prompts: Sequence[str], sizes: Sequence[tuple[int, int]]) -> Iterator[Batch]:
     """Smooth and noisy images of several sizes, each prompt with each size."""
     for height, width in sizes:
         g = torch.Generator().manual_seed(height)

@@ -13,9 +13,11 @@ in their deviations.
 import argparse
 import importlib.util
 import tempfile
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from time import perf_counter
+from typing import Any
 
 import checkpoints
 import numpy as np
@@ -23,16 +25,19 @@ import torch
 from transformers import CLIPModel, CLIPProcessor
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
-from nft_plugins import Batch
+from nft_plugins import Batch, Reward
 from nft_rewards.aesthetic import Aesthetic
 from nft_rewards.clipscore import CLIPScore
 from nft_rewards.pickscore import PickScore
 
+#: A reward of ours, given its precision, and the library's score `[1, 1]` of an image and a prompt.
+Sides = tuple[Callable[..., Reward], Callable[[Any, str], torch.Tensor]]
+Embed = Callable[[Any], torch.Tensor]
 PROMPTS = ("a photo of a red fox", "two cats and a dog under a very large blue tree at night")
 HEAD = {0: (1024, 768), 2: (128, 1024), 4: (64, 128), 6: (16, 64), 7: (1, 16)}
 
 
-def pictures():
+def pictures() -> Iterator[tuple[str, np.ndarray]]:
     """`[3, H, W]`: gradients, noise, waves; not square, tiny and huge."""
     rng = np.random.default_rng(0)
     y, x = np.mgrid[0:1:600j, 0:1:360j]
@@ -45,23 +50,23 @@ def pictures():
     yield "huge 1500 x 2000", np.kron(rng.random((3, 30, 40)), np.ones((1, 50, 50)))
 
 
-def batches():
+def batches() -> Iterator[tuple[str, Batch]]:
     for name, picture in pictures():
         images = torch.from_numpy(picture).float().expand(len(PROMPTS), -1, -1, -1)
         yield name, Batch(images, list(PROMPTS), [{}] * len(PROMPTS), torch.arange(len(PROMPTS)))
 
 
-def reference(folder):
+def reference(folder: str) -> tuple[Embed, Embed, float]:
     """Image features `[1, D]` of a PIL image and text features of a prompt, of unit length; logit scale."""
     model, processor = CLIPModel.from_pretrained(folder).eval(), CLIPProcessor.from_pretrained(folder)
     # Where torchvision is, the processor's own would resize with it and not with PIL.
     processor.image_processor = CLIPImageProcessorPil.from_pretrained(folder)
 
-    def image(picture):
+    def image(picture: Any) -> torch.Tensor:
         inputs = processor(images=picture, return_tensors="pt")
         return torch.nn.functional.normalize(model.get_image_features(**inputs).pooler_output, dim=-1)
 
-    def text(prompt):
+    def text(prompt: str) -> torch.Tensor:
         inputs = processor(text=prompt, padding="max_length", truncation=True, return_tensors="pt")
         inputs = {"input_ids": inputs.input_ids}
         return torch.nn.functional.normalize(model.get_text_features(**inputs).pooler_output, dim=-1)
@@ -69,19 +74,19 @@ def reference(folder):
     return image, text, float(model.logit_scale.exp())
 
 
-def pickscore(place, size):
+def pickscore(place: Path, size: str) -> Sides:
     folder = checkpoints.clip(place, "vit-h", size)
     image, text, scale = reference(folder)
     return partial(PickScore, folder), lambda i, p: scale * (image(i) @ text(p).T)
 
 
-def clipscore(place, size):
+def clipscore(place: Path, size: str) -> Sides:
     folder = checkpoints.clip(place, "vit-l", size)
     image, text, _ = reference(folder)
     return partial(CLIPScore, folder), lambda i, p: image(i) @ text(p).T
 
 
-def aesthetic(place, size):
+def aesthetic(place: Path, size: str) -> Sides:
     folder = checkpoints.clip(place, "vit-l", size)
     source = torch.Generator().manual_seed(1)
     state = {}
@@ -92,7 +97,7 @@ def aesthetic(place, size):
     torch.save(state, file)
     image, _, _ = reference(folder)
 
-    def score(picture, prompt):
+    def score(picture: Any, prompt: str) -> torch.Tensor:
         x = image(picture)
         for i in HEAD:
             x = x @ state[f"layers.{i}.weight"].T + state[f"layers.{i}.bias"]
@@ -101,7 +106,7 @@ def aesthetic(place, size):
     return partial(Aesthetic, str(file), clip=folder), score
 
 
-def hpsv2(place, size):
+def hpsv2(place: Path, size: str) -> Sides:
     import open_clip
     import torchvision.transforms.functional as F
 
@@ -114,7 +119,7 @@ def hpsv2(place, size):
     model.load_state_dict({name: weight.float() for name, weight in state.items()})
     tokenizer = open_clip.get_tokenizer(module.ARCHITECTURE)
 
-    def score(picture, prompt):
+    def score(picture: Any, prompt: str) -> torch.Tensor:
         x = F.to_tensor(picture)
         scale = 224 / max(x.shape[1:])
         h, w = (round(d * scale) for d in x.shape[1:])
@@ -133,14 +138,14 @@ REWARDS = {f.__name__: f for f in (pickscore, clipscore, aesthetic, hpsv2)}
 
 
 @torch.no_grad()
-def main():
+def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("rewards", nargs="*", default=list(REWARDS))
     parser.add_argument("--size", choices=("full", "small"), default="full")
     args = parser.parse_args()
     print(f"{args.size}, torch {torch.__version__}\n")
-    heads = ("reward", "scores", "deviation", "largest difference", "of the score")
-    heads += ("of the deviation", "bf16", "seconds")
+    heads = ["reward", "scores", "deviation", "largest difference", "of the score"]
+    heads += ["of the deviation", "bf16", "seconds"]
     print(f"| {' | '.join(heads)} |")
     print("|---|---|---|---|---|---|---|---|")
     for name in args.rewards:

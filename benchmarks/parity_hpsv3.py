@@ -15,6 +15,7 @@ import importlib.util
 import json
 import sys
 from pathlib import Path
+from typing import Any
 
 import torch
 from pairs import batches
@@ -48,7 +49,7 @@ PROCESSOR = {
 }  # fmt: skip
 
 
-def write(folder):
+def write(folder: Path) -> None:
     from safetensors.torch import save_file
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
     from transformers import Qwen2VLConfig
@@ -79,9 +80,9 @@ def write(folder):
              "eos_token_id": ids["<|im_end|>"], "vocab_size": 300}  # fmt: skip
     (base / "config.json").write_text(json.dumps(CONFIG | named))
 
-    def weights(count):
+    def weights(count: int) -> dict[str, torch.Tensor]:
         """Of the published names, for a vocabulary of `count`."""
-        config = Qwen2VLConfig.from_pretrained(base)
+        config: Any = Qwen2VLConfig.from_pretrained(base)
         config.text_config.vocab_size = count
         torch.manual_seed(0)
         model = RewardModel(config)
@@ -95,7 +96,7 @@ def write(folder):
     save_file(language, base / "model.safetensors", metadata={"format": "pt"})
 
 
-def ours(folder):
+def ours(folder: Path) -> None:
     from nft_rewards.hpsv3 import HPSv3
 
     result = {}
@@ -108,7 +109,7 @@ def ours(folder):
     (folder / "ours.json").write_text(json.dumps(result))
 
 
-def package(folder):
+def package(folder: Path) -> None:
     if importlib.util.find_spec("torchvision") and torch.version.cuda is None:
         # PyPI's torchvision beside a CPU build of torch lacks these two, which are not used here.
         library = torch.library.Library("torchvision", "FRAGMENT")
@@ -129,7 +130,7 @@ def package(folder):
     mine = {name: torch.tensor(v) for name, v in json.loads((folder / "ours.json").read_text()).items()}
 
     @torch.no_grad()
-    def scores():
+    def scores() -> torch.Tensor:
         return torch.cat(
             [reward.reward(batch.pil, list(batch.prompts))[:, 0].float() for batch in batches(PROMPTS, SIZES)]
         )
@@ -145,4 +146,5 @@ def package(folder):
             print(f"package in {name} and ours in {own}: largest difference {difference:.1e} deviations")
 
 
-{"write": write, "score": ours, "package": package}[sys.argv[1]](Path(sys.argv[2]).resolve())
+if __name__ == "__main__":
+    {"write": write, "score": ours, "package": package}[sys.argv[1]](Path(sys.argv[2]).resolve())

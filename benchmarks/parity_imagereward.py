@@ -19,6 +19,7 @@ import string
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import torch
 from pairs import batches
@@ -48,18 +49,24 @@ MED_CONFIG = {
 }
 
 
-def published_shapes():
+def published_shapes() -> dict[str, tuple[int, ...]]:
     """Names and shapes in the published file."""
-    shapes = {"blip.visual_encoder.cls_token": (1, 1, 1024), "blip.visual_encoder.pos_embed": (1, 197, 1024)}
+    shapes: dict[str, tuple[int, ...]] = {
+        "blip.visual_encoder.cls_token": (1, 1, 1024),
+        "blip.visual_encoder.pos_embed": (1, 197, 1024),
+    }
 
-    def linear(name, n, *m):
+    def linear(name: str, n: int, *m: int) -> None:
         shapes.update({f"{name}.weight": (n, *m), f"{name}.bias": (n,)})
 
     linear("blip.visual_encoder.patch_embed.proj", 1024, 3, 16, 16)
     for block in (f"blip.visual_encoder.blocks.{i}" for i in range(24)):
-        linear(f"{block}.norm1", 1024), linear(f"{block}.norm2", 1024)
-        linear(f"{block}.attn.qkv", 3072, 1024), linear(f"{block}.attn.proj", 1024, 1024)
-        linear(f"{block}.mlp.fc1", 4096, 1024), linear(f"{block}.mlp.fc2", 1024, 4096)
+        linear(f"{block}.norm1", 1024)
+        linear(f"{block}.norm2", 1024)
+        linear(f"{block}.attn.qkv", 3072, 1024)
+        linear(f"{block}.attn.proj", 1024, 1024)
+        linear(f"{block}.mlp.fc1", 4096, 1024)
+        linear(f"{block}.mlp.fc2", 1024, 4096)
     linear("blip.visual_encoder.norm", 1024)
     embeddings = "blip.text_encoder.embeddings"
     shapes[f"{embeddings}.position_ids"] = (1, 512)
@@ -68,18 +75,22 @@ def published_shapes():
     linear(f"{embeddings}.LayerNorm", 768)
     for layer in (f"blip.text_encoder.encoder.layer.{i}" for i in range(12)):
         for part, width in (("attention", 768), ("crossattention", 1024)):
-            linear(f"{layer}.{part}.self.query", 768, 768), linear(f"{layer}.{part}.self.key", 768, width)
-            linear(f"{layer}.{part}.self.value", 768, width), linear(f"{layer}.{part}.output.dense", 768, 768)
+            linear(f"{layer}.{part}.self.query", 768, 768)
+            linear(f"{layer}.{part}.self.key", 768, width)
+            linear(f"{layer}.{part}.self.value", 768, width)
+            linear(f"{layer}.{part}.output.dense", 768, 768)
             linear(f"{layer}.{part}.output.LayerNorm", 768)
-        linear(f"{layer}.intermediate.dense", 3072, 768), linear(f"{layer}.output.dense", 768, 3072)
+        linear(f"{layer}.intermediate.dense", 3072, 768)
+        linear(f"{layer}.output.dense", 768, 3072)
         linear(f"{layer}.output.LayerNorm", 768)
-    linear("blip.vision_proj", 256, 1024), linear("blip.text_proj", 256, 768)
+    linear("blip.vision_proj", 256, 1024)
+    linear("blip.text_proj", 256, 768)
     for place, n, m in ((0, 1024, 768), (2, 128, 1024), (4, 64, 128), (6, 16, 64), (7, 1, 16)):
         linear(f"mlp.layers.{place}", n, m)
     return shapes
 
 
-def write(folder):
+def write(folder: Path) -> None:
     generator = torch.Generator().manual_seed(0)
     state = {}
     for name, shape in published_shapes().items():
@@ -102,7 +113,7 @@ def write(folder):
     print(f"{len(state)} entries, {sum(t.numel() for t in state.values()) / 1e6:.1f} M numbers")
 
 
-def score(folder, **options):
+def score(folder: Path, **options: Any) -> tuple[Any, list[float]]:
     start = time.perf_counter()
     reward = ImageReward(str(folder), **options)
     loaded = time.perf_counter()
@@ -111,14 +122,14 @@ def score(folder, **options):
     return reward, values
 
 
-def ours(folder):
+def ours(folder: Path) -> None:
     # Loading raises where a key is missing, unexpected or of another shape.
     _, values = score(folder, tokenizer=str(folder / "bert-base-uncased"), precision="fp32")
     (folder / "ours.json").write_text(json.dumps(values))
     print("no key missing or unexpected; scores", *(f"{value:.4f}" for value in values))
 
 
-def package(folder):
+def package(folder: Path) -> None:
     if importlib.util.find_spec("torchvision") and torch.version.cuda is None:
         # PyPI's torchvision beside a CPU build of torch lacks these two, which are not used here.
         library = torch.library.Library("torchvision", "FRAGMENT")
@@ -126,13 +137,13 @@ def package(folder):
             library.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
     folder = folder.resolve()
     os.chdir(folder)
-    reward, theirs = score(folder, engine="package")
+    reward, values = score(folder, engine="package")
     kept = {name: tuple(t.shape) for name, t in reward.engine.model.state_dict().items()}
     names = {name: shape for name, shape in published_shapes().items() if not name.endswith("position_ids")}
     kept = {name: shape for name, shape in kept.items() if not name.endswith("position_ids")}
     print(f"the package's own model has {len(kept)} weights; the same as in the file: {kept == names}")
     mine = torch.tensor(json.loads((folder / "ours.json").read_text()))
-    theirs = torch.tensor(theirs)
+    theirs = torch.tensor(values)
     worst = (mine - theirs).abs().max()
     print(f"scores from {theirs.min():.4f} to {theirs.max():.4f}, standard deviation {theirs.std():.4f}")
     print(f"largest difference {worst:.2e}; relative to the largest score {worst / theirs.abs().max():.2e}")
@@ -140,4 +151,5 @@ def package(folder):
         print(f"  {size[0]} x {size[1]}:", *(f"{d:.1e}" for d in difference))
 
 
-{"write": write, "score": ours, "package": package}[sys.argv[1]](Path(sys.argv[2]))
+if __name__ == "__main__":
+    {"write": write, "score": ours, "package": package}[sys.argv[1]](Path(sys.argv[2]))

@@ -78,7 +78,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as none, tempfile.TemporaryDirectory() as many:
         install(Path(many), given.plugins)
         cases = [(c, n, f) for c in ("--help", "plugins") for n, f in ((0, none), (given.plugins, many))]
-        taken = {(command, count): [] for command, count, _ in cases}
+        taken: dict[tuple[str, int], list[float]] = {(command, count): [] for command, count, _ in cases}
         for repeat in range(given.repeats + 1):
             for command, count, folder in cases:
                 time = seconds(Path(folder), command)

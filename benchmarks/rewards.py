@@ -19,12 +19,16 @@ import resource
 import subprocess
 import sys
 import tempfile
+from argparse import Namespace
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from time import perf_counter
+from typing import Any
 
 import checkpoints
 import numpy as np
 import torch
+from torch import Tensor
 from transformers import CLIPModel, CLIPProcessor, Mask2FormerForUniversalSegmentation
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 from transformers.models.mask2former.image_processing_pil_mask2former import Mask2FormerImageProcessorPil
@@ -38,28 +42,30 @@ from nft_rewards.imagereward import ImageReward
 from nft_rewards.mask2former import CLASSES, COCO, objects
 from nft_rewards.pickscore import PickScore
 
+#: Makes the rewards of one side.
+Build = Callable[[], list[Any]]
 NOUNS = ("dog", "cat", "bus", "clock", "bird", "horse", "pizza", "chair")
 
 
 class CLIPTheirs:
     """cos(image, prompt) with transformers' CLIPModel and processor."""
 
-    def __init__(self, folder, device):
+    def __init__(self, folder: str, device: str) -> None:
         self.model = CLIPModel.from_pretrained(folder).eval().to(device)
         self.processor = CLIPProcessor.from_pretrained(folder)
         self.processor.image_processor = CLIPImageProcessorPil.from_pretrained(folder)
         self.device = device
 
-    def images(self, pil):
+    def images(self, pil: Any) -> Tensor:
         inputs = self.processor(images=pil, return_tensors="pt").to(self.device)
         return self.model.get_image_features(pixel_values=inputs.pixel_values).pooler_output
 
-    def texts(self, prompts):
+    def texts(self, prompts: list[str]) -> Tensor:
         inputs = self.processor(text=prompts, padding="max_length", truncation=True, return_tensors="pt")
         return self.model.get_text_features(input_ids=inputs.input_ids.to(self.device)).pooler_output
 
     @torch.no_grad()
-    def __call__(self, batch):
+    def __call__(self, batch: Batch) -> list[float]:
         image, text = self.images(batch.pil), self.texts(list(batch.prompts))
         return torch.nn.functional.cosine_similarity(image, text).tolist()
 
@@ -67,7 +73,7 @@ class CLIPTheirs:
 class HPSv2Theirs:
     """HPSv2's published preprocessing on open_clip's model."""
 
-    def __init__(self, folder, device):
+    def __init__(self, folder: str, device: str) -> None:
         import open_clip
 
         name = hpsv2_module.ARCHITECTURE
@@ -76,7 +82,7 @@ class HPSv2Theirs:
         self.model.load_state_dict(state["state_dict"])
         self.tokenizer, self.device = open_clip.get_tokenizer(name), device
 
-    def prepared(self, picture):
+    def prepared(self, picture: Any) -> Tensor:
         import open_clip
         import torchvision.transforms.functional as F
 
@@ -89,7 +95,7 @@ class HPSv2Theirs:
         return F.normalize(x, open_clip.OPENAI_DATASET_MEAN, open_clip.OPENAI_DATASET_STD)
 
     @torch.no_grad()
-    def __call__(self, batch):
+    def __call__(self, batch: Batch) -> list[float]:
         image = self.model.encode_image(
             torch.stack([self.prepared(i) for i in batch.pil]).to(self.device), True
         )
@@ -100,14 +106,14 @@ class HPSv2Theirs:
 class ImageRewardTheirs:
     """A pair at a time, float32."""
 
-    def __init__(self, folder, device):
+    def __init__(self, folder: str, device: str) -> None:
         self.reward = ImageReward(folder, tokenizer=folder, precision="fp32", device=device)
 
-    def __call__(self, batch):
+    def __call__(self, batch: Batch) -> list[float]:
         rows = zip(batch.pil, batch.prompts, strict=True)
         return [self.score(image, prompt) for image, prompt in rows]
 
-    def score(self, image, prompt):
+    def score(self, image: Any, prompt: str) -> float:
         pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1)[None] / 255
         return float(self.reward(Batch(pixels, [prompt], [{}], torch.zeros(1, dtype=torch.long))).values)
 
@@ -115,16 +121,17 @@ class ImageRewardTheirs:
 class GenEvalTheirs:
     """Mask2Former an image at a time, CLIP an object at a time; our post-processing and evaluator."""
 
-    def __init__(self, detector, clip, device):
+    def __init__(self, detector: str, clip: str, device: str) -> None:
         self.model = Mask2FormerForUniversalSegmentation.from_pretrained(detector).eval().to(device)
         self.processor = Mask2FormerImageProcessorPil(size={"shortest_edge": 800, "longest_edge": 1333})
-        self.clip, self.device, self.classifiers = CLIPTheirs(clip, device), device, {}
+        self.clip, self.device = CLIPTheirs(clip, device), device
+        self.classifiers: dict[str, Tensor] = {}
 
     @torch.no_grad()
-    def __call__(self, batch):
+    def __call__(self, batch: Batch) -> list[float]:
         return [self.score(*pair) for pair in zip(batch.pil, batch.metadata, strict=True)]
 
-    def score(self, picture, metadata):
+    def score(self, picture: Any, metadata: Mapping[str, Any]) -> float:
         inputs = self.processor(picture, return_tensors="pt").pixel_values.to(self.device)
         out = self.model(pixel_values=inputs)
         size = (picture.height, picture.width)
@@ -135,12 +142,13 @@ class GenEvalTheirs:
             item.color = self.color(picture, item)
         return evaluate(found, metadata).soft
 
-    def color(self, picture, item):
+    def color(self, picture: Any, item: Any) -> str:
         from PIL import Image
 
         inside = Image.fromarray((item.mask.cpu().numpy() * 255).astype("uint8"))
         crop = Image.composite(picture, Image.new("RGB", picture.size, (GREY,) * 3), inside)
-        crop = crop.crop([round(side) for side in item.box])
+        left, top, right, bottom = (round(side) for side in item.box)
+        crop = crop.crop((left, top, right, bottom))
         if item.label not in self.classifiers:
             texts = [t.format(color=c, label=item.label) for c in COLORS for t in TEMPLATES]
             sentences = torch.nn.functional.normalize(self.clip.texts(texts), dim=-1)
@@ -149,7 +157,7 @@ class GenEvalTheirs:
         return COLORS[int(cosines.argmax())]
 
 
-def batches(args, epoch):
+def batches(args: Namespace, epoch: int) -> Iterator[Batch]:
     """Images of `group` a prompt, 24 at once, new ones each epoch."""
     source = torch.Generator().manual_seed(epoch)
     nouns = [NOUNS[i % len(NOUNS)] for i in range(args.images // args.group) for _ in range(args.group)]
@@ -166,13 +174,13 @@ def batches(args, epoch):
         yield Batch(images, prompts, metadata, torch.arange(len(chosen)))
 
 
-def few(args):
+def few(args: Namespace) -> Batch:
     """Two images, to warm up with."""
     batch = next(batches(args, 99))
     return Batch(batch.images[:2], batch.prompts[:2], batch.metadata[:2], batch.groups[:2])
 
 
-def seconds(args, rewards):
+def seconds(args: Namespace, rewards: list[Any]) -> float:
     """Of `epochs` epochs; what warms up is not counted."""
     for reward in rewards:
         reward(few(args))
@@ -187,27 +195,27 @@ def seconds(args, rewards):
     return total
 
 
-def cases(place, args):
+def cases(place: Path, args: Namespace) -> dict[str, tuple[Build, Build]]:
     """Name: how to make the straightforward way's rewards, and ours."""
     device = args.device
-    vit_h, vit_l = place / "vit-h", place / "vit-l"
-    hps, detector = place / "hpsv2", place / "mask2former"
+    vit_h, vit_l = str(place / "vit-h"), str(place / "vit-l")
+    hps, detector = str(place / "hpsv2"), str(place / "mask2former")
     one = {"device": device, "precision": args.precision}
     return {
-        "pickscore": (lambda: [CLIPTheirs(vit_h, device)], lambda: [PickScore(str(vit_h), **one)]),
-        "hpsv2": (lambda: [HPSv2Theirs(hps, device)], lambda: [hpsv2_module.HPSv2(str(hps), **one)]),
-        "clipscore": (lambda: [CLIPTheirs(vit_l, device)], lambda: [CLIPScore(str(vit_l), **one)]),
+        "pickscore": (lambda: [CLIPTheirs(vit_h, device)], lambda: [PickScore(vit_h, **one)]),
+        "hpsv2": (lambda: [HPSv2Theirs(hps, device)], lambda: [hpsv2_module.HPSv2(hps, **one)]),
+        "clipscore": (lambda: [CLIPTheirs(vit_l, device)], lambda: [CLIPScore(vit_l, **one)]),
         "imagereward": (
             lambda: [ImageRewardTheirs(str(place / "imagereward"), device)],
             lambda: [ImageReward(str(place / "imagereward"), tokenizer=str(place / "imagereward"), **one)],
         ),
         "geneval": (
             lambda: [GenEvalTheirs(detector, vit_l, device)],
-            lambda: [GenEval(checkpoint=str(detector), clip=str(vit_l), **one)],
+            lambda: [GenEval(checkpoint=detector, clip=vit_l, **one)],
         ),
         "shared": (
             lambda: [CLIPTheirs(vit_l, device), CLIPTheirs(vit_l, device)],
-            lambda: [PickScore(str(vit_l), **one), CLIPScore(str(vit_l), **one)],
+            lambda: [PickScore(vit_l, **one), CLIPScore(vit_l, **one)],
         ),
     }
 
@@ -215,7 +223,7 @@ def cases(place, args):
 TOGETHER = ("pickscore", "hpsv2", "clipscore")
 
 
-def peak(place, args, ours):
+def peak(place: Path, args: Namespace, ours: int) -> float:
     """Gigabytes of this process, or of its part of the GPU, with all three rewards and two images."""
     rewards = [reward for name in TOGETHER for reward in cases(place, args)[name][ours]()]
     batch = few(args)
@@ -226,7 +234,7 @@ def peak(place, args, ours):
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
 
 
-def make(place, names, size, device):
+def make(place: Path, names: list[str], size: str, device: str) -> None:
     """The checkpoints that these need; a thousand million random numbers are drawn sooner on a GPU."""
     needs = {
         "pickscore": {"vit-h"},
@@ -246,7 +254,7 @@ def make(place, names, size, device):
                 getattr(checkpoints, part)(place / part, size)
 
 
-def main():
+def main() -> None:
     names = ["pickscore", "hpsv2", "clipscore", "imagereward", "geneval", "shared", "memory"]
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("names", nargs="*", metavar="NAME")

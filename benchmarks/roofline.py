@@ -44,7 +44,7 @@ class Operation:
     writes: Mapping[int, int]
 
 
-class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
+class Recorder(TorchDispatchMode):
     """Records what operations inside read and write."""
 
     def __init__(self) -> None:
@@ -88,7 +88,8 @@ class Rates:
 
     def compiled(self, operations: Sequence[Operation]) -> float:
         """Seconds where all that lies between two products is one kernel."""
-        total, group = 0.0, []
+        total = 0.0
+        group: list[Operation] = []
         last_read = {name: i for i, o in enumerate(operations) for name in o.reads}
         for i, o in enumerate(operations):
             if o.heavy:
@@ -129,17 +130,17 @@ class Model:
         """The operations of a pass."""
         for layer in adapted_layers(self.model.transformer):
             layer.__class__ = LeanLinear if lean else Linear
-        dtype, meta = self.model.dtype, {"device": "meta"}
-        x_t = torch.empty(images, *self.shape, **meta)
+        dtype, meta = self.model.dtype, torch.device("meta")
+        x_t = torch.empty(images, *self.shape, device=meta)
         rows = {
-            "embeds": torch.empty(images, *self.tokens, dtype=dtype, **meta),
-            "pooled": torch.empty(images, self.pooled, dtype=dtype, **meta),
+            "embeds": torch.empty(images, *self.tokens, dtype=dtype, device=meta),
+            "pooled": torch.empty(images, self.pooled, dtype=dtype, device=meta),
         }
         with torch.set_grad_enabled(trained), Recorder() as recorder:
             with AsOnGpu(torch.bfloat16 if autocast else None):
-                v = self.model.velocity(x_t, torch.empty(images, **meta), rows).float()
+                v = self.model.velocity(x_t, torch.empty(images, device=meta), rows).float()
             if trained:
-                v.square().mean().backward()  # type: ignore[no-untyped-call]
+                v.square().mean().backward()
         return recorder.operations
 
     def decode(self, images: int, dtype: torch.dtype) -> list[Operation]:

@@ -122,7 +122,7 @@ def of_a_thread() -> Places:
         torch.set_default_device(None if device == torch.device("cpu") else device)
 
     def current_gpu() -> Any:
-        return torch.cuda.current_device() if torch.cuda.is_initialized() else UNKNOWN  # type: ignore[no-untyped-call]
+        return torch.cuda.current_device() if torch.cuda.is_initialized() else UNKNOWN
 
     autocast = (
         (torch.is_autocast_enabled, torch.set_autocast_enabled),
@@ -234,7 +234,7 @@ def torch_random() -> list[Any]:
     """Of torch's own generators: each, its seed and its state. A GPU that is not in use yet has none."""
     import torch
 
-    gpus = torch.cuda.default_generators if torch.cuda.is_initialized() else ()  # type: ignore[no-untyped-call]
+    gpus = torch.cuda.default_generators if torch.cuda.is_initialized() else ()
     return [(g, g.initial_seed(), g.get_state()) for g in (torch.default_generator, *gpus)]
 
 

@@ -57,7 +57,12 @@ def compare(report: Report) -> tuple[str, dict[str, Any]]:
     world = "sd35m-small" if report.small else "sd35m"
     folder = write_configs(report.scratch / "configs", "small" if report.small else "full")
     prompts = 4 if report.left() > ROOMY and not report.small else 2
-    given = {"prompts_per_epoch": prompts, "lora_rank": 32, "updates_per_epoch": 1, "compile": not report.small}
+    given: dict[str, Any] = {
+        "prompts_per_epoch": prompts,
+        "lora_rank": 32,
+        "updates_per_epoch": 1,
+        "compile": not report.small,
+    }
     if not report.small:
         given |= {"solver": "dpm2", "steps": 10, "train_times_count": 9, "group_size": 24}
     device = report.device.type

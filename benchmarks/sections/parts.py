@@ -61,7 +61,7 @@ class Passes:
             with torch.set_grad_enabled(trained):
                 v = self.policy.velocity(*given)
             if trained:
-                v.square().mean().backward()  # type: ignore[no-untyped-call]
+                v.square().mean().backward()
 
         adapted = not adapted_layers(self.model.transformer)[0].disable_adapters
         key = (images, trained, adapted)

@@ -8,11 +8,11 @@ import shutil
 import traceback
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from statistics import median
 from time import monotonic
 from typing import Any
 
 import torch
-from measures import median
 
 from nft_core.quiet import silence_libraries
 
@@ -85,7 +85,7 @@ class Report:
         """Median seconds of a computation on the device, after one to warm up."""
         repeats = 1 if self.small else repeats
         compute()
-        times = []
+        times: list[float] = []
         for _ in range(repeats):
             if self.device.type == "cuda":
                 begin, end = (torch.cuda.Event(enable_timing=True) for _ in "ab")

@@ -137,7 +137,7 @@ def gradients(report: Report) -> tuple[str, dict[str, Any]]:
                 layer.__class__ = Linear
         rows = repeat_condition(model, 4)
         t = torch.full((4,), 0.5, device=report.device)
-        (policy.velocity(x_t, t, rows) * pushed).mean().backward()  # type: ignore[no-untyped-call]
+        (policy.velocity(x_t, t, rows) * pushed).mean().backward()
         return torch.cat([p.grad.flatten() for p in policy.parameters if p.grad is not None]).double()
 
     exact = gradient(torch.float32, None, True)
@@ -182,7 +182,8 @@ def solvers(report: Report) -> tuple[str, dict[str, Any]]:
 
 
 def compiled(report: Report) -> tuple[str, dict[str, Any]]:
-    ours, said = small_run(report, report.device.type), []
+    ours = small_run(report, report.device.type)
+    said: list[str] = []
     compile_blocks(ours.run.policy.model.transformer, **({"backend": "aot_eager"} if report.small else {}))
     warm_up(ours.run, said.append)
     if "failed" in said[-1]:
@@ -310,7 +311,7 @@ def fsdp(report: Report) -> tuple[str, dict[str, Any]]:
     folder = str(report.scratch / "configs")
     small_run(report, "cpu")
     backend = "nccl" if report.device.type == "cuda" else "gloo"
-    store = dist.HashStore()
+    store = dist.HashStore()  # type: ignore[attr-defined]
     dist.init_process_group(backend, store=store, rank=0, world_size=1)
     try:
         found = []
@@ -320,7 +321,7 @@ def fsdp(report: Report) -> tuple[str, dict[str, Any]]:
             rows = repeat_condition(policy.model, 2)
             x_t = torch.ones(2, 16, 8, 8, device=report.device)
             v = policy.velocity(x_t, torch.full((2,), 0.5, device=report.device), rows)
-            v.square().mean().backward()  # type: ignore[no-untyped-call]
+            v.square().mean().backward()
             grads = [p.grad for p in policy.parameters if p.grad is not None]
             whole = [g.full_tensor() if hasattr(g, "full_tensor") else g for g in grads]
             found.append((v.detach(), torch.cat([g.flatten() for g in whole])))

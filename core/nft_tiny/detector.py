@@ -116,11 +116,12 @@ def fitted(covered: np.ndarray, kind: str, box: Box) -> tuple[float, Box]:
     best = overlap(covered, kind, box)
     for step in (0.5, 0.25):
         for side in range(4):
-            other = list(box)
-            other[side] += step if side > 1 else -step  # outwards
-            value = overlap(covered, kind, tuple(other))
+            sides = list(box)
+            sides[side] += step if side > 1 else -step  # outwards
+            other: Box = (sides[0], sides[1], sides[2], sides[3])
+            value = overlap(covered, kind, other)
             if value > best:
-                best, box = value, tuple(other)
+                best, box = value, other
     return best, box
 
 
@@ -153,4 +154,5 @@ def template(kind: str, box: Box, size: tuple[int, ...]) -> np.ndarray:
         inside &= u <= ((y - top) / (bottom - top))[:, None]
     elif kind == "cross":
         inside &= np.minimum(u, v) <= 1 / 3
-    return inside.reshape(size[0], SUB, size[1], SUB).mean((1, 3))
+    shares: np.ndarray = inside.reshape(size[0], SUB, size[1], SUB).mean((1, 3))
+    return shares

@@ -23,10 +23,9 @@ FILE = "sac+logos+ava1-l14-linearMSE.pth"
 WIDTH = 768
 
 
-def make_head() -> nn.Module:
+def make_head() -> nn.ModuleDict:
     """Five linear layers with dropout between them, and no activations, as published."""
-    head = nn.Module()
-    head.layers = nn.Sequential(
+    layers = nn.Sequential(
         nn.Linear(WIDTH, 1024),
         nn.Dropout(0.2),
         nn.Linear(1024, 128),
@@ -36,7 +35,7 @@ def make_head() -> nn.Module:
         nn.Linear(64, 16),
         nn.Linear(16, 1),
     )
-    return head
+    return nn.ModuleDict({"layers": layers})  # The published file's names begin with `layers.`.
 
 
 class Aesthetic:
@@ -58,7 +57,7 @@ class Aesthetic:
         path = find_file(checkpoint, FILE)
         head = make_head()
         load_exactly(head, read_tensors(path), path)
-        self.head = head.layers.float().to(device).eval().requires_grad_(False)
+        self.head = head["layers"].float().to(device).eval().requires_grad_(False)
         self.clip = load_clip(clip, clip, device, precision)
         if self.clip.towers.width != WIDTH:
             raise ValueError(

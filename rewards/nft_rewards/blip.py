@@ -139,7 +139,9 @@ def load_blip(file: Path, device: torch.device, dtype: torch.dtype) -> BLIPScore
     load_exactly(model, tensors, file, name=published_name, unused=UNUSED)
     # The one buffer that is in no file, and so still without contents.
     positions = torch.arange(model.text.config.max_position_embeddings, device="cpu")
-    model.text.embeddings.position_ids = positions.expand(1, -1)
+    model.text.embeddings.register_buffer("position_ids", positions.expand(1, -1), persistent=False)
     model.to(device).eval().requires_grad_(False)
-    model.vision.to(dtype), model.text.to(dtype), model.mlp.float()
+    parts: dict[nn.Module, torch.dtype] = {model.vision: dtype, model.text: dtype, model.mlp: torch.float32}
+    for part, precision in parts.items():
+        part.to(precision)
     return model

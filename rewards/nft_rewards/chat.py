@@ -22,7 +22,7 @@ from urllib.parse import quote, quote_plus, urlsplit
 try:  # huggingface_hub brings one of the two; httpx2 is the same client, continued.
     import httpx2 as httpx
 except ImportError:
-    import httpx
+    import httpx  # type: ignore[no-redef]
 
 T = TypeVar("T")
 #: Bytes of a reply that are read.

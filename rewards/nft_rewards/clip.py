@@ -172,7 +172,8 @@ def transformers_towers(checkpoint: str, processor: str, device: torch.device, d
 
     def tokenize(texts: list[str]) -> Tensor:
         padded = tokenizer(texts, padding="max_length", truncation=True, max_length=length, return_tensors="pt")
-        return padded.input_ids.to(device)
+        ids: Tensor = padded.input_ids
+        return ids.to(device)
 
     return Towers(
         # transformers 5 wraps the projected embedding in an output object.

@@ -18,8 +18,8 @@ def field(record: Mapping[str, Any], name: str) -> Any:
     Arrays of numpy's become lists.
     """
     value = record.get(name)
-    if hasattr(value, "tolist"):
-        value = value.tolist()
+    if to_list := getattr(value, "tolist", None):
+        value = to_list()
     return None if isinstance(value, float) and value != value else value
 
 

@@ -322,4 +322,5 @@ def make_detector(name: str, device: str, options: dict[str, Any]) -> Detector:
     unknown = [option for option in options if option not in parameters]
     if unknown:
         raise ValueError(f"detector={name!r} takes no {' or '.join(unknown)}; leave out what it does not take")
-    return factory(**options, **({"device": device} if "device" in parameters else {}))
+    detector: Detector = factory(**options, **({"device": device} if "device" in parameters else {}))
+    return detector

@@ -211,7 +211,7 @@ def load_base(base: str) -> tuple[Any, Any]:
 
     with explained(f"the tokenizer and config.json of {BASE}", base, "base"):
         check_kind(Qwen2VLConfig, base)
-        config = Qwen2VLConfig.from_pretrained(base)
+        config: Any = Qwen2VLConfig.from_pretrained(base)
         tokenizer = AutoTokenizer.from_pretrained(base, trust_remote_code=False)
     check_tokenizer(tokenizer, int(config.text_config.vocab_size), base)
     if lacking := [token for token in SPECIAL if token not in tokenizer.get_vocab()]:

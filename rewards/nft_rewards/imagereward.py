@@ -99,7 +99,8 @@ class BLIPEngine:
 
         def pairs(i: Tensor) -> Tensor:
             pixels = normalised(crop[i].float()).to(self.dtype)
-            return (self.model(pixels, ids[i], mask[i]) - MEAN) / STD
+            raw: Tensor = self.model(pixels, ids[i], mask[i])
+            return (raw - MEAN) / STD
 
         return in_chunks(pairs, torch.arange(len(batch), device=self.device))
 

@@ -120,9 +120,10 @@ def load(checkpoint: str) -> torch.nn.Module:
     from transformers import Mask2FormerForUniversalSegmentation
 
     # Older files hold the loss's weights and tables of positions too.
-    model: torch.nn.Module = load_pretrained(Mask2FormerForUniversalSegmentation, checkpoint, lambda name: True)
+    model = load_pretrained(Mask2FormerForUniversalSegmentation, checkpoint, lambda name: True)
     check_classes(checkpoint, model.config.id2label)
-    return model.eval().requires_grad_(False)
+    network: torch.nn.Module = model.eval().requires_grad_(False)
+    return network
 
 
 def check_classes(checkpoint: str, id2label: Mapping[int, str]) -> None:

@@ -85,7 +85,8 @@ def rapidocr(detector: str, recogniser: str) -> Engine:
             if any(unicodedata.name(a[:1], "").startswith("ARABIC LETTER") for a in letters):
                 models["Rec.lang_type"] = LangRec.ARABIC  # Lines that were read from left to right are turned.
         try:
-            engine = RapidOCR(params={**limits, **threads, **quiet, **models})
+            # Any: the class of its results depends on which of its parts are used.
+            engine: Any = RapidOCR(params={**limits, **threads, **quiet, **models})
             logging.getLogger("RapidOCR").setLevel(logging.ERROR)
             # Newer ones load a model when it is first used: use both now, so that what is wrong is said now.
             blank = np.full((48, 320, 3), 255, np.uint8)
@@ -135,8 +136,9 @@ def letters_of(model: Path) -> Sequence[str]:
     session = onnx_session(model)
     metadata = session.get_modelmeta().custom_metadata_map
     if "character" in metadata:
-        return metadata["character"].splitlines()
-    classes, found = count_classes(session), {}
+        return str(metadata["character"]).splitlines()
+    classes = count_classes(session)
+    found: dict[tuple[str, ...], str] = {}
     for file in sorted(f for f in model.parent.iterdir() if f.suffix in (".txt", ".yml", ".yaml")):
         letters = tuple(letters_in(file))
         # Beside them the model knows CTC's blank and as a rule the space.

@@ -46,18 +46,19 @@ def towers_of(model: Any, tokenizer: Any, device: torch.device, dtype: torch.dty
     logit_scale = float(model.logit_scale.detach().float().exp())
     model = model.to(device=device, dtype=dtype).eval().requires_grad_(False)
     words = getattr(tokenizer, "tokenizer", None)  # Of transformers, where it is not open_clip's own.
-    if hasattr(words, "get_vocab"):
+    if words is not None and hasattr(words, "get_vocab"):
         check_tokenizer(words, int(model.vocab_size), str(words.name_or_path))
     crop = model.visual.image_size
     crop = (crop, crop) if isinstance(crop, int) else tuple(crop)
 
     def tokenize(texts: list[str]) -> Tensor:
-        return tokenizer(texts, context_length=model.context_length).to(device)
+        ids: Tensor = tokenizer(texts, context_length=model.context_length)
+        return ids.to(device)
 
     def count_tokens(texts: list[str]) -> list[int]:
         # Beside the words, one token marks the start and one the end; unused places hold 0.
-        longer = tokenizer(texts, context_length=4 * model.context_length)
-        return (longer != 0).sum(1).tolist()
+        longer: Tensor = tokenizer(texts, context_length=4 * model.context_length)
+        return [int(count) for count in (longer != 0).sum(1)]
 
     return Towers(
         encode_images=model.encode_image,

@@ -55,7 +55,7 @@ def group_ranks(values: Tensor, valid: Tensor, groups: Tensor) -> Tensor:
     values: `[N]`; valid: `[N]` bool; groups: `[N]` int.
     """
     ranks = torch.full(values.shape, 0.5, device=values.device, dtype=torch.float32)
-    for group in groups[valid].unique():
+    for group in torch.unique(groups[valid]):
         members = (valid & (groups == group)).nonzero().flatten()
         if len(members) > 1:
             v = values[members]

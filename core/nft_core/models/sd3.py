@@ -22,7 +22,7 @@ class SD3(PipelineModel):
 
     pipeline_class = "StableDiffusion3Pipeline"
     even_sigmas = False
-    lora_targets = (
+    lora_targets: Sequence[str] = (
         *("attn.to_q", "attn.to_k", "attn.to_v", "attn.to_out.0"),
         *("attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj", "attn.to_add_out"),
     )

@@ -19,7 +19,7 @@ PANELS = (
 
 def picture(records: Sequence[Mapping[str, Any]]) -> str:
     """An SVG document with a panel for each figure, over steps."""
-    panels = []
+    panels: list[str] = []
     for title, what, figure in PANELS:
         points = series([r for r in records if r["what"] == what], figure)
         x = MARGIN + len(panels) % 3 * (WIDTH + MARGIN)

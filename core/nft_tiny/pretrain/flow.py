@@ -133,7 +133,7 @@ def train_flow(
     optimizer = torch.optim.AdamW(parameters, lr=lr, betas=(0.9, 0.98), weight_decay=0.01)
     average = copy.deepcopy([p.data for p in parameters])
     torch.manual_seed(seed * world + rank)
-    transformer = torch.compile(pipeline.transformer)
+    transformer: Any = torch.compile(pipeline.transformer)
     running = 0.0
     for step in range(1, steps + 1):
         for group in optimizer.param_groups:

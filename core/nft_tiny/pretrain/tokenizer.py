@@ -25,6 +25,6 @@ def make_tokenizer() -> CLIPTokenizer:
             if pair not in merges:
                 merges.append(pair)
                 vocabulary.append(pieces[-1])
-    return CLIPTokenizer(
-        vocab={token: i for i, token in enumerate(vocabulary)}, merges=merges, model_max_length=MAX_LENGTH
-    )
+    vocab = {token: i for i, token in enumerate(vocabulary)}
+    # transformers takes pairs too, which its annotation leaves out.
+    return CLIPTokenizer(vocab=vocab, merges=merges, model_max_length=MAX_LENGTH)  # type: ignore[arg-type]
