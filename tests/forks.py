@@ -349,6 +349,7 @@ def patch_popen():
 if __name__ == "__main__":
     if sys.argv[1] == "--serve":
         serve(sys.argv[2])
+        os._exit(0)  # Nothing is left to do, and taking the modules apart takes a while.
     else:
         request = {"arguments": sys.argv[1:], "environment": dict(os.environ), "folder": str(Path.cwd())}
         sys.exit(ask(os.environ[PLACE], request | {"session": False, "limit": None, "wait": True}, [0, 1, 2]))
