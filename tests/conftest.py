@@ -2,9 +2,12 @@
 
 import os
 import sys
+from pathlib import Path
 
 import pytest
 from hypothesis import HealthCheck, settings
+
+sys.path.append(str(Path(__file__).parent))  # for forks.py: pytest's importlib mode does not put it there
 
 # A busy machine is slow, and nothing is wrong.
 settings.register_profile("patient", deadline=None, suppress_health_check=[HealthCheck.too_slow])

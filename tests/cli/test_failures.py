@@ -2,9 +2,9 @@
 
 import json
 import os
-import subprocess
 import sys
 
+import forks
 import pytest
 
 PLUGIN = """
@@ -83,7 +83,7 @@ def place(tmp_path_factory):
         '[project.entry-points.nft_plugins]\nfailing = "plug_failing"\n'
         '[tool.hatch.build.targets.wheel]\ninclude = ["plug_failing.py"]\n'
     )
-    subprocess.run(
+    forks.run(
         [
             *(sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--no-build-isolation"),
             *("--no-index", "--target", str(root / "site"), str(source)),
@@ -111,7 +111,7 @@ def command(place, out, *rewards, **settings):
 
 
 def python(place, *arguments):
-    return subprocess.run(
+    return forks.run(
         [sys.executable, *arguments],
         env=os.environ | {"PYTHONPATH": str(place / "site"), "HF_HUB_OFFLINE": "1"},
         capture_output=True,

@@ -7,6 +7,7 @@ import sys
 import tomllib
 from pathlib import Path
 
+import forks
 import pytest
 from click.testing import CliRunner
 
@@ -19,12 +20,12 @@ NAMES = {"reward": "contrast", "solver": "ralston-2_3", "model": "my-own-pixels"
 EXAMPLE_NAMES = ("ab3", "colourfulness")
 
 
-def python(*arguments, cwd=None, site=None):
+def python(*arguments, cwd=None, site=None, run=forks.run):
     """`python ARGUMENTS`; the folder it is called from is not on the path, so that what is installed counts."""
     env = os.environ | {"PYTHONSAFEPATH": "1", "PYTHONDONTWRITEBYTECODE": "1"}
     if site:
         env["PYTHONPATH"] = str(site)
-    result = subprocess.run(
+    result = run(
         [sys.executable, *map(str, arguments)], cwd=cwd, env=env, capture_output=True, text=True, timeout=900
     )
     assert result.returncode == 0, result.stdout + result.stderr
@@ -90,7 +91,7 @@ def test_they_are_listed_without_importing_torch(site):
         "import sys; from nft_core.cli import main; main(['plugins', '--json'], standalone_mode=False);"
         "assert not {'torch', 'diffusers', 'transformers'} & set(sys.modules)"
     )
-    rows = {row["name"]: row for row in json.loads(python("-c", code, site=site))}
+    rows = {row["name"]: row for row in json.loads(python("-c", code, site=site, run=subprocess.run))}
     for name in (*NAMES.values(), *EXAMPLE_NAMES):
         assert rows[name]["status"] == "ok", rows[name]
         assert rows[name]["distribution"] == f"nft-{name}"

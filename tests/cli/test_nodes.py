@@ -91,6 +91,7 @@ SLURM = {
 }
 
 
+@pytest.mark.slow
 def test_slurm_saves_and_queues_the_run_again(arguments, tmp_path):
     fake = tmp_path / "fake"
     fake.mkdir()

@@ -2,9 +2,9 @@
 
 import json
 import os
-import subprocess
 import sys
 
+import forks
 import pytest
 from click.testing import CliRunner
 
@@ -12,7 +12,7 @@ from nft_core.cli.app import main
 
 
 def nft(*arguments, cwd):
-    return subprocess.run(
+    return forks.run(
         [sys.executable, "-m", "nft_core", *map(str, arguments)],
         cwd=cwd,
         env=os.environ | {"HF_HUB_OFFLINE": "1", "COLUMNS": "140", "OMP_NUM_THREADS": "1"},

@@ -7,6 +7,7 @@ import sys
 import time
 from pathlib import Path
 
+import forks
 import pytest
 
 from nft_core.runs.checkpoint import verify_checkpoint
@@ -20,16 +21,14 @@ SETTINGS = {
 SMALL = ["--tiny", "--reward", "geneval", *(w for k, v in SETTINGS.items() for w in ("--set", f"{k}={v}"))]
 
 
-def start(*arguments, **environment):
-    return subprocess.Popen(
+def start(*arguments, popen=forks.Popen, **environment):
+    return popen(
         [sys.executable, "-m", "nft_core", "run", *SMALL, *map(str, arguments)],
         env=os.environ | {"HF_HUB_OFFLINE": "1"} | environment,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
         start_new_session=True,  # a group of its own, which Ctrl-C can be sent to
-        # Where the tests run in a shell's background, Ctrl-C is ignored, and children inherit that.
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
     )
 
 
@@ -121,7 +120,9 @@ def test_a_reward_fails_in_one_process(tmp_path):
         "        return Scores.of(batch.images.mean((1, 2, 3)))\n"
         "    return score\n"
     )
-    process = start("--reward", "moody", "--epochs", 1, "--out", tmp_path / "run", PYTHONPATH=str(site))
+    # Not forked: here `nft` starts its processes as it does for people.
+    arguments = ["--reward", "moody", "--epochs", 1, "--out", tmp_path / "run"]
+    process = start(*arguments, popen=subprocess.Popen, PYTHONPATH=str(site))
     _, err = process.communicate(timeout=900)
     assert process.returncode == 1
     assert "The reward 'moody' failed: RuntimeError: out of sorts" in err

@@ -2,7 +2,6 @@
 
 import json
 import os
-import resource
 import shutil
 import signal
 import subprocess
@@ -10,6 +9,7 @@ import sys
 import time
 from pathlib import Path
 
+import forks
 import pytest
 
 SETTINGS = {
@@ -21,15 +21,14 @@ TIMES = {"seconds", "epoch_seconds", "images_per_second", "phases"}
 ROOT = Path(__file__).parents[2]
 
 
-def start(*arguments, before=None, **environment):
-    return subprocess.Popen(
+def start(*arguments, limit=None, **environment):
+    return forks.Popen(
         [sys.executable, "-m", "nft_core", *map(str, arguments)],
         env=os.environ | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "COLUMNS": "200"} | environment,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
-        # Where the tests run in a shell's background, Ctrl-C is ignored, and children inherit that.
-        preexec_fn=before or (lambda: signal.signal(signal.SIGINT, signal.default_int_handler)),
+        limit=limit,
     )
 
 
@@ -46,11 +45,11 @@ def prompts(tmp_path_factory):
     return file
 
 
-def new(folder, prompts, epochs, processes=1, **more):
+def new(folder, prompts, epochs, processes=1, reward="jpeg_compressibility", **more):
     """Arguments of a run."""
     settings = SETTINGS | {"processes": processes, "prompts": prompts, "eval_prompts": prompts} | more
     words = [word for key, value in settings.items() for word in ("--set", f"{key}={value}")]
-    return ["run", "--tiny", "--reward", "jpeg_compressibility", "--epochs", epochs, "--out", folder, *words]
+    return ["run", "--tiny", "--reward", reward, "--epochs", epochs, "--out", folder, *words]
 
 
 @pytest.fixture(scope="module")
@@ -87,15 +86,40 @@ def wait_for_epoch(process, folder, epoch):
         time.sleep(0.02)
 
 
+#: In the second epoch the process has the signal SIGNAL, however fast the machine is.
+SIGNALLED = """
+import os
+
+calls = 0
+
+
+def light(images):
+    global calls
+    calls += 1
+    if calls == 5 and "SIGNAL" in os.environ:
+        os.kill(os.getpid(), int(os.environ["SIGNAL"]))
+    return images.mean((1, 2, 3))
+"""
+
+
+@pytest.fixture(scope="module")
+def signalled(prompts, tmp_path_factory):
+    """The reward, and three epochs of a run with it that has no signal."""
+    folder = tmp_path_factory.mktemp("signalled")
+    (folder / "light.py").write_text(SIGNALLED)
+    reward = f"{folder / 'light.py'}:light"
+    code, _, err = nft(*new(folder / "run", prompts, 3, reward=reward))
+    assert code == 0, err
+    return reward, folder / "run"
+
+
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGHUP, 129)])
-def test_told_to_end(number, code, prompts, peaceful, tmp_path):
+def test_told_to_end(number, code, signalled, prompts, tmp_path):
     """test_launch has the other signals, and test_processes SIGTERM."""
+    reward, peaceful = signalled
     folder = tmp_path / "run"
-    process = start(*new(folder, prompts, 3))
-    wait_for_epoch(process, folder, 1)
-    process.send_signal(number)
-    out, err = process.communicate(timeout=900)
-    assert process.returncode == code
+    returned, out, err = nft(*new(folder, prompts, 3, reward=reward), SIGNAL=str(int(number)))
+    assert returned == code
     assert "Ending after this step, and saving." in err
     assert "Traceback" not in err
     assert "Error" not in err
@@ -122,7 +146,7 @@ def test_nobody_reads_what_a_run_says(prompts, peaceful, tmp_path):
 
 def test_killed_and_resumed_a_few_times():
     """The harness that the benchmark runs a hundred times."""
-    done = subprocess.run(
+    done = forks.run(
         [sys.executable, "benchmarks/kills.py", "--count", "4", "--epochs", "2"],
         cwd=ROOT,
         capture_output=True,
@@ -208,13 +232,8 @@ def test_a_full_disk(prompts, peaceful, tmp_path):
     folder = tmp_path / "run"
     code, _, err = nft(*new(folder, prompts, 1))
     assert code == 0, err
-
-    def small_files():
-        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-        resource.setrlimit(resource.RLIMIT_FSIZE, (2 * 2**20, 2 * 2**20))
-
     before = weights(folder)
-    code, _, err = nft("resume", folder, "--epochs", 3, before=small_files)
+    code, _, err = nft("resume", folder, "--epochs", 3, limit=2 * 2**20)
     assert code == 1
     assert "Cannot write the checkpoint" in err
     assert f"`nft resume {folder}` goes on" in " ".join(err.split())

@@ -6,6 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import forks
 import pytest
 from click.testing import CliRunner
 
@@ -23,14 +24,15 @@ SMALL = [
 ]
 
 
-def nft(*arguments, cwd=None, env=None):
-    return subprocess.run(
+def nft(*arguments, cwd=None, env=None, run=forks.run, **more):
+    return run(
         [sys.executable, "-m", "nft_core", *map(str, arguments)],
         cwd=cwd,
         env=os.environ | {"HF_HUB_OFFLINE": "1", "COLUMNS": "100"} | (env or {}),
         capture_output=True,
         text=True,
         timeout=900,
+        **more,
     )
 
 
@@ -276,7 +278,8 @@ def test_bad_input_of_a_real_process(case, processes, tmp_path, ours):
     """One paragraph and no traceback, found early or late, by one process or by several."""
     (tmp_path / "cats.txt").write_text('a sign "CAT"\na cat\na dog\n')
     arguments, code, message = BAD[case]
-    result = nft("run", *arguments, *sets(f"processes={processes}"), cwd=tmp_path)
+    run = subprocess.run if case == "unknown reward" else forks.run
+    result = nft("run", *arguments, *sets(f"processes={processes}"), cwd=tmp_path, run=run)
     assert result.returncode == code, result.stderr
     assert message in " ".join(result.stderr.split())
     assert [line.startswith("Error: ") for line in ours(result.stderr)] == [True]
@@ -339,24 +342,14 @@ def test_hub_that_cannot_be_reached(tmp_path):
     assert not (tmp_path / "runs").exists()
 
 
-@pytest.mark.skipif(sys.platform == "win32", reason="limits file sizes as POSIX does")
+@pytest.mark.skipif(sys.platform != "linux", reason="limits file sizes as Linux does")
 @pytest.mark.parametrize(
     ("room", "message"), [(100, "Cannot write to "), (1_000_000, "Cannot write the checkpoint ")]
 )
 def test_full_disk(room, message, tmp_path):
     """No file may grow beyond `room` bytes: what the disk refuses is said, and nothing half-written stays."""
-    code = (
-        f"import resource; resource.setrlimit(resource.RLIMIT_FSIZE, ({room}, {room}))\n"
-        "from nft_core.cli import main; main()"
-    )
-    arguments = ["run", "--tiny", "--reward", "geneval", "--epochs", "1", "--out", str(tmp_path / "run")]
-    result = subprocess.run(
-        [sys.executable, "-c", code, *arguments, *sets(*SMALL, "processes=1")],
-        env=os.environ | {"HF_HUB_OFFLINE": "1"},
-        capture_output=True,
-        text=True,
-        timeout=900,
-    )
+    arguments = ["run", "--tiny", "--reward", "geneval", "--epochs", 1, "--out", tmp_path / "run"]
+    result = nft(*arguments, *sets(*SMALL, "processes=1"), limit=room)
     assert result.returncode == 1, result.stderr
     assert message in result.stderr
     assert "Traceback" not in result.stderr

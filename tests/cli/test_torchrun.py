@@ -60,8 +60,11 @@ def nft(*arguments, processes):
     ("mood", "cause"),
     [
         ("dies", "Signal 9 (SIGKILL)"),
-        ("fails", "Error: The reward 'moody' failed: RuntimeError: out of sorts (moody.py, line 19)"),
-        ("hangs", "did not answer for peer_timeout = 30 s"),
+        pytest.param(
+            *("fails", "Error: The reward 'moody' failed: RuntimeError: out of sorts (moody.py, line 19)"),
+            marks=pytest.mark.slow,
+        ),
+        pytest.param("hangs", "did not answer for peer_timeout = 30 s", marks=pytest.mark.slow),
     ],
 )
 def test_the_second_process(mood, cause, tmp_path):

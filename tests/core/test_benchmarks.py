@@ -58,6 +58,7 @@ def test_both_loops_learn_the_same(world, settings, modules, tmp_path):
     assert not measures.agree(measures.apart(*learned, ours.weights(), published.weights(), initial), 1e-3)
 
 
+@pytest.mark.slow
 def test_what_an_epoch_benchmark_tells(tmp_path):
     out = tmp_path / "out.json"
     arguments = ["--repeats", "1", "--scale", "prompts=2,group=4,steps=2", "--set", "train_times_count=2"]
@@ -115,6 +116,7 @@ def gpu(modules):
     return modules("gpu")
 
 
+@pytest.mark.slow
 def test_every_check_for_a_gpu_runs_once_in_small(tmp_path):
     out = tmp_path / "out"
     done = subprocess.run(

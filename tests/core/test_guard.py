@@ -430,10 +430,10 @@ def test_threads_of_a_name_share_a_stream(monkeypatch):
     monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
     here = SimpleNamespace(record_event=lambda: "images")
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device: here)
-    devices.side_stream.cache_clear()
+    devices.get_side_stream.cache_clear()
     gpu = torch.device("cuda", 0)
     for name in ("reward", "reward", "reward ocr"):
-        assert Worker(name).submit(devices.on_device(gpu, lambda: 5)).result() == 5
+        assert Worker(name).submit(devices.wrap_in_side_stream(gpu, lambda: 5)).result() == 5
     assert made == [gpu] * 2
     assert waited == ["images", "scores"] * 3
-    devices.side_stream.cache_clear()
+    devices.get_side_stream.cache_clear()

@@ -2,10 +2,10 @@
 
 import json
 import os
-import subprocess
 import sys
 from pathlib import Path
 
+import forks
 import pytest
 import tiny_run
 import torch
@@ -19,17 +19,8 @@ SCRIPT = Path(__file__).with_name("tiny_run.py")
 
 def run(tmp_path, folder, name, *settings, processes=1):
     out = tmp_path / f"{name}.json"
-    launcher = [sys.executable]
-    if processes > 1:
-        launcher += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
-    done = subprocess.run(
-        [*launcher, str(SCRIPT), str(folder), str(out), *settings],
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=900,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
+    command = [sys.executable, SCRIPT, folder, out, *settings]
+    forks.run_together(command, processes, os.environ | {"OMP_NUM_THREADS": "1"})
     return json.loads(out.read_text())
 
 
@@ -136,9 +127,7 @@ def test_what_fails_or_differs_in_one_process_is_told_in_all(tmp_path):
         "    except (KeyError, PeerError) as error:\n"
         "        print(type(error).__name__, file=told)\n"
     )
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    done = subprocess.run([*launcher, str(script), str(tmp_path)], capture_output=True, text=True, timeout=900)
-    assert done.returncode == 0, done.stderr[-3000:]
+    forks.run_together([sys.executable, script, tmp_path], 2, os.environ)
     for rank, names, error in ((0, "a, b", "PeerError"), (1, "b, a", "KeyError")):
         assert (tmp_path / str(rank)).read_text().splitlines() == [
             "A reward does not keep the contract: it must give the same details in the same order in every "
@@ -161,9 +150,7 @@ def test_gradients_are_summed(tmp_path):
         "    assert both.grad.tolist() == [[4], [4]] and one.grad.tolist() == [[0, 1], [2, 3]]\n"
         "    assert none.grad is None\n"
     )
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    done = subprocess.run([*launcher, str(script)], capture_output=True, text=True, timeout=900)
-    assert done.returncode == 0, done.stderr[-3000:]
+    forks.run_together([sys.executable, script], 2, os.environ)
 
 
 def test_details_differ_between_batches():

@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 
+import forks
 import pytest
 
 from nft_plugins import CONTRACT
@@ -129,7 +130,7 @@ def site(tmp_path_factory):
         )
         sources.append(str(source))
     target = root / "site"
-    subprocess.run(
+    forks.run(
         [
             *(sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--no-build-isolation"),
             *("--no-index", "--target", str(target), *sources),
@@ -144,7 +145,7 @@ def nft(site, *arguments, plugins=None):
     env = os.environ | {"PYTHONPATH": str(site)}
     if plugins is not None:
         env["NFT_PLUGINS"] = plugins
-    return subprocess.run(
+    return forks.run(
         [sys.executable, "-m", "nft_core", *arguments], env=env, capture_output=True, text=True, timeout=900
     )
 
