@@ -74,7 +74,7 @@ def main() -> None:
         rollout = roll_out(
             run.eval_sampler, draws, run.eval_condition, reward, run.progress, run.phase, look=gallery.add
         )
-        batch, _ = gallery.shown(rollout.scores, device)
+        batch, _ = gallery.collect(rollout.scores, device)
         row = []
         for margin in MARGINS:
             detector.recognise = make_stricter(margin)

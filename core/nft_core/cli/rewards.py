@@ -9,7 +9,7 @@ import types
 import typing
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import click
 
@@ -22,6 +22,8 @@ from .score import device_option, preset_name, preset_option, tiny_option
 from .tables import as_json, cards, show
 
 if TYPE_CHECKING:
+    from nft_plugins import Reward
+
     from ..scoring.composer import Composed
 
 
@@ -150,7 +152,7 @@ def check(
     composed = load_rewards(specs, host, place, settings.reward_defaults)
     if len(composed.terms) > 1 or composed.constant:  # A file's composition is checked as one reward.
         composed = Composed((Term(name.rpartition(":")[2], 1.0, composed),))
-    reward = composed.terms[0].reward
+    reward = cast("Reward", composed.terms[0].reward)  # By now it is loaded, whatever a file only named.
     click.echo(f"loaded in {time.monotonic() - start:.1f} s, on {place}")
 
     from nft_plugins.testing import check_reward

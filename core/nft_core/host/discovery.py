@@ -270,14 +270,14 @@ def compare_contract(row: Plugin) -> None:
         package = importlib.metadata.distribution(CONTRACT_PACKAGE)
     except PackageNotFoundError:
         cause = f"the contract was imported from {imported}, and {CONTRACT_PACKAGE} is not installed"
-        row.broken(cause, again)
+        row.mark_broken(cause, again)
         return
     row.version, own = package.version, importlib.metadata.version(OWN)
     if row.version != own:
         cause = f"{OWN} {own} needs {CONTRACT_PACKAGE} of the same version, and {row.version} is installed"
-        row.broken(cause, f"pip install {CONTRACT_PACKAGE}=={own}, or {again}")
+        row.mark_broken(cause, f"pip install {CONTRACT_PACKAGE}=={own}, or {again}")
     elif imported != (installed := folder_of(package)):
-        row.broken(
+        row.mark_broken(
             f"the contract was imported from {imported}, and {CONTRACT_PACKAGE} is installed in {installed}",
             f"take {imported.parent} off PYTHONPATH and do not start nft there; to use that copy, {again}",
         )

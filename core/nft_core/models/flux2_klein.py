@@ -67,7 +67,7 @@ class Flux2Klein(PipelineModel):
         return (4 * channels, rows // 2, columns // 2)
 
     def shift(self, tokens: int, steps: int) -> float:
-        return compute_empirical_mu(tokens, steps)
+        return float(compute_empirical_mu(tokens, steps))
 
     def unscaled(self, x_0: Tensor) -> Tensor:
         vae = self.pipeline.vae

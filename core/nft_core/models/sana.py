@@ -69,9 +69,10 @@ class Sana(PipelineModel):
         return int(self.pipeline.vae_scale_factor * self.pipeline.transformer.config.patch_size)
 
 
-class WideLinearAttention(SanaLinearAttnProcessor2_0):
+class WideLinearAttention(SanaLinearAttnProcessor2_0):  # type: ignore[misc]  # diffusers has no types
     """Sums over all tokens in float32, as the model has them; autocast's float16 makes infinities and 0 / 0."""
 
     def __call__(self, attn: Any, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         with torch.autocast(hidden_states.device.type, enabled=False):
-            return super().__call__(attn, hidden_states.to(attn.to_q.weight.dtype), *args, **kwargs)
+            wide = super().__call__(attn, hidden_states.to(attn.to_q.weight.dtype), *args, **kwargs)
+        return cast(Tensor, wide)

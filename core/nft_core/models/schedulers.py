@@ -51,10 +51,8 @@ def make_flow_scheduler(config: Mapping[str, Any]) -> Any:
     A multistep scheduler is replaced by Euler's: its own grid begins a little below 1.
     """
     if config.get("use_flow_sigmas"):
-        return FlowMatchEulerDiscreteScheduler(  # type: ignore[no-untyped-call]
-            shift=config.get("flow_shift", 1.0)
-        )
-    return FlowMatchEulerDiscreteScheduler.from_config(config)  # type: ignore[no-untyped-call]
+        return FlowMatchEulerDiscreteScheduler(shift=config.get("flow_shift", 1.0))
+    return FlowMatchEulerDiscreteScheduler.from_config(config)
 
 
 def read_prediction_type(scheduler: Mapping[str, Any]) -> str:

@@ -29,7 +29,7 @@ def is_out_of_memory(error: BaseException | None) -> bool:
 
 def free_memory() -> None:
     gc.collect()
-    if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
+    if torch.cuda.is_initialized():
         torch.cuda.empty_cache()
 
 
@@ -58,4 +58,4 @@ def wrap_in_side_stream(device: torch.device, call: Callable[[], T]) -> Callable
 @cache
 def get_side_stream(device: torch.device, thread: str) -> torch.cuda.Stream:
     """One for all threads of a name, which take turns: the allocator keeps free memory by stream."""
-    return torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+    return torch.cuda.Stream(device)

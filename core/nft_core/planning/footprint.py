@@ -224,7 +224,7 @@ class Computations:
         loss = nft_loss(v, v_old[0], x_t[0], x_0, t, r, s.beta, s.advantage_clip)
         if v_ref is not None:
             loss = loss + s.kl_weight * kl_loss(v, v_ref[0])
-        loss.sum().backward()  # type: ignore[no-untyped-call]
+        loss.sum().backward()
         del noise  # Which is there until here.
 
     def recompute(self) -> bool:

@@ -111,7 +111,7 @@ def recompute_as_on_gpu(transformer: torch.nn.Module, autocast: torch.dtype | No
     transformer.enable_gradient_checkpointing(again)  # type: ignore[operator]
 
 
-class Live(TorchDispatchMode):  # type: ignore[no-untyped-call]
+class Live(TorchDispatchMode):
     """Counts what operations inside make, on one kind of device.
 
     now: bytes alive. after: the same after each operation.

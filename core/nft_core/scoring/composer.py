@@ -340,7 +340,7 @@ class Loader:
             if spec.guard != FailurePolicy():
                 raise UsageError(
                     f"The reward {spec.title!r} is composed of {', '.join(t.name for t in composed.terms)}: "
-                    f"give {', '.join(spec.guard.words())} to each of these, as in reward(NAME, on_error=...)."
+                    f"give {', '.join(spec.guard.list_changes())} to each of these, as in reward(NAME, on_error=...)."
                 )
             return self.load(composed, (*inside, spec.name))
         key = (id(made), spec.guard)
@@ -354,7 +354,7 @@ class Loader:
         if not defaults:
             return spec
         base = RewardSpec(spec.name).with_options(defaults)
-        return base.with_options({**spec.options, **spec.guard.words()})
+        return base.with_options({**spec.options, **spec.guard.list_changes()})
 
 
 class Shared(WeakValueDictionary[tuple[Any, str], Reward]):

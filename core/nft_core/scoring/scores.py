@@ -109,7 +109,7 @@ def withheld(scores: Scores, kept: Tensor) -> Scores:
 def shuffled_within_groups(scores: Scores, groups: Tensor, source: torch.Generator) -> Scores:
     """Scores that have changed places within each group, whole samples at a time."""
     order = torch.arange(len(groups), device="cpu")
-    for g in groups.unique():  # type: ignore[no-untyped-call]
+    for g in groups.unique():
         members = (groups == g).nonzero().flatten()
         order[members] = members[torch.randperm(len(members), generator=source, device="cpu")]
     return map_scores(scores, lambda x: x[order])

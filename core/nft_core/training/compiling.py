@@ -98,4 +98,4 @@ def make_passes(run: Training) -> None:
         if s.kl_weight:
             with policy.use_reference():
                 velocity(min(several, s.train_times_count) * s.microbatch)
-    velocity(s.microbatch).square().mean().backward()  # type: ignore[no-untyped-call]
+    velocity(s.microbatch).square().mean().backward()
