@@ -340,7 +340,8 @@ class Loader:
             if spec.guard != FailurePolicy():
                 raise UsageError(
                     f"The reward {spec.title!r} is composed of {', '.join(t.name for t in composed.terms)}: "
-                    f"give {', '.join(spec.guard.list_changes())} to each of these, as in reward(NAME, on_error=...)."
+                    f"give {', '.join(spec.guard.list_changes())} to each of these, as in "
+                    "reward(NAME, on_error=...)."
                 )
             return self.load(composed, (*inside, spec.name))
         key = (id(made), spec.guard)
