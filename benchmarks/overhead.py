@@ -49,8 +49,8 @@ def run(tree: Path, epochs: int, assignments: list[str]) -> list[dict[str, Any]]
 #: What is timed, by module and name.
 PARTS = [
     ("nft_core.runs.checkpoint", "save_checkpoint"),
-    ("nft_core.runs.checkpoint", "prune"),
-    ("nft_core.runs.observers.metrics", "append"),
+    ("nft_core.runs.checkpoint", "prune_checkpoints"),
+    ("nft_core.runs.observers.metrics", "append_record"),
     ("nft_core.training.loop", "reseed"),
     ("nft_core.training.loop", "sum_figures"),
     ("nft_core.training.epochs", "warnings"),
@@ -88,7 +88,7 @@ def attributed(epochs: int, assignments: list[str]) -> None:
         lines = (folder / "metrics.jsonl").read_text().splitlines()
     total = sum(r["epoch_seconds"] for r in map(json.loads, lines) if r["event"] == "epoch")
     for name, seconds in sorted(spent.items(), key=lambda item: -item[1]):
-        print(f"{name:<18} {seconds / epochs * 1000:8.1f} ms an epoch  {seconds / total:7.3%}")
+        print(f"{name:<20} {seconds / epochs * 1000:8.1f} ms an epoch  {seconds / total:7.3%}")
     print(f"together {sum(spent.values()) / total:.2%} of {total / epochs:.2f} s an epoch")
 
 

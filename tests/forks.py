@@ -18,8 +18,8 @@ where the start of Python itself is tested. Elsewhere than on Linux all of this 
 from __future__ import annotations
 
 import contextlib
+import json
 import os
-import pickle
 import socket
 import subprocess
 import sys
@@ -157,7 +157,7 @@ def adopting():
 
 def ask(path, request, streams):
     """Have the server fork; returns the number that it answers with."""
-    data = pickle.dumps(request)
+    data = json.dumps(request).encode()
     with socket.socket(socket.AF_UNIX) as connection:
         connection.connect(path)
         socket.send_fds(connection, [len(data).to_bytes(8, "little")], streams)
@@ -191,7 +191,7 @@ def serve(path):
             with listener.accept()[0] as connection:
                 head, streams, _, _ = socket.recv_fds(connection, 8, 3)
                 with connection.makefile("rb") as stream:
-                    request = pickle.loads(stream.read(int.from_bytes(head, "little")))
+                    request = json.loads(stream.read(int.from_bytes(head, "little")))
                 if request.pop("wait", False):
                     # A process of its own waits, so that others are served meanwhile.
                     if not os.fork():

@@ -78,7 +78,7 @@ def test_overhead_tells_what_each_part_costs(load, capfd):
         [sys.executable, "-c", command, str(BENCHMARKS), *words], capture_output=True, text=True, check=True
     )
     for _, name in load("overhead").PARTS:
-        if name != "prune":
+        if name != "prune_checkpoints":
             assert f"\n{name} " in f"\n{done.stdout}", done.stdout
     assert "together " in done.stdout
 

@@ -39,7 +39,7 @@ told: set[tuple[str, str]] = set()
 
 
 class Lent(Batch):
-    """A batch as one reward has it: what it changes here, no other sees. `lend` makes it."""
+    """A batch as one reward has it: what it changes here, no other sees. `lend_batch` makes it."""
 
     @cached_property
     def uint8(self) -> Tensor:

@@ -1,6 +1,6 @@
 """What a run will take of a GPU's memory, phase by phase, its FLOPs, and the settings that would fit.
 
-Bytes and operations are counted (`footprint`), but for what rewards take, which is what their cards say.
+Bytes and operations are counted (`count_footprint`), but for what rewards take, which is what their cards say.
 `CONTEXT`, `SLACK` and `USABLE` are assumptions.
 """
 

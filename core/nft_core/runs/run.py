@@ -182,9 +182,8 @@ def train_and_save(training: Training, folder: Path, traced: AbstractContextMana
     error: BaseException | None = None
     said: list[str] = []
     try:
-        with (
-            note_signals() as training.stop_signal
-        ):  # Around the saving too, which a second signal must not end.
+        # Around the saving too, which a second signal must not end.
+        with note_signals() as training.stop_signal:
             try:
                 with traced:
                     train(training)
@@ -198,9 +197,8 @@ def train_and_save(training: Training, folder: Path, traced: AbstractContextMana
                 raise
     except BaseException as caught:
         error = caught
-        if is_from_inside(
-            caught, training.stop_signal()
-        ):  # With an exit code of 0 the run would pass for whole.
+        # With an exit code of 0 the run would pass for whole.
+        if is_from_inside(caught, training.stop_signal()):
             error = NftError(f"The run was ended from inside: {caught!r} came{locate_error(caught)}.")
             raise error from caught
         raise
