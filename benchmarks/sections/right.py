@@ -29,10 +29,11 @@ from nft_core.models.libraries import Linear
 from nft_core.planning.footprint import count_footprint
 from nft_core.planning.plan import plan_phases, sum_phases
 from nft_core.sampling.draws import Draws
-from nft_core.training.compiling import compile_blocks, compiled_graphs, warm_up
+from nft_core.training.compiling import compile_blocks, warm_up
 from nft_core.training.loop import sample_images
 from nft_core.training.lora import adapted_layers
 from nft_core.training.policy import Policy
+from nft_core.training.state import count_compiled_graphs
 
 from .report import Check, Report, Wrong
 
@@ -188,10 +189,10 @@ def compiled(report: Report) -> tuple[str, dict[str, Any]]:
     warm_up(ours.run, said.append)
     if "failed" in said[-1]:
         raise Wrong(said[-1])
-    before = compiled_graphs()
+    before = count_compiled_graphs()
     with exact_convolutions():
         text, figures = judge(apart(learned(ours), expected(report)), FLOAT32)
-    more = compiled_graphs() - before
+    more = count_compiled_graphs() - before
     torch._dynamo.reset()
     return f"{text}; {said[-1]} {more} more in two epochs", {**figures, "later": more}
 

@@ -62,6 +62,7 @@ def test_the_examples_pass_their_own_tests(site):
     python("-m", "pytest", "-q", "-p", "no:cacheprovider", *folders, cwd=site, site=site)
 
 
+@pytest.mark.slow
 def test_mypy_finds_nothing(packages, tmp_path_factory):
     # One cache for all: reading torch takes ten seconds. A relative one of each would lie in the examples.
     cache = tmp_path_factory.mktemp("mypy")

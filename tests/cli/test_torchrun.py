@@ -56,6 +56,7 @@ def nft(*arguments, processes):
     return done
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("mood", "cause"),
     [

@@ -92,6 +92,7 @@ def test_what_an_epoch_benchmark_tells(tmp_path):
     assert told["ratios"]["epoch, s"]["median"] == pytest.approx(ratio)
 
 
+@pytest.mark.slow
 def test_processes_learn_the_same(modules, tmp_path, capsys):
     scaling = modules("scaling")
     job = {"loop": "ours", "world": "tiny", "model": None, "device": "cpu", "threads": 1, "epochs": 2}

@@ -69,6 +69,7 @@ def test_compiled_blocks_follow_the_weights(sd3_folder):
         torch._dynamo.reset()
 
 
+@pytest.mark.slow
 def test_compiled_blocks_learn_the_same(sd3_folder, tmp_path):
     """Under autocast, through swaps, and backwards; with the code that a real backend compiles, unfused."""
 

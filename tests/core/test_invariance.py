@@ -107,7 +107,7 @@ def test_what_fails_or_differs_in_one_process_is_told_in_all(tmp_path):
     script = tmp_path / "details.py"
     script.write_text(
         "import sys, torch\n"
-        "from nft_core.parallel.processes import list_owned, process_group, rank, together\n"
+        "from nft_core.parallel.processes import list_owned, process_group, rank, fail_together\n"
         "from nft_core.errors import NftError, PeerError\n"
         "from nft_core.scoring.scores import gather_scores\n"
         "from nft_plugins import Scores\n"
@@ -116,18 +116,18 @@ def test_what_fails_or_differs_in_one_process_is_told_in_all(tmp_path):
         "    names = ('a', 'b')[:: 1 - 2 * rank()]\n"
         "    scores = Scores.of(torch.ones(2), **{n: torch.full((2,), float(ord(n))) for n in names})\n"
         "    try:\n"
-        "        gather_scores(scores, owned(4), 4, cpu)\n"
+        "        gather_scores(scores, list_owned(4), 4, cpu)\n"
         "    except NftError as error:\n"
         "        print(error, file=told)\n"
         "    alike = Scores.of(torch.ones(2), a=torch.full((2,), 1.0 + rank()))\n"
-        "    assert gather_scores(alike, owned(4), 4, cpu).details['a'].tolist() == [1, 2, 1, 2]\n"
+        "    assert gather_scores(alike, list_owned(4), 4, cpu).details['a'].tolist() == [1, 2, 1, 2]\n"
         "    try:\n"
-        "        with together(cpu):\n"
+        "        with fail_together(cpu):\n"
         "            {}['x'] if rank() else None\n"
         "    except (KeyError, PeerError) as error:\n"
         "        print(type(error).__name__, file=told)\n"
     )
-    forks.run_together([sys.executable, script, tmp_path], 2, os.environ)
+    forks.run_fail_together([sys.executable, script, tmp_path], 2, os.environ)
     for rank, names, error in ((0, "a, b", "PeerError"), (1, "b, a", "KeyError")):
         assert (tmp_path / str(rank)).read_text().splitlines() == [
             "A reward does not keep the contract: it must give the same details in the same order in every "

@@ -91,12 +91,14 @@ def shell(tmp_path):
     return Shell(tmp_path / "work", tmp_path / "site")
 
 
+@pytest.mark.slow
 def test_write_a_reward(shell):
     assert play("tutorials/reward.md", shell) == 7
     before_after = shell.folder / "runs/warmth/samples/before-after.png"
     assert before_after.is_file() and (shell.folder / "nft-warmth/LICENSE").is_file()
 
 
+@pytest.mark.slow
 def test_write_a_solver(shell):
     assert play("tutorials/solver.md", shell) == 2
     assert 'solver = "ab2"' in (shell.folder / "runs/package/run.toml").read_text()

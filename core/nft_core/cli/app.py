@@ -9,12 +9,13 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext, supp
 from datetime import datetime
 from pathlib import Path
 from signal import Signals
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_args
 
 import click
 
 from .. import environment
 from ..errors import MEMORY_FULL, NftError, Stopped, UsageError, is_memory_full
+from ..objective.choices import Combine
 from ..output import lasting_output
 from .doctor import doctor, explain
 from .listing import models, observers, plugins, rewards, solvers
@@ -108,7 +109,7 @@ for command in (info, check):
 )
 @click.option(
     "--combine",
-    type=click.Choice(["sum", "normalized"]),
+    type=click.Choice(get_args(Combine)),
     help="How several rewards become one. sum: their weighted sum; normalized: each is normalised first, so "
     "that one with large numbers does not drown the others.  [default: sum]",
 )

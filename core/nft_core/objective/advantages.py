@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from typing import get_args
+
 import torch
 from torch import Tensor
 
 from nft_plugins import Scores
 
-from ..errors import UsageError
+from ..errors import UsageError, unknown_name
 from .choices import AdvantageMode, Combine, Std
 
 #: Added to every standard deviation, as published: a group that agrees gets advantages of 0, not 0 / 0.
@@ -52,6 +54,8 @@ def combined_advantages(
     """
     if combine == "sum" or not scores.parts:
         return group_advantages(scores.values, scores.valid, groups, std)
+    if combine != "normalized":
+        raise unknown_name("rule to combine rewards", combine, get_args(Combine))
     total = torch.zeros(len(scores), dtype=torch.float32, device="cpu")
     for weight, part in scores.parts.values():
         total += weight * group_advantages(part.values, scores.valid, groups, std)

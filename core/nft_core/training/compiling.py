@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable
 from time import perf_counter
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..parallel import processes
 from ..parallel.sharding import list_blocks
-
-if TYPE_CHECKING:
-    from .state import Training
+from .state import Training, count_compiled_graphs
 
 #: Floating-point operations of a run from which `compile = auto` compiles on a GPU. An eager pass of a
 #: transformer reaches some 200 TFLOP/s on an H100, so these take five minutes: compiling takes one or two,
@@ -48,15 +45,6 @@ def find_compiled_modules(transformer: torch.nn.Module) -> list[torch.nn.Module]
     return list_blocks(transformer) if named else [transformer]
 
 
-def compiled_graphs() -> int:
-    """The number of graphs that torch has compiled in this process so far.
-
-    After the first epoch it should stay as it is: each further one is a shape or a state that was not foreseen.
-    """
-    dynamo = sys.modules.get("torch._dynamo.utils")  # Where nobody compiles, its import would cost a second.
-    return int(dynamo.counters["stats"]["unique_graphs"]) if dynamo else 0
-
-
 def warm_up(run: Training, tell: Callable[[str], None]) -> None:
     """Make one pass of each kind that the run will make, so that compiling is done, timed and told of here.
 
@@ -76,7 +64,7 @@ def warm_up(run: Training, tell: Callable[[str], None]) -> None:
             f"Warning: torch.compile failed, and the run goes on without it: {failure or 'in another process'}."
         )
         return
-    tell(f"Compiled {compiled_graphs()} graphs in {perf_counter() - start:.0f} s.")
+    tell(f"Compiled {count_compiled_graphs() - run.graphs_before} graphs in {perf_counter() - start:.0f} s.")
 
 
 def make_passes(run: Training) -> None:

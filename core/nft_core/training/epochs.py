@@ -14,9 +14,8 @@ from ..objective.schedules import next_kl_weight, old_decay
 from ..parallel import processes
 from ..sampling.rollout import Rollout
 from ..scoring.statistics import statistics
-from .compiling import compiled_graphs
 from .evaluation import evaluate
-from .state import Progress, Training
+from .state import Progress, Training, count_compiled_graphs
 from .watch import warnings
 
 
@@ -45,7 +44,7 @@ def finish_epoch(training: Training, rollout: Rollout, seconds: float) -> None:
         flat_groups=flat_groups(scores.values, scores.valid, rollout.groups),
         nonfinite_steps=at.nonfinite_steps,
         **({"loss_scale": at.loss_scale} if s.precision == "fp16" else {}),
-        **({"compiled_graphs": graphs} if (graphs := compiled_graphs()) else {}),
+        **({"compiled_graphs": graphs} if (graphs := count_compiled_graphs() - training.graphs_before) else {}),
         skipped=list(rollout.skipped),
         phases=phases,
     )

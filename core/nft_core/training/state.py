@@ -5,6 +5,7 @@ Nothing random is kept: every random number comes from the seed and from where t
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -117,6 +118,8 @@ class Training:
     stop_signal: Callable[[], int] = lambda: 0
     is_inconsistent: bool = False
     started: float = field(default_factory=perf_counter)
+    #: Another run of this process may have compiled some.
+    graphs_before: int = field(default_factory=lambda: count_compiled_graphs())
     phases: dict[str, float] = field(default_factory=dict)
 
     @contextmanager
@@ -157,3 +160,12 @@ class Training:
         """A line of `metrics.jsonl`, with None for what is no finite number."""
         known = {"event": event, "epoch": epoch, "step": self.at.step, "seconds": self.seconds()}
         return known | dict(replace_nonfinite(figures))
+
+
+def count_compiled_graphs() -> int:
+    """The number of graphs that torch has compiled in this process so far.
+
+    After the first epoch it should stay as it is: each further one is a shape or a state that was not foreseen.
+    """
+    dynamo = sys.modules.get("torch._dynamo.utils")  # Where nobody compiles, its import would cost a second.
+    return int(dynamo.counters["stats"]["unique_graphs"]) if dynamo else 0
