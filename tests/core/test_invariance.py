@@ -127,7 +127,7 @@ def test_what_fails_or_differs_in_one_process_is_told_in_all(tmp_path):
         "    except (KeyError, PeerError) as error:\n"
         "        print(type(error).__name__, file=told)\n"
     )
-    forks.run_fail_together([sys.executable, script, tmp_path], 2, os.environ)
+    forks.run_together([sys.executable, script, tmp_path], 2, os.environ)
     for rank, names, error in ((0, "a, b", "PeerError"), (1, "b, a", "KeyError")):
         assert (tmp_path / str(rank)).read_text().splitlines() == [
             "A reward does not keep the contract: it must give the same details in the same order in every "
