@@ -24,11 +24,11 @@ from zlib import crc32
 
 import numpy as np
 import torch
-from checkpoints import make_checkpoints, serve_judge
 from click.testing import CliRunner
 from configs import write_configs
 from PIL import Image
 from safetensors import safe_open
+from small_checkpoints import make_checkpoints, serve_judge
 
 import nft_core
 from nft_core.cli import main
