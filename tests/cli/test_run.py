@@ -52,6 +52,17 @@ def finished(tmp_path_factory):
     return folder, result
 
 
+def test_a_composition_of_weights_of_0_is_refused(tmp_path):
+    """Its members' weights are known only when the file is imported, which is before the model is loaded."""
+    (tmp_path / "mine.py").write_text(
+        "from nft_core import reward\n"
+        "mine = 0 * reward('jpeg_compressibility') - 0 * reward('jpeg_incompressibility')\n"
+    )
+    result = nft("run", "--tiny", "--reward", "mine.py:mine", "--epochs", 1, "--out", "run", cwd=tmp_path)
+    assert result.returncode == 2 and "Every reward has the weight 0" in result.stderr
+    assert not (tmp_path / "run").exists()
+
+
 def test_a_composed_reward_of_a_file_keeps_its_members(tmp_path):
     """One run of two rewards of a file, of which one fails, composed there or named one by one."""
     (tmp_path / "mine.py").write_text(

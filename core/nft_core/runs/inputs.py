@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import socket
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
@@ -60,9 +60,14 @@ def prepare_inputs(settings: Settings, host: Host) -> Inputs:
     """Make and check what can be, without loading anything heavy. Raises UsageError."""
     solver = host.make_solver(settings.solver, settings.solver_options)
     specs = parse_rewards(settings, host)
-    if not any(spec.weight for spec in specs):
-        raise UsageError("Every reward has the weight 0, so nothing would be learned: give one another weight.")
+    check_any_weight(spec.weight for spec in specs)
     return Inputs(specs, solver, *read_prompt_files(settings))
+
+
+def check_any_weight(weights: Iterable[float]) -> None:
+    """Raise UsageError where every reward has the weight 0."""
+    if not any(weights):
+        raise UsageError("Every reward has the weight 0, so nothing would be learned: give one another weight.")
 
 
 def parse_rewards(settings: Settings, host: Host) -> list[RewardSpec]:

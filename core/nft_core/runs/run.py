@@ -19,6 +19,7 @@ from .fingerprint import collect_sources, digest_value, fingerprint_evaluation
 from .folder import claim_folder, holds_a_run, lock_folder, make_folder, write_settings
 from .inputs import (
     Inputs,
+    check_any_weight,
     check_same_settings,
     check_sizes,
     choose_prompts,
@@ -143,6 +144,8 @@ def load_training(
     check_model(settings, host)
     # Rewards come first: what they refuse is told before the model is loaded.
     reward = load_rewards(inputs.rewards, host, device, settings.reward_defaults)
+    # A reward that a file composes tells its members' weights only now.
+    check_any_weight(term.weight for term in reward.terms)
     prompts, held_out = choose_prompts(inputs, reward.check_prompt, settings.unscorable, tell)
     check_sizes(settings, len(prompts), len(held_out))
     if not is_same_everywhere(digest_prompts(prompts, held_out), device):
