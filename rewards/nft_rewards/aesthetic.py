@@ -12,8 +12,8 @@ from torch import nn
 from nft_plugins import Batch, Scores
 
 from .clip import Precision, load_clip
-from .files import find_file, load_exactly, read_tensors
-from .pixels import finite
+from .files import find_file, load_weights, read_tensors
+from .pixels import find_finite_images
 
 CHECKPOINT = "camenduru/improved-aesthetic-predictor"
 FILE = "sac+logos+ava1-l14-linearMSE.pth"
@@ -56,7 +56,7 @@ class Aesthetic:
     ) -> None:
         path = find_file(checkpoint, FILE)
         head = make_head()
-        load_exactly(head, read_tensors(path), path)
+        load_weights(head, read_tensors(path), path)
         self.head = head["layers"].float().to(device).eval().requires_grad_(False)
         self.clip = load_clip(clip, clip, device, precision)
         if self.clip.towers.width != WIDTH:
@@ -69,5 +69,5 @@ class Aesthetic:
     def __call__(self, batch: Batch) -> Scores:
         if not len(batch):
             return Scores.of(torch.zeros(0, dtype=torch.float32, device="cpu"))
-        values = self.head(self.clip.images(batch)).squeeze(-1)
-        return Scores.of(values.where(finite(batch).to(values.device), torch.nan))
+        values = self.head(self.clip.encode_images(batch)).squeeze(-1)
+        return Scores.of(values.where(find_finite_images(batch).to(values.device), torch.nan))

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .files import find_file, limited, load_exactly, read_tensors
+from .files import find_file, limit_parameters, load_weights, read_tensors
 
 WEIGHTS, SAFETENSORS = "ImageReward.pt", "ImageReward.safetensors"
 MED_CONFIG = "med_config.json"
@@ -100,7 +100,7 @@ class BLIPScore(nn.Module):
         return score.squeeze(-1)
 
 
-def published_name(key: str) -> str:
+def get_published_name(key: str) -> str:
     """What the published file calls a weight of `BLIPScore`."""
     part, _, name = key.partition(".")
     if part == "vision":
@@ -109,7 +109,7 @@ def published_name(key: str) -> str:
     return {"vision": "blip.visual_encoder.", "text": "blip.text_encoder.", "mlp": "mlp.layers."}[part] + name
 
 
-def locate(checkpoint: str) -> Path:
+def find_weights(checkpoint: str) -> Path:
     """The file of weights, with its med_config.json beside it where there is one. Raises OSError without it."""
     folder = Path(checkpoint)
     if (folder / SAFETENSORS).is_file():
@@ -119,7 +119,7 @@ def locate(checkpoint: str) -> Path:
     return find_file(checkpoint, WEIGHTS)
 
 
-def sizes(config: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+def read_sizes(config: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     """Of the image and the text encoder, by transformers' names. A field `vision` of our own changes the
     former; the published med_config.json has the latter alone, and its `encoder_width` is not what is used."""
     if not config.is_file():
@@ -134,9 +134,9 @@ def sizes(config: Path) -> tuple[dict[str, Any], dict[str, Any]]:
 def load_blip(file: Path, device: torch.device, dtype: torch.dtype) -> BLIPScore:
     """The model with the file's weights; encoders in `dtype`. Raises OSError where they are not its own."""
     tensors = read_tensors(file)
-    with torch.device("meta"), limited(len(tensors)):
-        model = BLIPScore(*sizes(file.with_name(MED_CONFIG)))
-    load_exactly(model, tensors, file, name=published_name, unused=UNUSED)
+    with torch.device("meta"), limit_parameters(len(tensors)):
+        model = BLIPScore(*read_sizes(file.with_name(MED_CONFIG)))
+    load_weights(model, tensors, file, name=get_published_name, unused=UNUSED)
     # The one buffer that is in no file, and so still without contents.
     positions = torch.arange(model.text.config.max_position_embeddings, device="cpu")
     model.text.embeddings.register_buffer("position_ids", positions.expand(1, -1), persistent=False)

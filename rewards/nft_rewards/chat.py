@@ -79,9 +79,9 @@ class ChatServer:
             raise ValueError(f"url must be like http://127.0.0.1:8000/v1, got {self.url!r}")
         if self.concurrency < 1 or self.retries < 0 or not (self.timeout > 0 and self.deadline > 0):
             raise ValueError("concurrency must be at least 1, retries 0, timeout and deadline above 0")
-        self.key()
+        self.read_key()
 
-    def key(self) -> str:
+    def read_key(self) -> str:
         if not self.key_env:
             return ""
         # What does not look like a name may be the key itself, which no message shows.
@@ -95,28 +95,28 @@ class ChatServer:
             raise ValueError(f"api_key_env={name}: a key is one line of ASCII")
         return key
 
-    def redacted(self, reply: Any) -> Any:
+    def redact(self, reply: Any) -> Any:
         """A reply, or the Failed that came of it, without the key, which a server may send back."""
-        key = self.key()
+        key = self.read_key()
         if len(key) < SHORTEST or isinstance(reply, (int, float, NoneType)):
             return reply
         if isinstance(reply, str):
-            return shapes_of(key).sub("***", reply)
+            return compile_key_pattern(key).sub("***", reply)
         if isinstance(reply, Failed):
-            return type(reply)(self.redacted(reply.cause), self.redacted(reply.example))
+            return type(reply)(self.redact(reply.cause), self.redact(reply.example))
         if isinstance(reply, dict):
-            return {self.redacted(name): self.redacted(value) for name, value in reply.items()}
-        return [self.redacted(value) for value in reply]
+            return {self.redact(name): self.redact(value) for name, value in reply.items()}
+        return [self.redact(value) for value in reply]
 
     def ask_all(self, questions: Sequence[Callable[[], Awaitable[dict[str, Any]]]]) -> list[Any]:
         """The decoded reply to each question, in order, or the Failed that came of it.
 
         questions: each makes a request's body, when its turn has come.
         """
-        return run_apart(self._ask_all(questions))
+        return run_on_thread(self._ask_all(questions))
 
     async def _ask_all(self, questions: Sequence[Callable[[], Awaitable[dict[str, Any]]]]) -> list[Any]:
-        key = self.key()
+        key = self.read_key()
         headers = {"Accept-Encoding": "identity"} | ({"Authorization": f"Bearer {key}"} if key else {})
         turn = asyncio.Semaphore(self.concurrency)
         end = asyncio.get_running_loop().time() + self.deadline
@@ -129,32 +129,32 @@ class ChatServer:
             trust_env=urlsplit(self.url).hostname not in ("127.0.0.1", "::1", "localhost"),
         ) as client:
 
-            async def one(question: Callable[[], Awaitable[dict[str, Any]]]) -> Any:
+            async def ask_one(question: Callable[[], Awaitable[dict[str, Any]]]) -> Any:
                 # Here, before anything is cut: half a key is a secret too.
                 try:
-                    return self.redacted(await answer(question))
+                    return self.redact(await await_answer(question))
                 except RecursionError:
                     return Failed("a reply of another form")
 
-            async def answer(question: Callable[[], Awaitable[dict[str, Any]]]) -> Any:
+            async def await_answer(question: Callable[[], Awaitable[dict[str, Any]]]) -> Any:
                 last: list[Failed] = []
                 try:
                     async with asyncio.timeout_at(end), turn:
-                        return await self._persist(client, await question(), end, last)
+                        return await self._retry_request(client, await question(), end, last)
                 except TimeoutError:
                     return last[-1] if last else Failed(f"no answer within the deadline of {self.deadline:g} s")
                 except Failed as failure:
                     return failure
 
-            return await asyncio.gather(*map(one, questions))
+            return await asyncio.gather(*map(ask_one, questions))
 
-    async def _persist(self, client: Any, body: dict[str, Any], end: float, last: list[Failed]) -> Any:
+    async def _retry_request(self, client: Any, body: dict[str, Any], end: float, last: list[Failed]) -> Any:
         """Try until an answer comes or there is no sense in trying. last: what went wrong so far."""
         for number in range(self.retries + 1):
             wait = BACKOFF * 2**number * random.uniform(0.5, 1.5)
             try:
                 async with asyncio.timeout(self.timeout):
-                    status, reply_headers, content = await self._post(client, body)
+                    status, reply_headers, content = await self._post_request(client, body)
             except (httpx.ConnectError, httpx.ConnectTimeout) as error:
                 last.append(Unreachable(f"{type(error).__name__}: {error}"))
             except (httpx.NetworkError, httpx.RemoteProtocolError) as error:
@@ -165,20 +165,20 @@ class ChatServer:
                 raise Failed(f"{type(error).__name__}", str(error)) from error
             else:
                 if status == 200:
-                    return decoded(content)
+                    return decode_reply(content)
                 example = content.decode(errors="replace") or reply_headers.get("location", "")
                 if status in REFUSALS:
                     raise Refused(f"HTTP {status}", example)
                 last.append(Failed(f"HTTP {status}", example))
                 if status != 429 and status < 500:
                     break
-                wait += retry_after(reply_headers.get("retry-after", ""))
+                wait += parse_retry_after(reply_headers.get("retry-after", ""))
             if number == self.retries or asyncio.get_running_loop().time() + wait >= end:
                 break
             await asyncio.sleep(wait)
         raise last[-1]
 
-    async def _post(self, client: Any, body: dict[str, Any]) -> tuple[int, Any, bytes]:
+    async def _post_request(self, client: Any, body: dict[str, Any]) -> tuple[int, Any, bytes]:
         url = self.url.rstrip("/") + "/chat/completions"
         async with client.stream("POST", url, json=body) as response:
             content = b""
@@ -190,7 +190,7 @@ class ChatServer:
 
 
 @cache
-def shapes_of(key: str) -> re.Pattern[str]:
+def compile_key_pattern(key: str) -> re.Pattern[str]:
     """Whatever shows a key: plain, escaped or in base64, and of a long one its first eight letters."""
     shapes = set()
     for text in (key, key.split()[-1]):  # "Bearer KEY" may have been given as the key.
@@ -204,40 +204,40 @@ def shapes_of(key: str) -> re.Pattern[str]:
             codes = (inner, inner.translate(str.maketrans("+/", "-_")), text.encode().hex())
             shapes |= {s for s in codes if len(s) > 4}
     whole = sorted(shapes, key=len, reverse=True)
-    cut = [wrapped(shape[:8]) + r"[^\s\"'<>&,;]*" for shape in whole if len(shape) >= 12]
-    return re.compile("|".join([*map(wrapped, whole), *cut]), re.IGNORECASE)
+    cut = [allow_breaks(shape[:8]) + r"[^\s\"'<>&,;]*" for shape in whole if len(shape) >= 12]
+    return re.compile("|".join([*map(allow_breaks, whole), *cut]), re.IGNORECASE)
 
 
-def wrapped(text: str) -> str:
+def allow_breaks(text: str) -> str:
     """A pattern for a text that may be broken into lines, spaced out, or in UTF-16."""
     return r"(?:[\s\0]|\\[nrt]){,20}".join(map(re.escape, text))
 
 
-def decoded(content: bytes) -> Any:
+def decode_reply(content: bytes) -> Any:
     try:
         return json.loads(content)
     except (ValueError, RecursionError):
         raise Failed("a reply that is not JSON", content.decode(errors="replace")) from None
 
 
-def retry_after(header: str) -> float:
+def parse_retry_after(header: str) -> float:
     """Seconds that a Retry-After header asks for, in either of its forms; 0 where it says nothing."""
     try:
-        return max(float(header), 0.0) if header.strip().isdigit() else _until(header)
+        return max(float(header), 0.0) if header.strip().isdigit() else _count_seconds_until(header)
     except (TypeError, ValueError):
         return 0.0
 
 
-def _until(date: str) -> float:
+def _count_seconds_until(date: str) -> float:
     moment = parsedate_to_datetime(date)
     return max(
         ((moment if moment.tzinfo else moment.replace(tzinfo=UTC)) - datetime.now(UTC)).total_seconds(), 0.0
     )
 
 
-def run_apart(work: Coroutine[Any, Any, T]) -> T:
+def run_on_thread(work: Coroutine[Any, Any, T]) -> T:
     """What a coroutine returns. It runs on another thread: the caller's may have a loop, as in a notebook."""
-    future = asyncio.run_coroutine_threadsafe(work, _loop(os.getpid()))
+    future = asyncio.run_coroutine_threadsafe(work, _start_loop(os.getpid()))
     try:
         return future.result()
     finally:
@@ -245,7 +245,7 @@ def run_apart(work: Coroutine[Any, Any, T]) -> T:
 
 
 @cache
-def _loop(pid: int) -> asyncio.AbstractEventLoop:
+def _start_loop(pid: int) -> asyncio.AbstractEventLoop:
     """The thread's loop, one a process: a fork has none of its parent's threads."""
     loop = asyncio.new_event_loop()
     Thread(target=loop.run_forever, name="chat", daemon=True).start()

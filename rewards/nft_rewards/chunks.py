@@ -14,7 +14,7 @@ T = TypeVar("T")
 CHUNK = 64
 
 
-def pieces(f: Callable[[Tensor], T], x: Tensor, chunk: int = CHUNK) -> list[T]:
+def run_in_pieces(f: Callable[[Tensor], T], x: Tensor, chunk: int = CHUNK) -> list[T]:
     """`f` of `x [B, ...]` in as many pieces as fit, at least one: one that runs out of memory is halved.
 
     Raises torch.OutOfMemoryError where even one row does not fit.
@@ -34,6 +34,6 @@ def pieces(f: Callable[[Tensor], T], x: Tensor, chunk: int = CHUNK) -> list[T]:
     return done
 
 
-def in_chunks(f: Callable[[Tensor], Tensor], x: Tensor, chunk: int = CHUNK) -> Tensor:
+def run_in_chunks(f: Callable[[Tensor], Tensor], x: Tensor, chunk: int = CHUNK) -> Tensor:
     """`f`, which must treat rows independently, of `x [B, ...]`, row by row."""
-    return torch.cat(pieces(f, x, chunk))
+    return torch.cat(run_in_pieces(f, x, chunk))

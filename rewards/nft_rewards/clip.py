@@ -21,16 +21,16 @@ from torch.nn.functional import normalize
 from nft_plugins import Batch
 from nft_plugins.vocabulary import check_end, check_tokenizer
 
-from .chunks import in_chunks
-from .files import absolute, checked_config, explained, load_pretrained
-from .pixels import CLIP_MEAN, CLIP_STD, Size, finite, normalised, shared_crop
+from .chunks import run_in_chunks
+from .files import explain_errors, load_pretrained, read_checked_config, resolve_path
+from .pixels import CLIP_MEAN, CLIP_STD, Size, find_finite_images, normalise_pixels, share_crop
 from .texts import Texts
 
 Precision = Literal["auto", "fp32", "bf16", "fp16"]
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
-def dtype_of(precision: Precision, device: torch.device) -> torch.dtype:
+def choose_dtype(precision: Precision, device: torch.device) -> torch.dtype:
     """`auto`: bfloat16 on CUDA, float32 elsewhere."""
     if precision == "auto":
         return torch.bfloat16 if device.type == "cuda" else torch.float32
@@ -77,27 +77,27 @@ class CLIP:
         self.towers = towers
         self.logit_scale = towers.logit_scale
         # Of the towers and not of itself: in a cycle it would outlive the last reward that holds it.
-        self.prompts = Texts(name, partial(text_features, towers), towers.length, towers.count_tokens)
+        self.prompts = Texts(name, partial(encode_texts, towers), towers.length, towers.count_tokens)
 
     @torch.no_grad()
-    def encode(self, crop: Tensor) -> Tensor:
+    def encode_pixels(self, crop: Tensor) -> Tensor:
         """`[B, D]` from pixels `[B, 3, *crop]` in 0..255, bytes or floats."""
         t = self.towers
 
-        def encoded(x: Tensor) -> Tensor:
-            return features(t.encode_images(normalised(x.float(), t.mean, t.std).to(t.dtype)))
+        def encode_chunk(x: Tensor) -> Tensor:
+            return normalise_embedding(t.encode_images(normalise_pixels(x.float(), t.mean, t.std).to(t.dtype)))
 
-        return in_chunks(encoded, crop)
+        return run_in_chunks(encode_chunk, crop)
 
-    def images(self, batch: Batch) -> Tensor:
+    def encode_images(self, batch: Batch) -> Tensor:
         """`[B, D]`, computed once for all rewards on these towers."""
         t = self.towers
         return batch.shared(
-            (CLIP.images, self),
-            lambda: self.encode(shared_crop(batch, t.size, t.crop, t.device, t.rounded)),
+            (CLIP.encode_images, self),
+            lambda: self.encode_pixels(share_crop(batch, t.size, t.crop, t.device, t.rounded)),
         )
 
-    def cosine(
+    def compute_cosine(
         self, batch: Batch, prompts: Sequence[str], images: Callable[[], Tensor] | None = None
     ) -> Tensor:
         """`[B]`: the cosine of each image with its own prompt. NaN pixels give NaN.
@@ -106,20 +106,20 @@ class CLIP:
         """
         if not len(batch):
             return torch.zeros(0, dtype=torch.float32, device="cpu")
-        cosine = ((images or (lambda: self.images(batch)))() * self.prompts(prompts)).sum(-1)
-        return cosine.where(finite(batch).to(cosine.device), torch.nan)
+        cosine = ((images or (lambda: self.encode_images(batch)))() * self.prompts(prompts)).sum(-1)
+        return cosine.where(find_finite_images(batch).to(cosine.device), torch.nan)
 
 
 @torch.no_grad()
-def text_features(towers: Towers, texts: list[str]) -> Tensor:
+def encode_texts(towers: Towers, texts: list[str]) -> Tensor:
     """`[B, D]` of B texts, one at a time: a kept row's rounding must not depend on what came beside it.
 
     Otherwise a run that goes on with nothing kept would differ from one that was never interrupted.
     """
-    return in_chunks(lambda x: features(towers.encode_texts(x)), towers.tokenize(texts), chunk=1)
+    return run_in_chunks(lambda x: normalise_embedding(towers.encode_texts(x)), towers.tokenize(texts), chunk=1)
 
 
-def features(embedding: Tensor) -> Tensor:
+def normalise_embedding(embedding: Tensor) -> Tensor:
     """The projected embedding, normalised in float32."""
     return normalize(embedding.float(), dim=-1)
 
@@ -138,30 +138,32 @@ def load_clip(checkpoint: str, processor: str, device: str, precision: Precision
     place = torch.empty(
         0, dtype=torch.float32, device=device
     ).device  # With the number of the GPU, which `cuda` leaves out.
-    dtype = dtype_of(precision, place)
-    key = (absolute(checkpoint), absolute(processor), place, dtype)
+    dtype = choose_dtype(precision, place)
+    key = (resolve_path(checkpoint), resolve_path(processor), place, dtype)
     clip = _loaded.get(key)
     if clip is None:
         if checkpoint.startswith("open_clip:"):
-            from .open_clip_towers import towers
+            from .open_clip_towers import load_towers
 
-            parts = towers(absolute(checkpoint).removeprefix("open_clip:"), place, dtype)
+            parts = load_towers(resolve_path(checkpoint).removeprefix("open_clip:"), place, dtype)
         else:
-            parts = transformers_towers(absolute(checkpoint), absolute(processor), place, dtype)
+            parts = load_transformers_towers(resolve_path(checkpoint), resolve_path(processor), place, dtype)
         clip = _loaded[key] = CLIP(checkpoint, parts)
     return clip
 
 
-def transformers_towers(checkpoint: str, processor: str, device: torch.device, dtype: torch.dtype) -> Towers:
+def load_transformers_towers(
+    checkpoint: str, processor: str, device: torch.device, dtype: torch.dtype
+) -> Towers:
     from transformers import AutoTokenizer, CLIPModel
     from transformers.models.clip import CLIPImageProcessor
 
-    with explained("a CLIPModel in safetensors", checkpoint):
-        config = checked_config(CLIPModel, checkpoint)
-    with explained("a CLIP's tokenizer and image processor", processor):
+    with explain_errors("a CLIPModel in safetensors", checkpoint):
+        config = read_checked_config(CLIPModel, checkpoint)
+    with explain_errors("a CLIP's tokenizer and image processor", processor):
         tokenizer = AutoTokenizer.from_pretrained(processor, trust_remote_code=False)
         images = CLIPImageProcessor.from_pretrained(processor)
-    size, crop = geometry(images, int(config.vision_config.image_size), processor)
+    size, crop = read_geometry(images, int(config.vision_config.image_size), processor)
     length = int(config.text_config.max_position_embeddings)
     check_tokenizer(tokenizer, int(config.text_config.vocab_size), processor)
     check_end(tokenizer, config.text_config.eos_token_id, length, processor)
@@ -193,7 +195,7 @@ def transformers_towers(checkpoint: str, processor: str, device: torch.device, d
     )
 
 
-def geometry(config: Any, side: int, source: str) -> tuple[Size, tuple[int, int]]:
+def read_geometry(config: Any, side: int, source: str) -> tuple[Size, tuple[int, int]]:
     """The size that a processor resizes images to, and the crop that it takes of them.
 
     side: of the images that the model reads. Raises OSError for what else a processor may do.

@@ -35,6 +35,6 @@ class CLIPScore:
 
     def __call__(self, batch: Batch) -> Scores:
         if self.variant == "cosine":
-            return Scores.of(self.clip.cosine(batch, batch.prompts))
+            return Scores.of(self.clip.compute_cosine(batch, batch.prompts))
         prompts = [f"A photo depicts {prompt}" for prompt in batch.prompts]
-        return Scores.of(2.5 * self.clip.cosine(batch, prompts).clamp_min(0))
+        return Scores.of(2.5 * self.clip.compute_cosine(batch, prompts).clamp_min(0))

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from .clip import CLIP
-from .pixels import centre_crop
+from .pixels import crop_centre
 
 COLORS = ("red", "orange", "yellow", "green", "blue", "purple", "pink", "brown", "black", "white")
 TEMPLATES = (
@@ -26,7 +26,7 @@ TEMPLATES = (
 GREY = 0x99
 
 
-def cut_out(image: Tensor, mask: Tensor, box: tuple[float, float, float, float]) -> Tensor:
+def cut_out_object(image: Tensor, mask: Tensor, box: tuple[float, float, float, float]) -> Tensor:
     """`[3, h, w]` uint8: the box of `image [H, W, 3]` uint8, grey where `mask [H, W]` is false."""
     x0, y0, x1, y1 = (round(side) for side in box)
     pixels, inside = image[y0:y1, x0:x1], mask[y0:y1, x0:x1]
@@ -42,18 +42,18 @@ class ColorClassifier:
 
     def __call__(self, crops: Sequence[Tensor], labels: Sequence[str]) -> list[str]:
         """The colour of each of the `crops [3, h, w]` uint8, of any sizes, of objects of these classes."""
-        return [COLORS[i] for i in self.cosines(crops, labels).argmax(1).tolist()] if crops else []
+        return [COLORS[i] for i in self.compute_cosines(crops, labels).argmax(1).tolist()] if crops else []
 
-    def cosines(self, crops: Sequence[Tensor], labels: Sequence[str]) -> Tensor:
+    def compute_cosines(self, crops: Sequence[Tensor], labels: Sequence[str]) -> Tensor:
         """`[N, 10]`."""
         towers = self.clip.towers
-        cropped = [centre_crop(crop[None].to(towers.device), towers.size, towers.crop).byte() for crop in crops]
-        features = self.clip.encode(torch.cat(cropped))
-        self.learn(labels)
+        cropped = [crop_centre(crop[None].to(towers.device), towers.size, towers.crop).byte() for crop in crops]
+        features = self.clip.encode_pixels(torch.cat(cropped))
+        self.learn_colors(labels)
         classifiers = torch.stack([self.classifiers[label] for label in labels])
         return torch.einsum("nd,ncd->nc", features, classifiers)
 
-    def learn(self, labels: Sequence[str]) -> None:
+    def learn_colors(self, labels: Sequence[str]) -> None:
         """A unit vector `[10, D]` for each colour of each class that is new: the mean of its sentences'."""
         new = [label for label in dict.fromkeys(labels) if label not in self.classifiers]
         texts = [t.format(color=c, label=label) for label in new for c in COLORS for t in TEMPLATES]

@@ -12,7 +12,7 @@ from typing import Any
 NULLS = ("", "null", "none", "nan", "<na>")
 
 
-def field(record: Mapping[str, Any], name: str) -> Any:
+def get_field(record: Mapping[str, Any], name: str) -> Any:
     """The value of a field, or None where it is absent, null or NaN, which is what pandas makes of null.
 
     Arrays of numpy's become lists.
@@ -23,7 +23,7 @@ def field(record: Mapping[str, Any], name: str) -> Any:
     return None if isinstance(value, float) and value != value else value
 
 
-def decoded(value: Any) -> Any:
+def decode_text(value: Any) -> Any:
     """The list or object that a text means; anything else as it is."""
     if not isinstance(value, str) or value.strip()[:1] not in ("[", "{"):
         return value
@@ -35,13 +35,13 @@ def decoded(value: Any) -> Any:
     return value
 
 
-def meant(record: Mapping[str, Any], name: str) -> Any:
+def read_field(record: Mapping[str, Any], name: str) -> Any:
     """What a field means, decoded; None where it is absent, null, or what tables write for null."""
-    value = decoded(field(record, name))
+    value = decode_text(get_field(record, name))
     return None if isinstance(value, str) and value.strip().lower() in NULLS else value
 
 
-def whole_number(value: Any) -> int | None:
+def parse_whole_number(value: Any) -> int | None:
     """The integer that a value means: an int, a float such as 2.0, or its digits as text; else None."""
     if isinstance(value, str) and value.strip().isdecimal():
         return int(value)

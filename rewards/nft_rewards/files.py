@@ -33,7 +33,7 @@ CONVERT = (
 )
 
 
-def refusal(pickles: Iterable[Path], target: Path) -> OSError:
+def make_refusal(pickles: Iterable[Path], target: Path) -> OSError:
     """Why pickles are not read, with the command that makes `target` of them."""
     paths = [str(target), *map(str, pickles)]
     files = subprocess.list2cmdline(paths) if os.name == "nt" else shlex.join(paths)
@@ -43,7 +43,7 @@ def refusal(pickles: Iterable[Path], target: Path) -> OSError:
     )
 
 
-def absolute(checkpoint: str) -> str:
+def resolve_path(checkpoint: str) -> str:
     """The one path of a local file or folder, however it was written; a hub id as it is.
 
     Of `open_clip:ARCHITECTURE/FILE`, that of the file.
@@ -64,7 +64,7 @@ def find_file(checkpoint: str, name: str) -> Path:
     path = Path(checkpoint).expanduser()
     if path.is_file():
         if name.endswith(".safetensors") and path.suffix in PICKLED:
-            raise refusal([path], path.with_suffix(".safetensors"))
+            raise make_refusal([path], path.with_suffix(".safetensors"))
         return path
     if (path / name).is_file():
         return path / name
@@ -97,17 +97,17 @@ def read_tensors(path: Path) -> dict[str, Any]:
     except pickle.UnpicklingError as error:
         raise OSError(
             f"Cannot read weights from {path}: it is a pickle of more than tensors, which can run code, and "
-            f"was not loaded{asked_for(path)}. Use the published file, or safetensors."
+            f"was not loaded{describe_code(path)}. Use the published file, or safetensors."
         ) from error
     except Exception as error:
         raise OSError(f"Cannot read weights from {path}: {' '.join(str(error).split())[:200]} {CUT}") from error
     content = content.get("state_dict", content) if isinstance(content, Mapping) else content
-    if not isinstance(content, Mapping) or not all(is_plain(v) for v in content.values()):
+    if not isinstance(content, Mapping) or not all(is_plain_tensor(v) for v in content.values()):
         raise OSError(f"{path} holds no state dict of tensors but {type(content).__name__}.")
     return dict(content)
 
 
-def is_plain(value: Any) -> bool:
+def is_plain_tensor(value: Any) -> bool:
     return isinstance(value, Tensor) and value.layout == torch.strided and value.device.type == "cpu"
 
 
@@ -118,7 +118,9 @@ def check_archive(path: Path) -> None:
         with path.open("rb") as file:
             old = file.read(1) == pickle.PROTO
         if old:  # Before torch 1.6 sizes stood in the pickle alone, and are allocated as they stand there.
-            raise OSError(f"{said}it is a bare pickle. {refusal([path], path.with_suffix('.safetensors'))}")
+            raise OSError(
+                f"{said}it is a bare pickle. {make_refusal([path], path.with_suffix('.safetensors'))}"
+            )
         raise OSError(f"{said}it was not written by torch.save. {CUT}")
     try:
         with zipfile.ZipFile(path) as archive:
@@ -130,7 +132,7 @@ def check_archive(path: Path) -> None:
         raise OSError(f"{said}it unpacks to more than its own size, which torch.save never writes. {CUT}")
 
 
-def asked_for(path: Path) -> str:
+def describe_code(path: Path) -> str:
     """What code a pickle names, as `: it asks for os.system`; "" where that cannot be told."""
     try:
         names = torch.serialization.get_unsafe_globals_in_checkpoint(str(path))
@@ -139,7 +141,7 @@ def asked_for(path: Path) -> str:
     return f": it asks for {', '.join(map(str, names))[:200]}" if names else ""
 
 
-def load_exactly(
+def load_weights(
     module: nn.Module,
     tensors: Mapping[str, Tensor],
     path: Path,
@@ -178,7 +180,7 @@ TABLES = 2**24
 
 
 @contextmanager
-def explained(what: str, checkpoint: str, option: str = "checkpoint") -> Iterator[None]:
+def explain_errors(what: str, checkpoint: str, option: str = "checkpoint") -> Iterator[None]:
     """OSError for whatever transformers raises for files that are absent, cut short or of another kind."""
     try:
         yield
@@ -194,7 +196,7 @@ def explained(what: str, checkpoint: str, option: str = "checkpoint") -> Iterato
         ) from error
 
 
-def checked_config(cls: Any, checkpoint: str) -> Any:
+def read_checked_config(cls: Any, checkpoint: str) -> Any:
     """A transformers model's config, before any weight is read.
 
     Raises OSError for one that names code, or is of another or a larger model than the files hold.
@@ -214,7 +216,7 @@ def checked_config(cls: Any, checkpoint: str) -> Any:
         return config
     for file in files:
         check_dtypes(file)
-    with torch.device("meta"), limited(sum(map(count_tensors, files))):
+    with torch.device("meta"), limit_parameters(sum(map(count_tensors, files))):
         model = cls(config)
     wanted = sum(t.numel() for t in (*model.parameters(), *model.buffers()))
     held = sum(map(count_numbers, files))
@@ -252,20 +254,20 @@ def check_attention(config: Any) -> None:
 
 
 @contextmanager
-def limited(tensors: int) -> Iterator[None]:
+def limit_parameters(tensors: int) -> Iterator[None]:
     """Raise OSError as soon as a model that is made inside has far more weights than a file has tensors.
 
     A config can ask for so many layers that making them, even without memory for numbers, never ends.
     """
     made = 0
 
-    def count(*_: Any) -> None:
+    def count_parameter(*_: Any) -> None:
         nonlocal made
         made += 1
         if made > 4 * tensors + 1000:  # A file may hold in one tensor what a model has in a few.
             raise OSError(f"the config is of more than {made - 1:,} tensors, the files hold {tensors:,}.")
 
-    hook = register_module_parameter_registration_hook(count)
+    hook = register_module_parameter_registration_hook(count_parameter)
     try:
         yield
     finally:
@@ -302,9 +304,9 @@ def load_pretrained(cls: Any, checkpoint: str, unused: Callable[[str], bool]) ->
     folder = Path(checkpoint)
     pickles = sorted(folder.glob("pytorch_model*.bin"))
     if pickles and not any(folder.glob("*.safetensors")):
-        raise refusal(pickles, folder / "model.safetensors")
-    with explained(f"a {cls.__name__} in safetensors", checkpoint):
-        checked_config(cls, checkpoint)
+        raise make_refusal(pickles, folder / "model.safetensors")
+    with explain_errors(f"a {cls.__name__} in safetensors", checkpoint):
+        read_checked_config(cls, checkpoint)
         model, info = cls.from_pretrained(
             checkpoint,
             dtype=torch.float32,

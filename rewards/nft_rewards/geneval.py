@@ -20,8 +20,8 @@ from torch import Tensor
 from nft_plugins import Batch, PromptError, Scores
 
 from .clip import Precision
-from .fields import decoded, field, meant, whole_number
-from .pixels import finite
+from .fields import decode_text, get_field, parse_whole_number, read_field
+from .pixels import find_finite_images
 
 DETECTOR = "nft_rewards.photographs:PhotoDetector"
 THRESHOLD = 0.3
@@ -69,16 +69,16 @@ def read_metadata(metadata: Mapping[str, Any]) -> dict[str, Any]:
 
     Raises PromptError for metadata that is not GenEval's.
     """
-    include, exclude = (meant(metadata, name) for name in ("include", "exclude"))
+    include, exclude = (read_field(metadata, name) for name in ("include", "exclude"))
     if not isinstance(include, (list, tuple)) or not include:
         raise PromptError(f'needs metadata include: [{{"class": ..., "count": ...}}, ...], got {include!r}')
     if not isinstance(exclude, (list, tuple, NoneType)):
         raise PromptError(f"exclude must be a list of clauses like those of include, got {exclude!r}")
-    clauses = [read_clause(decoded(clause), i) for i, clause in enumerate([*include, *(exclude or ())])]
+    clauses = [read_clause(decode_text(clause), i) for i, clause in enumerate([*include, *(exclude or ())])]
     return {
         "include": clauses[: len(include)],
         "exclude": clauses[len(include) :],
-        "tag": meant(metadata, "tag"),
+        "tag": read_field(metadata, "tag"),
     }
 
 
@@ -86,17 +86,17 @@ def read_clause(clause: Any, i: int) -> dict[str, Any]:
     """The i-th clause of include and exclude. Raises PromptError for what is none."""
     if not isinstance(clause, Mapping) or not isinstance(clause.get("class"), str):
         raise PromptError(f"clause {i} of include and exclude needs a class, got {clause!r}")
-    count = whole_number(field(clause, "count"))
+    count = parse_whole_number(get_field(clause, "count"))
     if count is None or count < 1:
         raise PromptError(f"clause {i} needs a count of 1 or more, got {clause!r}")
     read = {"class": clause["class"], "count": count}
-    if (color := meant(clause, "color")) is not None:
+    if (color := read_field(clause, "color")) is not None:
         if not isinstance(color, str):
             raise PromptError(f"clause {i}: {color!r} is no color's name")
         read["color"] = color
-    if (position := meant(clause, "position")) is not None:
+    if (position := read_field(clause, "position")) is not None:
         pair = position if isinstance(position, (list, tuple)) and len(position) == 2 else (None, None)
-        target = whole_number(pair[1])
+        target = parse_whole_number(pair[1])
         if pair[0] not in RELATIONS or target is None or not 0 <= target < i:
             raise PromptError(
                 f"clause {i}: position is [relation, index of an earlier clause] with a relation of "
@@ -115,18 +115,18 @@ def check_names(wanted: Mapping[str, Any], detector: Detector) -> None:
         for clause in [*wanted["include"], *wanted["exclude"]]:
             name = clause.get(kind)
             if name is not None and name not in known:
-                raise PromptError(f"the detector knows no {kind} {name!r}; {nearest(name, known)}")
+                raise PromptError(f"the detector knows no {kind} {name!r}; {suggest_names(name, known)}")
 
 
-def nearest(name: str, known: Sequence[str]) -> str:
+def suggest_names(name: str, known: Sequence[str]) -> str:
     parts = [k for k in known if set(name.lower().split()) & set(k.split())]
     near = list(dict.fromkeys([*parts, *get_close_matches(name.lower(), known)]))
     return f"did you mean {' or '.join(map(repr, near[:3]))}?" if near else f"it knows {', '.join(known)}"
 
 
-def relations(a: Detected, b: Detected) -> set[str]:
+def find_relations(a: Detected, b: Detected) -> set[str]:
     """What a is to b: none, one or two of `left of`, `right of`, `above`, `below`."""
-    (ax, ay, aw, ah), (bx, by, bw, bh) = centre_and_size(a), centre_and_size(b)
+    (ax, ay, aw, ah), (bx, by, bw, bh) = measure_box(a), measure_box(b)
     dx, dy = ax - bx, ay - by
     norm = (dx * dx + dy * dy) ** 0.5
     if norm == 0:
@@ -139,12 +139,12 @@ def relations(a: Detected, b: Detected) -> set[str]:
     return {relation for relation, true in holds.items() if true}
 
 
-def centre_and_size(d: Detected) -> tuple[float, float, float, float]:
+def measure_box(d: Detected) -> tuple[float, float, float, float]:
     x0, y0, x1, y1 = d.box
     return (x0 + x1) / 2, (y0 + y1) / 2, x1 - x0, y1 - y0
 
 
-def by_class(detections: Sequence[Detected], threshold: float) -> dict[str, list[Detected]]:
+def group_by_class(detections: Sequence[Detected], threshold: float) -> dict[str, list[Detected]]:
     """Confident detections of each class, the best first, 16 at most."""
     classes: dict[str, list[Detected]] = {}
     for d in sorted(detections, key=lambda d: -d.score):
@@ -153,21 +153,21 @@ def by_class(detections: Sequence[Detected], threshold: float) -> dict[str, list
     return classes
 
 
-def threshold(wanted: Mapping[str, Any]) -> float:
+def choose_threshold(wanted: Mapping[str, Any]) -> float:
     return COUNTING_THRESHOLD if wanted["tag"] == "counting" else THRESHOLD
 
 
-def color_matters(detections: Sequence[Detected], metadata: Mapping[str, Any]) -> Iterator[Detected]:
-    """Objects whose colour `evaluate` looks at: a clause's best `count`, where there are as many."""
+def find_objects_to_color(detections: Sequence[Detected], metadata: Mapping[str, Any]) -> Iterator[Detected]:
+    """Objects whose colour `evaluate_image` looks at: a clause's best `count`, where there are as many."""
     wanted = read_metadata(metadata)
-    classes = by_class(detections, threshold(wanted))
+    classes = group_by_class(detections, choose_threshold(wanted))
     for clause in wanted["include"]:
         found = classes.get(clause["class"], [])
         if "color" in clause and len(found) >= clause["count"]:
             yield from found[: clause["count"]]
 
 
-def evaluate(
+def evaluate_image(
     detections: Sequence[Detected],
     metadata: Mapping[str, Any],
     variant: Literal["corrected", "nft"] = "corrected",
@@ -178,12 +178,12 @@ def evaluate(
     wrong relation adds a 0 and then a 1; `corrected` floors the term at 0 and counts the relation once.
     """
     wanted = read_metadata(metadata)
-    classes = by_class(detections, threshold(wanted))
-    soft, strict = _soft_and_strict(classes, wanted["include"], variant)
-    return Outcome(strict, float(_lenient(classes, wanted)), soft)
+    classes = group_by_class(detections, choose_threshold(wanted))
+    soft, strict = _score_soft_and_strict(classes, wanted["include"], variant)
+    return Outcome(strict, float(_passes_benchmark(classes, wanted)), soft)
 
 
-def _soft_and_strict(
+def _score_soft_and_strict(
     classes: Mapping[str, Sequence[Detected]], include: Sequence[Mapping[str, Any]], variant: str
 ) -> tuple[float, float]:
     """Exactly `count` objects of each class are asked for; `exclude` plays no part.
@@ -205,22 +205,22 @@ def _soft_and_strict(
             right = share == 1
         if right and "position" in clause:
             others = matched[clause["position"][1]]
-            right = _placed(found, clause["position"], matched)
+            right = _is_placed(found, clause["position"], matched)
             components += [0.0, 1.0] if variant == "nft" and others and not right else [float(right)]
         matched.append(found if right else ())
     return sum(components) / len(components), float(all(matched))
 
 
-def _placed(
+def _is_placed(
     found: Sequence[Detected], position: tuple[str, int], matched: Sequence[Sequence[Detected]]
 ) -> bool:
     """Whether each stands in the relation to each object of an earlier clause, of which there must be some."""
     relation, target = position
     others = matched[target]
-    return bool(others) and all(relation in relations(d, o) for d in found for o in others)
+    return bool(others) and all(relation in find_relations(d, o) for d in found for o in others)
 
 
-def _lenient(classes: Mapping[str, Sequence[Detected]], wanted: Mapping[str, Any]) -> bool:
+def _passes_benchmark(classes: Mapping[str, Sequence[Detected]], wanted: Mapping[str, Any]) -> bool:
     """The benchmark's own rule: at least `count` objects, of which the best `count` are looked at."""
     correct = True
     matched: list[Sequence[Detected]] = []
@@ -230,7 +230,7 @@ def _lenient(classes: Mapping[str, Sequence[Detected]], wanted: Mapping[str, Any
         if right and "color" in clause:
             right = all(d.color == clause["color"] for d in found)
         if right and "position" in clause:
-            right = _placed(found, clause["position"], matched)
+            right = _is_placed(found, clause["position"], matched)
         correct &= right
         matched.append(found if right else ())
     for clause in wanted["exclude"]:
@@ -245,7 +245,7 @@ class GenEval:
         takes it. Without one: Mask2Former and CLIP, see `photographs`.
     checkpoint, clip, precision: options of the detector; the default's are Mask2Former's and CLIP's hub id or
         folder, and `auto`, which is bf16 on CUDA and fp32 elsewhere.
-    variant: of the soft score; see `evaluate`.
+    variant: of the soft score; see `evaluate_image`.
     Raises ValueError for a detector that cannot be had, OSError without its files, and PromptError for metadata
     that is not GenEval's or asks for what the detector does not know.
     """
@@ -277,16 +277,16 @@ class GenEval:
             check_names(read_metadata(metadata), self.detector)
         # Bytes hide NaN pixels: such an image is not scored.
         outcomes = [
-            evaluate(found, metadata, self.variant) if whole and found is not None else UNSCORED
+            evaluate_image(found, metadata, self.variant) if whole and found is not None else UNSCORED
             for found, metadata, whole in zip(
-                self.detect(batch), batch.metadata, finite(batch).tolist(), strict=True
+                self.detect_objects(batch), batch.metadata, find_finite_images(batch).tolist(), strict=True
             )
         ]
         strict, lenient, soft = torch.tensor(outcomes, dtype=torch.float32, device="cpu").view(-1, 3).T
         values = soft if self.score == "soft" else strict
         return Scores.of(values, strict=strict, lenient=lenient, soft=soft)
 
-    def detect(self, batch: Batch) -> Sequence[Sequence[Detected] | None]:
+    def detect_objects(self, batch: Batch) -> Sequence[Sequence[Detected] | None]:
         """Each image's objects, with the colours that matter."""
         images = batch.uint8.permute(0, 2, 3, 1)
         found = self.detector.detect(images)
@@ -297,7 +297,7 @@ class GenEval:
         objects = {
             id(d): (i, d)
             for i, (detections, metadata) in enumerate(zip(found, batch.metadata, strict=True))
-            for d in color_matters(detections or (), metadata)
+            for d in find_objects_to_color(detections or (), metadata)
             if d.color is None
         }
         named = name_colors(images, list(objects.values())) if objects else []

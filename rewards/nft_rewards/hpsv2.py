@@ -21,7 +21,7 @@ ARCHITECTURE = "ViT-H-14"
 FILES = {"2.1": "HPS_v2.1_compressed.pt", "2.0": "HPS_v2_compressed.pt"}
 
 
-def fitted(images: Tensor, side: int, antialias: bool) -> Tensor:
+def fit_into_square(images: Tensor, side: int, antialias: bool) -> Tensor:
     """`[B, 3, side, side]` float32 from `images [B, 3, H, W]` in 0..255: the longest side resized, and black
     around it. In floating point, as published, without PIL's rounding, so that values may pass 0 and 255."""
     height, width = images.shape[-2:]
@@ -59,10 +59,9 @@ class HPSv2:
 
     def __call__(self, batch: Batch) -> Scores:
         towers = self.clip.towers
-        return Scores.of(
-            self.clip.cosine(
-                batch,
-                batch.prompts,
-                lambda: self.clip.encode(fitted(batch.uint8.to(towers.device), towers.crop[0], self.antialias)),
-            )
-        )
+
+        def encode_images() -> Tensor:
+            pixels = fit_into_square(batch.uint8.to(towers.device), towers.crop[0], self.antialias)
+            return self.clip.encode_pixels(pixels)
+
+        return Scores.of(self.clip.compute_cosine(batch, batch.prompts, encode_images))

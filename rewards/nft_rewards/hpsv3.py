@@ -17,10 +17,10 @@ from torch import Tensor, nn
 from nft_plugins import Batch, PromptError, Scores
 from nft_plugins.vocabulary import check_tokenizer
 
-from .chunks import in_chunks
-from .clip import Precision, dtype_of
-from .files import check_kind, explained, find_file, limited, load_exactly, read_tensors
-from .pixels import finite, normalised, resize
+from .chunks import run_in_chunks
+from .clip import Precision, choose_dtype
+from .files import check_kind, explain_errors, find_file, limit_parameters, load_weights, read_tensors
+from .pixels import find_finite_images, normalise_pixels, resize_images
 
 CHECKPOINT = "MizzenAI/HPSv3"
 FILE = "HPSv3.safetensors"
@@ -64,16 +64,16 @@ class HPSv3:
         precision: Precision = "auto",
         device: str = "cpu",
     ) -> None:
-        self.device, self.dtype = torch.device(device), dtype_of(precision, torch.device(device))
+        self.device, self.dtype = torch.device(device), choose_dtype(precision, torch.device(device))
         self.tokenizer, config = load_base(base)
         self.context = int(config.text_config.max_position_embeddings)
         self.model = load_model(find_file(checkpoint, FILE), config, self.device, self.dtype)
         self.image_token = self.tokenizer.convert_tokens_to_ids(IMAGE)
 
     def check_prompt(self, prompt: str, metadata: Mapping[str, Any]) -> None:
-        self.tokenize(prompt, PIXELS // (PATCH * MERGE) ** 2)
+        self.tokenize_chat(prompt, PIXELS // (PATCH * MERGE) ** 2)
 
-    def tokenize(self, prompt: str, image_tokens: int) -> list[int]:
+    def tokenize_chat(self, prompt: str, image_tokens: int) -> list[int]:
         """Ids of the whole chat, the last of them REWARD's."""
         for token in self.tokenizer.get_added_vocab():
             if token in prompt:
@@ -91,13 +91,13 @@ class HPSv3:
     def __call__(self, batch: Batch) -> Scores:
         if not len(batch):
             return Scores.of(torch.zeros(0, dtype=torch.float32, device="cpu"))
-        height, width = size_for(*batch.images.shape[-2:])
+        height, width = choose_size(*batch.images.shape[-2:])
         image_tokens = height * width // (PATCH * MERGE) ** 2
-        tokens = {prompt: self.tokenize(prompt, image_tokens) for prompt in set(batch.prompts)}
+        tokens = {prompt: self.tokenize_chat(prompt, image_tokens) for prompt in set(batch.prompts)}
         images = batch.uint8
 
-        def score(rows: Tensor) -> Tensor:
-            pixels = normalised(resize(images[rows].to(self.device), height, width)).to(self.dtype)
+        def score_rows(rows: Tensor) -> Tensor:
+            pixels = normalise_pixels(resize_images(images[rows].to(self.device), height, width)).to(self.dtype)
             chats = [
                 torch.tensor(tokens[batch.prompts[i]], dtype=torch.int64, device="cpu") for i in rows.tolist()
             ]
@@ -107,8 +107,8 @@ class HPSv3:
             result: Tensor = self.model(pixels, ids, ids == self.image_token, last)
             return result
 
-        mean, log_sigma = in_chunks(score, torch.arange(len(batch), device="cpu"), CHUNK).unbind(1)
-        scores = Scores.of(mean.where(finite(batch).to(mean.device), torch.nan))
+        mean, log_sigma = run_in_chunks(score_rows, torch.arange(len(batch), device="cpu"), CHUNK).unbind(1)
+        scores = Scores.of(mean.where(find_finite_images(batch).to(mean.device), torch.nan))
         return Scores(scores.values, scores.valid, {"log_sigma": log_sigma})
 
 
@@ -146,7 +146,7 @@ class RewardModel(nn.Module):
         grid = torch.tensor(
             [[1, height // PATCH, width // PATCH]] * count, device=pixels.device, dtype=torch.int64
         )
-        seen = self.visual(patches(pixels), grid_thw=grid).pooler_output
+        seen = self.visual(cut_patches(pixels), grid_thw=grid).pooler_output
         read = self.model.embed_tokens(ids)
         read = read.masked_scatter(is_image[..., None], seen.to(read.dtype))
         # Positions count from 0 along the sequence, image and all. Qwen2-VL gives an image's tokens its rows
@@ -176,7 +176,7 @@ class Angles(nn.Module):
         return angles.cos().float(), angles.sin().float()
 
 
-def patches(pixels: Tensor) -> Tensor:
+def cut_patches(pixels: Tensor) -> Tensor:
     """`[B * H/14 * W/14, 3 * 2 * 14 * 14]` from `[B, 3, H, W]`: windows of 2 x 2 patches, row by row."""
     side = MERGE * PATCH
     count, channels, height, width = pixels.shape
@@ -185,7 +185,7 @@ def patches(pixels: Tensor) -> Tensor:
     return x.expand(*[-1] * 6, FRAMES, -1, -1).reshape(-1, channels * FRAMES * PATCH**2)
 
 
-def size_for(height: int, width: int) -> tuple[int, int]:
+def choose_size(height: int, width: int) -> tuple[int, int]:
     """Height and width, multiples of 28 of about the same aspect, that an image is resized to.
 
     Raises ValueError where one side is more than 200 times the other.
@@ -209,7 +209,7 @@ def load_base(base: str) -> tuple[Any, Any]:
     """Qwen2-VL's tokenizer, with one token more, and its config for that many. Raises OSError without them."""
     from transformers import AutoTokenizer, Qwen2VLConfig
 
-    with explained(f"the tokenizer and config.json of {BASE}", base, "base"):
+    with explain_errors(f"the tokenizer and config.json of {BASE}", base, "base"):
         check_kind(Qwen2VLConfig, base)
         config: Any = Qwen2VLConfig.from_pretrained(base)
         tokenizer = AutoTokenizer.from_pretrained(base, trust_remote_code=False)
@@ -227,9 +227,9 @@ def load_model(file: Path, config: Any, device: torch.device, dtype: torch.dtype
 
     # Without memory for weights, but with the frequencies of rotary positions, which are in no file.
     tensors = read_tensors(file)
-    with init_empty_weights(include_buffers=False), limited(len(tensors)):
+    with init_empty_weights(include_buffers=False), limit_parameters(len(tensors)):
         model = RewardModel(config)
-    load_exactly(model, tensors, file, unused=("lm_head.weight",))
+    load_weights(model, tensors, file, unused=("lm_head.weight",))
     for part, precision in ((model.visual, dtype), (model.model, dtype), (model.rm_head, torch.float32)):
         part.to(device, precision)
     return model.eval().requires_grad_(False)

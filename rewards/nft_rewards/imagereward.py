@@ -14,11 +14,11 @@ from torch import Tensor
 from nft_plugins import Batch, Scores
 from nft_plugins.vocabulary import check_tokenizer
 
-from .blip import MED_CONFIG, load_blip, locate
-from .chunks import in_chunks
-from .clip import Precision, dtype_of
-from .files import explained, read_tensors
-from .pixels import finite, normalised, shared_crop
+from .blip import MED_CONFIG, find_weights, load_blip
+from .chunks import run_in_chunks
+from .clip import Precision, choose_dtype
+from .files import explain_errors, read_tensors
+from .pixels import find_finite_images, normalise_pixels, share_crop
 from .texts import Texts
 
 CHECKPOINT = "THUDM/ImageReward"
@@ -29,7 +29,7 @@ LENGTH = 35
 
 
 class Engine(Protocol):
-    def score(self, batch: Batch) -> Tensor:
+    def score_batch(self, batch: Batch) -> Tensor:
         """`[B]`, of at least one image."""
         ...
 
@@ -67,21 +67,21 @@ class ImageReward:
     def __call__(self, batch: Batch) -> Scores:
         if not len(batch):
             return Scores.of(torch.zeros(0, dtype=torch.float32, device="cpu"))
-        values = self.engine.score(batch)
-        return Scores.of(values.where(finite(batch).to(values.device), torch.nan))
+        values = self.engine.score_batch(batch)
+        return Scores.of(values.where(find_finite_images(batch).to(values.device), torch.nan))
 
 
 class BLIPEngine:
     """Scores from the published file in transformers' classes."""
 
     def __init__(self, checkpoint: str, tokenizer: str, precision: Precision, device: torch.device) -> None:
-        self.device, self.dtype = device, dtype_of(precision, device)
-        file = locate(checkpoint)
+        self.device, self.dtype = device, choose_dtype(precision, device)
+        file = find_weights(checkpoint)
         self.model = load_blip(file, device, self.dtype)
         self.tokenizer = load_tokenizer(tokenizer, self.model.vocab_size)
-        self.tokens = Texts("ImageReward", self.tokenize, LENGTH, self.count_tokens)
+        self.tokens = Texts("ImageReward", self.tokenize_prompts, LENGTH, self.count_tokens)
 
-    def tokenize(self, prompts: list[str]) -> Tensor:
+    def tokenize_prompts(self, prompts: list[str]) -> Tensor:
         """`[B, 2, 35]` int64: ids and mask."""
         padded = self.tokenizer(
             prompts, padding="max_length", truncation=True, max_length=LENGTH, return_tensors="pt"
@@ -92,24 +92,24 @@ class BLIPEngine:
         return [len(ids) for ids in self.tokenizer(prompts, verbose=False).input_ids]
 
     @torch.no_grad()
-    def score(self, batch: Batch) -> Tensor:
+    def score_batch(self, batch: Batch) -> Tensor:
         size = self.model.image_size
-        crop = shared_crop(batch, size, (size, size), self.device, rounded=True)
+        crop = share_crop(batch, size, (size, size), self.device, rounded=True)
         ids, mask = self.tokens(batch.prompts).to(self.device).unbind(1)
 
-        def pairs(i: Tensor) -> Tensor:
-            pixels = normalised(crop[i].float()).to(self.dtype)
+        def score_pairs(i: Tensor) -> Tensor:
+            pixels = normalise_pixels(crop[i].float()).to(self.dtype)
             raw: Tensor = self.model(pixels, ids[i], mask[i])
             return (raw - MEAN) / STD
 
-        return in_chunks(pairs, torch.arange(len(batch), device=self.device))
+        return run_in_chunks(score_pairs, torch.arange(len(batch), device=self.device))
 
 
 def load_tokenizer(name: str, vocab_size: int) -> Any:
     """BERT's, from a folder or the hub. Raises OSError where it is another than the model's."""
     from transformers import BertTokenizer
 
-    with explained(f"the tokenizer of {TOKENIZER}", name, "tokenizer"):
+    with explain_errors(f"the tokenizer of {TOKENIZER}", name, "tokenizer"):
         tokenizer = BertTokenizer.from_pretrained(name)
         # BLIP added [DEC] and [ENC], which the score does not use, to the vocabulary that it found. Where
         # transformers finds no vocabulary it says nothing and makes a tokenizer of the 5 special tokens.
@@ -135,7 +135,7 @@ class PackageEngine:
                 'openai-clip "transformers<4.48" "diffusers<0.33" "setuptools<80" and torch and torchvision '
                 "that match, or leave engine out, which needs none of it."
             ) from error
-        file = locate(checkpoint)
+        file = find_weights(checkpoint)
         config = file.with_name(MED_CONFIG)
         if not config.is_file():
             raise OSError(f"engine='package' needs {MED_CONFIG} of {CHECKPOINT} beside {file}")
@@ -144,7 +144,7 @@ class PackageEngine:
         self.model = package.load(str(file), device=device, med_config=str(config))
 
     @torch.no_grad()
-    def score(self, batch: Batch) -> Tensor:
+    def score_batch(self, batch: Batch) -> Tensor:
         pairs = zip(batch.prompts, batch.pil, strict=True)
         return torch.tensor(
             [self.model.score(prompt, image) for prompt, image in pairs], dtype=torch.float32, device="cpu"

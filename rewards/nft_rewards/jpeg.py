@@ -14,13 +14,13 @@ from PIL.Image import Image
 
 from nft_plugins import Batch, Scores
 
-from .pixels import finite
+from .pixels import find_finite_images
 
 Variant = Literal["nft", "ddpo"]
 SCALE = {"nft": 1 / 500, "ddpo": 1.0}
 
 
-def kilobytes(image: Image) -> float:
+def measure_kilobytes(image: Image) -> float:
     buffer = BytesIO()
     image.save(buffer, format="JPEG", quality=95)
     return buffer.tell() / 1000
@@ -28,14 +28,16 @@ def kilobytes(image: Image) -> float:
 
 @dataclass(frozen=True)
 class JPEGCompressibility:
-    """-kB / 500 (`variant="nft"`) or -kB (`"ddpo"`); detail `kilobytes`."""
+    """-kB / 500 (`variant="nft"`) or -kB (`"ddpo"`); detail `measure_kilobytes`."""
 
     variant: Variant = "nft"
     sign = -1
 
     def __call__(self, batch: Batch) -> Scores:
-        size = torch.tensor([kilobytes(image) for image in batch.pil], dtype=torch.float32, device="cpu")
-        size = size.where(finite(batch).cpu(), torch.nan)
+        size = torch.tensor(
+            [measure_kilobytes(image) for image in batch.pil], dtype=torch.float32, device="cpu"
+        )
+        size = size.where(find_finite_images(batch).cpu(), torch.nan)
         return Scores.of(self.sign * SCALE[self.variant] * size, kilobytes=size)
 
 

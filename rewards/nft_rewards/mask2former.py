@@ -19,10 +19,10 @@ import torch
 from torch import Tensor
 from torch.nn.functional import interpolate
 
-from .chunks import pieces
-from .clip import Precision, dtype_of
+from .chunks import run_in_pieces
+from .clip import Precision, choose_dtype
 from .files import load_pretrained
-from .pixels import normalised, resize
+from .pixels import normalise_pixels, resize_images
 
 CHECKPOINT = "facebook/mask2former-swin-small-coco-instance"
 SHORTEST, LONGEST, MULTIPLE = 800, 1333, 32
@@ -86,11 +86,11 @@ class Mask2Former:
         device: str = "cpu",
     ) -> None:
         self.device = torch.device(device)
-        self.dtype = dtype_of(precision, self.device)
+        self.dtype = choose_dtype(precision, self.device)
         self.size = size
         # One image keeps a CPU busy; several take a fifth more of its time.
         self.at_once = 1 if self.device.type == "cpu" else CHUNK
-        self.model = load(checkpoint).to(self.device)
+        self.model = load_network(checkpoint).to(self.device)
 
     @torch.no_grad()
     def detect(self, images: Tensor) -> list[list[Instance] | None]:
@@ -100,23 +100,26 @@ class Mask2Former:
         """
         if not len(images):
             return []
-        return [found for piece in pieces(self.detect_piece, images, self.at_once) for found in piece]
+        return [found for piece in run_in_pieces(self.detect_piece, images, self.at_once) for found in piece]
 
     def detect_piece(self, images: Tensor) -> list[list[Instance] | None]:
         pixels = images.to(self.device).permute(0, 3, 1, 2)
         height, width = pixels.shape[-2:]
-        input_size = network_size(height, width, *self.size)
-        x = normalised(resize(pixels, *input_size, "bilinear"), MEAN, STD)
+        input_size = choose_network_size(height, width, *self.size)
+        x = normalise_pixels(resize_images(pixels, *input_size, "bilinear"), MEAN, STD)
         # Autocast rather than half-precision weights: it keeps the coordinates that are sampled in float32.
         with torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32):
             out = self.model(pixel_values=x)
         return [
-            objects(c, m, input_size, (height, width)) if c.isfinite().all() and m.isfinite().all() else None
-            for c, m in zip(out.class_queries_logits, out.masks_queries_logits, strict=True)
+            # NaN in the logits would give no objects, which would look like an empty picture.
+            find_objects(classes, masks, input_size, (height, width))
+            if classes.isfinite().all() and masks.isfinite().all()
+            else None
+            for classes, masks in zip(out.class_queries_logits, out.masks_queries_logits, strict=True)
         ]
 
 
-def load(checkpoint: str) -> torch.nn.Module:
+def load_network(checkpoint: str) -> torch.nn.Module:
     from transformers import Mask2FormerForUniversalSegmentation
 
     # Older files hold the loss's weights and tables of positions too.
@@ -143,7 +146,7 @@ def check_classes(checkpoint: str, id2label: Mapping[int, str]) -> None:
             )
 
 
-def network_size(height: int, width: int, shortest: int, longest: int) -> tuple[int, int]:
+def choose_network_size(height: int, width: int, shortest: int, longest: int) -> tuple[int, int]:
     """The height and width that transformers' processor resizes to."""
     from transformers.image_transforms import get_size_with_aspect_ratio
 
@@ -152,18 +155,16 @@ def network_size(height: int, width: int, shortest: int, longest: int) -> tuple[
     return tall, wide
 
 
-def objects(
+def find_objects(
     class_logits: Tensor, mask_logits: Tensor, input_size: tuple[int, int], size: tuple[int, int]
 ) -> list[Instance]:
     """One image's objects from `class_logits [Q, C + 1]` and `mask_logits [Q, h, w]`."""
-    scores, labels, masks = instances(class_logits, mask_logits, input_size, size)
-    return [
-        Instance(CLASSES[label], score, box, mask)
-        for label, score, box, mask in zip(labels.tolist(), scores.tolist(), boxes(masks), masks, strict=True)
-    ]
+    scores, labels, masks = find_instances(class_logits, mask_logits, input_size, size)
+    rows = zip(labels.tolist(), scores.tolist(), find_boxes(masks), masks, strict=True)
+    return [Instance(CLASSES[label], score, box, mask) for label, score, box, mask in rows]
 
 
-def instances(
+def find_instances(
     class_logits: Tensor, mask_logits: Tensor, input_size: tuple[int, int], size: tuple[int, int]
 ) -> tuple[Tensor, Tensor, Tensor]:
     """`scores [N]` above MIN_SCORE, descending, `labels [N]` and `masks [N, *size]` bool of one image."""
@@ -186,12 +187,12 @@ def instances(
     return scores[order], labels[order], masks[order]
 
 
-def boxes(masks: Tensor) -> list[tuple[float, float, float, float]]:
+def find_boxes(masks: Tensor) -> list[tuple[float, float, float, float]]:
     """(x0, y0, x1, y1), tight, of each of `masks [N, H, W]`, none of which is empty."""
 
-    def extent(covered: Tensor) -> tuple[Tensor, Tensor]:
+    def find_extent(covered: Tensor) -> tuple[Tensor, Tensor]:
         covered = covered.int()
         return covered.argmax(1), covered.shape[1] - covered.flip(1).argmax(1)
 
-    (x0, x1), (y0, y1) = extent(masks.any(1)), extent(masks.any(2))
+    (x0, x1), (y0, y1) = find_extent(masks.any(1)), find_extent(masks.any(2))
     return [tuple(box) for box in torch.stack([x0, y0, x1, y1], 1).float().tolist()]

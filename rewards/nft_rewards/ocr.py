@@ -20,10 +20,10 @@ from PIL import Image
 
 from nft_plugins import Batch, PromptError, Scores
 
-from .fields import field
-from .ocr_engines import EngineName, cause_of, make_engine
-from .pixels import finite
-from .words import folded, target_text, unknown_letters
+from .fields import get_field
+from .ocr_engines import EngineName, describe_cause, make_engine
+from .pixels import find_finite_images
+from .words import find_target_text, find_unknown_letters, fold_text
 
 
 class Match(NamedTuple):
@@ -32,7 +32,7 @@ class Match(NamedTuple):
     exact: float
 
 
-def match(read: str, target: str, *, contains: bool = True, spam_penalty: float = 0.0) -> Match:
+def match_texts(read: str, target: str, *, contains: bool = True, spam_penalty: float = 0.0) -> Match:
     """The score of folded texts; target must not be empty.
 
     contains: a target that stands in what was read counts as read (the published rule).
@@ -80,26 +80,26 @@ class OCR:
             raise ValueError("upscale must be at least 1, workers and spam_penalty at least 0")
         self.variant, self.normalise = variant, normalise
         self.upscale, self.spam_penalty = upscale, spam_penalty
-        self.workers = workers or cores_of_this_process()
+        self.workers = workers or count_own_cores()
         # An engine is not safe to share between threads; onnxruntime frees the interpreter while it reads.
         self.engines: SimpleQueue[Callable[[np.ndarray], str]] = SimpleQueue()
         for _ in range(self.workers):
             self.engines.put(one := make_engine(engine, detector, recogniser))
         #: What the engine can read, folded; None where it does not say.
         self.known = (
-            None if one.letters is None else frozenset(c for a in one.letters for c in folded(a, normalise))
+            None if one.letters is None else frozenset(c for a in one.letters for c in fold_text(a, normalise))
         )
         self.pool = ThreadPoolExecutor(self.workers, "ocr")
 
     def check_prompt(self, prompt: str, metadata: Mapping[str, Any]) -> None:
-        self.target(prompt, metadata)
+        self.read_target(prompt, metadata)
 
-    def target(self, prompt: str, metadata: Mapping[str, Any]) -> str:
+    def read_target(self, prompt: str, metadata: Mapping[str, Any]) -> str:
         """The words to be read, folded. Raises PromptError where there are none that the engine can read."""
-        words = target_text(prompt, metadata)
-        if not (text := folded(words, self.normalise)):
+        words = find_target_text(prompt, metadata)
+        if not (text := fold_text(words, self.normalise)):
             raise PromptError(f"no words to read in {prompt!r}")
-        unknown = unknown_letters(words, self.known, self.normalise) if self.known is not None else []
+        unknown = find_unknown_letters(words, self.known, self.normalise) if self.known is not None else []
         if unknown:
             some = ", ".join(map(repr, unknown[:8])) + ", ..." * (len(unknown) > 8)
             raise PromptError(
@@ -111,25 +111,25 @@ class OCR:
     def __call__(self, batch: Batch) -> Scores:
         targets = [
             # A prompt is read where it has to be: images may come with metadata alone.
-            self.target("" if field(metadata, "text") is not None else batch.prompts[i], metadata)
+            self.read_target("" if get_field(metadata, "text") is not None else batch.prompts[i], metadata)
             for i, metadata in enumerate(batch.metadata)
         ]
-        texts = list(self.pool.map(self.read, batch.uint8.permute(0, 2, 3, 1).cpu().numpy()))
+        texts = list(self.pool.map(self.read_text, batch.uint8.permute(0, 2, 3, 1).cpu().numpy()))
         rows = [
             Match(np.nan, np.nan, np.nan)
             if text is None or not whole
-            else match(
-                folded(text, self.normalise),
+            else match_texts(
+                fold_text(text, self.normalise),
                 target,
                 contains=self.variant == "nft",
                 spam_penalty=self.spam_penalty,
             )
-            for text, target, whole in zip(texts, targets, finite(batch).tolist(), strict=True)
+            for text, target, whole in zip(texts, targets, find_finite_images(batch).tolist(), strict=True)
         ]
         values, distance, exact = torch.tensor(rows, dtype=torch.float32, device="cpu").view(-1, 3).T
         return Scores(values, values.isfinite(), {"exact": exact, "distance": distance})
 
-    def read(self, image: np.ndarray) -> str | None:
+    def read_text(self, image: np.ndarray) -> str | None:
         """The text of an RGB image `[H, W, 3]` uint8; None where the engine failed."""
         if self.upscale > 1:
             height, width = image.shape[:2]
@@ -141,14 +141,14 @@ class OCR:
             return engine(np.ascontiguousarray(image[..., ::-1]))
         except Exception as error:
             logging.getLogger(__name__).warning(
-                "OCR failed on an image, which is marked invalid: %s", cause_of(error)
+                "OCR failed on an image, which is marked invalid: %s", describe_cause(error)
             )
             return None
         finally:
             self.engines.put(engine)
 
 
-def cores_of_this_process() -> int:
+def count_own_cores() -> int:
     """This process's share of the cores, at least 1: a launcher says how many processes there are here."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     text = os.environ.get("LOCAL_WORLD_SIZE", "1")

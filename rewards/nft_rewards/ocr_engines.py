@@ -41,13 +41,13 @@ def make_engine(name: EngineName, detector: str = "", recogniser: str = "") -> E
     Raises ImportError without the package, OSError without the models.
     """
     if name == "rapidocr":
-        return rapidocr(detector, recogniser)
+        return make_rapidocr(detector, recogniser)
     if name == "paddle":
-        return paddleocr(detector, recogniser)
+        return make_paddleocr(detector, recogniser)
     raise ValueError(f"engine must be 'rapidocr' or 'paddle', got {name!r}")
 
 
-def cause_of(error: BaseException) -> str:
+def describe_cause(error: BaseException) -> str:
     """What an error says and, where it hides another, what that one says; engines wrap theirs."""
     first: BaseException = error
     while cause := first.__cause__ or (None if first.__suppress_context__ else first.__context__):
@@ -59,7 +59,7 @@ def cause_of(error: BaseException) -> str:
     return said if why in said else f"{said} ({type(first).__name__}: {why})"
 
 
-def rapidocr(detector: str, recogniser: str) -> Engine:
+def make_rapidocr(detector: str, recogniser: str) -> Engine:
     """RapidOCR with ONNX models, by default the PP-OCR ones of its wheel."""
     # Its logger writes a line for every blank image.
     logging.getLogger("RapidOCR").setLevel(logging.ERROR)
@@ -74,11 +74,11 @@ def rapidocr(detector: str, recogniser: str) -> Engine:
     with TemporaryDirectory() as folder:
         models: dict[str, Any] = {}
         if detector:
-            models["Det.model_path"] = str(onnx_file(detector))
-            onnx_session(onnx_file(detector))
+            models["Det.model_path"] = str(find_onnx_file(detector))
+            open_onnx_session(find_onnx_file(detector))
         if recogniser:
-            models["Rec.model_path"] = str(onnx_file(recogniser))
-            letters = letters_of(onnx_file(recogniser))
+            models["Rec.model_path"] = str(find_onnx_file(recogniser))
+            letters = find_letters(find_onnx_file(recogniser))
             # Read where the model has no letters of its own; RapidOCR would fetch another's.
             models["Rec.rec_keys_path"] = str(keys := Path(folder) / "letters.txt")
             keys.write_text("\n".join(letters), encoding="utf-8", newline="\n")
@@ -97,17 +97,17 @@ def rapidocr(detector: str, recogniser: str) -> Engine:
         except Exception as error:
             raise OSError(
                 f"RapidOCR did not start with {detector or 'its own detector'} and "
-                f"{recogniser or 'its own recogniser'}: {cause_of(error)}"
+                f"{recogniser or 'its own recogniser'}: {describe_cause(error)}"
             ) from error
 
-    def read(image: np.ndarray) -> str:
+    def read_text(image: np.ndarray) -> str:
         return " ".join(engine(image, use_det=True, use_cls=False, use_rec=True).txts or ())
 
     # The first is CTC's blank.
-    return Engine(read, frozenset(engine.text_rec.postprocess_op.character[1:]))
+    return Engine(read_text, frozenset(engine.text_rec.postprocess_op.character[1:]))
 
 
-def onnx_file(path: str) -> Path:
+def find_onnx_file(path: str) -> Path:
     """The `.onnx` file at a path or in a folder. Raises OSError where there is none, or more than one."""
     place = Path(path).expanduser()
     files = [place] if place.is_file() else sorted(place.glob("*.onnx"))
@@ -116,7 +116,7 @@ def onnx_file(path: str) -> Path:
     return files[0]
 
 
-def onnx_session(file: Path) -> Any:
+def open_onnx_session(file: Path) -> Any:
     """onnxruntime's session of a model. Raises OSError where it is none."""
     from onnxruntime import InferenceSession, SessionOptions
 
@@ -125,22 +125,22 @@ def onnx_session(file: Path) -> Any:
     try:
         return InferenceSession(file, options)
     except Exception as error:  # onnxruntime's own, each of its own class.
-        raise OSError(f"{file} is no ONNX model that can be read: {cause_of(error)}") from error
+        raise OSError(f"{file} is no ONNX model that can be read: {describe_cause(error)}") from error
 
 
-def letters_of(model: Path) -> Sequence[str]:
+def find_letters(model: Path) -> Sequence[str]:
     """What an ONNX recogniser can write, in its order: from its metadata, or a file beside it with as many.
 
     Raises OSError where there is no such file, or more than one.
     """
-    session = onnx_session(model)
+    session = open_onnx_session(model)
     metadata = session.get_modelmeta().custom_metadata_map
     if "character" in metadata:
         return str(metadata["character"]).splitlines()
     classes = count_classes(session)
     found: dict[tuple[str, ...], str] = {}
     for file in sorted(f for f in model.parent.iterdir() if f.suffix in (".txt", ".yml", ".yaml")):
-        letters = tuple(letters_in(file))
+        letters = tuple(read_letters(file))
         # Beside them the model knows CTC's blank and as a rule the space.
         if letters and classes - len(letters) in (1, 2):
             found.setdefault(letters, file.name)
@@ -165,7 +165,7 @@ def count_classes(session: Any) -> int:
         return 0
 
 
-def letters_in(file: Path) -> Sequence[str]:
+def read_letters(file: Path) -> Sequence[str]:
     """The letters of a recogniser's inference.yml, or of a text file with one a line; none for other files."""
     if not file.is_file() or file.stat().st_size > LARGEST:
         return ()
@@ -175,13 +175,13 @@ def letters_in(file: Path) -> Sequence[str]:
             # Not splitlines(), which also cuts at characters that are letters here.
             letters = [line.rstrip("\r") for line in text.removesuffix("\n").split("\n")]
         else:
-            letters = inference_yml(file)["PostProcess"]["character_dict"]
+            letters = read_inference_yml(file)["PostProcess"]["character_dict"]
     except (OSError, ValueError, KeyError, TypeError):  # Some other file.
         return ()
     return letters[1:] if letters[:1] == ["blank"] else letters
 
 
-def inference_yml(file: Path) -> Any:
+def read_inference_yml(file: Path) -> Any:
     """What stands in a model's inference.yml. Values are text, as the letters `1` and `~` have to be."""
     import yaml
 
@@ -192,13 +192,13 @@ def inference_yml(file: Path) -> Any:
         raise ValueError(f"{file} is no YAML: {error}") from error
 
 
-def paddleocr(detector: str, recogniser: str) -> Engine:
+def make_paddleocr(detector: str, recogniser: str) -> Engine:
     """PaddleOCR 3 on the CPU, by default with the models that it downloads itself."""
     options: dict[str, Any] = {}
     for kind, folder in (("detection", detector), ("recognition", recogniser)):
         if folder:
             options[f"text_{kind}_model_dir"] = str(Path(folder).expanduser())
-            options[f"text_{kind}_model_name"] = paddle_model_name(folder)
+            options[f"text_{kind}_model_name"] = read_paddle_model_name(folder)
     if detector and recogniser:
         # Nothing to download, so nobody to ask whether he can be reached.
         os.environ.setdefault("PADDLE_PDX_DISABLE_MODEL_SOURCE_CHECK", "True")
@@ -225,7 +225,7 @@ def paddleocr(detector: str, recogniser: str) -> Engine:
         )
     except Exception as error:  # Plain ones, for no network and for broken models alike.
         raise OSError(
-            f"PaddleOCR did not start: {cause_of(error)} "
+            f"PaddleOCR did not start: {describe_cause(error)} "
             "detector=FOLDER and recogniser=FOLDER take local models, which work offline."
         ) from error
     pipeline = engine.paddlex_pipeline
@@ -237,10 +237,10 @@ def paddleocr(detector: str, recogniser: str) -> Engine:
     return Engine(lambda image: " ".join(engine.predict(image)[0]["rec_texts"]), letters)
 
 
-def paddle_model_name(folder: str) -> str:
+def read_paddle_model_name(folder: str) -> str:
     """What a folder of PaddleOCR's says that it holds."""
     try:
-        return str(inference_yml(Path(folder).expanduser() / "inference.yml")["Global"]["model_name"])
+        return str(read_inference_yml(Path(folder).expanduser() / "inference.yml")["Global"]["model_name"])
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise OSError(
             f"Expected a folder of a PaddleOCR model, with its inference.yml, at {folder!r}: {error!r}."

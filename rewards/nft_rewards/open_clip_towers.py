@@ -11,10 +11,10 @@ from torch import Tensor
 from nft_plugins.vocabulary import check_tokenizer
 
 from .clip import Towers
-from .files import load_exactly, read_tensors
+from .files import load_weights, read_tensors
 
 
-def from_file(name: str, path: Path, device: torch.device, dtype: torch.dtype) -> Towers:
+def load_file_towers(name: str, path: Path, device: torch.device, dtype: torch.dtype) -> Towers:
     """Towers of an architecture that open_clip knows by name, with weights from a file.
 
     Raises ValueError for another name, and OSError for a file that does not hold exactly its weights.
@@ -25,15 +25,15 @@ def from_file(name: str, path: Path, device: torch.device, dtype: torch.dtype) -
         raise ValueError(f"open_clip knows no architecture {name!r}; open_clip.list_models() gives them all")
     # On the meta device nothing is allocated or initialised before the file's own tensors are put in.
     model = open_clip.create_model(name, device="meta")
-    load_exactly(model, read_tensors(path), path)
+    load_weights(model, read_tensors(path), path)
     for module in model.modules():
         mask = getattr(module, "attn_mask", None)
         if isinstance(mask, Tensor):  # The causal mask of texts, which no file holds.
             module.attn_mask = torch.full(mask.shape, -torch.inf, dtype=torch.float32, device="cpu").triu(1)
-    return towers_of(model, open_clip.get_tokenizer(name), device, dtype)
+    return make_towers(model, open_clip.get_tokenizer(name), device, dtype)
 
 
-def towers_of(model: Any, tokenizer: Any, device: torch.device, dtype: torch.dtype) -> Towers:
+def make_towers(model: Any, tokenizer: Any, device: torch.device, dtype: torch.dtype) -> Towers:
     """A loaded open_clip model as towers. Its tokenizer cuts texts, and lower-cases them where it should."""
     resized = getattr(model.visual, "preprocess_cfg", {})
     mode, interpolation = resized.get("resize_mode", "shortest"), resized.get("interpolation", "bicubic")
@@ -78,7 +78,7 @@ def towers_of(model: Any, tokenizer: Any, device: torch.device, dtype: torch.dty
     )
 
 
-def towers(name: str, device: torch.device, dtype: torch.dtype) -> Towers:
+def load_towers(name: str, device: torch.device, dtype: torch.dtype) -> Towers:
     """`ARCHITECTURE/WEIGHTS`, with a local file or one of open_clip's names: `ViT-B-32/laion2b_s34b_b79k`.
 
     OpenAI's weights are for quick GELU, and open_clip only warns where it is not: `ViT-L-14-quickgelu/openai`.
@@ -93,11 +93,11 @@ def towers(name: str, device: torch.device, dtype: torch.dtype) -> Towers:
             f"open_clip:{name}"
         )
     if Path(weights).is_file():
-        return from_file(name, Path(weights), device, dtype)
+        return load_file_towers(name, Path(weights), device, dtype)
     if weights not in open_clip.list_pretrained_tags_by_model(name):
         raise ValueError(
             f"open_clip has no weights {weights!r} for {name!r}; it has "
             f"{', '.join(open_clip.list_pretrained_tags_by_model(name)) or 'none'}; or give a local file"
         )
     model = open_clip.create_model(name, pretrained=weights)
-    return towers_of(model, open_clip.get_tokenizer(name), device, dtype)
+    return make_towers(model, open_clip.get_tokenizer(name), device, dtype)

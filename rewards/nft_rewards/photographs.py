@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from .clip import Precision, load_clip
-from .colours import COLORS, ColorClassifier, cut_out
+from .colours import COLORS, ColorClassifier, cut_out_object
 from .mask2former import CHECKPOINT, CLASSES, Instance, Mask2Former
 
 
@@ -37,5 +37,5 @@ class PhotoDetector:
         return self.mask2former.detect(images)
 
     def name_colors(self, images: Tensor, objects: Sequence[tuple[int, Instance]]) -> list[str]:
-        crops = [cut_out(images[i], found.mask, found.box) for i, found in objects]
+        crops = [cut_out_object(images[i], found.mask, found.box) for i, found in objects]
         return self.classify(crops, [found.label for _, found in objects])

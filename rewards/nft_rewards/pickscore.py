@@ -36,4 +36,4 @@ class PickScore:
         self.scale = self.clip.logit_scale / (26 if variant == "nft" else 1)
 
     def __call__(self, batch: Batch) -> Scores:
-        return Scores.of(self.scale * self.clip.cosine(batch, batch.prompts))
+        return Scores.of(self.scale * self.clip.compute_cosine(batch, batch.prompts))

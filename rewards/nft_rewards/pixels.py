@@ -16,7 +16,7 @@ from torch import Tensor
 
 from nft_plugins import Batch
 
-from .chunks import in_chunks
+from .chunks import run_in_chunks
 from .recent import Recent
 
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
@@ -29,7 +29,7 @@ Filter = Literal["bicubic", "bilinear"]
 _weights = Recent(2**28)
 
 
-def weights(size: int, new_size: int, start: int, stop: int, kind: Filter) -> Tensor:
+def get_weights(size: int, new_size: int, start: int, stop: int, kind: Filter) -> Tensor:
     """`compute_weights`, or what it gave before."""
     key = (size, new_size, start, stop, kind)
     known = _weights.get(key)
@@ -65,7 +65,7 @@ def compute_weights(size: int, new_size: int, start: int, stop: int, kind: Filte
 Window = tuple[int, int, int, int]
 
 
-def resize(
+def resize_images(
     images: Tensor, height: int, width: int, kind: Filter = "bicubic", window: Window | None = None
 ) -> Tensor:
     """`[B, 3, height, width]` float32, whole numbers in 0..255, from `images [B, 3, H, W]` of such numbers.
@@ -75,11 +75,11 @@ def resize(
     top, left, bottom, right = window = window or (0, 0, height, width)
     # PIL computes the whole, of which the middle of a long thin object may be a thousandth.
     mostly = 4 * (bottom - top) * (right - left) >= height * width
-    way = by_pil if mostly and images.device.type == "cpu" else by_products
+    way = resize_by_pil if mostly and images.device.type == "cpu" else resize_by_products
     return way(images, height, width, kind, window)
 
 
-def by_pil(images: Tensor, height: int, width: int, kind: Filter, window: Window) -> Tensor:
+def resize_by_pil(images: Tensor, height: int, width: int, kind: Filter, window: Window) -> Tensor:
     """PIL itself, the fastest on a CPU."""
     top, left, bottom, right = window
     done = [
@@ -93,21 +93,21 @@ def by_pil(images: Tensor, height: int, width: int, kind: Filter, window: Window
     return torch.from_numpy(np.stack(done)).permute(0, 3, 1, 2).float()
 
 
-def by_products(images: Tensor, height: int, width: int, kind: Filter, window: Window) -> Tensor:
+def resize_by_products(images: Tensor, height: int, width: int, kind: Filter, window: Window) -> Tensor:
     """As PIL does it: columns first, then rows, rounded to bytes after each; a direction that keeps its size is
     left alone. Only the window is computed."""
     top, left, bottom, right = window
     x = images.double()
     if x.shape[-1] != width:
-        x = quantised(x @ weights(x.shape[-1], width, left, right, kind).to(x.device).T)
+        x = round_to_bytes(x @ get_weights(x.shape[-1], width, left, right, kind).to(x.device).T)
     else:
         x = x[..., left:right]
     if x.shape[-2] != height:
-        return quantised(weights(x.shape[-2], height, top, bottom, kind).to(x.device) @ x).float()
+        return round_to_bytes(get_weights(x.shape[-2], height, top, bottom, kind).to(x.device) @ x).float()
     return x[..., top:bottom, :].float()
 
 
-def quantised(x: Tensor) -> Tensor:
+def round_to_bytes(x: Tensor) -> Tensor:
     """Rounded half up, as PIL's integers do, and within 0..255."""
     return (x + 0.5).floor().clamp(0, 255)
 
@@ -116,7 +116,7 @@ def quantised(x: Tensor) -> Tensor:
 Size = int | tuple[int, int]
 
 
-def centre_crop(images: Tensor, size: Size, crop: tuple[int, int], rounded: bool = False) -> Tensor:
+def crop_centre(images: Tensor, size: Size, crop: tuple[int, int], rounded: bool = False) -> Tensor:
     """`[B, 3, *crop]`: the image resized, then its middle, as CLIP's processors do.
 
     rounded: an odd margin is halved to the even number (torchvision), or else down (transformers).
@@ -130,10 +130,10 @@ def centre_crop(images: Tensor, size: Size, crop: tuple[int, int], rounded: bool
     top, left = (round(m / 2) if rounded else m // 2 for m in margins)
     window = (top, left, top + crop[0], left + crop[1])
     # A few at once: float64 takes eight times the bytes that came.
-    return in_chunks(lambda x: resize(x, new_height, new_width, window=window), images, chunk=8)
+    return run_in_chunks(lambda x: resize_images(x, new_height, new_width, window=window), images, chunk=8)
 
 
-def normalised(
+def normalise_pixels(
     images: Tensor, mean: tuple[float, ...] = CLIP_MEAN, std: tuple[float, ...] = CLIP_STD
 ) -> Tensor:
     """`(images / 255 - mean) / std`, channel by channel."""
@@ -141,16 +141,16 @@ def normalised(
     return (images.float() / 255 - m) / s
 
 
-def shared_crop(
+def share_crop(
     batch: Batch, size: Size, crop: tuple[int, int], device: torch.device, rounded: bool = False
 ) -> Tensor:
-    """`centre_crop` of a batch on a device, as bytes, computed once for all rewards that want it."""
+    """`crop_centre` of a batch on a device, as bytes, computed once for all rewards that want it."""
     return batch.shared(
-        (shared_crop, size, crop, device, rounded),
-        lambda: centre_crop(batch.uint8.to(device), size, crop, rounded).byte(),
+        (share_crop, size, crop, device, rounded),
+        lambda: crop_centre(batch.uint8.to(device), size, crop, rounded).byte(),
     )
 
 
-def finite(batch: Batch) -> Tensor:
+def find_finite_images(batch: Batch) -> Tensor:
     """`[B]` bool: images without NaN or infinity, which bytes would hide."""
-    return batch.shared(finite, lambda: batch.images.isfinite().flatten(1).all(1))
+    return batch.shared(find_finite_images, lambda: batch.images.isfinite().flatten(1).all(1))

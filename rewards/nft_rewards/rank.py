@@ -45,11 +45,11 @@ class Rank:
         return self.regroup(Scores(values, valid, {**scores.details, "value": values}), batch.groups)
 
     def regroup(self, scores: Scores, groups: Tensor) -> Scores:
-        ranks = group_ranks(scores.details["value"], scores.valid, groups.to(scores.valid.device))
+        ranks = rank_groups(scores.details["value"], scores.valid, groups.to(scores.valid.device))
         return Scores(ranks, scores.valid, scores.details)
 
 
-def group_ranks(values: Tensor, valid: Tensor, groups: Tensor) -> Tensor:
+def rank_groups(values: Tensor, valid: Tensor, groups: Tensor) -> Tensor:
     """Ranks `[N]` within the valid members of each group, scaled to [0, 1]; 0.5 where there is nothing to rank.
 
     values: `[N]`; valid: `[N]` bool; groups: `[N]` int.

@@ -73,7 +73,7 @@ class Found(NamedTuple):
     of: str | None = None
 
 
-def final_score(text: str) -> Found | None:
+def find_final_score(text: str) -> Found | None:
     """The number after the last `Final Score:`, plain, bold or boxed; None for a range and other words."""
     text = text.translate(PLAIN)
     for label in reversed(list(LABEL.finditer(text))):
@@ -87,22 +87,22 @@ def final_score(text: str) -> Found | None:
     return None
 
 
-def last_match(pattern: re.Pattern[str]) -> Callable[[str], Found | None]:
+def make_last_match_finder(pattern: re.Pattern[str]) -> Callable[[str], Found | None]:
     """Finds what the first group of a pattern matches last."""
 
-    def find(text: str) -> Found | None:
+    def find_last(text: str) -> Found | None:
         matches = list(pattern.finditer(text))
         return Found(matches[-1][1]) if matches and matches[-1][1] is not None else None
 
-    return find
+    return find_last
 
 
-def last_number(
+def read_last_number(
     choice: Mapping[str, Any], find: Callable[[str], Found | None], low: float, high: float
 ) -> Answer:
     """The reply's number. find: where it stands in the text after the thinking."""
     cut = ", cut at max_tokens" if choice.get("finish_reason") == "length" else ""
-    text = spoken(choice)
+    text = strip_thinking(choice)
     if (found := find(text)) is None:
         raise Failed(f"no number in the reply{cut}", text[-100:])
     try:
@@ -116,7 +116,7 @@ def last_number(
     return Answer(x / high, x)
 
 
-def spoken(choice: Mapping[str, Any]) -> str:
+def strip_thinking(choice: Mapping[str, Any]) -> str:
     """The reply's text without its thinking."""
     content = choice["message"]["content"]
     if isinstance(content, list):  # In parts, of which some may be thinking.
@@ -128,7 +128,7 @@ def spoken(choice: Mapping[str, Any]) -> str:
     return OPENING.split(CLOSING.split(content)[-1])[0]
 
 
-def yes_or_no(choice: Mapping[str, Any]) -> Answer:
+def read_yes_or_no(choice: Mapping[str, Any]) -> Answer:
     """P(yes) / (P(yes) + P(no)) among the first token's alternatives, whatever their case and leading space."""
     if not choice.get("logprobs") or not choice["logprobs"].get("content"):
         raise Failed("no log-probabilities in the reply")

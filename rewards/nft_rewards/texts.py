@@ -35,7 +35,7 @@ class Texts:
         self.length, self.count_tokens = length, count_tokens
         self.kept = Recent(CACHE)
         self.lock = threading.Lock()
-        self.said_what_is_cut = False
+        self.has_warned = False
 
     def __call__(self, prompts: Sequence[str]) -> Tensor:
         """`[B, ...]` for B prompts, at least one."""
@@ -44,20 +44,20 @@ class Texts:
             rows = {p: row for p, row in kept.items() if row is not None}
             new = [p for p in kept if p not in rows]
             if new:
-                self.say_what_is_cut(new)
+                self.warn_of_cut_prompts(new)
                 for p, row in zip(new, self.encode(new), strict=True):
                     rows[p] = row.clone()
                     self.kept.keep(p, rows[p])
         return torch.stack([rows[p] for p in prompts])
 
-    def say_what_is_cut(self, prompts: list[str]) -> None:
+    def warn_of_cut_prompts(self, prompts: list[str]) -> None:
         """One warning, with an example, for prompts that are longer than the model reads."""
-        if self.said_what_is_cut:
+        if self.has_warned:
             return
         counts = self.count_tokens(prompts)
         longest = max(range(len(prompts)), key=counts.__getitem__)
         if counts[longest] > self.length:
-            self.said_what_is_cut = True
+            self.has_warned = True
             log.warning(
                 "%s reads %d tokens of a prompt and leaves out the rest; %d of %d prompts are longer, one of "
                 "them %d tokens: %.60r...",

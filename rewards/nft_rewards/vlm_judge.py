@@ -27,8 +27,16 @@ from PIL import Image
 from nft_plugins import Batch, Scores
 
 from .chat import ChatServer, Failed, Refused, Unreachable
-from .pixels import finite
-from .replies import TOP, Answer, Found, final_score, last_match, last_number, yes_or_no
+from .pixels import find_finite_images
+from .replies import (
+    TOP,
+    Answer,
+    Found,
+    find_final_score,
+    make_last_match_finder,
+    read_last_number,
+    read_yes_or_no,
+)
 
 log = logging.getLogger(__name__)
 
@@ -100,39 +108,39 @@ class VLMJudge:
         self.model = model or "CodeGoat24/UnifiedReward-7b-v1.5"
         self.template = read_template(template) if template else YES_NO if yes_no else UNIFIED
         self.figure = "mass" if yes_no else "score"
-        self.read: Callable[[Any], Answer] = (
-            yes_or_no if yes_no else partial(last_number, find=finder(pattern), low=low, high=high)
-        )
+        self.read: Callable[[Any], Answer] = read_yes_or_no
+        if not yes_no:
+            self.read = partial(read_last_number, find=make_finder(pattern), low=low, high=high)
         self.options: dict[str, Any] = {"temperature": 0, "max_tokens": max_tokens or (1 if yes_no else 1024)}
         if yes_no:
             self.options |= {"logprobs": True, "top_logprobs": TOP}
         self.image_format, self.image_size = image_format, image_size
 
     def __call__(self, batch: Batch) -> Scores:
-        whole = finite(batch).tolist()
+        whole = find_finite_images(batch).tolist()
         images = batch.pil if any(whole) else []
         asked = [i for i, ok in enumerate(whole) if ok]
-        replies = self.server.ask_all([partial(self.body, batch.prompts[i], images[i]) for i in asked])
+        replies = self.server.ask_all([partial(self.make_body, batch.prompts[i], images[i]) for i in asked])
         if replies and all(isinstance(r, (Unreachable, Refused)) for r in replies):
-            raise ConnectionError(self.remedy(replies[0]))
+            raise ConnectionError(self.explain_failure(replies[0]))
         answers: list[Answer | Failed] = [Failed("pixels that are not finite")] * len(batch)
         for i, reply in zip(asked, replies, strict=True):
-            answers[i] = self.answer(reply)
-        self.report(answers)
+            answers[i] = self.read_answer(reply)
+        self.report_failures(answers)
         rows = [(math.nan, math.nan) if isinstance(a, Failed) else a for a in answers]
         values, figure = torch.tensor(rows, dtype=torch.float32, device="cpu").view(-1, 2).T
         return Scores.of(values, **{self.figure: figure})
 
-    async def body(self, prompt: str, image: Image.Image) -> dict[str, Any]:
+    async def make_body(self, prompt: str, image: Image.Image) -> dict[str, Any]:
         """A request, as OpenAI's protocol has it."""
-        data = await asyncio.to_thread(encoded, image, self.image_format, self.image_size)
+        data = await asyncio.to_thread(encode_image, image, self.image_format, self.image_size)
         content = [
             {"type": "image_url", "image_url": {"url": f"data:image/{self.image_format};base64,{data}"}},
             {"type": "text", "text": self.template.replace("{prompt}", prompt)},
         ]
         return {"model": self.model, "messages": [{"role": "user", "content": content}], **self.options}
 
-    def answer(self, reply: Any) -> Answer | Failed:
+    def read_answer(self, reply: Any) -> Answer | Failed:
         if isinstance(reply, Failed):
             return reply
         try:
@@ -142,7 +150,7 @@ class VLMJudge:
         except (AttributeError, IndexError, KeyError, TypeError, ValueError):
             return Failed("a reply of another form", str(reply))
 
-    def report(self, answers: Sequence[Answer | Failed]) -> None:
+    def report_failures(self, answers: Sequence[Answer | Failed]) -> None:
         """One warning for all that failed, with their causes."""
         failures = [a for a in answers if isinstance(a, Failed)]
         if not failures:
@@ -157,7 +165,7 @@ class VLMJudge:
             "; ".join(causes),
         )
 
-    def remedy(self, failure: Failed) -> str:
+    def explain_failure(self, failure: Failed) -> str:
         what = f"{failure.cause} {failure.example!r:.200}" if failure.example else failure.cause
         if isinstance(failure, Unreachable):
             return (
@@ -185,20 +193,20 @@ def read_template(given: str) -> str:
     return text.strip()
 
 
-def finder(pattern: str) -> Callable[[str], Found | None]:
+def make_finder(pattern: str) -> Callable[[str], Found | None]:
     """What finds the number in a reply. Raises ValueError for a pattern that cannot."""
     if not pattern:
-        return final_score
+        return find_final_score
     try:
         expression = re.compile(pattern)
     except re.error as error:
         raise ValueError(f"pattern={pattern!r} is no regular expression: {error}") from error
     if not expression.groups:
         raise ValueError(f"pattern={pattern!r} needs a group (...) around the number")
-    return last_match(expression)
+    return make_last_match_finder(expression)
 
 
-def encoded(image: Image.Image, image_format: ImageFormat, longest: int) -> str:
+def encode_image(image: Image.Image, image_format: ImageFormat, longest: int) -> str:
     """The picture's file in base64, resized so that its longest side is that long, if not 0."""
     if longest and max(image.size) != longest:
         scale = longest / max(image.size)

@@ -9,7 +9,7 @@ from typing import Any
 
 from nft_plugins import PromptError
 
-from .fields import decoded, field
+from .fields import decode_text, get_field
 
 #: What closes each opening quote. Straight quotes close themselves, as do Swedish ones; German guillemets
 #: point inwards.
@@ -38,15 +38,15 @@ UNSEEN = {*map(chr, [0x34F, 0x115F, 0x1160, 0x17B4, 0x17B5, 0x2800, 0x3164, 0xFF
 }
 
 
-def target_text(prompt: str, metadata: Mapping[str, Any]) -> str:
+def find_target_text(prompt: str, metadata: Mapping[str, Any]) -> str:
     """The words to be read: metadata `text`, or else all quoted words of the prompt, in order.
 
     A list of texts is joined, without its nulls; what a prompt quotes again counts once. Raises PromptError
     where there are no words, and where a quote has no partner or may be an inch mark, as in `a 5"x" sign`.
     """
-    given = field(metadata, "text")
+    given = get_field(metadata, "text")
     if given is not None:
-        many = decoded(given)
+        many = decode_text(given)
         if isinstance(many, (list, tuple)):
             many = [t for t in many if t is not None]
         texts = many if isinstance(many, list) and all(isinstance(t, str) for t in many) else [given]
@@ -54,9 +54,9 @@ def target_text(prompt: str, metadata: Mapping[str, Any]) -> str:
             raise PromptError(f"metadata text must be a text or a list of texts, none empty, got {given!r}")
         return " ".join(texts)
     once: dict[str, str] = {}
-    for words in quoted(prompt):
+    for words in find_quoted_texts(prompt):
         # American English puts commas and full stops before the closing quote.
-        letters = folded(words, normalise=True)
+        letters = fold_text(words, normalise=True)
         once.setdefault(letters.rstrip(".,;:") or letters, words)
     text = " ".join(once.values())
     if not text.strip():
@@ -67,18 +67,18 @@ def target_text(prompt: str, metadata: Mapping[str, Any]) -> str:
     return text
 
 
-def quoted(prompt: str) -> Iterator[str]:
+def find_quoted_texts(prompt: str) -> Iterator[str]:
     """The texts between quotes, outermost ones only; an inch mark, as in `a 12" pipe`, is none.
 
     Raises PromptError for a quote without a partner, for one between a number and a letter, and for one with
     nothing in it.
     """
     # Prompts that were cut out of JSON keep its backslashes.
-    prompt, i = undoubled(prompt.replace('\\"', '"')), 0
+    prompt, i = undo_doubled_quotes(prompt.replace('\\"', '"')), 0
     while i < len(prompt):
         after_number = prompt[i] in INCHES and unicodedata.category(prompt[i - 1 : i] or " ") in ("Nd", "No")
         if prompt[i] in QUOTES and not (after_number and INCH.match(prompt, i + 1)):
-            end = find_closing(prompt, i)
+            end = find_closing_quote(prompt, i)
             if after_number:
                 raise PromptError(
                     f"{prompt[i : end and end + 1]} begins right after a number, so it may be an inch mark; "
@@ -98,7 +98,7 @@ def quoted(prompt: str) -> Iterator[str]:
         i += 1
 
 
-def undoubled(prompt: str) -> str:
+def undo_doubled_quotes(prompt: str) -> str:
     """The prompt without CSV's quotes: a line of it stands in quotes, with those inside written twice."""
     inner = prompt.strip()[1:-1]
     for text in (inner, prompt) if prompt.strip() == f'"{inner}"' else (prompt,):
@@ -107,7 +107,7 @@ def undoubled(prompt: str) -> str:
     return prompt
 
 
-def find_closing(prompt: str, start: int) -> int | None:
+def find_closing_quote(prompt: str, start: int) -> int | None:
     """Where the quote that opens at `start` is closed, past others of its kind inside; None where it is not."""
     opening, depth = prompt[start], 0
     for i in range(start + 1, len(prompt)):
@@ -123,7 +123,7 @@ def find_closing(prompt: str, start: int) -> int | None:
     return None
 
 
-def folded(text: str, normalise: bool) -> str:
+def fold_text(text: str, normalise: bool) -> str:
     """Without white space and in lower case. normalise: signs that look alike are made alike (NFKC forms,
     apostrophes, quotes, dashes), and those that cannot be seen are left out.
     """
@@ -134,9 +134,9 @@ def folded(text: str, normalise: bool) -> str:
     return "".join(text.split()).lower()
 
 
-def unknown_letters(text: str, known: frozenset[str], normalise: bool) -> list[str]:
+def find_unknown_letters(text: str, known: frozenset[str], normalise: bool) -> list[str]:
     """Letters of the text that cannot be read, each once. known: letters that can, folded."""
     if normalise:
         # Whole, so that a letter and its accents become one.
         text = unicodedata.normalize("NFKC", text)
-    return list(dict.fromkeys(c for c in text if not known.issuperset(folded(c, normalise))))
+    return list(dict.fromkeys(c for c in text if not known.issuperset(fold_text(c, normalise))))
