@@ -44,24 +44,12 @@ def make_outline(kind: str, x: float, y: float, r: float, arm: float = 1 / 3) ->
     if kind == "triangle":
         return [(x, y - r), (x + r, y + r), (x - r, y + r)]
     w = r * arm
-    return [
-        *(
-            (x - w, y - r),
-            (x + w, y - r),
-            (x + w, y - w),
-            (x + r, y - w),
-            (x + r, y + w),
-            (x + w, y + w),
-        ),
-        *(
-            (x + w, y + r),
-            (x - w, y + r),
-            (x - w, y + w),
-            (x - r, y + w),
-            (x - r, y - w),
-            (x - w, y - w),
-        ),
-    ]
+    # A cross is its upper arm, turned by a right angle three times.
+    corners, points = [(-w, -r), (w, -r), (w, -w)], []
+    for _ in range(4):
+        points += [(x + u, y + v) for u, v in corners]
+        corners = [(-v, u) for u, v in corners]
+    return points
 
 
 def draw_shapes(shapes: list[Shape]) -> np.ndarray:

@@ -1,4 +1,4 @@
-"""JPEG compressibility and its opposite: exact file size at quality 95, 1 kB = 1000 bytes.
+"""JPEG compressibility and its opposite are the size of an image's JPEG file of quality 95, 1 kB = 1000 bytes.
 
 Source: DDPO, arXiv 2305.13301, section 4; the scale of `variant="nft"` is flow_grpo's and DiffusionNFT's.
 """
@@ -14,13 +14,15 @@ from PIL.Image import Image
 
 from nft_plugins import Batch, Scores
 
-from .pixels import find_finite_images
+from .pixels import mark_broken_images
 
 Variant = Literal["nft", "ddpo"]
+#: Factor on the size in kB.
 SCALE = {"nft": 1 / 500, "ddpo": 1.0}
 
 
 def measure_kilobytes(image: Image) -> float:
+    """Measure the size of an image's JPEG file of quality 95, in units of 1000 bytes."""
     buffer = BytesIO()
     image.save(buffer, format="JPEG", quality=95)
     return buffer.tell() / 1000
@@ -28,7 +30,10 @@ def measure_kilobytes(image: Image) -> float:
 
 @dataclass(frozen=True)
 class JPEGCompressibility:
-    """-kB / 500 (`variant="nft"`) or -kB (`"ddpo"`); detail `measure_kilobytes`."""
+    """Scores an image by minus the size of its JPEG file. Detail: `kilobytes`.
+
+    variant: `nft`, -kB / 500, or `ddpo`, -kB.
+    """
 
     variant: Variant = "nft"
     sign = -1
@@ -37,12 +42,15 @@ class JPEGCompressibility:
         size = torch.tensor(
             [measure_kilobytes(image) for image in batch.pil], dtype=torch.float32, device="cpu"
         )
-        size = size.where(find_finite_images(batch).cpu(), torch.nan)
+        size = mark_broken_images(size, batch)
         return Scores.of(self.sign * SCALE[self.variant] * size, kilobytes=size)
 
 
 @dataclass(frozen=True)
 class JPEGIncompressibility(JPEGCompressibility):
-    """+kB / 500 (`variant="nft"`) or +kB (`"ddpo"`); detail `kilobytes`."""
+    """Scores an image by the size of its JPEG file. Detail: `kilobytes`.
+
+    variant: `nft`, +kB / 500, or `ddpo`, +kB.
+    """
 
     sign = 1

@@ -194,7 +194,7 @@ def test_a_checkpoint_equals_one_crop_at_a_time_by_pil(checkpoint):
 
     expected = torch.stack([similarities(p, k) for p, k in zip(pictures, labels, strict=True)])
     crops = [torch.from_numpy(np.array(p)).permute(2, 0, 1) for p in pictures]
-    classify = ColorClassifier(load_clip(checkpoint, checkpoint, "cpu"))
+    classify = ColorClassifier(load_clip(checkpoint, "cpu"))
     torch.testing.assert_close(classify.compute_cosines(crops, labels), expected, rtol=0, atol=1e-3)
     best, second = expected.topk(2).values.T
     clear = (best - second) > 2e-4
