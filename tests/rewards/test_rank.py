@@ -9,7 +9,7 @@ from nft_core.errors import UsageError
 from nft_core.host.host import Host, load_host
 from nft_core.scoring.composer import Composed, Term, compose
 from nft_plugins import Batch, PromptError, Scores
-from nft_rewards.rank import Rank, group_ranks
+from nft_rewards.rank import Rank, rank_groups
 
 NAN = float("nan")
 
@@ -43,7 +43,7 @@ def rank(reward):
     ],
 )
 def test_by_hand(values, valid, groups, expected):
-    ranks = group_ranks(
+    ranks = rank_groups(
         torch.tensor(values), torch.tensor(valid, dtype=torch.bool), torch.tensor(groups, dtype=torch.int64)
     )
     assert ranks.tolist() == expected
@@ -54,7 +54,7 @@ def test_equals_scipys_mean_ranks():
 
     values = torch.randint(0, 9, (60,), generator=torch.Generator().manual_seed(0)).float()
     groups = torch.arange(60) % 3
-    ranks = group_ranks(values, torch.ones(60, dtype=torch.bool), groups)
+    ranks = rank_groups(values, torch.ones(60, dtype=torch.bool), groups)
     for g in range(3):
         torch.testing.assert_close(
             ranks[groups == g], torch.tensor((rankdata(values[groups == g]) - 1) / 19).float()
