@@ -140,8 +140,8 @@ def check_contract(
     """Check that a reward keeps the contract of all rewards.
 
     It loads the reward and scores images that are made by code. The contract says, for example, that the score
-    of an image does not depend on the other images of a batch. Options of the reward follow its name, such as in
-    `nft rewards check ocr upscale=4`. It exits with 1 if the reward breaks the contract.
+    of an image does not depend on the other images of a batch. Options of the reward follow its name, such as
+    in `nft rewards check ocr upscale=4`. It exits with 1 if the reward breaks the contract.
     """
     from ..runs.inputs import load_rewards, make_run_settings, parse_rewards
     from ..runs.setup import pick_device
