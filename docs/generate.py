@@ -24,7 +24,7 @@ import click
 
 import nft_plugins
 from nft_core.cli.app import main
-from nft_core.cli.rewards import described, written
+from nft_core.cli.rewards import describe_reward, write_option
 from nft_core.cli.settings import describe_settings
 from nft_core.host.host import load_host
 from nft_core.settings import GROUPS
@@ -297,7 +297,7 @@ def rewards() -> str:
             for name in names
         )
         for name in names:
-            yield from described_reward(described(host, name))
+            yield from described_reward(describe_reward(host, name))
 
     return joined(blocks())
 
@@ -346,7 +346,7 @@ def docstring_text(text: str) -> str:
 
 
 def default_text(value: Any) -> str:
-    return "" if value in ("", [], {}) else f"`{written(value)}`"
+    return "" if value in ("", [], {}) else f"`{write_option(value)}`"
 
 
 def cell(value: Any) -> str:

@@ -64,13 +64,30 @@ def unknown_name(kind: str, name: str, known: Iterable[str], hint: str = "", lis
     hint: a last sentence. lists: the command that lists all names, which is named where they are many.
     """
     known = sorted(known)
-    near = [repr(n) for n in get_close_matches(name, known, n=3, cutoff=0.6)]
-    guess = f" Did you mean {' or '.join(filter(None, (', '.join(near[:-1]), near[-1])))}?" if near else ""
     if lists and len(known) > SHORT_LIST:
         there_are = f"`{lists}` lists all {len(known)}."
     else:
         there_are = f"Known: {', '.join(known) or 'none'}."
-    return UsageError(" ".join(filter(None, (f"Unknown {kind} {name!r}.{guess}", there_are, hint))))
+    return UsageError(
+        " ".join(filter(None, (f"Unknown {kind} {name!r}.", guess_name(name, known), there_are, hint)))
+    )
+
+
+def missing_part(owner: str, kind: str, name: str, known: Iterable[str]) -> UsageError:
+    """Make the error for a part, such as an option, that its owner does not have, with the nearest three names.
+
+    kind: one or two nouns in the singular, such as "option".
+    """
+    known = sorted(known)
+    there_are = f"It has {', '.join(known)}." if known else f"It has no {kind}."
+    said = (f"{owner} has no {kind} {name!r}.", guess_name(name, known), there_are)
+    return UsageError(" ".join(filter(None, said)))
+
+
+def guess_name(name: str, known: Iterable[str]) -> str:
+    """Guess which names a mistyped one may mean, as a question; "" where none is near."""
+    near = [repr(n) for n in get_close_matches(name, known, n=3, cutoff=0.6)]
+    return f"Did you mean {' or '.join(filter(None, (', '.join(near[:-1]), near[-1])))}?" if near else ""
 
 
 def describe_error(error: BaseException) -> str:

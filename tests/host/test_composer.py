@@ -436,7 +436,7 @@ def test_a_file_s_composition_scores_without_a_run(mine):
     ("spec", "message"),
     [
         ("mine.py:mine,on_error=mask", "'mine' is composed of First, Fails: give on_error to each of these"),
-        ("mine.py:mine,scale=2", "Unknown option of the reward 'mine.py:mine' 'scale'"),
+        ("mine.py:mine,scale=2", "The reward 'mine.py:mine' has no option 'scale'"),
         ("mine.py:itself", "'mine.py:itself' is composed of itself"),
     ],
 )

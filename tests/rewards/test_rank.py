@@ -136,7 +136,7 @@ def test_defaults_reach_the_reward_inside(host):
         ("rank,of=jpeg_compressibility;retry=2", "takes no on_error, retry, max_seconds"),
         ("rank,of=jpeg_compresibility", "Unknown reward.*Did you mean 'jpeg_compressibility'"),
         ("rank,of=jpeg_compressibility;varient=nft", "Did you mean 'variant'"),
-        ("rank,off=ocr", "Unknown option.*Known: of\\."),
+        ("rank,off=ocr", "'rank' has no option 'off'.*It has of\\."),
     ],
 )
 def test_bad_specs(host, spec, message):

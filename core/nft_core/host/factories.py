@@ -10,7 +10,7 @@ import typing
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
-from ..errors import NftError, UsageError, describe_error, locate_error, unknown_name
+from ..errors import NftError, UsageError, describe_error, locate_error, missing_part
 
 #: What factories are given if they take it, and so is no option.
 OFFERED = {"device", "make_reward"}
@@ -55,7 +55,7 @@ def call_factory(
     given: dict[str, Any] = {}
     for name, value in options.items():
         if (name not in named and not open_ended) or name in OFFERED - {"device"}:
-            raise unknown_name(f"option of the {what}", name, set(named) - OFFERED)
+            raise missing_part(f"The {what}", "option", name, set(named) - OFFERED)
         given[name] = (
             convert_option(what, name, value, find_annotation(call, name))
             if name in named
