@@ -97,7 +97,7 @@ REMEDIES = {
 }
 
 
-def disk_advice(error: BaseException) -> str:
+def advise_on_disk(error: BaseException) -> str:
     """Say what helps where the system refuses to write, as the start of a sentence."""
     number = error.errno if isinstance(error, OSError) else None
     if number is None and (said := re.search(r"\(os error (\d+)\)", str(error))):  # as safetensors tells it

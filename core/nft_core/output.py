@@ -58,7 +58,7 @@ class Lasting:
 
 
 @contextmanager
-def lasting_output() -> Iterator[None]:
+def keep_output_alive() -> Iterator[None]:
     """Let prints inside succeed even where standard output or error is gone."""
     before = sys.stdout, sys.stderr
     ours = Lasting(before[0]), Lasting(before[1])

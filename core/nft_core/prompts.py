@@ -14,7 +14,7 @@ import torch
 from nft_plugins import PromptError
 
 from .errors import UsageError
-from .seeds import generator
+from .seeds import make_generator
 
 #: Suffixes of prompt files, in lower case. A file without one, such as a pipe, is text.
 TEXT, JSON = (".txt", ""), (".jsonl", ".ndjson", ".json")
@@ -46,7 +46,7 @@ def read_prompts(path: Path) -> list[Prompt]:
     """
     suffix = path.suffix.lower()
     if suffix not in TEXT + JSON:
-        raise UsageError(refusal(path, suffix))
+        raise UsageError(describe_wrong_kind(path, suffix))
     try:
         text = path.read_text(encoding="utf-8-sig")
     except (OSError, ValueError) as error:  # ValueError: no UTF-8, or a path that no file can have.
@@ -69,13 +69,13 @@ def read_prompts(path: Path) -> list[Prompt]:
                     f"{prompt.where}: expected a prompt, got an object: let the file's name end in .jsonl."
                 )
         if len(prompts) > 1 and all("\t" in prompt.text for prompt in prompts):
-            raise UsageError(refusal(path, ".tsv"))
+            raise UsageError(describe_wrong_kind(path, ".tsv"))
     if not prompts:
         raise UsageError(f"The prompt file {path} holds no prompt: expected one a line.")
     return prompts
 
 
-def refusal(path: Path, suffix: str) -> str:
+def describe_wrong_kind(path: Path, suffix: str) -> str:
     """Why a file is no prompt file, and what to do. suffix: of its kind."""
     table = TABLES.get(suffix)
     advice = "If it is one of these, let its name end so."
@@ -202,7 +202,7 @@ def is_text(text: str) -> bool:
     return text.isascii() or not any("\ud800" <= c <= "\udfff" for c in text)
 
 
-def scorable(
+def keep_scorable(
     prompts: list[Prompt],
     check: Callable[[str, Mapping[str, Any]], None],
     policy: Literal["error", "drop"],
@@ -213,7 +213,7 @@ def scorable(
     """
     kept, refused = [], ""
     for prompt in prompts:
-        why = refusal_of(prompt, check)
+        why = find_refusal(prompt, check)
         refused = refused or why
         if why and policy == "error":
             raise UsageError(
@@ -227,7 +227,7 @@ def scorable(
     return kept
 
 
-def refusal_of(prompt: Prompt, check: Callable[[str, Mapping[str, Any]], None]) -> str:
+def find_refusal(prompt: Prompt, check: Callable[[str, Mapping[str, Any]], None]) -> str:
     """Why a reward cannot score a prompt, and where the prompt stands; empty where every reward can."""
     try:
         check(prompt.text, prompt.metadata)
@@ -236,14 +236,14 @@ def refusal_of(prompt: Prompt, check: Callable[[str, Mapping[str, Any]], None]) 
     return ""
 
 
-def prompts_of_run(count: int, per_epoch: int, seed: int, epochs: int) -> Sequence[int]:
+def list_prompts_of_run(count: int, per_epoch: int, seed: int, epochs: int) -> Sequence[int]:
     """Indices of all prompts that the run will draw."""
     if epochs * per_epoch >= count:
         return range(count)
-    return [i for epoch in range(1, epochs + 1) for i in prompts_of_epoch(count, per_epoch, seed, epoch)]
+    return [i for epoch in range(1, epochs + 1) for i in draw_prompts_of_epoch(count, per_epoch, seed, epoch)]
 
 
-def prompts_of_epoch(count: int, per_epoch: int, seed: int, epoch: int) -> list[int]:
+def draw_prompts_of_epoch(count: int, per_epoch: int, seed: int, epoch: int) -> list[int]:
     """Indices of the distinct prompts of an epoch (from 1).
 
     A pass is a permutation cut into epochs; what is left over of a pass is dropped, so that no
@@ -251,5 +251,5 @@ def prompts_of_epoch(count: int, per_epoch: int, seed: int, epoch: int) -> list[
     """
     epochs_a_pass = count // per_epoch
     number, part = divmod(epoch - 1, epochs_a_pass)
-    order = torch.randperm(count, generator=generator(seed, "prompts", number), device="cpu")
+    order = torch.randperm(count, generator=make_generator(seed, "prompts", number), device="cpu")
     return order[part * per_epoch : (part + 1) * per_epoch].tolist()

@@ -13,9 +13,9 @@ import numpy as np
 import torch
 
 
-def generator(seed: int, purpose: str, *key: int) -> torch.Generator:
+def make_generator(seed: int, purpose: str, *key: int) -> torch.Generator:
     """A CPU generator for one purpose (`rollout`, `train`, `eval`, `prompts`, ...) and one key."""
-    return torch.Generator().manual_seed(_hashed(seed, purpose, *key))
+    return torch.Generator().manual_seed(hash_key(seed, purpose, *key))
 
 
 def reseed(seed: int, purpose: str, *key: int) -> None:
@@ -23,13 +23,13 @@ def reseed(seed: int, purpose: str, *key: int) -> None:
 
     So a run that goes on from a checkpoint needs no generator's state, in however many processes.
     """
-    number = _hashed(seed, purpose, *key)
+    number = hash_key(seed, purpose, *key)
     torch.manual_seed(number)
     np.random.seed(number % 2**32)
     random.seed(number)
 
 
-def _hashed(*key: int | str) -> int:
+def hash_key(*key: int | str) -> int:
     """64 bits, signed. Hashed, since neighbouring integers would make neighbouring, correlated seeds."""
     digest = hashlib.blake2b("/".join(map(str, key)).encode(), digest_size=8).digest()
     return int.from_bytes(digest, "big", signed=True)

@@ -16,7 +16,7 @@ import click
 from .. import environment
 from ..errors import MEMORY_FULL, NftError, Stopped, UsageError, is_memory_full
 from ..objective.choices import Combine
-from ..output import lasting_output
+from ..output import keep_output_alive
 from .doctor import doctor, explain
 from .listing import models, observers, plugins, rewards, solvers
 from .new import new
@@ -308,7 +308,7 @@ def start(
     processes = (
         1 if environment.is_started_by_launcher() else count_processes(settings.processes, settings.device)
     )
-    with lasting_output():
+    with keep_output_alive():
         if processes == 1:
             run_training(
                 settings,
