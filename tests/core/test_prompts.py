@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from nft_core.errors import UsageError
-from nft_core.prompts import Prompt, draw_prompts_of_epoch, list_prompts_of_run, read_prompts, keep_scorable
+from nft_core.prompts import Prompt, draw_prompts_of_epoch, keep_scorable, list_prompts_of_run, read_prompts
 from nft_core.runs.inputs import DATA, Inputs, drop_unscorable
 from nft_plugins import PromptError
 

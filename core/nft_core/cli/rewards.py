@@ -184,10 +184,10 @@ def check(
 
 def read_known(file: Path) -> dict[Path, tuple[str, Mapping[str, Any], float | None]]:
     """Prompt, metadata and value by image, of a file in the form of `nft score --prompts` with a `value`."""
-    from ..scoring.images import read_lines
+    from ..scoring.images import read_prompt_lines
 
     known: dict[Path, tuple[str, Mapping[str, Any], float | None]] = {}
-    for path, line in read_lines(file).items():
+    for path, line in read_prompt_lines(file).items():
         metadata = dict(line.metadata)
         value = metadata.pop("value", "")
         if isinstance(value, bool) or not (value is None or isinstance(value, (int, float))):

@@ -92,7 +92,7 @@ def score(
         specs = parse_rewards(settings, host)
         from ..scoring.image_files import find_images
         from ..scoring.images import find_prompts
-        from ..scoring.images import score as score_items
+        from ..scoring.images import score_items as score_items
 
         # All that can be wrong is looked at before anything large is loaded.
         items = find_prompts(find_images(images, partial(click.echo, err=True)), prompt, prompts)
@@ -134,12 +134,12 @@ def bar(images: int) -> Iterator[Callable[[int], None]]:
 
 def record(result: Scored, reward: Composed) -> dict[str, Any]:
     """An image's JSON object; figures that are no valid numbers are null."""
-    from ..scoring.images import total, weighted
+    from ..scoring.images import compute_total, has_weights
 
     item = result.item
     row: dict[str, Any] = {"path": printable(item.path), "prompt": item.prompt, "metadata": item.metadata}
     row |= {"values": result.values, "valid": result.valid, "details": result.details}
-    row |= {"total": total(result, reward)} if weighted(reward) else {}
+    row |= {"total": compute_total(result, reward)} if has_weights(reward) else {}
     return row | ({"errors": result.errors} if result.errors else {})
 
 
@@ -147,11 +147,11 @@ def show(results: Sequence[Scored], reward: Composed) -> None:
     """A table with a row for each image, and the mean of what is valid."""
     from rich.markup import escape
 
-    from ..scoring.images import total, weighted
+    from ..scoring.images import compute_total, has_weights
 
     columns: dict[str, list[float | None]] = {t.name: [r.values[t.name] for r in results] for t in reward.terms}
-    if weighted(reward):
-        columns["total"] = [total(r, reward) for r in results]
+    if has_weights(reward):
+        columns["total"] = [compute_total(r, reward) for r in results]
     table = new_table()
     table.add_column("image", overflow="fold")
     for name in columns:

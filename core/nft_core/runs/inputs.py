@@ -13,7 +13,7 @@ from nft_plugins import Run, Solver
 from ..errors import CheckpointError, NftError, UsageError, unknown_name
 from ..host.host import Host
 from ..host.specs import RewardSpec, parse_observer, parse_reward
-from ..prompts import Prompt, read_prompts, find_refusal, keep_scorable
+from ..prompts import Prompt, find_refusal, keep_scorable, read_prompts
 from ..settings import Settings, make_settings
 from .places import shorten_paths
 from .resume import FREE

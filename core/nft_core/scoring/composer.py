@@ -21,7 +21,7 @@ from ..host.host import Host, load_host
 from ..host.lending import keep_process_state, lend_batch
 from ..host.local import FunctionReward, importing
 from ..host.specs import FailurePolicy, RewardSpec, parse_reward, parse_weight
-from .contract import call_checked, check_prompt, regroup_checked
+from .contract import call_checked, check_prompt, regroup_scores
 from .failures import Failed, Guarded, Tally, add_tallies, guard_reward
 
 
@@ -82,7 +82,7 @@ class Composed:
         for term in self.members:
             if hasattr(term.reward, "regroup"):
                 part = parts[term.name].scores
-                parts[term.name] = Part(term.weight, regroup_checked(term.name, term.reward, part, groups))
+                parts[term.name] = Part(term.weight, regroup_scores(term.name, term.reward, part, groups))
         return self.total(parts, len(groups))
 
     def total(self, parts: Mapping[str, Part], size: int) -> Scores:

@@ -35,7 +35,7 @@ def check_prompt(member: Any, name: str, prompt: str, metadata: Mapping[str, Any
         ) from error
 
 
-def regroup_checked(name: str, reward: Any, scores: Scores, groups: Tensor) -> Scores:
+def regroup_scores(name: str, reward: Any, scores: Scores, groups: Tensor) -> Scores:
     """Let a reward compare the images of each group, held to the contract as in its call; its new scores."""
     with keep_process_state(f"the call of the reward {name!r}"):
         return call_checked(name, lambda: reward.regroup(copy_for_plugin(scores), groups.clone()), len(groups))

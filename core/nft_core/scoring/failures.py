@@ -81,13 +81,13 @@ class Guarded:
         """
         size = len(batch)
         if self.tally.skipped:  # The reward is out of the epoch already.
-            return self.no_scores(size)
+            return self.lose_images(size)
         if self.hopeless and self.is_running():
             # One batch has waited for this call in vain. If every other did too, an epoch would take for ever.
-            return self.give_up(self.busy_error(), 1, size)
+            return self.give_up(self.make_busy_error(), 1, size)
         for attempt in range(1, self.policy.retry + 2):
             try:
-                return self.attempt(batch)
+                return self.call_once(batch)
             except UsageError:
                 raise
             except NftError as error:
@@ -99,7 +99,7 @@ class Guarded:
             if full:
                 free_memory()
             self.tally = add_tallies([self.tally, Tally(retried=1)])
-            sleep(seconds_before_retry(attempt))
+            sleep(compute_pause(attempt))
         raise AssertionError("the last attempt returns or raises")
 
     def regroup_where_scored(
@@ -113,7 +113,7 @@ class Guarded:
         """Raise PromptError for a prompt that the reward can never score."""
         check_prompt(self.reward, self.name, prompt, metadata)
 
-    def attempt(self, batch: Batch) -> Scores:
+    def call_once(self, batch: Batch) -> Scores:
         """Call the reward once. Raises NftError where it fails, takes too long or gives other details."""
 
         def score() -> Scores:
@@ -133,7 +133,7 @@ class Guarded:
         if self.overdue:
             wait([self.overdue], limit)
             if self.is_running():
-                raise self.busy_error()
+                raise self.make_busy_error()
         self.overdue = None
         self.worker = self.worker or Worker(f"reward {self.name}")
         future = self.worker.submit(wrap_in_side_stream(device, score))
@@ -146,7 +146,7 @@ class Guarded:
         """Whether a call that took too long is still at work."""
         return self.overdue is not None and not self.overdue.done()
 
-    def busy_error(self) -> Busy:
+    def make_busy_error(self) -> Busy:
         """Make the error for a call that cannot start, since the one before it is still at work."""
         return Busy(
             f"The reward {self.name!r} failed: a call that took longer than max_seconds = "
@@ -177,9 +177,9 @@ class Guarded:
                 "further failures are counted, not shown.",
                 file=sys.stderr,
             )
-        return self.no_scores(size)
+        return self.lose_images(size)
 
-    def no_scores(self, size: int) -> Scores:
+    def lose_images(self, size: int) -> Scores:
         """Count the images as lost, and make scores of which none is valid."""
         lost = Tally(masked=size, skipped=int(self.policy.on_error == "skip"))
         self.tally = add_tallies([self.tally, lost])
@@ -194,7 +194,7 @@ def join_names(names: Iterable[str]) -> str:
     return ", ".join(sorted(names)) or "none"
 
 
-def seconds_before_retry(attempt: int) -> float:
+def compute_pause(attempt: int) -> float:
     """Tell how long to wait, in seconds, after an attempt; the first attempt is 1."""
     return min(BACKOFF * 2.0 ** min(attempt - 1, 64), LONGEST)
 

@@ -54,23 +54,25 @@ def find_images(paths: Iterable[Path], tell: Callable[[str], None] = lambda text
     left: dict[Path, str] = {}
     for path in map(Path, paths):
         if path.is_dir():
-            files = sorted(walk(path, left))
+            files = sorted(walk_folder(path, left))
             if not files:
-                raise UsageError(f"The folder {path} holds no image: expected {listed(SUFFIXES)}.{names(left)}")
+                raise UsageError(
+                    f"The folder {path} holds no image: expected {listed(SUFFIXES)}.{describe_omissions(left)}"
+                )
         elif not path.exists():
             raise UsageError(f"There is no {path}: expected image files or folders of them.")
-        elif not path.is_file() or (path.suffix.lower() not in SUFFIXES and size_of(path) == UNREADABLE):
+        elif not path.is_file() or (path.suffix.lower() not in SUFFIXES and read_size(path) == UNREADABLE):
             raise UsageError(f"{path} is no image that can be read: expected {listed(SUFFIXES)}.")
         else:
             files = [path]
         for file in files:
             found.setdefault(file.resolve(), file)
     if left:
-        tell(f"Warning:{names(left)}")
+        tell(f"Warning:{describe_omissions(left)}")
     return list(found.values())
 
 
-def walk(folder: Path, left: dict[Path, str]) -> Iterator[Path]:
+def walk_folder(folder: Path, left: dict[Path, str]) -> Iterator[Path]:
     """The images of a folder at any depth; `left` is given what is left out, and why."""
 
     def refused(error: OSError) -> None:
@@ -81,14 +83,14 @@ def walk(folder: Path, left: dict[Path, str]) -> Iterator[Path]:
         folders[:] = sorted(name for name in folders if not name.startswith("."))
         left.update((here / name, "a link to a folder") for name in folders if (here / name).is_symlink())
         for name in sorted(files):
-            reason = why_left(here / name)
+            reason = explain_omission(here / name)
             if reason:
                 left[here / name] = reason
             elif reason is None:
                 yield here / name
 
 
-def why_left(file: Path) -> str | None:
+def explain_omission(file: Path) -> str | None:
     """None for an image that is read, the reason for one that is not, and "" for what is no image."""
     suffix = file.suffix.lower()
     # A pipe would be waited for.
@@ -100,10 +102,10 @@ def why_left(file: Path) -> str | None:
         return None if file.is_file() else "a link to nothing, or no file"
     if suffix in OTHER_SUFFIXES:
         return "a kind that is not read; convert it to PNG"
-    return "" if size_of(file) == UNREADABLE else "another suffix; give its path to score it"
+    return "" if read_size(file) == UNREADABLE else "another suffix; give its path to score it"
 
 
-def names(left: dict[Path, str]) -> str:
+def describe_omissions(left: dict[Path, str]) -> str:
     """A sentence with what was left out; nothing where nothing was."""
     if not left:
         return ""
@@ -117,7 +119,7 @@ def listed(suffixes: Iterable[str]) -> str:
 
 
 @contextmanager
-def opened(source: Path | Image.Image, name: Path) -> Iterator[Image.Image]:
+def open_image(source: Path | Image.Image, name: Path) -> Iterator[Image.Image]:
     """An image whose header was read. Raises UsageError, which names it, for whatever a decoder raises."""
     try:
         with warnings.catch_warnings():
@@ -147,10 +149,10 @@ def is_deep(image: Image.Image) -> bool:
     return image.mode.startswith(("I", "F")) or any(";16" in r and "BGR;16" not in r for r in raw)
 
 
-def size_of(source: Path | Image.Image) -> tuple[int, int]:
+def read_size(source: Path | Image.Image) -> tuple[int, int]:
     """Height and width as the image is shown, from what stands before its pixels."""
     try:
-        with opened(source, Path()) as image:
+        with open_image(source, Path()) as image:
             width, height = image.size
             # A PNG may have EXIF behind its pixels, which Pillow would decode; a TIFF's size is turned already.
             early = image.format != "TIFF" and (image.format != "PNG" or "exif" in image.info)
@@ -160,9 +162,9 @@ def size_of(source: Path | Image.Image) -> tuple[int, int]:
         return UNREADABLE
 
 
-def decode(source: Path | Image.Image, name: Path | None = None) -> Tensor:
+def decode_image(source: Path | Image.Image, name: Path | None = None) -> Tensor:
     """`[3, H, W]` float32 in [0, 1]. name: what errors call it."""
-    with opened(source, name or Path(str(source))) as image:
+    with open_image(source, name or Path(str(source))) as image:
         upright = ImageOps.exif_transpose(image)
         if upright.has_transparency_data:
             layer = upright.convert("RGBA")

@@ -21,9 +21,9 @@ from ..host import lending
 from ..host.specs import RewardSpec
 from ..prompts import Prompt, is_text, read_fields, read_prompts
 from .composer import Composed, Given, call_reward, compose
-from .contract import regroup_checked
-from .image_files import UNREADABLE, decode, size_of
-from .scores import concatenate
+from .contract import regroup_scores
+from .image_files import UNREADABLE, decode_image, read_size
+from .scores import concatenate_scores
 
 #: Pixels in a batch, whatever its number of images: 400 MB in float32.
 PIXELS = 2**25
@@ -60,12 +60,12 @@ class Scored:
     details: dict[str, dict[str, float | None]] = field(default_factory=dict)
     errors: dict[str, str] = field(default_factory=dict)
 
-    def set(self, name: str, value: float, valid: bool, details: Mapping[str, float]) -> None:
+    def note_score(self, name: str, value: float, valid: bool, details: Mapping[str, float]) -> None:
         self.valid[name] = valid
         self.values[name] = value if valid else None
         self.details[name] = {k: v if math.isfinite(v) else None for k, v in details.items()}
 
-    def fail(self, name: str, error: str) -> None:
+    def note_failure(self, name: str, error: str) -> None:
         self.valid[name], self.values[name], self.details[name] = False, None, {}
         self.errors[name] = error
 
@@ -110,11 +110,11 @@ def find_prompts(images: Iterable[Path], prompt: str | None = None, file: Path |
     if prompt is not None and not prompt.strip():
         raise UsageError("--prompt is empty: give the text that the images were made for.")
     images = list(images)
-    lines = read_lines(file) if file else {}
+    lines = read_prompt_lines(file) if file else {}
     samples = {image.parent: read_samples_line(image.parent) for image in images}
-    items = [find_prompt(i, prompt, lines.get(i.resolve()) or samples[i.parent]) for i in images]
+    items = [make_item_of_file(i, prompt, lines.get(i.resolve()) or samples[i.parent]) for i in images]
     if items and not any(item.size != UNREADABLE for item in items):
-        decode(items[0].path)  # to say why
+        decode_image(items[0].path)  # to say why
     return items
 
 
@@ -124,10 +124,10 @@ def read_samples_line(folder: Path) -> Prompt | None:
     if folder.name != "samples" or not file.is_file():
         return None
     line, *others = read_prompts(file)
-    return None if others or image_name(dict(line.metadata)) else line
+    return None if others or take_image_name(dict(line.metadata)) else line
 
 
-def find_prompt(image: Path, prompt: str | None, line: Prompt | None) -> Item:
+def make_item_of_file(image: Path, prompt: str | None, line: Prompt | None) -> Item:
     sources = {} if prompt is None else {"--prompt": prompt}
     metadata: dict[str, Any] = {}
     if line:
@@ -148,15 +148,15 @@ def find_prompt(image: Path, prompt: str | None, line: Prompt | None) -> Item:
             f"{image} has more than one prompt: {', '.join(sources)}. Leave one of them; it is never guessed "
             "which is meant."
         )
-    return Item(image, image.absolute(), size_of(image), next(iter(sources.values()), None), metadata)
+    return Item(image, image.absolute(), read_size(image), next(iter(sources.values()), None), metadata)
 
 
-def read_lines(file: Path) -> dict[Path, Prompt]:
+def read_prompt_lines(file: Path) -> dict[Path, Prompt]:
     """The lines of a prompt file by image, whose path is relative to the file's folder."""
     lines: dict[Path, Prompt] = {}
     for prompt in read_prompts(file):
         metadata = dict(prompt.metadata)
-        name = image_name(metadata)
+        name = take_image_name(metadata)
         if not isinstance(name, str):
             raise UsageError(
                 f'{prompt.where}: expected {{"image": PATH, "prompt": TEXT}} in a .jsonl file, with the path '
@@ -172,7 +172,7 @@ def read_lines(file: Path) -> dict[Path, Prompt]:
     return lines
 
 
-def image_name(metadata: dict[str, Any]) -> Any:
+def take_image_name(metadata: dict[str, Any]) -> Any:
     """The image that a line is of, taken out of its metadata; `file_name` is the datasets library's word."""
     names = [metadata.pop(key, None) for key in ("image", "file_name")]
     return names[0] or names[1]
@@ -233,24 +233,24 @@ def score_images(
     items = [make_item(*row) for row in zip(range(len(given)), given, texts, extras, strict=True)]
     one = isinstance(reward, str | Mapping | RewardSpec) or callable(reward)
     rewards = cast(Iterable[Given], [reward] if one else reward)
-    return score(items, compose(rewards, device=device), batch=batch, device=device)
+    return score_items(items, compose(rewards, device=device), batch=batch, device=device)
 
 
 def make_item(number: int, image: Any, prompt: str | None, metadata: Mapping[str, Any]) -> Item:
     """An item of a path or a PIL image, the `number`th of its list. Raises UsageError for anything else."""
     if isinstance(image, Image.Image):
         name = Path(getattr(image, "filename", "") or f"image {number}")
-        return Item(name, image, size_of(image), prompt, metadata)
+        return Item(name, image, read_size(image), prompt, metadata)
     if not isinstance(image, str | os.PathLike):
         raise UsageError(
             f"Image {number} is of the type {type(image).__name__}: expected the path of a file, or a PIL "
             "image, which PIL.Image.fromarray makes of an array of bytes [H, W, 3]."
         )
     path = Path(image)
-    return Item(path, path.absolute(), size_of(path), prompt, metadata)
+    return Item(path, path.absolute(), read_size(path), prompt, metadata)
 
 
-def score(
+def score_items(
     items: Sequence[Item],
     reward: Composed,
     *,
@@ -268,16 +268,16 @@ def score(
     results = [Scored(item) for item in items]
     groupwise = {t.name: t.reward for t in reward.terms if hasattr(t.reward, "regroup")}
     kept: dict[str, list[tuple[Sequence[Scored], Sequence[int], Scores]]] = {name: [] for name in groupwise}
-    for indices, groups in batches(items, batch):
+    for indices, groups in split_batches(items, batch):
         # One size, but for what EXIF behind the pixels of a PNG has turned.
         by_shape: dict[torch.Size, list[tuple[Scored, Tensor, int]]] = {}
         for result, group in zip([results[i] for i in indices], groups, strict=True):
             try:
-                image = decode(result.item.source, result.item.path)
+                image = decode_image(result.item.source, result.item.path)
                 by_shape.setdefault(image.shape, []).append((result, image, group))
             except UsageError as error:
                 for term in reward.terms:
-                    result.fail(term.name, str(error))
+                    result.note_failure(term.name, str(error))
         for rows in by_shape.values():
             told = [result for result, _, _ in rows]
             images = torch.stack([image for _, image, _ in rows]).to(device)
@@ -292,12 +292,12 @@ def score(
             every_group = [group for _, groups_of_batch, _ in kept[name] for group in groups_of_batch]
             whole = torch.tensor(every_group, dtype=torch.int64, device="cpu")
             try:
-                scores = concatenate([scores_of_batch for _, _, scores_of_batch in kept[name]])
-                again = regroup_checked(name, member, scores, whole)
+                scores = concatenate_scores([scores_of_batch for _, _, scores_of_batch in kept[name]])
+                again = regroup_scores(name, member, scores, whole)
             except NftError as error:
-                _fail(told, name, error)
+                _note_failure(told, name, error)
             else:
-                _tell(told, name, again)
+                _note_scores(told, name, again)
     return results
 
 
@@ -320,22 +320,22 @@ def _score_batch(
         except NoPrompt as error:
             raise NoPrompt(error.path, name) from error
         except NftError as error:
-            _fail(results, name, error)
+            _note_failure(results, name, error)
             continue
-        _tell(results, name, scores)
+        _note_scores(results, name, scores)
         given_scores[name] = scores
     return given_scores
 
 
-def _fail(results: Iterable[Scored], name: str, error: NftError) -> None:
+def _note_failure(results: Iterable[Scored], name: str, error: NftError) -> None:
     for result in results:
-        result.fail(name, str(error))
+        result.note_failure(name, str(error))
 
 
-def _tell(results: Sequence[Scored], name: str, scores: Scores) -> None:
+def _note_scores(results: Sequence[Scored], name: str, scores: Scores) -> None:
     for i, result in enumerate(results):
         details = {key: float(figure[i]) for key, figure in scores.details.items()}
-        result.set(name, float(scores.values[i]), bool(scores.valid[i]), details)
+        result.note_score(name, float(scores.values[i]), bool(scores.valid[i]), details)
 
 
 def check_prompts(items: Iterable[Item], reward: Composed) -> None:
@@ -348,7 +348,7 @@ def check_prompts(items: Iterable[Item], reward: Composed) -> None:
                 raise UsageError(f"{item.path}: {error}") from error
 
 
-def batches(items: Sequence[Item], batch: int) -> Iterator[tuple[list[int], list[int]]]:
+def split_batches(items: Sequence[Item], batch: int) -> Iterator[tuple[list[int], list[int]]]:
     """Indices of images to be scored together, and their groups.
 
     Images without a prompt come first, so that a reward that reads prompts says so at once; groups stay
@@ -372,7 +372,7 @@ def batches(items: Sequence[Item], batch: int) -> Iterator[tuple[list[int], list
             yield chosen, [groups[i] for i in chosen]
 
 
-def total(result: Scored, reward: Composed) -> float | None:
+def compute_total(result: Scored, reward: Composed) -> float | None:
     """The weighted sum; None where a reward that has a weight has no valid value."""
     values = [(t.weight, result.values[t.name]) for t in reward.terms if t.weight]
     if any(value is None for _, value in values):
@@ -380,6 +380,6 @@ def total(result: Scored, reward: Composed) -> float | None:
     return reward.constant + sum(weight * value for weight, value in values if value is not None)
 
 
-def weighted(reward: Composed) -> bool:
+def has_weights(reward: Composed) -> bool:
     """Whether the sum is more than the rewards one by one: somebody gave a weight."""
     return reward.constant != 0 or any(t.weight != 1 for t in reward.terms)

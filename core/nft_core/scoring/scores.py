@@ -32,54 +32,56 @@ class Names(NamedTuple):
     parts: Mapping[str, Names]
 
 
-def names_of(scores: Scores) -> Names:
-    return Names(tuple(scores.details), {name: names_of(p.scores) for name, p in scores.parts.items()})
+def list_names(scores: Scores) -> Names:
+    return Names(tuple(scores.details), {name: list_names(p.scores) for name, p in scores.parts.items()})
 
 
-def joined(names: Sequence[Names]) -> Names:
+def merge_names(names: Sequence[Names]) -> Names:
     """All the names, in the order in which they come."""
     parts = dict.fromkeys(name for n in names for name in n.parts)
     return Names(
         tuple(dict.fromkeys(name for n in names for name in n.details)),
-        {part: joined([n.parts[part] for n in names if part in n.parts]) for part in parts},
+        {part: merge_names([n.parts[part] for n in names if part in n.parts]) for part in parts},
     )
 
 
-def everyones_names(scores: Scores, device: torch.device) -> Names:
+def gather_names(scores: Scores, device: torch.device) -> Names:
     """The names in all processes."""
-    return joined([as_names(json.loads(t)) for t in gather_texts(json.dumps(names_of(scores)), device)])
+    return merge_names(
+        [parse_names(json.loads(t)) for t in gather_texts(json.dumps(list_names(scores)), device)]
+    )
 
 
-def as_names(read: Any) -> Names:
+def parse_names(read: Any) -> Names:
     details, parts = read
-    return Names(tuple(details), {name: as_names(part) for name, part in parts.items()})
+    return Names(tuple(details), {name: parse_names(part) for name, part in parts.items()})
 
 
-def lacking(scores: Scores) -> bool:
+def lacks_scores(scores: Scores) -> bool:
     """Whether a reward, or one that it is composed of, has no score for any sample, and so no details."""
     if scores.parts:
-        return any(lacking(p.scores) for p in scores.parts.values())
+        return any(lacks_scores(p.scores) for p in scores.parts.values())
     return not scores.details and not scores.valid.any()
 
 
-def filled(scores: Scores, names: Names) -> Scores:
+def fill_details(scores: Scores, names: Names) -> Scores:
     """The scores with their details in the order of `names`, NaN where a reward has no score for any sample.
 
     Other scores with other details stay as they are: that is a mistake, which is told where they are joined.
     """
     details = scores.details
-    if lacking(scores) or set(details) == set(names.details):
+    if lacks_scores(scores) or set(details) == set(names.details):
         nothing = torch.full_like(scores.values, torch.nan)
         details = {name: details.get(name, nothing) for name in names.details}
-    parts = {name: Part(w, filled(part, names.parts[name])) for name, (w, part) in scores.parts.items()}
+    parts = {name: Part(w, fill_details(part, names.parts[name])) for name, (w, part) in scores.parts.items()}
     return Scores(scores.values, scores.valid, details, parts)
 
 
-def concatenate(scores: Sequence[Scores]) -> Scores:
+def concatenate_scores(scores: Sequence[Scores]) -> Scores:
     """The scores of consecutive batches of the same reward as one, details NaN in batches without a score."""
-    names = joined([names_of(s) for s in scores])
+    names = merge_names([list_names(s) for s in scores])
     try:
-        return Scores.cat([filled(s, names) for s in scores])
+        return Scores.cat([fill_details(s, names) for s in scores])
     except ValueError as error:
         raise NftError(f"A reward does not keep the contract: {error}.") from error
 
@@ -100,13 +102,13 @@ def gather_scores(scores: Scores, index: Tensor, count: int, device: torch.devic
     return map_scores(scores, gather)
 
 
-def withheld(scores: Scores, kept: Tensor) -> Scores:
+def withhold_scores(scores: Scores, kept: Tensor) -> Scores:
     """The scores, none of which is valid, with all its parts, where `kept` `[N]` is False."""
-    parts = {name: Part(w, withheld(part, kept)) for name, (w, part) in scores.parts.items()}
+    parts = {name: Part(w, withhold_scores(part, kept)) for name, (w, part) in scores.parts.items()}
     return Scores(scores.values.where(kept, 0), scores.valid & kept, scores.details, parts)
 
 
-def shuffled_within_groups(scores: Scores, groups: Tensor, source: torch.Generator) -> Scores:
+def shuffle_within_groups(scores: Scores, groups: Tensor, source: torch.Generator) -> Scores:
     """Scores that have changed places within each group, whole samples at a time."""
     order = torch.arange(len(groups), device="cpu")
     for g in groups.unique():

@@ -14,7 +14,7 @@ from nft_plugins import Scores
 from .failures import Tally, add_tallies
 
 
-def statistics(
+def summarize_scores(
     scores: Scores,
     metadata: Sequence[Mapping[str, Any]] = (),
     tallies: Mapping[str, Tally] | None = None,
@@ -24,22 +24,24 @@ def statistics(
     A detail counts where the reward that gave it is valid and the figure is finite.
     tallies: what failures have cost, by reward; of the total, their sum is told.
     """
-    everything, finite = _figures(scores)
+    everything, finite = _list_figures(scores)
     lost = {**(tallies or {}), "total": add_tallies((tallies or {}).values())}
-    rewards = {name: _summary(*figure, lost.get(name, Tally())) for name, figure in everything.items()}
-    details = {name: _mean(*figure) for name, figure in finite.items()}
+    rewards = {name: _summarize_reward(*figure, lost.get(name, Tally())) for name, figure in everything.items()}
+    details = {name: _average_valid(*figure) for name, figure in finite.items()}
     # None as well where files say null, and NaN, which is unlike itself.
     tags = [None if (tag := m.get("tag")) is None or tag != tag else str(tag) for m in metadata]
     by_tag = {}
     for tag in sorted({tag for tag in tags if tag is not None}):
         members = torch.tensor([t == tag for t in tags], dtype=torch.bool, device="cpu")
-        by_tag[tag] = {n: _mean(v, valid & members) for n, (v, valid) in {**everything, **finite}.items()}
+        by_tag[tag] = {
+            n: _average_valid(v, valid & members) for n, (v, valid) in {**everything, **finite}.items()
+        }
     return {"rewards": rewards, "details": details, **({"tags": by_tag} if by_tag else {})}
 
 
-def which(scores: Scores) -> dict[str, str]:
+def digest_valid_samples(scores: Scores) -> dict[str, str]:
     """By figure, a digest of which samples have it, where not all have: means over others are not compared."""
-    everything, finite = _figures(scores)
+    everything, finite = _list_figures(scores)
     masks = {name: valid.numpy() for name, (_, valid) in {**everything, **finite}.items()}
     return {name: sha256(mask.tobytes()).hexdigest()[:12] for name, mask in masks.items() if not mask.all()}
 
@@ -47,7 +49,7 @@ def which(scores: Scores) -> dict[str, str]:
 Figures = dict[str, tuple[Tensor, Tensor]]
 
 
-def _figures(scores: Scores) -> tuple[Figures, Figures]:
+def _list_figures(scores: Scores) -> tuple[Figures, Figures]:
     """Values and where they count, `[N]` each: of each reward and the total, and of each detail."""
     rewards = {name: (part.scores.values, part.scores.valid) for name, part in scores.parts.items()}
     valid = {f"{n}/{d}": part.scores.valid for n, part in scores.parts.items() for d in part.scores.details}
@@ -55,12 +57,12 @@ def _figures(scores: Scores) -> tuple[Figures, Figures]:
     return rewards | {"total": (scores.values, scores.valid)}, details
 
 
-def _mean(values: Tensor, valid: Tensor) -> float | None:
+def _average_valid(values: Tensor, valid: Tensor) -> float | None:
     return float(values[valid].double().mean()) if valid.any() else None
 
 
-def _summary(values: Tensor, valid: Tensor, lost: Tally) -> dict[str, float | int | None]:
+def _summarize_reward(values: Tensor, valid: Tensor, lost: Tally) -> dict[str, float | int | None]:
     v = values[valid].double()
     std = float(v.std(correction=0)) if len(v) else None
     counts = {"valid": len(v), "invalid": len(valid) - len(v), "masked": lost.masked, "retried": lost.retried}
-    return {"mean": _mean(values, valid), "std": std, **counts}
+    return {"mean": _average_valid(values, valid), "std": std, **counts}

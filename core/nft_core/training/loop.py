@@ -15,7 +15,7 @@ from ..parallel import processes
 from ..prompts import draw_prompts_of_epoch
 from ..sampling.draws import Draws
 from ..sampling.rollout import Rollout, roll_out
-from ..scoring.scores import shuffled_within_groups
+from ..scoring.scores import shuffle_within_groups
 from ..seeds import make_generator, reseed
 from .epochs import evaluate_and_save, finish_epoch
 from .microbatches import make_microbatches, split_valid_images
@@ -93,7 +93,7 @@ def sample_images(training: Training, epoch: int) -> Rollout:
         )
     if s.shuffle_rewards:
         source = make_generator(s.seed, "shuffle", epoch)
-        scores = shuffled_within_groups(rollout.scores, rollout.groups, source)
+        scores = shuffle_within_groups(rollout.scores, rollout.groups, source)
         rollout = replace(rollout, scores=scores)
     return rollout
 
