@@ -16,7 +16,8 @@ from PIL import Image, ImageDraw, features
 from nft_core.cli.app import main
 from nft_core.errors import UsageError
 from nft_core.scoring.image_files import decode_image, find_images, read_size
-from nft_core.scoring.images import NoPrompt, find_prompts, score_images
+from nft_core.scoring.images import NoPrompt, score_images
+from nft_core.scoring.items import find_prompts
 from nft_plugins import Scores
 from nft_plugins.testing import words
 

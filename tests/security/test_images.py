@@ -13,7 +13,8 @@ from PIL import Image
 from nft_core.cli.app import main
 from nft_core.errors import UsageError
 from nft_core.scoring.image_files import decode_image, read_size
-from nft_core.scoring.images import find_prompts, score_images
+from nft_core.scoring.images import score_images
+from nft_core.scoring.items import find_prompts
 
 resource = pytest.importorskip("resource")  # Windows has none.
 

@@ -184,7 +184,7 @@ def check(
 
 def read_known(file: Path) -> dict[Path, tuple[str, Mapping[str, Any], float | None]]:
     """Prompt, metadata and value by image, of a file in the form of `nft score --prompts` with a `value`."""
-    from ..scoring.images import read_prompt_lines
+    from ..scoring.items import read_prompt_lines
 
     known: dict[Path, tuple[str, Mapping[str, Any], float | None]] = {}
     for path, line in read_prompt_lines(file).items():

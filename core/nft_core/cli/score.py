@@ -91,8 +91,8 @@ def score(
         )
         specs = parse_rewards(settings, host)
         from ..scoring.image_files import find_images
-        from ..scoring.images import find_prompts
-        from ..scoring.images import score_items as score_items
+        from ..scoring.images import score_items
+        from ..scoring.items import find_prompts
 
         # All that can be wrong is looked at before anything large is loaded.
         items = find_prompts(find_images(images, partial(click.echo, err=True)), prompt, prompts)

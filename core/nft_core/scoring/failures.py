@@ -1,4 +1,4 @@
-"""Calls of rewards under a failure policy: further attempts, deadlines, and counts of what was lost."""
+"""Calls rewards under a failure policy: tries again, waits no longer than allowed, and counts what was lost."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from ..parallel.devices import free_memory, is_out_of_memory, wrap_in_side_strea
 from ..parallel.workers import Worker
 from .contract import call_checked, check_prompt
 
-#: Seconds before the second attempt, twice as long before each further one, and at most.
+#: Seconds of the pause before the second attempt, and of the longest; each pause is twice the one before.
 BACKOFF, LONGEST = 0.5, 30.0
 ADVICE = (
     "To go on without the scores of images whose call fails, give the reward on_error=mask; to leave it out of "
@@ -44,7 +44,7 @@ class Busy(NftError):
 
 
 class Tally(NamedTuple):
-    """Counts what failures of a reward have cost.
+    """Counts what the failures of a reward have cost.
 
     retried: calls that were tried again. masked: images without a score. skipped: failures for which the
     reward is to be left out of the epoch.
@@ -61,7 +61,11 @@ def add_tallies(tallies: Iterable[Tally]) -> Tally:
 
 
 class Guarded:
-    """A reward whose calls are made under its failure policy, and whose failures are counted."""
+    """Calls a reward under its failure policy, and counts its failures; itself a reward.
+
+    details: names of the details of the first batch. overdue: a call that took too long and may still run.
+    hopeless: whether a batch has already waited for that call in vain.
+    """
 
     def __init__(self, reward: Reward, policy: FailurePolicy, name: str) -> None:
         self.reward, self.policy, self.name = reward, policy, name
@@ -134,7 +138,7 @@ class Guarded:
             wait([self.overdue], limit)
             if self.is_running():
                 raise self.make_busy_error()
-        self.overdue = None
+        self.overdue = None  # Its scores are of another batch.
         self.worker = self.worker or Worker(f"reward {self.name}")
         future = self.worker.submit(wrap_in_side_stream(device, score))
         if not wait([future], limit).done:
@@ -168,7 +172,7 @@ class Guarded:
         """Return scores of which none is valid, with a warning at the first; under `stop` raise Failed."""
         if self.policy.on_error == "stop":
             raise Failed.after(error, attempts) from error.__cause__
-        if not self.tally.masked:
+        if not self.tally.masked:  # The first failure since the tally was taken.
             what = (
                 "its images have no score" if self.policy.on_error == "mask" else "it is left out of the epoch"
             )
@@ -195,7 +199,7 @@ def join_names(names: Iterable[str]) -> str:
 
 
 def compute_pause(attempt: int) -> float:
-    """Tell how long to wait, in seconds, after an attempt; the first attempt is 1."""
+    """Compute the pause after an attempt, in seconds; the first attempt is 1."""
     return min(BACKOFF * 2.0 ** min(attempt - 1, 64), LONGEST)
 
 
