@@ -40,7 +40,7 @@ class Stopped(NftError):
 class PeerError(NftError):
     """This process is well, and ends because another one of the run has failed."""
 
-    exit_code = 75
+    exit_code = 75  # A code of its own, so that the launcher blames the process that failed and not this one.
 
 
 MEMORY_FULL = (
@@ -50,11 +50,11 @@ MEMORY_FULL = (
 
 
 def is_memory_full(error: BaseException) -> bool:
-    """Whether there was no memory of the CPU left; torch and safetensors have no error of their own for it."""
+    """Tell whether the CPU's memory was full; torch and safetensors have no error of their own for it."""
     return isinstance(error, MemoryError) or "allocate memory" in str(error)
 
 
-#: A list of more names than this hides the nearest ones.
+#: An error lists all names up to this many; among more nobody would find the nearest ones.
 SHORT_LIST = 12
 
 
@@ -114,7 +114,7 @@ REMEDIES = {
 }
 
 
-def disk_advice(error: BaseException) -> str:
+def advise_on_disk(error: BaseException) -> str:
     """Say what helps where the system refuses to write, as the start of a sentence."""
     number = error.errno if isinstance(error, OSError) else None
     if number is None and (said := re.search(r"\(os error (\d+)\)", str(error))):  # as safetensors tells it
@@ -132,6 +132,8 @@ def locate_error(error: BaseException) -> str:
     theirs = [f for f in frames if not OURS & set(Path(f.filename).parts)]
     if not theirs or isinstance(error, SyntaxError):  # which says so itself
         return ""
+    # The plug-in's own file, at the last line that it reached: a library that it called may not be its
+    # author's.
     last = [f for f in theirs if f.filename == theirs[0].filename][-1]
     return f" ({Path(last.filename).name}, line {last.lineno})"
 

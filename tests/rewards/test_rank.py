@@ -158,7 +158,7 @@ def test_another_reward_of_groups_is_refused():
 
 
 def test_ranks_of_batches_become_ranks_of_groups():
-    from nft_core.scoring.scores import concatenate
+    from nft_core.scoring.scores import concatenate_scores
 
     values, groups = torch.tensor([5.0, 1.0, 4.0, 2.0, 3.0, 8.0]), torch.tensor([0, 1, 0, 1, 0, 1])
     valid = torch.tensor([True, True, True, False, True, True])
@@ -174,12 +174,12 @@ def test_ranks_of_batches_become_ranks_of_groups():
     ranked = Composed((Term("rank", 2.0, rank(by_place)), Term("plain", 1.0, by_place)), 10.0)
     for reward in (ranked, 2 * Composed((Term("rank", 1.0, rank(by_place)),)).map(torch.square) + 1):
         whole = reward(batch([0, 1, 2, 3, 4, 5]))
-        parts = concatenate([reward(batch(rows)) for rows in ([0, 1], [2, 3], [4, 5])])
+        parts = concatenate_scores([reward(batch(rows)) for rows in ([0, 1], [2, 3], [4, 5])])
         assert not parts.values[valid].equal(whole.values[valid])
         again = reward.regroup(parts, groups)
         assert again.values[valid].equal(whole.values[valid])
         assert again.valid.equal(whole.valid)
         assert again.details.keys() == whole.details.keys()
-    again = ranked.regroup(concatenate([ranked(batch([r])) for r in range(6)]), groups)
+    again = ranked.regroup(concatenate_scores([ranked(batch([r])) for r in range(6)]), groups)
     assert again.values[valid].tolist() == [17.0, 11.0, 15.0, 13.0, 20.0]  # 10 + 2 rank + value
     assert again.parts["plain"].scores.values[valid].equal(values[valid])

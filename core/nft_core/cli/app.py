@@ -16,7 +16,7 @@ import click
 from .. import environment
 from ..errors import MEMORY_FULL, NftError, Stopped, UsageError, is_memory_full
 from ..objective.choices import Combine
-from ..output import lasting_output
+from ..output import keep_output_alive
 from .doctor import diagnose, explain_broken_torchvision
 from .listing import list_models, list_observers, list_plugins, list_rewards, list_solvers
 from .new import begin_package
@@ -322,7 +322,7 @@ def launch_training(
     processes = (
         1 if environment.is_started_by_launcher() else count_processes(settings.processes, settings.device)
     )
-    with lasting_output():
+    with keep_output_alive():
         if processes == 1:
             run_training(
                 settings,

@@ -31,7 +31,7 @@ from ..planning.plan import (
     sum_phases,
     write_changes,
 )
-from ..prompts import Prompt, prompts_of_run
+from ..prompts import Prompt, list_prompts_of_run
 from ..quiet import silence_libraries
 from ..runs.inputs import prepare_inputs
 from ..runs.setup import pick_device
@@ -111,7 +111,7 @@ def write_remarks(
     step = f.training_step(s)
     each = step.held(s.microbatch + 1) - step.held(s.microbatch)
     yield f"Activations that wait for the backward pass: {format_bytes(each)} for each image of the microbatch."
-    drawn = prompts_of_run(len(prompts), min(s.prompts_per_epoch, len(prompts)), s.seed, s.epochs)
+    drawn = list_prompts_of_run(len(prompts), min(s.prompts_per_epoch, len(prompts)), s.seed, s.epochs)
     texts = len({prompts[i].text for i in drawn}) + len({p.text for p in held_out})
     away = sum(count_copies(s, f).values()) if s.offload else 0
     yield (

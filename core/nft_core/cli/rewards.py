@@ -198,10 +198,10 @@ def read_known_values(file: Path) -> dict[Path, tuple[str, Mapping[str, Any], fl
 
     Raises UsageError for a line without a `value`.
     """
-    from ..scoring.images import read_lines
+    from ..scoring.items import read_prompt_lines
 
     known: dict[Path, tuple[str, Mapping[str, Any], float | None]] = {}
-    for path, line in read_lines(file).items():
+    for path, line in read_prompt_lines(file).items():
         metadata = dict(line.metadata)
         value = metadata.pop("value", "")
         if isinstance(value, bool) or not (value is None or isinstance(value, (int, float))):

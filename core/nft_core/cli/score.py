@@ -113,8 +113,8 @@ def score_files(
         )
         specs = parse_rewards(settings, host)
         from ..scoring.image_files import find_images
-        from ..scoring.images import find_prompts
-        from ..scoring.images import score as score_items
+        from ..scoring.images import score_items
+        from ..scoring.items import find_prompts
 
         # Mistakes in prompts and files are found here, before anything large is loaded.
         items = find_prompts(find_images(images, partial(click.echo, err=True)), prompt, prompts)
@@ -157,12 +157,12 @@ def show_progress(images: int) -> Iterator[Callable[[int], None]]:
 
 def describe_result(result: Scored, reward: Composed) -> dict[str, Any]:
     """Describe an image and its scores as a JSON object, with null for a score that is not valid."""
-    from ..scoring.images import total, weighted
+    from ..scoring.images import compute_total, has_weights
 
     item = result.item
     row: dict[str, Any] = {"path": format_path(item.path), "prompt": item.prompt, "metadata": item.metadata}
     row |= {"values": result.values, "valid": result.valid, "details": result.details}
-    row |= {"total": total(result, reward)} if weighted(reward) else {}
+    row |= {"total": compute_total(result, reward)} if has_weights(reward) else {}
     return row | ({"errors": result.errors} if result.errors else {})
 
 
@@ -170,11 +170,11 @@ def show_scores(results: Sequence[Scored], reward: Composed) -> None:
     """Print a table with a row for each image, and below it the mean of the valid scores."""
     from rich.markup import escape
 
-    from ..scoring.images import total, weighted
+    from ..scoring.images import compute_total, has_weights
 
     columns: dict[str, list[float | None]] = {t.name: [r.values[t.name] for r in results] for t in reward.terms}
-    if weighted(reward):
-        columns["total"] = [total(r, reward) for r in results]
+    if has_weights(reward):
+        columns["total"] = [compute_total(r, reward) for r in results]
     table = new_table()
     table.add_column("image", overflow="fold")
     for name in columns:

@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from ..errors import CheckpointError, NftError, UsageError, disk_advice
+from ..errors import CheckpointError, NftError, UsageError, advise_on_disk
 from ..settings import Settings, read_toml, to_toml
 from ..settings.tables import flatten_tables
 
@@ -80,7 +80,7 @@ def make_folder(folder: Path, new: bool = False) -> bool:
     except OSError as error:
         if new and isinstance(error, FileExistsError):
             return False
-        advice = f"{disk_advice(error)}, or choose another --out"
+        advice = f"{advise_on_disk(error)}, or choose another --out"
         raise NftError(f"Cannot write to {folder}: {error}. {advice}.") from error
     return True
 
@@ -101,5 +101,5 @@ def write_settings(folder: Path, settings: Settings, step: int) -> None:
             write(before, former)
         write(file, text)
     except OSError as error:
-        advice = f"{disk_advice(error)}, then give the command again"
+        advice = f"{advise_on_disk(error)}, then give the command again"
         raise NftError(f"Cannot write to {folder}: {error}. {advice}.") from error

@@ -5,7 +5,7 @@ from __future__ import annotations
 from ..parallel import processes
 from ..sampling.draws import Draws
 from ..sampling.rollout import roll_out
-from ..scoring.statistics import statistics, which
+from ..scoring.statistics import digest_valid_samples, summarize_scores
 from ..seeds import reseed
 from .gallery import Gallery
 from .state import Training
@@ -33,8 +33,8 @@ def evaluate(run: Training) -> dict[str, str]:
         )
     run.phases.clear()
     batch, scores = gallery.collect(rollout.scores, run.policy.device)
-    figures = statistics(rollout.scores, draws.metadata(), rollout.tallies)
-    known = {"which": which(rollout.scores), "evaluation": run.evaluation}
+    figures = summarize_scores(rollout.scores, draws.metadata(), rollout.tallies)
+    known = {"which": digest_valid_samples(rollout.scores), "evaluation": run.evaluation}
     record = run.record("eval", at.epoch, images=len(draws), **figures, **known)
     total = record["rewards"]["total"]
     if rollout.skipped:  # Without one of its rewards a total is another.
