@@ -16,7 +16,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .files import find_file, limited, load_exactly, read_tensors
+from nft_plugins.files import limit_tensors
+
+from .files import find_file, load_exactly, read_tensors
 
 WEIGHTS, SAFETENSORS = "ImageReward.pt", "ImageReward.safetensors"
 MED_CONFIG = "med_config.json"
@@ -134,7 +136,7 @@ def sizes(config: Path) -> tuple[dict[str, Any], dict[str, Any]]:
 def load_blip(file: Path, device: torch.device, dtype: torch.dtype) -> BLIPScore:
     """The model with the file's weights; encoders in `dtype`. Raises OSError where they are not its own."""
     tensors = read_tensors(file)
-    with torch.device("meta"), limited(len(tensors)):
+    with torch.device("meta"), limit_tensors(len(tensors)):
         model = BLIPScore(*sizes(file.with_name(MED_CONFIG)))
     load_exactly(model, tensors, file, name=published_name, unused=UNUSED)
     # The one buffer that is in no file, and so still without contents.

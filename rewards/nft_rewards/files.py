@@ -6,41 +6,20 @@ Both are mapped into memory, not read: what does not fit a model is refused befo
 from __future__ import annotations
 
 import math
-import os
 import pickle
-import shlex
-import subprocess
 import zipfile
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from torch import Tensor, nn
-from torch.nn.modules.module import register_module_parameter_registration_hook
+
+from nft_plugins.files import PICKLED, TABLES, check_attention, explain_pickles, limit_tensors, read_header
 
 CUT = "The file may be cut short or of another kind; download it again."
-#: Suffixes of pickles, which can run anything when they are read.
-PICKLED = (".bin", ".ckpt", ".pickle", ".pkl", ".pt", ".pth")
-#: Makes one safetensors file of pickles, of tensors alone. Without quotation marks that shells differ in.
-CONVERT = (
-    "import sys, torch; from safetensors.torch import save_file; "
-    "parts = [torch.load(f, map_location='cpu', weights_only=True) for f in sys.argv[2:]]; "
-    "save_file({k: v.clone(memory_format=torch.contiguous_format) for p in parts "
-    "for k, v in p.get('state_dict', p).items()}, sys.argv[1], {'format': 'pt'})"
-)
-
-
-def refusal(pickles: Iterable[Path], target: Path) -> OSError:
-    """Why pickles are not read, with the command that makes `target` of them."""
-    paths = [str(target), *map(str, pickles)]
-    files = subprocess.list2cmdline(paths) if os.name == "nt" else shlex.join(paths)
-    return OSError(
-        f"{', '.join(paths[1:])}: pickled weights can run code when they are read, so safetensors are read "
-        f'alone. This converts tensors and refuses anything else: python -c "{CONVERT}" {files}'
-    )
 
 
 def absolute(checkpoint: str) -> str:
@@ -64,7 +43,7 @@ def find_file(checkpoint: str, name: str) -> Path:
     path = Path(checkpoint).expanduser()
     if path.is_file():
         if name.endswith(".safetensors") and path.suffix in PICKLED:
-            raise refusal([path], path.with_suffix(".safetensors"))
+            raise explain_pickles([path], path.with_suffix(".safetensors"))
         return path
     if (path / name).is_file():
         return path / name
@@ -118,7 +97,9 @@ def check_archive(path: Path) -> None:
         with path.open("rb") as file:
             old = file.read(1) == pickle.PROTO
         if old:  # Before torch 1.6 sizes stood in the pickle alone, and are allocated as they stand there.
-            raise OSError(f"{said}it is a bare pickle. {refusal([path], path.with_suffix('.safetensors'))}")
+            raise OSError(
+                f"{said}it is a bare pickle. {explain_pickles([path], path.with_suffix('.safetensors'))}"
+            )
         raise OSError(f"{said}it was not written by torch.save. {CUT}")
     try:
         with zipfile.ZipFile(path) as archive:
@@ -173,10 +154,6 @@ def load_exactly(
     module.load_state_dict({key: tensors[n] for n, (key, _) in mine.items()}, assign=True)
 
 
-#: Numbers that a model may have beside the file's: tables of positions and the like.
-TABLES = 2**24
-
-
 @contextmanager
 def explained(what: str, checkpoint: str, option: str = "checkpoint") -> Iterator[None]:
     """OSError for whatever transformers raises for files that are absent, cut short or of another kind."""
@@ -206,18 +183,19 @@ def checked_config(cls: Any, checkpoint: str) -> Any:
     check_kind(cls.config_class, checkpoint)
     files = sorted(Path(checkpoint).glob("*.safetensors"))
     config = cls.config_class.from_pretrained(checkpoint)
-    check_attention(config)
+    check_attention(config, "its config.json")
     if not Path(checkpoint).is_dir():
         with suppress(OSError):  # There is none, or it comes in parts.
             files = [find_file(checkpoint, "model.safetensors")]
     if not files:
         return config
-    for file in files:
-        check_dtypes(file)
-    with torch.device("meta"), limited(sum(map(count_tensors, files))):
+    headers = [read_header(file) for file in files]
+    for header in headers:
+        check_dtypes(header)
+    with torch.device("meta"), limit_tensors(sum(map(len, headers))):
         model = cls(config)
     wanted = sum(t.numel() for t in (*model.parameters(), *model.buffers()))
-    held = sum(map(count_numbers, files))
+    held = sum(math.prod(shape) for header in headers for _, shape in header.values())
     # A bound on memory: that a weight is missing is told later, by its name.
     if wanted > 2 * held + TABLES:
         raise OSError(f"the config is of a model of {wanted:,} numbers, the files hold {held:,}.")
@@ -240,57 +218,11 @@ def check_kind(cls: Any, checkpoint: str) -> None:
         raise OSError(f"its weights are quantised ({method}), which cannot be read; take the original ones.")
 
 
-def check_attention(config: Any) -> None:
-    """Raise OSError where a config names a hub repository whose code transformers would run as attention."""
-    for part in (config, *(getattr(config, name, None) for name in config.sub_configs)):
-        wanted = getattr(part, "_attn_implementation", None)
-        if wanted and "/" in str(wanted):
-            raise OSError(
-                f"its config.json asks for code of {wanted!r} as attn_implementation, and no code of a "
-                "checkpoint is run; take that line out."
-            )
-
-
-@contextmanager
-def limited(tensors: int) -> Iterator[None]:
-    """Raise OSError as soon as a model that is made inside has far more weights than a file has tensors.
-
-    A config can ask for so many layers that making them, even without memory for numbers, never ends.
-    """
-    made = 0
-
-    def count(*_: Any) -> None:
-        nonlocal made
-        made += 1
-        if made > 4 * tensors + 1000:  # A file may hold in one tensor what a model has in a few.
-            raise OSError(f"the config is of more than {made - 1:,} tensors, the files hold {tensors:,}.")
-
-    hook = register_module_parameter_registration_hook(count)
-    try:
-        yield
-    finally:
-        hook.remove()
-
-
-def check_dtypes(file: Path) -> None:
+def check_dtypes(header: Mapping[str, tuple[str, list[int]]]) -> None:
     """Raise OSError for weights in whole numbers, of which a quantised model's config should tell."""
-    with safe_open(file, framework="pt") as opened:
-        names = opened.keys()
-        for name in names:
-            if (kind := opened.get_slice(name).get_dtype()) in ("I8", "U8"):
-                raise OSError(f"its weights are quantised, such as {name!r} ({kind}); take the original ones.")
-
-
-def count_tensors(file: Path) -> int:
-    with safe_open(file, framework="pt") as opened:
-        return len(opened.keys())
-
-
-def count_numbers(file: Path) -> int:
-    """In a safetensors file, by its header alone."""
-    with safe_open(file, framework="pt") as opened:
-        names = opened.keys()
-        return sum(math.prod(opened.get_slice(name).get_shape()) for name in names)
+    for name, (kind, _) in header.items():
+        if kind in ("I8", "U8"):
+            raise OSError(f"its weights are quantised, such as {name!r} ({kind}); take the original ones.")
 
 
 def load_pretrained(cls: Any, checkpoint: str, unused: Callable[[str], bool]) -> Any:
@@ -302,7 +234,7 @@ def load_pretrained(cls: Any, checkpoint: str, unused: Callable[[str], bool]) ->
     folder = Path(checkpoint)
     pickles = sorted(folder.glob("pytorch_model*.bin"))
     if pickles and not any(folder.glob("*.safetensors")):
-        raise refusal(pickles, folder / "model.safetensors")
+        raise explain_pickles(pickles, folder / "model.safetensors")
     with explained(f"a {cls.__name__} in safetensors", checkpoint):
         checked_config(cls, checkpoint)
         model, info = cls.from_pretrained(

@@ -15,11 +15,12 @@ import torch
 from torch import Tensor, nn
 
 from nft_plugins import Batch, PromptError, Scores
+from nft_plugins.files import limit_tensors
 from nft_plugins.vocabulary import check_tokenizer
 
 from .chunks import in_chunks
 from .clip import Precision, dtype_of
-from .files import check_kind, explained, find_file, limited, load_exactly, read_tensors
+from .files import check_kind, explained, find_file, load_exactly, read_tensors
 from .pixels import finite, normalised, resize
 
 CHECKPOINT = "MizzenAI/HPSv3"
@@ -227,7 +228,7 @@ def load_model(file: Path, config: Any, device: torch.device, dtype: torch.dtype
 
     # Without memory for weights, but with the frequencies of rotary positions, which are in no file.
     tensors = read_tensors(file)
-    with init_empty_weights(include_buffers=False), limited(len(tensors)):
+    with init_empty_weights(include_buffers=False), limit_tensors(len(tensors)):
         model = RewardModel(config)
     load_exactly(model, tensors, file, unused=("lm_head.weight",))
     for part, precision in ((model.visual, dtype), (model.model, dtype), (model.rm_head, torch.float32)):
