@@ -16,7 +16,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .files import find_file, limit_parameters, load_weights, read_tensors
+from nft_plugins.files import limit_tensors
+
+from .files import find_file, load_weights, read_tensors
 
 WEIGHTS, SAFETENSORS = "ImageReward.pt", "ImageReward.safetensors"
 MED_CONFIG = "med_config.json"
@@ -151,7 +153,7 @@ def load_blip(file: Path, device: torch.device, dtype: torch.dtype) -> BLIPScore
     """
     tensors = read_tensors(file)
     # No memory is taken for weights that the file's own tensors will replace.
-    with torch.device("meta"), limit_parameters(len(tensors)):
+    with torch.device("meta"), limit_tensors(len(tensors)):
         model = BLIPScore(*read_sizes(file.with_name(MED_CONFIG)))
     load_weights(model, tensors, file, name=get_published_name, unused=UNUSED)
     # This buffer is left out of the file, so on the meta device it has no contents yet.

@@ -7,42 +7,20 @@ memory is allocated for them.
 from __future__ import annotations
 
 import math
-import os
 import pickle
-import shlex
-import subprocess
 import zipfile
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from torch import Tensor, nn
-from torch.nn.modules.module import register_module_parameter_registration_hook
+
+from nft_plugins.files import PICKLED, TABLES, check_attention, explain_pickles, limit_tensors, read_header
 
 CUT = "The file may be cut short or of another kind; download it again."
-#: Suffixes of pickles, which can run any code when they are read.
-PICKLED = (".bin", ".ckpt", ".pickle", ".pkl", ".pt", ".pth")
-#: This program converts pickles of tensors to one safetensors file. It has no double quotes or dollar signs,
-#: so that it can be pasted into any shell.
-CONVERT = (
-    "import sys, torch; from safetensors.torch import save_file; "
-    "parts = [torch.load(f, map_location='cpu', weights_only=True) for f in sys.argv[2:]]; "
-    "save_file({k: v.clone(memory_format=torch.contiguous_format) for p in parts "
-    "for k, v in p.get('state_dict', p).items()}, sys.argv[1], {'format': 'pt'})"
-)
-
-
-def make_refusal(pickles: Iterable[Path], target: Path) -> OSError:
-    """Make the error that says why pickles are not read, with the command that converts them to `target`."""
-    paths = [str(target), *map(str, pickles)]
-    files = subprocess.list2cmdline(paths) if os.name == "nt" else shlex.join(paths)
-    return OSError(
-        f"{', '.join(paths[1:])}: pickled weights can run code when they are read, so safetensors are read "
-        f'alone. This converts tensors and refuses anything else: python -c "{CONVERT}" {files}'
-    )
 
 
 def resolve_path(checkpoint: str) -> str:
@@ -66,7 +44,7 @@ def find_file(checkpoint: str, name: str) -> Path:
     path = Path(checkpoint).expanduser()
     if path.is_file():
         if name.endswith(".safetensors") and path.suffix in PICKLED:
-            raise make_refusal([path], path.with_suffix(".safetensors"))
+            raise explain_pickles([path], path.with_suffix(".safetensors"))
         return path
     if (path / name).is_file():
         return path / name
@@ -123,7 +101,7 @@ def check_archive(path: Path) -> None:
         # Before torch 1.6 the sizes stood in the pickle alone, and torch allocates whatever stands there.
         if old:
             raise OSError(
-                f"{said}it is a bare pickle. {make_refusal([path], path.with_suffix('.safetensors'))}"
+                f"{said}it is a bare pickle. {explain_pickles([path], path.with_suffix('.safetensors'))}"
             )
         raise OSError(f"{said}it was not written by torch.save. {CUT}")
     try:
@@ -174,10 +152,6 @@ def load_weights(
     module.load_state_dict({key: tensors[n] for n, (key, _) in mine.items()}, assign=True)
 
 
-#: Numbers that a model may hold in addition to those of the file: tables of positions and the like.
-TABLES = 2**24
-
-
 @contextmanager
 def explain_errors(what: str, checkpoint: str, option: str = "checkpoint") -> Iterator[None]:
     """Turn whatever transformers raises inside, for bad or missing files, into an OSError that says what to do.
@@ -212,19 +186,20 @@ def read_checked_config(cls: Any, checkpoint: str) -> Any:
     check_kind(cls.config_class, checkpoint)
     files = sorted(Path(checkpoint).glob("*.safetensors"))
     config = cls.config_class.from_pretrained(checkpoint)
-    check_attention(config)
+    check_attention(config, "its config.json")
     if not Path(checkpoint).is_dir():
         # On the hub there may be no such file, or one in parts; then transformers alone checks it.
         with suppress(OSError):
             files = [find_file(checkpoint, "model.safetensors")]
     if not files:
         return config
-    for file in files:
-        check_dtypes(file)
-    with torch.device("meta"), limit_parameters(sum(map(count_tensors, files))):
+    headers = [read_header(file) for file in files]
+    for header in headers:
+        check_dtypes(header)
+    with torch.device("meta"), limit_tensors(sum(map(len, headers))):
         model = cls(config)
     needed = sum(t.numel() for t in (*model.parameters(), *model.buffers()))
-    held = sum(map(count_numbers, files))
+    held = sum(math.prod(shape) for header in headers for _, shape in header.values())
     # This only bounds the memory. A weight that is missing is reported later, by its name.
     if needed > 2 * held + TABLES:
         raise OSError(f"the config is of a model of {needed:,} numbers, the files hold {held:,}.")
@@ -247,59 +222,11 @@ def check_kind(cls: Any, checkpoint: str) -> None:
         raise OSError(f"its weights are quantised ({method}), which cannot be read; take the original ones.")
 
 
-def check_attention(config: Any) -> None:
-    """Raise OSError where a config names a hub repository whose code transformers would run as attention."""
-    for part in (config, *(getattr(config, name, None) for name in config.sub_configs)):
-        named = getattr(part, "_attn_implementation", None)
-        if named and "/" in str(named):  # A built-in one, such as sdpa, has no slash in its name.
-            raise OSError(
-                f"its config.json asks for code of {named!r} as attn_implementation, and no code of a "
-                "checkpoint is run; take that line out."
-            )
-
-
-@contextmanager
-def limit_parameters(tensors: int) -> Iterator[None]:
-    """Raise OSError as soon as a model that is made inside has far more weights than a file has tensors.
-
-    A config can ask for so many layers that making them never ends, even where no memory is taken for weights.
-    """
-    made = 0
-
-    def count_parameter(*_: Any) -> None:
-        nonlocal made
-        made += 1
-        # A file may hold in one tensor what a model has in several.
-        if made > 4 * tensors + 1000:
-            raise OSError(f"the config is of more than {made - 1:,} tensors, the files hold {tensors:,}.")
-
-    hook = register_module_parameter_registration_hook(count_parameter)
-    try:
-        yield
-    finally:
-        hook.remove()
-
-
-def check_dtypes(file: Path) -> None:
-    """Raise OSError for a safetensors file with weights in whole numbers: a quantised model."""
-    with safe_open(file, framework="pt") as opened:
-        names = opened.keys()
-        for name in names:
-            if (kind := opened.get_slice(name).get_dtype()) in ("I8", "U8"):
-                raise OSError(f"its weights are quantised, such as {name!r} ({kind}); take the original ones.")
-
-
-def count_tensors(file: Path) -> int:
-    """Count the tensors in a safetensors file."""
-    with safe_open(file, framework="pt") as opened:
-        return len(opened.keys())
-
-
-def count_numbers(file: Path) -> int:
-    """Count the numbers in all tensors of a safetensors file, from its header alone."""
-    with safe_open(file, framework="pt") as opened:
-        names = opened.keys()
-        return sum(math.prod(opened.get_slice(name).get_shape()) for name in names)
+def check_dtypes(header: Mapping[str, tuple[str, list[int]]]) -> None:
+    """Raise OSError for weights in whole numbers, of which a quantised model's config should tell."""
+    for name, (kind, _) in header.items():
+        if kind in ("I8", "U8"):
+            raise OSError(f"its weights are quantised, such as {name!r} ({kind}); take the original ones.")
 
 
 def load_pretrained(cls: Any, checkpoint: str, unused: Callable[[str], bool]) -> Any:
@@ -311,7 +238,7 @@ def load_pretrained(cls: Any, checkpoint: str, unused: Callable[[str], bool]) ->
     folder = Path(checkpoint)
     pickles = sorted(folder.glob("pytorch_model*.bin"))
     if pickles and not any(folder.glob("*.safetensors")):
-        raise make_refusal(pickles, folder / "model.safetensors")
+        raise explain_pickles(pickles, folder / "model.safetensors")
     with explain_errors(f"a {cls.__name__} in safetensors", checkpoint):
         read_checked_config(cls, checkpoint)
         model, info = cls.from_pretrained(

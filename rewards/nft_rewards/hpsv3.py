@@ -15,11 +15,12 @@ import torch
 from torch import Tensor, nn
 
 from nft_plugins import Batch, PromptError, Scores
+from nft_plugins.files import limit_tensors
 from nft_plugins.vocabulary import check_tokenizer
 
 from .chunks import run_in_chunks
 from .clip import Precision, choose_dtype
-from .files import check_kind, explain_errors, find_file, limit_parameters, load_weights, read_tensors
+from .files import check_kind, explain_errors, find_file, load_weights, read_tensors
 from .pixels import mark_broken_images, normalise_pixels, resize_images
 
 CHECKPOINT = "MizzenAI/HPSv3"
@@ -244,7 +245,7 @@ def load_model(file: Path, config: Any, device: torch.device, dtype: torch.dtype
     # No memory is taken for weights, which the file has, but buffers are made: they hold the frequencies of the
     # rotary positions, which are in no file.
     tensors = read_tensors(file)
-    with init_empty_weights(include_buffers=False), limit_parameters(len(tensors)):
+    with init_empty_weights(include_buffers=False), limit_tensors(len(tensors)):
         model = RewardModel(config)
     load_weights(model, tensors, file, unused=("lm_head.weight",))
     for part, precision in ((model.visual, dtype), (model.model, dtype), (model.rm_head, torch.float32)):

@@ -13,8 +13,10 @@ from typing import TYPE_CHECKING, Any, cast
 
 import click
 
+from nft_plugins.rules import OFFERED
+
 from ..errors import NftError, UsageError
-from ..host.factories import OFFERED, find_annotation, import_factory
+from ..host.factories import find_annotation, import_factory
 from ..host.host import Host, load_host
 from ..quiet import redirect_prints, silence_libraries
 from .listing import describe_readiness

@@ -18,6 +18,7 @@ from nft_plugins import (
     Solver,
     SolverInfo,
 )
+from nft_plugins.rules import RESERVED
 
 from ..errors import NftError, UsageError, missing_part, unknown_name
 from ..quiet import redirect_prints
@@ -26,7 +27,7 @@ from .factories import call_factory, convert_option, find_annotation, import_fac
 from .hooks import Hooks
 from .lending import Inside, keep_state
 from .local import is_reference, load_object, make_local_card
-from .specs import RESERVED, FailurePolicy, ObserverSpec, parse_reward, split_options
+from .specs import FailurePolicy, ObserverSpec, parse_reward, split_options
 
 
 @dataclass

@@ -18,10 +18,10 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 from nft_plugins import Batch, RewardInfo, Scores
+from nft_plugins.rules import OFFERED
 
 from ..errors import NftError, UsageError, describe_error, locate_error, missing_part
 from .discovery import Registered
-from .factories import OFFERED
 from .lending import keep_state
 
 if TYPE_CHECKING:
