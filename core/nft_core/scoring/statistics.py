@@ -12,21 +12,28 @@ from torch import Tensor
 from nft_plugins import Scores
 
 from .failures import Tally, add_tallies
+from .intervals import bootstrap_mean
 
 
 def statistics(
     scores: Scores,
     metadata: Sequence[Mapping[str, Any]] = (),
     tallies: Mapping[str, Tally] | None = None,
+    groups: Tensor | None = None,
 ) -> dict[str, Any]:
     """Means over valid samples for a line of `metrics.jsonl`: rewards, details, and rewards by tag.
 
     A detail counts where the reward that gave it is valid and the figure is finite.
     tallies: what failures have cost, by reward; of the total, their sum is told.
+    groups: `[N]`, the index of each image's prompt; with it, rewards get a standard error and a 95 % interval.
     """
     everything, finite = _figures(scores)
     lost = {**(tallies or {}), "total": add_tallies((tallies or {}).values())}
     rewards = {name: _summary(*figure, lost.get(name, Tally())) for name, figure in everything.items()}
+    if groups is not None:
+        for name, (values, valid) in everything.items():
+            found = bootstrap_mean(values, groups, valid)
+            rewards[name] |= {part: found and getattr(found, part) for part in ("error", "low", "high")}
     details = {name: _mean(*figure) for name, figure in finite.items()}
     # None as well where files say null, and NaN, which is unlike itself.
     tags = [None if (tag := m.get("tag")) is None or tag != tag else str(tag) for m in metadata]
