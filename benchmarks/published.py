@@ -288,7 +288,9 @@ class Published:
         self.optimizer.zero_grad(set_to_none=True)
         if self.ema:
             with torch.no_grad():
-                torch._foreach_lerp_(self.ema, self.parameters, 1 - s.ema_decay)
+                torch._foreach_lerp_(
+                    self.ema, self.parameters, 1 - min((2 + self.step) / (11 + self.step), s.ema_decay)
+                )
         self.step += 1
         return norm
 

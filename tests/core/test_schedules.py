@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from nft_core.errors import UsageError
-from nft_core.objective.schedules import lr_decay, next_kl_weight, old_decay, warmup
+from nft_core.objective.schedules import compute_ema_decay, lr_decay, next_kl_weight, old_decay, warmup
 from nft_core.objective.train_times import draw_times
 from nft_core.seeds import make_generator
 
@@ -111,3 +111,9 @@ def test_inverse_sqrt(warmup, step, expected):
 )
 def test_next_kl_weight(weight, kl, target, least, expected):
     assert next_kl_weight(weight, kl, target, least) == pytest.approx(expected)
+
+
+def test_the_average_warms_up_as_published():
+    found = [compute_ema_decay(0.9, n) for n in (1, 2, 10, 79, 80, 1000)]
+    assert found == [2 / 11, 3 / 12, 11 / 20, 80 / 89, 0.9, 0.9]
+    assert compute_ema_decay(0.0, 1) == 0.0

@@ -102,7 +102,7 @@ def make_policy(s: Settings, model: FlowModel, device: torch.device) -> Policy:
         lora_rank=s.lora_rank,
         lora_alpha=s.lora_alpha,
         lora_targets=s.lora_targets,
-        ema_decay=s.ema_decay,
+        keep_ema=s.ema_decay > 0,
         autocast=None if native else dtype,
         keep_reference=s.kl_weight > 0,
         offload=s.offload,

@@ -119,7 +119,7 @@ def describe_omissions(left: dict[Path, str]) -> str:
 
 @contextmanager
 def open_image(source: Path | Image.Image, name: Path) -> Iterator[Image.Image]:
-    """Open an image and read its header. Whatever a decoder raises inside becomes a UsageError that names it."""
+    """Open an image and read its header. Errors of decoders inside become a UsageError."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # such as odd EXIF

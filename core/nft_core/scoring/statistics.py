@@ -12,22 +12,29 @@ from torch import Tensor
 from nft_plugins import Scores
 
 from .failures import Tally, add_tallies
+from .intervals import bootstrap_mean
 
 
 def summarize_scores(
     scores: Scores,
     metadata: Sequence[Mapping[str, Any]] = (),
     tallies: Mapping[str, Tally] | None = None,
+    groups: Tensor | None = None,
 ) -> dict[str, Any]:
     """Compute means over valid samples for a line of `metrics.jsonl`: of rewards, of details, and of both by
     tag.
 
     A detail counts where the reward that gave it is valid and the figure is finite.
     tallies: what failures have cost, by reward; the total has their sum.
+    groups: `[N]`, the index of each image's prompt; with it, rewards get a standard error and a 95 % interval.
     """
     everything, finite = _list_figures(scores)
     lost = {**(tallies or {}), "total": add_tallies((tallies or {}).values())}
     rewards = {name: _summarize_reward(*figure, lost.get(name, Tally())) for name, figure in everything.items()}
+    if groups is not None:
+        for name, (values, valid) in everything.items():
+            found = bootstrap_mean(values, groups, valid)
+            rewards[name] |= {part: found and getattr(found, part) for part in ("error", "low", "high")}
     details = {name: _average_valid(*figure) for name, figure in finite.items()}
     # A tag that is null or NaN counts as none. NaN alone is unlike itself.
     tags = [None if (tag := m.get("tag")) is None or tag != tag else str(tag) for m in metadata]
