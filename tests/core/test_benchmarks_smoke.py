@@ -161,3 +161,12 @@ def test_rewards_beside_the_straightforward_way(load, name, monkeypatch, capsys)
     call_main(load("rewards"), monkeypatch, name, *words)
     row = next(line for line in capsys.readouterr().out.splitlines() if line.startswith(f"| {name} |"))
     assert all(float(cell) > 0 for cell in row.split("|")[2:5])
+
+
+def test_intervals_counts_how_often_they_hold_the_true_mean(load, monkeypatch, capsys):
+    module = load("intervals")
+    monkeypatch.setattr(module, "SIZES", [(10, 4)])
+    call_main(module, monkeypatch, "--evaluations", 20)
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 3
+    assert all(float(share.rstrip("%")) >= 75 for line in lines[1:] for share in line.split()[-2:])
