@@ -17,11 +17,12 @@ from diffusers import SD3Transformer2DModel
 
 from nft_core.host.host import load_host
 from nft_core.runs.assembly import assemble_training
+from nft_core.runs.folder import read_settings
 from nft_core.runs.inputs import choose_prompts, load_rewards, prepare_inputs
 from nft_core.runs.setup import load_model, pick_device
 from nft_core.sampling.draws import Draws
 from nft_core.sampling.rollout import roll_out
-from nft_core.settings import make_settings, read_toml
+from nft_core.settings import make_settings
 from nft_core.training.gallery import Gallery
 from nft_tiny import detector
 from nft_tiny.scenes import SHAPES
@@ -55,7 +56,7 @@ def make_stricter(
 
 def main() -> None:
     folder = Path(sys.argv[1])
-    settings = make_settings(read_toml(folder / "run.toml"), {"processes": 1, "device": "cpu"})
+    settings = make_settings(read_settings(folder), {"processes": 1, "device": "cpu"})
     host = load_host()
     inputs = prepare_inputs(settings, host)
     device = pick_device("cpu")

@@ -11,7 +11,7 @@ import pytest
 from click.testing import CliRunner
 
 from nft_core.cli.app import main, make_run_folder
-from nft_core.settings import read_toml
+from nft_core.runs.folder import read_settings
 
 SMALL = [
     "prompts_per_epoch=4",
@@ -134,7 +134,7 @@ def test_summary(finished, ours):
 
 def test_run_toml_repeats_the_run(finished, tmp_path):
     folder, _ = finished
-    settings = read_toml(folder / "run.toml")
+    settings = read_settings(folder)
     assert settings["rewards"] == ["pickscore", "ocr=0.5"]
     result = nft("run", "--config", folder / "run.toml", "--out", tmp_path / "again")
     assert result.returncode == 0, result.stderr
@@ -156,7 +156,7 @@ def test_lora_of_the_embedded_world_loads_into_a_plain_pipeline(tmp_path):
     from diffusers import StableDiffusion3Pipeline
     from safetensors.torch import load_file
 
-    settings = read_toml(folder / "run.toml")
+    settings = read_settings(folder)
     pipeline = StableDiffusion3Pipeline.from_pretrained(
         settings["model"], text_encoder_3=None, tokenizer_3=None, dtype=torch.float32
     )

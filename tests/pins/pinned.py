@@ -32,8 +32,8 @@ from small_checkpoints import make_checkpoints, serve_judge
 
 import nft_core
 from nft_core.cli import main
+from nft_core.runs.folder import read_settings
 from nft_core.score import score_images
-from nft_core.settings import read_toml
 from nft_rewards.photographs import PhotoDetector
 
 HERE = Path(__file__).parent
@@ -425,7 +425,7 @@ def settings() -> Figures:
         )
         fails("run", "--tiny", "--reward", reward, "--out", tiny, *make_sets(once))
         found["tiny"] = read_run_file(tiny, place, *once)
-        model = read_toml(tiny / "run.toml")["model"]
+        model = read_settings(tiny)["model"]
         file = f"{place}/prompts.txt"
         given = {"model": model, "max_sequence_length": 0, "prompts": file, "eval_prompts": file}
         fails("run", "--reward", reward, "--out", Path(place) / "plain", *make_sets(given))
@@ -441,7 +441,7 @@ def fails(*arguments: object) -> None:
 
 def read_run_file(folder: Path, place: str, *given: str) -> Figures:
     """The settings of a run; GIVEN stands for those that it was given."""
-    found = read_toml(folder / "run.toml")
+    found = read_settings(folder)
     text = json.dumps(
         {name: "GIVEN" if name in (*given, "rewards") else value for name, value in found.items()}
     )

@@ -222,8 +222,10 @@ def start_run(
         os.environ.setdefault("KINETO_LOG_LEVEL", "6")
     from ..host.host import load_host
     from ..host.specs import parse_reward
+    from ..runs.folder import read_run_file
     from ..runs.inputs import make_run_settings
-    from ..settings import parse_assignment, read_toml
+    from ..runs.record import COMMAND
+    from ..settings import parse_assignment
 
     chosen = choose_preset(tiny, preset)
     host = load_host()
@@ -235,7 +237,7 @@ def start_run(
     settings = make_run_settings(
         host,
         chosen,
-        read_toml(config) if config else {},
+        read_run_file(config) if config else {},
         dict(parse_assignment(a) for a in assignments),
         given,
     )
@@ -252,7 +254,9 @@ def start_run(
         nullcontext(out) if out else make_run_folder([parse_reward(r).title for r in settings.rewards])
     )
     with chosen_folder as folder:
-        launch_training(settings, folder, host, resume == "auto", allow_changes, profile)
+        # A process that another one has started was told what to use.
+        repeated = resume == "auto" and COMMAND not in os.environ
+        launch_training(settings, folder, host, resume == "auto", allow_changes, profile, repeated)
 
 
 @main.command("resume")
@@ -301,19 +305,33 @@ def resume_run(
 
 
 def launch_training(
-    settings: Settings, folder: Path, host: Host, resume: bool, allow_changes: bool, profile: bool = False
+    settings: Settings,
+    folder: Path,
+    host: Host,
+    resume: bool,
+    allow_changes: bool,
+    profile: bool = False,
+    repeated: bool = False,
 ) -> None:
-    """Train a model in this process, or in several processes that it starts."""
+    """Train a model in this process, or in several processes that it starts.
+
+    repeated: whether the command may be the one that began the run, so that files are those of then.
+    """
     from ..parallel.launch import count_processes, end_with_the_parent, launch_processes
     from ..parallel.signals import end_on_signals
-    from ..runs.folder import claim_folder, holds_a_run
+    from ..runs.copies import read_copies, use_copies
+    from ..runs.folder import claim_folder, holds_a_run, read_record
     from ..runs.inputs import prepare_inputs
     from ..runs.places import make_folder_whole, make_paths_whole
+    from ..runs.record import COMMAND, describe_command
     from ..runs.run import run_training
     from ..settings import make_settings, to_toml
 
     # Whoever resumes the run may stand in another folder, where relative paths would mean other files.
     settings, folder = make_settings(make_paths_whole(settings.model_dump())), make_folder_whole(folder)
+    if repeated:
+        copies = read_copies(read_record(folder))
+        settings = make_settings(use_copies(settings.model_dump(), folder, copies))
 
     environment.check_numbers()
     end_with_the_parent()
@@ -340,6 +358,7 @@ def launch_training(
         if not (resume and holds_a_run(folder)):
             claim_folder(folder)
         more = [*(again if resume else []), *(["--profile"] if profile else [])]
+        os.environ[COMMAND] = describe_command()
         sys.exit(launch_processes(to_toml(settings), folder, processes, more))
 
 

@@ -79,6 +79,7 @@ def import_file(path: Path) -> ModuleType:
     name = f"nft_local:{path}"
     if name not in sys.modules:
         add_import_folder(path.parent)
+        put_current_folder_last()
         spec = importlib.util.spec_from_file_location(name, path)
         assert spec is not None and spec.loader is not None  # It ends in .py.
         module = importlib.util.module_from_spec(spec)
@@ -111,6 +112,15 @@ def add_import_folder(folder: Path) -> None:
     """Add a folder to those that modules are imported from: last, so that none hides an installed one."""
     if str(folder) not in sys.path:
         sys.path.append(str(folder))
+
+
+def put_current_folder_last() -> None:
+    """Let modules beside a file come before those of the same name in the current folder.
+
+    `python -m` has put that folder first, where it could also hide installed ones.
+    """
+    if sys.path[:1] in ([""], [str(Path.cwd())]):
+        sys.path.append(sys.path.pop(0))
 
 
 def make_local_card(name: str | Callable[..., Any]) -> Registered[RewardInfo]:

@@ -23,6 +23,7 @@ from ..training.policy import Policy
 from ..training.state import Progress, Training
 from .checkpoint import prune_checkpoints, save_checkpoint
 from .inputs import tell_no_observer
+from .places import name_places
 from .resume import digest_prompts
 from .setup import autocast_dtype, decode_dtype, image_shape
 
@@ -129,7 +130,8 @@ def save_training(training: Training, folder: Path) -> None:
     path = folder / "checkpoints" / f"{at.step:06d}"
     # Of sharded weights every process has a part, which the first one gathers.
     if rank() == 0 or policy.sharded:
-        save_checkpoint(path, policy, training.optimizer, at, s.model_dump(mode="json"))
+        settings = name_places(s.model_dump(mode="json"), folder)
+        save_checkpoint(path, policy, training.optimizer, at, settings)
     if rank() == 0:
         prune_checkpoints(folder, at, s.keep_last, s.keep_best)
         training.observe("nft_checkpoint_saved", folder=path)

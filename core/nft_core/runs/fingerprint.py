@@ -13,13 +13,13 @@ from typing import TYPE_CHECKING, Any
 
 from ..host.local import is_reference
 from ..host.specs import RewardSpec, split_options
-from ..prompts import Prompt
 from ..settings import Settings
-from .places import shorten_path, shorten_paths
+from .places import find_packages, shorten_path, shorten_paths
 
 if TYPE_CHECKING:
     from ..host.discovery import Registered
     from ..host.host import Host
+    from ..prompts import Prompt
 
 #: Settings that an evaluation's pictures depend on; `steps` are its own.
 OF_PICTURES = (
@@ -180,6 +180,8 @@ def find_source_files(reference: str) -> list[Path]:
             # Others that were given by their path are rewards of their own.
             if path.is_relative_to(own.parent)
             and not name.startswith("nft_local:")
+            # A plug-in that is being developed there has a version of its own.
+            and name.partition(".")[0] not in find_packages()
             and not any(path.is_relative_to(place) for place in installed)
         }
     else:

@@ -4,26 +4,40 @@ from __future__ import annotations
 
 import os
 import shlex
-import tomllib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import tomli_w
+
 from ..errors import CheckpointError, NftError, UsageError, advise_on_disk
-from ..settings import Settings, read_toml, to_toml
-from ..settings.tables import flatten_tables
+from ..settings import RECORD, Settings, make_settings, read_tables, read_toml, to_toml
+from .copies import read_copies, use_copies
+from .places import find_places, name_places
+
+
+def read_run_file(path: Path) -> dict[str, Any]:
+    """Read the settings of a run file, with whole paths for those inside its folder and inside packages."""
+    return find_places(read_toml(path), path.parent)
+
+
+def read_record(folder: Path) -> dict[str, Any]:
+    """Read what a run's run.toml tells of how it was made; empty where it tells nothing."""
+    path = folder / "run.toml"
+    record = read_tables(path).get(RECORD) if path.exists() else None
+    return record if isinstance(record, dict) else {}
 
 
 def read_settings(folder: Path) -> dict[str, Any]:
     """Read a run's settings from its run.toml, or else from its newest checkpoint. Raises UsageError."""
     if (folder / "run.toml").exists():
-        return read_toml(folder / "run.toml")
+        return read_run_file(folder / "run.toml")
     from .checkpoint import list_checkpoints, read_state
 
     for path in list_checkpoints(folder):
         try:
-            return read_state(path)[1]
+            return find_places(read_state(path)[1], folder)
         except CheckpointError:
             continue
     raise UsageError(
@@ -85,10 +99,18 @@ def make_folder(folder: Path, new: bool = False) -> bool:
     return True
 
 
-def write_settings(folder: Path, settings: Settings, step: int) -> None:
-    """Write `run.toml`. Other settings that stand there held until this gradient step, and are kept by it."""
+def write_settings(
+    folder: Path, settings: Settings, step: int, record: Mapping[str, Any] | None = None
+) -> None:
+    """Write `run.toml`. Other settings that stand there held until this gradient step, and are kept by it.
+
+    record: what is told of how the run was made.
+    """
     file, aside, before = folder / "run.toml", folder / ".run.toml", folder / f"run-until-{step:06d}.toml"
-    text = to_toml(settings)
+    values = name_places(settings.model_dump(mode="json"), folder)
+    text = to_toml(make_settings(values))
+    if record:
+        text += "\n" + tomli_w.dumps({RECORD: record})
 
     def write(path: Path, content: str) -> None:
         aside.write_text(content, encoding="utf-8")
@@ -96,9 +118,11 @@ def write_settings(folder: Path, settings: Settings, step: int) -> None:
 
     try:
         former = file.read_text(encoding="utf-8") if file.exists() else text
-        # An older run's file has the same settings without tables.
-        if former != text and read_toml(file) != flatten_tables(tomllib.loads(text)) and not before.exists():
-            write(before, former)
+        if former != text and not before.exists():
+            # An older run's file has the same settings without tables, and whole paths of what is copied now.
+            held = use_copies(read_run_file(file), folder, read_copies(record or {}))
+            if name_places(held, folder) != values:
+                write(before, former)
         write(file, text)
     except OSError as error:
         advice = f"{advise_on_disk(error)}, then give the command again"

@@ -1,21 +1,27 @@
-"""Paths in a run's settings: whole ones, so that the run goes on from any folder."""
+"""Paths in a run's settings: whole ones while a run works, and in its files such as travel with its folder."""
 
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable, Mapping
+from functools import cache
+from importlib.metadata import entry_points
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from nft_plugins import ENTRY_POINT_GROUP
+
 from ..errors import UsageError
 from ..host.local import is_reference
 from ..host.specs import parse_observer, parse_reward
-from ..prompts import is_text
 
 NOT_UTF_8 = "the name is not in UTF-8, in which run files are written; rename what is called so"
 #: Settings, and options, that are always paths. Others are where a file or a folder stands there.
 PATHS = ("prompts", "eval_prompts", "cache", "folder")
+#: How run files write a path inside the run's own folder, and one inside the package of a plug-in.
+PLACE = re.compile(r"\{(?:run|package:(\w+))\}/(.*)", re.DOTALL)
 
 
 def make_paths_whole(values: Mapping[str, Any]) -> dict[str, Any]:
@@ -23,6 +29,8 @@ def make_paths_whole(values: Mapping[str, Any]) -> dict[str, Any]:
 
     Raises UsageError for a path that is not in UTF-8.
     """
+    from ..prompts import is_text
+
     whole = change_paths(values, make_path_whole)
     for name, value in whole.items():
         if not is_text(json.dumps(value, ensure_ascii=False, default=str)):
@@ -32,6 +40,8 @@ def make_paths_whole(values: Mapping[str, Any]) -> dict[str, Any]:
 
 def make_folder_whole(folder: Path) -> Path:
     """Make the path of a run's folder whole. Raises UsageError where it is not in UTF-8."""
+    from ..prompts import is_text
+
     whole = folder.resolve()
     if not is_text(str(whole)):
         raise UsageError(f"The run's folder {str(whole)!r}: {NOT_UTF_8}, or choose another with --out.")
@@ -75,7 +85,58 @@ def shorten_paths(values: Mapping[str, Any]) -> dict[str, Any]:
 
 def shorten_path(text: str) -> str:
     """Shorten a whole path to its last part; other text stays as it is."""
-    return Path(text).name if Path(text).is_absolute() else text
+    return Path(text).name if Path(text).is_absolute() or PLACE.fullmatch(text) else text
+
+
+def name_places(values: Mapping[str, Any], folder: Path) -> dict[str, Any]:
+    """Write paths so that they travel: those inside the run's folder, and inside the packages of plug-ins."""
+    return change_paths(values, lambda _, text: name_place(text, folder))
+
+
+def name_place(text: str, folder: Path) -> str:
+    """Write a whole path as `{run}/PATH` or `{package:NAME}/PATH`; other text stays as it is."""
+    path = Path(text)
+    if not path.is_absolute():
+        return text
+    if path.is_relative_to(folder):
+        return f"{{run}}/{path.relative_to(folder).as_posix()}"
+    for name, place in find_packages().items():
+        if path.is_relative_to(place):
+            return f"{{package:{name}}}/{path.relative_to(place).as_posix()}"
+    return text
+
+
+def find_places(values: Mapping[str, Any], folder: Path) -> dict[str, Any]:
+    """Make paths whole that `name_places` has written. Raises UsageError for a package that is not here."""
+    return change_paths(values, lambda _, text: find_place(text, folder))
+
+
+def find_place(text: str, folder: Path) -> str:
+    """Find the path that `name_place` has written; other text stays as it is."""
+    match = PLACE.fullmatch(text)
+    if not match:
+        return text
+    package, rest = match.groups()
+    if package and package not in find_packages():
+        raise UsageError(
+            f"The settings name {text!r}, a file of the plug-in package {package}, which is not installed "
+            "here: install the plug-in that the run was made with."
+        )
+    return str((find_packages()[package] if package else folder.absolute()) / rest)
+
+
+@cache
+def find_packages() -> dict[str, Path]:
+    """Find the folders of the packages that bring plug-ins, by name. None of them is imported."""
+    found = {}
+    for name in sorted({point.module.partition(".")[0] for point in entry_points(group=ENTRY_POINT_GROUP)}):
+        try:
+            spec = find_spec(name)
+        except (ImportError, ValueError):
+            continue
+        if spec and spec.submodule_search_locations:
+            found[name] = Path(next(iter(spec.submodule_search_locations)))
+    return found
 
 
 def change_paths(values: Mapping[str, Any], change: Callable[[str, str], str]) -> dict[str, Any]:
@@ -100,9 +161,14 @@ def change_paths(values: Mapping[str, Any], change: Callable[[str, str], str]) -
         if isinstance(values.get(name), str):
             changed[name] = change(name, values[name])
     for name in ("model_options", "solver_options"):
-        if name in values:
+        if isinstance(values.get(name), Mapping):
             changed[name] = options(values[name])
+    defaults = values.get("reward_defaults")
+    if isinstance(defaults, Mapping):
+        changed["reward_defaults"] = {
+            name: options(given) if isinstance(given, Mapping) else given for name, given in defaults.items()
+        }
     for name, adapt in (("rewards", reward), ("observers", observer)):
-        if name in values:
-            changed[name] = [adapt(given) for given in values[name]]
+        if isinstance(values.get(name), list):
+            changed[name] = [adapt(v) if isinstance(v, str | Mapping) else v for v in values[name]]
     return changed

@@ -12,14 +12,14 @@ from typing import TYPE_CHECKING, Any
 
 from ..errors import CheckpointError, UsageError
 from ..host.specs import FailurePolicy, RewardSpec, parse_reward
-from ..prompts import Prompt
 from ..settings import Settings, make_settings
 from .fingerprint import compare_sources
 from .folder import read_settings
-from .places import shorten_paths
+from .places import find_places, shorten_paths
 
 if TYPE_CHECKING:
-    from ..training.state import Training
+    from ..prompts import Prompt
+    from ..training.state import Progress, Training
 
 #: Settings that a run may go on with at another value: they change how far, how fast and how closely watched it
 #: goes, not what is learned. Sizes of batches and the number of processes change results by rounding alone.
@@ -40,7 +40,7 @@ def choose_checkpoint(
 
     Raises UsageError, with each of them, for settings that would change what is learned.
     """
-    from .checkpoint import find_newest_checkpoint, list_checkpoints, read_state
+    from .checkpoint import find_newest_checkpoint, list_checkpoints
 
     path = find_newest_checkpoint(folder, tell)
     if path is None and list_checkpoints(folder):
@@ -52,20 +52,41 @@ def choose_checkpoint(
         check_changes(read_settings(folder), settings, allow_changes, tell)
         tell(f"{folder} has no checkpoint yet: the run begins anew.")
         return None
-    progress, before = read_state(path)
-    check_changes(before, settings, allow_changes, tell)
+    progress, before = read_checkpoint(path)
+    check_changes(before, settings, allow_changes, tell, has_finished(progress, before))
     update = f", {progress.update} steps into epoch {progress.epoch + 1}" if progress.update else ""
     tell(f"Going on from {path}: epoch {progress.epoch} of {settings.epochs}{update}.")
     if progress.epoch >= settings.epochs:
-        tell(f"The run is finished. To train further: nft resume {shlex.quote(str(folder))} --epochs N")
+        longer = f"nft resume {shlex.quote(str(folder))} --epochs {2 * settings.epochs or 1}"
+        tell(f"The run is finished. To train further, such as twice as long: {longer}")
     return path
 
 
+def read_checkpoint(path: Path) -> tuple[Progress, dict[str, Any]]:
+    """Read a checkpoint's progress, and its settings with whole paths. Raises CheckpointError."""
+    from .checkpoint import read_state
+
+    progress, settings = read_state(path)
+    return progress, find_places(settings, path.parent.parent)
+
+
+def has_finished(progress: Progress, settings: Mapping[str, Any]) -> bool:
+    """Say whether a run came to the end of all the epochs that its settings named."""
+    return progress.epoch >= make_settings(settings).epochs
+
+
 def check_changes(
-    before: Mapping[str, Any], settings: Settings, allow_changes: bool, tell: Callable[[str], None]
+    before: Mapping[str, Any],
+    settings: Settings,
+    allow_changes: bool,
+    tell: Callable[[str], None],
+    finished: bool = False,
 ) -> None:
-    """Tell which settings have changed; raise UsageError for those that change what is learned."""
-    grave, free = describe_changes(before, settings)
+    """Tell which settings have changed; raise UsageError for those that change what is learned.
+
+    finished: whether the run came to its end, so that more epochs are a new stretch of it.
+    """
+    grave, free = describe_changes(before, settings, finished)
     if grave and not allow_changes:
         raise UsageError(
             "These settings change what is learned, and the checkpoint was made with others: "
@@ -75,7 +96,9 @@ def check_changes(
         tell(f"Settings that have changed: {'; '.join([*grave, *free])}.")
 
 
-def describe_changes(before: Mapping[str, Any], settings: Settings) -> tuple[list[str], list[str]]:
+def describe_changes(
+    before: Mapping[str, Any], settings: Settings, finished: bool = False
+) -> tuple[list[str], list[str]]:
     """Describe settings that differ from a checkpoint's: those that change what is learned, and the others."""
     now = settings.model_dump(mode="json")
     before = {**make_settings().model_dump(mode="json"), **before}
@@ -83,7 +106,10 @@ def describe_changes(before: Mapping[str, Any], settings: Settings) -> tuple[lis
     free = FREE
     if settings.lr_schedule == "cosine" and "epochs" in said:
         said["epochs"] += ", over which lr_schedule = cosine, which --tiny has, falls to 0"
-        free = FREE - {"epochs"}
+        if finished:
+            said["epochs"] += ": the learning rate rises again to where it would be in a run of this length"
+        else:
+            free = FREE - {"epochs"}
     if said:
         # A file may lie elsewhere now, and what is done where a reward fails may change.
         was, is_now = (
@@ -113,16 +139,16 @@ def restore_training(
     tell: told which plug-ins and files of the user's are others than when the checkpoint was made.
     Raises UsageError for other prompts, and CheckpointError for a checkpoint of another model.
     """
-    from .checkpoint import load_checkpoint, read_state
+    from .checkpoint import load_checkpoint
 
-    progress, before = read_state(path)
+    progress, before = read_checkpoint(path)
     if progress.prompts != training.at.prompts and not allow_changes:
         raise UsageError(
             "The prompts have changed since the checkpoint was made: give the same files, or go on all the "
             "same with --allow-changes."
         )
     load_checkpoint(path, training.policy, training.optimizer)
-    grave, _ = describe_changes(before, training.settings)
+    grave, _ = describe_changes(before, training.settings, has_finished(progress, before))
     now = training.at
     other = bool(grave) or progress.prompts != now.prompts
     if differ := compare_sources(progress.sources, now.sources):

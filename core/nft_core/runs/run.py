@@ -15,8 +15,9 @@ from ..errors import NftError, SaveError, Stopped, UsageError, locate_error, sho
 from ..host.host import Host
 from ..parallel.signals import note_signals
 from ..settings import Settings
+from .copies import copy_inputs, read_copies, tell_changes
 from .fingerprint import collect_sources, digest_value, fingerprint_evaluation
-from .folder import claim_folder, holds_a_run, lock_folder, make_folder, write_settings
+from .folder import claim_folder, holds_a_run, lock_folder, make_folder, read_record, write_settings
 from .inputs import (
     Inputs,
     check_any_weight,
@@ -29,6 +30,7 @@ from .inputs import (
     register_observers,
 )
 from .observers.metrics import trim_metrics
+from .record import add_start, describe_start
 from .resume import choose_checkpoint, digest_prompts, restore_training
 from .setup import autocast_dtype, check_model, decode_dtype, find_family, load_model, pick_device
 
@@ -93,14 +95,30 @@ def run_training(
                 make_folder(folder)
                 stack.enter_context(lock_folder(folder))
                 claim_folder(folder)  # Loading took its time, in which another process may have come.
+            training.settings = settings = record_start(folder, settings, host, training.at.step, tell)
             run = Run(folder, settings.model_dump(), settings.epochs, training.at.epoch)
             training.observe = register_observers(host, run, asked)
-            write_settings(folder, settings, training.at.step)
             trim_metrics(folder, training.at, tell)
         if other:  # What was allowed holds from here on, whatever comes.
             training.save()
         traced = profile(training, folder / "profile", host) if profile and first else nullcontext()
         train_and_save(training, folder, traced, tell)
+
+
+def record_start(folder: Path, settings: Settings, host: Host, step: int, tell: Tell) -> Settings:
+    """Write a run's settings, how it was started, and copies of the files that it was given, to its folder.
+
+    Returns the settings with the copies in the places of these files.
+    """
+    record = read_record(folder)
+    copies = read_copies(record)
+    tell_changes(folder, copies, tell)
+    settings, copies = copy_inputs(settings, folder, copies, tell)
+    record = add_start(record, describe_start(host), step)
+    if copies:
+        record["inputs"] = [copy._asdict() for copy in copies]
+    write_settings(folder, settings, step, record)
+    return settings
 
 
 def enter_surroundings(

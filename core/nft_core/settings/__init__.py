@@ -1,17 +1,19 @@
 """A run's settings: declared in groups, written as TOML tables, and read by the code under flat names."""
 
-from .files import parse_assignment, read_toml, to_toml
+from .files import RECORD, parse_assignment, read_tables, read_toml, to_toml
 from .groups import GROUP_OF, GROUPS, Attention
 from .settings import Settings, make_settings, nearest_divisor, shorten_value
 
 __all__ = [
     "GROUPS",
     "GROUP_OF",
+    "RECORD",
     "Attention",
     "Settings",
     "make_settings",
     "nearest_divisor",
     "parse_assignment",
+    "read_tables",
     "read_toml",
     "shorten_value",
     "to_toml",

@@ -16,17 +16,28 @@ from .tables import find_setting, flatten_tables, make_tables
 TOML_ERRORS = (ValueError, RecursionError)
 
 
+#: A table of a run file that holds no settings: what is known of how the run was made.
+RECORD = "record"
+
+
 def read_toml(path: Path) -> dict[str, Any]:
     """Read a run file; returns its settings under their flat names, whether it has tables or not."""
+    tables = read_tables(path)
+    if isinstance(tables.get(RECORD), dict):
+        del tables[RECORD]
+    return flatten_tables(tables)
+
+
+def read_tables(path: Path) -> dict[str, Any]:
+    """Read all tables of a TOML file. Raises UsageError."""
     try:
         text = path.read_text(encoding="utf-8-sig")
     except (OSError, ValueError) as error:  # ValueError: no UTF-8, or a path that no file can have.
         raise UsageError(f"Cannot read the run file {path}: {error}.") from error
     try:
-        tables = tomllib.loads(text)
+        return tomllib.loads(text)
     except TOML_ERRORS as error:
         raise UsageError(f"{path} is not valid TOML: {error}.") from error
-    return flatten_tables(tables)
 
 
 def parse_assignment(text: str) -> tuple[str, Any]:
