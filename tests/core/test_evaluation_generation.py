@@ -6,11 +6,12 @@ import pytest
 import torch
 
 from nft_core.errors import UsageError
-from nft_core.evaluation.generation import check_guidance, prepare_generation
+from nft_core.evaluation.generation import prepare_generation
 from nft_core.host.host import load_host
 from nft_core.prompts import Prompt
 from nft_core.runs.inputs import make_run_settings, prepare_inputs
 from nft_core.runs.run import load_training
+from nft_core.runs.setup import check_guidance
 from nft_core.sampling.draws import Draws
 from nft_core.sampling.rollout import roll_out
 
@@ -65,7 +66,7 @@ def test_guidance_is_the_published_formula(host):
     t = torch.tensor([0.7, 0.7])
     with torch.no_grad():
         v, v_neg = (generation.model.velocity(x_t, t, c) for c in (condition, negative))
-        guided = {g: generation.make_sampler(g).velocity(x_t, t, condition) for g in (0.0, 1.0, 2.5)}
+        guided = {g: generation.make_sampler(g).predict(x_t, 0.7, condition) for g in (0.0, 1.0, 2.5)}
     torch.testing.assert_close(guided[0.0], v_neg)
     assert torch.equal(guided[1.0], v)
     torch.testing.assert_close(guided[2.5], v_neg + 2.5 * (v - v_neg))

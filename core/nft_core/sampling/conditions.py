@@ -98,6 +98,12 @@ def encode_prompts(
     return Encoded(condition, rows)
 
 
+def encode_negative(model: FlowModel, text: str, cache: Path | None, device: torch.device) -> Condition:
+    """Encode the negative prompt of guidance: one row, on `device`."""
+    row = encode_prompts(model, [Prompt(text, {})], [0], cache, device).condition
+    return {name: copy_to_device(c, device) for name, c in row.items()}
+
+
 def encode_to_file(model: FlowModel, texts: Sequence[str], folder: Path) -> Condition:
     """The encodings in a file of the folder, mapped; in memory where the file could not be written."""
     file = folder / f"{digest_encodings(model, texts)}.safetensors"

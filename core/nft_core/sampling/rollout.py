@@ -33,6 +33,8 @@ class Sampler:
     times: from 1 (noise) down to 0 (an image). shape: of one image's latents, `(C, h, w)`.
     batch, decode_batch: images sampled and decoded at once; halved where the device's memory is full.
     in_step: keeps the processes' passes together where they share the transformer, or None.
+    guidance: g of classifier-free guidance, `v = v_neg + g (v_pos - v_neg)`; 1 is v_pos alone, in one pass.
+    negative: the encoded negative prompt, one row on the device; None: guidance is always 1.
     """
 
     model: FlowModel
@@ -44,6 +46,8 @@ class Sampler:
     decode_batch: int
     device: torch.device
     in_step: InStep | None = None
+    guidance: float = 1.0
+    negative: Condition | None = None
 
     def generate(self, draws: Draws, rows: Tensor, condition: Condition) -> tuple[Tensor, Tensor]:
         """Generate the images n in `rows`: x_0 `[B, C, h, w]` and pixels `[B, 3, H, W]` in [0, 1]."""
@@ -65,12 +69,21 @@ class Sampler:
         """Solve one batch from noise to x_0, `[B, *shape]` float32; each image has a generator of its own."""
         size = len(generators)
         noise = randn_like(torch.empty(size, *self.shape, device=self.device, dtype=torch.float32), generators)
-        predict = self.in_step.velocity if self.in_step else self.velocity
 
         def velocity(x_t: Tensor, t: float) -> Tensor:
-            return predict(x_t, torch.full((size,), t, device=self.device, dtype=torch.float32), condition)
+            return self.predict(x_t, t, condition)
 
         return self.solver.solve(_in_float32(velocity), noise, self.times, generators).float()
+
+    def predict(self, x_t: Tensor, t: float, condition: Condition) -> Tensor:
+        """Predict the velocity of a batch at one time, under guidance; `[B, C, h, w]` float32."""
+        predict = self.in_step.velocity if self.in_step else self.velocity
+        times = torch.full((len(x_t),), t, device=self.device, dtype=torch.float32)
+        v = predict(x_t, times, condition)
+        if self.guidance == 1 or self.negative is None:
+            return v
+        v_neg = predict(x_t, times, {n: c.expand(len(x_t), *c.shape[1:]) for n, c in self.negative.items()})
+        return v_neg + self.guidance * (v - v_neg)
 
 
 def _in_float32(velocity: Velocity) -> Velocity:

@@ -95,6 +95,18 @@ def nearest_divisor(number: int, wanted: int) -> int:
     return 1
 
 
+def for_evaluation(settings: Settings) -> Settings:
+    """Give settings whose solver, steps and resolution are those of evaluations."""
+    s = settings
+    changes: dict[str, Any] = {
+        "steps": s.eval_steps or s.steps,
+        "resolution": s.eval_resolution or s.resolution,
+    }
+    if s.eval_solver:
+        changes |= {"solver": s.eval_solver, "solver_options": s.eval_solver_options}
+    return s.model_copy(update=changes)
+
+
 def make_settings(*layers: Mapping[str, Any]) -> Settings:
     """Settings from mappings, later ones first in rank; the defaults of different rewards are put together.
 
