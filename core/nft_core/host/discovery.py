@@ -276,14 +276,14 @@ def compare_contract(row: Plugin) -> None:
     if row.version != own:
         cause = f"{OWN} {own} needs {CONTRACT_PACKAGE} of the same version, and {row.version} is installed"
         row.mark_broken(cause, f"pip install {CONTRACT_PACKAGE}=={own}, or {again}")
-    elif imported != (installed := folder_of(package)):
+    elif imported != (installed := find_contract_folder(package)):
         row.mark_broken(
             f"the contract was imported from {imported}, and {CONTRACT_PACKAGE} is installed in {installed}",
             f"take {imported.parent} off PYTHONPATH and do not start nft there; to use that copy, {again}",
         )
 
 
-def folder_of(package: Distribution) -> Path:
+def find_contract_folder(package: Distribution) -> Path:
     """The folder of the contract's modules that its distribution speaks of."""
     origin = json.loads(package.read_text("direct_url.json") or "{}")
     if origin.get("dir_info", {}).get("editable"):  # Its pyproject.toml lies beside the modules.

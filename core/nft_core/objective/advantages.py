@@ -16,7 +16,7 @@ from .choices import AdvantageMode, Combine, Std
 EPSILON = 1e-4
 
 
-def group_mean(values: Tensor, valid: Tensor, groups: Tensor) -> Tensor:
+def average_groups(values: Tensor, valid: Tensor, groups: Tensor) -> Tensor:
     """The mean over the valid members of each sample's group, `[N]`; 0 where a group has none."""
     _, index = torch.unique(groups, return_inverse=True)
     size = int(index.max()) + 1
@@ -26,7 +26,7 @@ def group_mean(values: Tensor, valid: Tensor, groups: Tensor) -> Tensor:
     return (total / count.clamp_min(1))[index]
 
 
-def group_advantages(values: Tensor, valid: Tensor, groups: Tensor, std: Std = "global") -> Tensor:
+def normalize_groups(values: Tensor, valid: Tensor, groups: Tensor, std: Std = "global") -> Tensor:
     """`(R - mean of the group) / (std + 1e-4)`, `[N]` float32; 0 for samples that are not valid.
 
     values: `[N]`; valid: `[N]` bool; groups: `[N]` int, equal for images of the same prompt.
@@ -36,33 +36,31 @@ def group_advantages(values: Tensor, valid: Tensor, groups: Tensor, std: Std = "
     if not valid.any():
         return torch.zeros(len(values), dtype=torch.float32, device="cpu")
     values = values.double()
-    centred = values - group_mean(values, valid, groups)
+    centred = values - average_groups(values, valid, groups)
     if std == "group":
-        deviation = group_mean(centred.square(), valid, groups).sqrt()
+        deviation = average_groups(centred.square(), valid, groups).sqrt()
     else:
         deviation = values[valid].std(correction=0)
     return (centred / (deviation + EPSILON)).where(valid, 0).float()
 
 
-def combined_advantages(
-    scores: Scores, groups: Tensor, combine: Combine = "sum", std: Std = "global"
-) -> Tensor:
+def compute_advantages(scores: Scores, groups: Tensor, combine: Combine = "sum", std: Std = "global") -> Tensor:
     """Advantages of a composed reward, `[N]`.
 
     `sum` normalises the weighted sum (the paper's). `normalized` normalises each part first and
     then takes the weighted sum, so that a reward's spread does not decide how much it counts.
     """
     if combine == "sum" or not scores.parts:
-        return group_advantages(scores.values, scores.valid, groups, std)
+        return normalize_groups(scores.values, scores.valid, groups, std)
     if combine != "normalized":
         raise unknown_name("rule to combine rewards", combine, get_args(Combine))
     total = torch.zeros(len(scores), dtype=torch.float32, device="cpu")
     for weight, part in scores.parts.values():
-        total += weight * group_advantages(part.values, scores.valid, groups, std)
+        total += weight * normalize_groups(part.values, scores.valid, groups, std)
     return total
 
 
-def optimality(advantages: Tensor, clip: float, mode: AdvantageMode = "all") -> Tensor:
+def compute_optimality(advantages: Tensor, clip: float, mode: AdvantageMode = "all") -> Tensor:
     """Optimality probabilities r in [0, 1]: `1/2 + clamp(A, -clip, clip) / (2 clip)`.
 
     mode: which advantages count, after the published code: `all`; `positive_only` and
@@ -86,7 +84,7 @@ def optimality(advantages: Tensor, clip: float, mode: AdvantageMode = "all") -> 
     return (a / (2 * clip) + 0.5).clamp(0, 1)
 
 
-def flat_groups(values: Tensor, valid: Tensor, groups: Tensor) -> float:
+def measure_flat_groups(values: Tensor, valid: Tensor, groups: Tensor) -> float:
     """Share of the groups whose valid values are all equal, and so teach nothing."""
     ids = torch.unique(groups)
     flat = [bool((v := values[valid & (groups == g)]).numel() < 2 or v.min() == v.max()) for g in ids]

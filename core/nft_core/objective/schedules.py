@@ -19,7 +19,7 @@ OLD_DECAY: dict[str, Callable[[int], float]] = {
 }
 
 
-def old_decay(schedule: str | float, step: int) -> float:
+def compute_old_decay(schedule: str | float, step: int) -> float:
     """d in [0, 1) after `step` gradient steps.
 
     schedule: a number for a constant d; `on_policy` (0: the old policy is the live one of an epoch
@@ -33,12 +33,12 @@ def old_decay(schedule: str | float, step: int) -> float:
     return d
 
 
-def warmup(steps: int, step: int) -> float:
+def compute_warmup(steps: int, step: int) -> float:
     """The learning rate's factor at gradient step `step` (from 0): linear up to 1 over `steps`."""
     return min((step + 1) / steps, 1.0) if steps > 0 else 1.0
 
 
-def lr_decay(schedule: LrSchedule, share: float, warmup: int, step: int) -> float:
+def compute_lr_decay(schedule: LrSchedule, share: float, warmup: int, step: int) -> float:
     """The learning rate's factor at gradient step `step` (from 0), when `share` in [0, 1) of the run's epochs
     is over.
 
@@ -54,7 +54,7 @@ def lr_decay(schedule: LrSchedule, share: float, warmup: int, step: int) -> floa
             return 1.0
 
 
-def next_kl_weight(weight: float, kl: float, target: float, least: float) -> float:
+def adapt_kl_weight(weight: float, kl: float, target: float, least: float) -> float:
     """The next epoch's KL weight: times `kl / target`, a fifth up or a tenth down at most, never below `least`.
 
     kl: of the epoch that ended. target: 0 leaves the weight alone.
