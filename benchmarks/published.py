@@ -190,15 +190,15 @@ class Published:
         trajectories, conditions, futures = [], [], []
         for rows in torch.arange(len(draws)).split(self.settings.rollout_batch):
             with self.clock.phase("encode"):
-                c = self.encode([draws.prompt(int(n)).text for n in rows])
+                c = self.encode([draws.find_prompt(int(n)).text for n in rows])
             with self.clock.phase(NOT_COUNTED):
-                generators = [draws.generator(int(n)) for n in rows]
+                generators = [draws.make_generator(int(n)) for n in rows]
                 noise = randn_like(torch.empty(len(rows), *self.shape, device=self.device), generators)
             with self.clock.phase("rollout"):
                 latents = self.trajectory(noise, c, generators)
             with self.clock.phase("decode"):
                 images = self.decode(latents[:, -1])
-            futures.append(self.pool.submit(self.score, draws.batch(rows, images)))
+            futures.append(self.pool.submit(self.score, draws.make_batch(rows, images)))
             trajectories.append(latents)
             conditions.append(c)
         with self.clock.phase("reward"):
@@ -215,7 +215,7 @@ class Published:
         s = self.settings
         times, noise = [], []
         for n in rows.tolist():
-            source = draws.generator(n, "train")
+            source = draws.make_generator(n, "train")
             times.append(draw_times(s.train_times, s.train_times_count, self.times, s.time_shift, source))
             noise.append(torch.randn(s.train_times_count, *self.shape, generator=source))
         return torch.stack(times, 1), torch.stack(noise, 1)
@@ -230,7 +230,7 @@ class Published:
         indices = draw_prompts_of_epoch(len(self.prompts), s.prompts_per_epoch, s.seed, number)
         draws = Draws(self.prompts, indices, s.group_size, s.seed, "rollout", number)
         x_0, condition, scores = self.sample(draws)
-        advantages = compute_advantages(scores, draws.groups(), s.combine, s.std)
+        advantages = compute_advantages(scores, draws.list_groups(), s.combine, s.std)
         r = compute_optimality(advantages, s.advantage_clip, s.advantage_mode).to(self.device)
         sums, norms = torch.zeros(3, device=self.device), []
         with self.clock.phase("train"):

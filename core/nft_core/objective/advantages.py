@@ -1,4 +1,4 @@
-"""From rewards to optimality probabilities: group-normalised advantages, as pure functions of tensors."""
+"""Turns rewards into advantages, and these into optimality probabilities, with pure functions of tensors."""
 
 from __future__ import annotations
 
@@ -17,7 +17,8 @@ EPSILON = 1e-4
 
 
 def average_groups(values: Tensor, valid: Tensor, groups: Tensor) -> Tensor:
-    """The mean over the valid members of each sample's group, `[N]`; 0 where a group has none."""
+    """Average the valid members of each sample's group, `[N]`; 0 where a group has none."""
+    # Numbers of prompts may have gaps, such as 3 and 7; index counts the groups from 0.
     _, index = torch.unique(groups, return_inverse=True)
     size = int(index.max()) + 1
     zeros = values.new_zeros(size)
@@ -27,7 +28,7 @@ def average_groups(values: Tensor, valid: Tensor, groups: Tensor) -> Tensor:
 
 
 def normalize_groups(values: Tensor, valid: Tensor, groups: Tensor, std: Std = "global") -> Tensor:
-    """`(R - mean of the group) / (std + 1e-4)`, `[N]` float32; 0 for samples that are not valid.
+    """Compute `(R - mean of the group) / (std + 1e-4)`, `[N]` float32; 0 for samples that are not valid.
 
     values: `[N]`; valid: `[N]` bool; groups: `[N]` int, equal for images of the same prompt.
     std: `global`, of all valid values together (the published default), or `group`, of each group.
@@ -35,6 +36,7 @@ def normalize_groups(values: Tensor, valid: Tensor, groups: Tensor, std: Std = "
     """
     if not valid.any():
         return torch.zeros(len(values), dtype=torch.float32, device="cpu")
+    # In float64: a group's differences may be small beside its mean.
     values = values.double()
     centred = values - average_groups(values, valid, groups)
     if std == "group":
@@ -45,7 +47,7 @@ def normalize_groups(values: Tensor, valid: Tensor, groups: Tensor, std: Std = "
 
 
 def compute_advantages(scores: Scores, groups: Tensor, combine: Combine = "sum", std: Std = "global") -> Tensor:
-    """Advantages of a composed reward, `[N]`.
+    """Compute the advantages of a composed reward, `[N]` float32.
 
     `sum` normalises the weighted sum (the paper's). `normalized` normalises each part first and
     then takes the weighted sum, so that a reward's spread does not decide how much it counts.
@@ -56,12 +58,14 @@ def compute_advantages(scores: Scores, groups: Tensor, combine: Combine = "sum",
         raise unknown_name("rule to combine rewards", combine, get_args(Combine))
     total = torch.zeros(len(scores), dtype=torch.float32, device="cpu")
     for weight, part in scores.parts.values():
+        # A sample counts where all members that have a weight have scored it, so that all look at the same
+        # samples.
         total += weight * normalize_groups(part.values, scores.valid, groups, std)
     return total
 
 
 def compute_optimality(advantages: Tensor, clip: float, mode: AdvantageMode = "all") -> Tensor:
-    """Optimality probabilities r in [0, 1]: `1/2 + clamp(A, -clip, clip) / (2 clip)`.
+    """Compute the optimality probabilities r in [0, 1]: `1/2 + clamp(A, -clip, clip) / (2 clip)`.
 
     mode: which advantages count, after the published code: `all`; `positive_only` and
     `negative_only` replace the others by 0; `one_only` keeps 1 for the positive and 0 for the rest;
@@ -85,7 +89,7 @@ def compute_optimality(advantages: Tensor, clip: float, mode: AdvantageMode = "a
 
 
 def measure_flat_groups(values: Tensor, valid: Tensor, groups: Tensor) -> float:
-    """Share of the groups whose valid values are all equal, and so teach nothing."""
+    """Measure the share of the groups, in [0, 1], whose valid values are all equal, and so teach nothing."""
     ids = torch.unique(groups)
     flat = [bool((v := values[valid & (groups == g)]).numel() < 2 or v.min() == v.max()) for g in ids]
     return sum(flat) / len(flat)

@@ -34,7 +34,7 @@ def finish_epoch(training: Training, rollout: Rollout, seconds: float) -> None:
         epoch_seconds=seconds,
         images=len(scores),
         images_per_second=len(scores) / seconds,
-        **summarize_scores(scores, rollout.draws.metadata(), rollout.tallies),
+        **summarize_scores(scores, rollout.draws.list_metadata(), rollout.tallies),
         **means,
         kl_weight=at.kl_weight,
         lr=at.lr,

@@ -33,7 +33,7 @@ def evaluate(run: Training) -> dict[str, str]:
         )
     run.phases.clear()
     batch, scores = gallery.collect(rollout.scores, run.policy.device)
-    figures = summarize_scores(rollout.scores, draws.metadata(), rollout.tallies)
+    figures = summarize_scores(rollout.scores, draws.list_metadata(), rollout.tallies)
     known = {"which": digest_valid_samples(rollout.scores), "evaluation": run.evaluation}
     record = run.record("eval", at.epoch, images=len(draws), **figures, **known)
     total = record["rewards"]["total"]
