@@ -218,7 +218,7 @@ def reward_bytes(specs: Sequence[RewardSpec], host: Host, device: str) -> tuple[
     for spec in specs:
         name = spec.title
         files = [f for value in spec.options.values() for f in local_files(value)]
-        said = str(getattr(host.reward(spec.name).info, "memory", ""))
+        said = str(getattr(host.find_reward(spec.name).info, "memory", ""))
         if files:
             known[name] = sum(f.stat().st_size for f in files)
         elif said and not any(isinstance(v, str) and is_reference(v) for v in spec.options.values()):

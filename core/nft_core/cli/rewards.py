@@ -65,7 +65,7 @@ def described(host: Host, name: str) -> dict[str, Any]:
 
     `options` is the error's text where the factory cannot be imported.
     """
-    card = host.reward(name)
+    card = host.find_reward(name)
     (row,) = cards({name: card})
     row |= {"distribution": card.distribution, "factory": card.info.factory if card.owners else name}
     row |= readiness(card)
