@@ -230,7 +230,7 @@ def count_reward_bytes(
     for spec in specs:
         name = spec.title
         files = [f for value in spec.options.values() for f in find_local_files(value)]
-        said = str(getattr(host.reward(spec.name).info, "memory", ""))
+        said = str(getattr(host.find_reward(spec.name).info, "memory", ""))
         if files:
             known[name] = sum(f.stat().st_size for f in files)
         elif said and not any(isinstance(v, str) and is_reference(v) for v in spec.options.values()):

@@ -64,11 +64,11 @@ class Generation:
     def generate(self, draws: Draws, guidance: float = 1.0) -> Iterator[tuple[Tensor, Batch]]:
         """Generate this process's share of the images; yields each batch and which images n are in it."""
         sampler = self.make_sampler(guidance)
-        todo, groups = list_owned(len(draws)), draws.groups()
+        todo, groups = list_owned(len(draws)), draws.list_groups()
         while len(todo):
             with torch.no_grad():
                 rows, _, images = generate_batch(sampler, draws, todo, self.condition, groups)
-            yield rows, draws.batch(rows, images)
+            yield rows, draws.make_batch(rows, images)
             todo = todo[len(rows) :]
 
 

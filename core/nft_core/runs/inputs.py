@@ -82,7 +82,7 @@ def parse_rewards(settings: Settings, host: Host) -> list[RewardSpec]:
         )
     specs = [parse_reward(given, settings.reward_defaults) for given in settings.rewards]
     for spec in specs:
-        host.reward(spec.name)
+        host.find_reward(spec.name)
     return specs
 
 
@@ -226,5 +226,5 @@ def register_observers(host: Host, described: Run, asked: Mapping[str, object]) 
     for observer in make_builtin_observers():
         host.hooks.register(observer, f"nft_core.{type(observer).__name__.lower()}")
     for name, observer in asked.items():
-        host.hooks.ask(observer, name)
+        host.hooks.register_asked(observer, name)
     return lambda hook, **arguments: host.hooks.notify(hook, run=described, **arguments)

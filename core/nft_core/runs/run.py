@@ -142,7 +142,7 @@ def enter_surroundings(
         tell(warning)
     stack.enter_context(explain_memory_errors())
     stack.enter_context(attention_kernel(settings.attention))
-    stack.enter_context(host.hooks.guests())
+    stack.enter_context(host.hooks.unregister_afterwards())
 
 
 def agree_on_checkpoint(folder: Path, found: Path | None, device: torch.device) -> Path | None:

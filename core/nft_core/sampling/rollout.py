@@ -1,4 +1,4 @@
-"""A rollout: generate images with a solver and score them, both at the same time."""
+"""Generates images with a solver and scores them, both at the same time."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ class Sampler:
 
     def generate(self, draws: Draws, rows: Tensor, condition: Condition) -> tuple[Tensor, Tensor]:
         """Generate the images n in `rows`: x_0 `[B, C, h, w]` and pixels `[B, 3, H, W]` in [0, 1]."""
-        x_0 = self.sample_latents(condition, [draws.generator(int(n)) for n in rows])
+        x_0 = self.sample_latents(condition, [draws.make_generator(int(n)) for n in rows])
         # A decoder at full resolution needs more memory for an image than the transformer, so it has smaller
         # batches.
         parts = torch.split(x_0, self.decode_batch)
@@ -73,7 +73,7 @@ class Sampler:
         def velocity(x_t: Tensor, t: float) -> Tensor:
             return self.predict(x_t, t, condition)
 
-        return self.solver.solve(_in_float32(velocity), noise, self.times, generators).float()
+        return self.solver.solve(_call_in_float32(velocity), noise, self.times, generators).float()
 
     def predict(self, x_t: Tensor, t: float, condition: Condition) -> Tensor:
         """Predict the velocity of a batch at one time, under guidance; `[B, C, h, w]` float32."""
@@ -86,7 +86,7 @@ class Sampler:
         return v_neg + self.guidance * (v - v_neg)
 
 
-def _in_float32(velocity: Velocity) -> Velocity:
+def _call_in_float32(velocity: Velocity) -> Velocity:
     """Call a velocity in float32 and give its result the solver's dtype, such as float64."""
     return lambda x_t, t: velocity(x_t.float(), float(t)).to(x_t.dtype)
 
@@ -113,7 +113,7 @@ class Rollout:
 
 #: Batches that may wait for the reward: enough to keep it busy, few enough to fit beside the model.
 AHEAD = 2
-#: Seconds between two checks of whether the run was told to end.
+#: Seconds between two looks at whether the run was told to end: soon enough for a person who waits.
 GLANCE = 0.2
 
 
@@ -130,14 +130,13 @@ def roll_out(
 ) -> Rollout:
     """Generate this process's share of the images, and score each batch while the next is generated.
 
-    condition: of `draws.prompts`. progress: told (phase, images done, images in all).
+    condition: of `draws.prompts`. progress: called with (phase, images done, images in all).
     phase: times what runs inside it: `rollout`, and `reward`, the waits for scores.
-    stop: called every now and then; what it raises ends the rollout, and no score is waited for.
-    stop: raises Stopped where the run was told to end.
+    stop: called every now and then; raises Stopped where the run was told to end, and no score is waited for.
     look: called with each batch and which images are in it; latents are not kept then.
     Raises what a reward raises, in all processes if in one.
     """
-    index, groups = list_owned(len(draws)), draws.groups()
+    index, groups = list_owned(len(draws)), draws.list_groups()
     take_tallies(reward)  # A rollout that was cut off may have left some.
     latents: list[Tensor] = []
     finite: list[Tensor] = []
@@ -153,7 +152,7 @@ def roll_out(
             with phase("rollout"):
                 rows, x_0, images = generate_batch(sampler, draws, todo, condition, groups)
             todo = todo[len(rows) :]
-            batch = draws.batch(rows, images)
+            batch = draws.make_batch(rows, images)
             finite.append(x_0.isfinite().flatten(1).all(1))
             if look:
                 look(rows, batch)
@@ -188,7 +187,7 @@ def generate_batch(
     while True:
         rows = todo[: sampler.batch]
         try:
-            return rows, *sampler.generate(draws, rows, condition.of(groups[rows], sampler.device))
+            return rows, *sampler.generate(draws, rows, condition.take_rows(groups[rows], sampler.device))
         except torch.OutOfMemoryError:
             if not sampler.halve_batches():
                 raise
@@ -203,7 +202,7 @@ def join_passes(sampler: Sampler, condition: Encoded, groups: Tensor) -> None:
         device = sampler.device
         x_t = torch.zeros(1, *sampler.shape, device=device, dtype=torch.float32)
         t = torch.ones(1, device=device, dtype=torch.float32)
-        sampler.in_step.finish(x_t, t, condition.of(groups[:1], device))
+        sampler.in_step.finish(x_t, t, condition.take_rows(groups[:1], device))
 
 
 def finish_scores(
