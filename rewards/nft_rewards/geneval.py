@@ -279,11 +279,11 @@ class GenEval:
 
     detector: `module:attribute` of a class with `detect` (see `Detector`), which is given `device` if it
         takes it. Without one: Mask2Former and CLIP, see `photographs`.
-    checkpoint, clip, precision: options of the detector. The default detector takes the hub id or folder of a
-        Mask2Former and of a CLIP, and as precision `auto` (bf16 on CUDA, fp32 elsewhere), `fp32`, `bf16` or
-        `fp16`.
+    checkpoint, clip, precision: options of the detector. For the default one they are the hub id or folder of
+        a Mask2Former, that of a CLIP, and the number format of both; `auto`: bf16 on CUDA, fp32 elsewhere.
     score: `soft`, a value in [0, 1], or `strict`, 0 or 1.
-    variant: of the soft score; see `evaluate_image`.
+    variant: of the soft score. `nft` is the published one, whose count term has no lower bound and which counts
+        a wrong relation as 0 and as 1. `corrected` has neither defect.
     Raises ValueError for a detector that cannot be imported, OSError without its files, and PromptError for
     metadata that is not GenEval's or asks for what the detector does not know.
     """
