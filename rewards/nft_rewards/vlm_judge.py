@@ -101,6 +101,7 @@ class VLMJudge:
         image_format: ImageFormat = "png",
         image_size: int = 512,
     ) -> None:
+        # All options are checked here, so that a wrong one is an error before the run starts.
         yes_no = preset == "yes_no"
         if not model and (yes_no or template):
             raise ValueError(f"model=NAME is needed, one of those that {url}/models lists")
@@ -118,12 +119,13 @@ class VLMJudge:
         if not yes_no:
             self.read = partial(read_last_number, find=make_finder(pattern), low=low, high=high)
         self.options: dict[str, Any] = {"temperature": 0, "max_tokens": max_tokens or (1 if yes_no else 1024)}
-        if yes_no:
+        if yes_no:  # The answer is the first token, and how likely it and its alternatives were.
             self.options |= {"logprobs": True, "top_logprobs": TOP}
         self.image_format, self.image_size = image_format, image_size
 
     def __call__(self, batch: Batch) -> Scores:
         whole = find_finite_images(batch).tolist()
+        # PIL images are made only if any will be sent.
         images = batch.pil if any(whole) else []
         # Images with NaN are not sent: as files they would look like any other picture.
         asked = [i for i, ok in enumerate(whole) if ok]

@@ -10,7 +10,8 @@ import pytest
 import torch
 
 from nft_plugins import Batch, PromptError
-from nft_rewards.geneval import GenEval, evaluate_image, find_objects_to_color, find_relations
+from nft_rewards.geneval import GenEval
+from nft_rewards.geneval_rules import evaluate_image, find_objects_to_color, find_relations
 
 
 class D(NamedTuple):

@@ -87,7 +87,7 @@ def test_small_errors_of_pixels_do_not_hide_a_shape():
 
 
 def test_every_scene_is_what_its_caption_says():
-    from nft_rewards.geneval import evaluate_image
+    from nft_rewards.geneval_rules import evaluate_image
 
     rng = np.random.default_rng(0)
     scenes = [c for i, c in enumerate(captions.make_scene_captions()) if i % 2 == 0]
