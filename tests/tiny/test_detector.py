@@ -51,6 +51,12 @@ def test_what_is_almost_a_shape_is_none(name):
         assert detect_shapes(polygon([(x + r * a, y + r * b) for a, b in ALMOST[name]])) == []
 
 
+def test_a_shape_of_two_colours_is_none():
+    square = draw_shapes([Shape("square", "red", 16, 16, 6)]).copy()
+    square[10:22, 18:22] = COLORS["purple"]  # A third of it, which by its outline could be red as well.
+    assert detect_shapes(square) == []
+
+
 def test_rings_and_shapes_that_touch_are_none():
     ring = draw_shapes([Shape("circle", "red", 16, 16, 8)]).copy()
     y, x = np.mgrid[:SIDE, :SIDE]
