@@ -175,7 +175,7 @@ def test_lora_of_the_embedded_world_loads_into_a_plain_pipeline(tmp_path):
 
 def test_two_processes(tmp_path):
     folder = tmp_path / "two"
-    result = subprocess.run(
+    result = forks.run(
         [
             *(sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"),
             *("-m", "nft_core", "run", "--tiny", "--reward", "geneval", "--epochs", "1", "--out", str(folder)),
