@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Mapping
 from contextlib import suppress
+from itertools import product
 from math import ceil
 from typing import NamedTuple
 
@@ -196,42 +197,26 @@ def count_works(s: Settings, f: Footprint) -> list[EpochWork]:
 def propose_settings(
     s: Settings, f: Footprint, rewards: Mapping[str, int], room: int
 ) -> tuple[Settings | None, int]:
-    """Find settings that fit into `room` bytes. Returns them and 0; or None and the bytes that are lacking.
+    """Find settings that fit into `room` bytes. Returns them and 0; or None and the bytes that are missing.
 
     They are the first of ECONOMIES that fits with some batches, with the largest of these. Batches are never
     larger than asked for. 8-bit moments, which change what is learned, come after all the others.
     """
     # bitsandbytes cannot train weights that processes share.
     optimizers = [s.optimizer] if is_sharded(s) and not f.lora else [s.optimizer, "adamw8bit"]
-    tries = [s.model_copy(update={**e, "optimizer": o}) for o in dict.fromkeys(optimizers) for e in ECONOMIES]
-    tries = [x for x in tries if (f.recomputed if x.gradient_checkpointing else f.step) is not None]
-    for tried in tries:
-        if found := fit_batches(tried, f, rewards, room):
-            return found, 0
-    ones = dict.fromkeys(("rollout_batch", "decode_batch", "microbatch"), 1)
-    return None, min(count_needed(plan_phases(x.model_copy(update=ones), f, rewards)) for x in tries) - room
-
-
-def fit_batches(s: Settings, f: Footprint, rewards: Mapping[str, int], room: int) -> Settings | None:
-    """Halve the batches until every phase fits into `room` bytes; None where none does."""
-
-    def fits(s: Settings, *names: str) -> bool:
-        table = plan_phases(s, f, rewards)
-        return count_needed({name: table[name] for name in names}) <= room
-
-    def halve(s: Settings, batch: str, *names: str) -> Settings | None:
-        """Take the largest batch with which these phases fit."""
-        tried = (s.model_copy(update={batch: n}) for n in list_halvings(getattr(s, batch)))
-        return next((x for x in tried if fits(x, *names)), None)
-
-    if not fits(s, "encode"):  # Which no batch changes.
-        return None
-    for n in list_halvings(s.rollout_batch):
-        batch = s.model_copy(update={"rollout_batch": n})
-        sampling = halve(batch, "decode_batch", "rollout", "decode", "reward")
-        if sampling and (training := halve(sampling, "microbatch", "train")):
-            return training
-    return None
+    # In this order a batch for rollouts stays large before one for decoding does, and that before training's.
+    batches = {name: list_halvings(getattr(s, name)) for name in ("rollout_batch", "decode_batch", "microbatch")}
+    missing = []
+    for optimizer, economy in product(dict.fromkeys(optimizers), ECONOMIES):
+        if (f.recomputed if economy["gradient_checkpointing"] else f.step) is None:
+            continue  # The model cannot compute its activations again.
+        for sizes in product(*batches.values()):
+            changes = {"optimizer": optimizer, **economy, **dict(zip(batches, sizes, strict=True))}
+            tried = s.model_copy(update=changes)
+            missing.append(count_needed(plan_phases(tried, f, rewards)) - room)
+            if missing[-1] <= 0:
+                return tried, 0
+    return None, min(missing)
 
 
 def list_halvings(n: int) -> list[int]:
