@@ -205,7 +205,9 @@ def propose_settings(
     # bitsandbytes cannot train weights that processes share.
     optimizers = [s.optimizer] if is_sharded(s) and not f.lora else [s.optimizer, "adamw8bit"]
     # In this order a batch for rollouts stays large before one for decoding does, and that before training's.
-    batches = {name: list_halvings(getattr(s, name)) for name in ("rollout_batch", "decode_batch", "microbatch")}
+    batches = {
+        name: list_halvings(getattr(s, name)) for name in ("rollout_batch", "decode_batch", "microbatch")
+    }
     missing = []
     for optimizer, economy in product(dict.fromkeys(optimizers), ECONOMIES):
         if (f.recomputed if economy["gradient_checkpointing"] else f.step) is None:
