@@ -77,7 +77,7 @@ def test_a_part_is_traced_and_training_does_not_notice(sd3_folder, tmp_path, cap
     flops = 4 * (2 * f.reference + f.decode.flops)
     assert f"4 x rollout batch: {flops / 1e12:.4g} TFLOP" in said and "under the profiler" not in said
     # From the fourth time of the first of four microbatches to the end, with the others' frozen passes.
-    flops = 2 * 13 * f.step.flops + 2 * 4 * 3 * 2 * f.forward.flops
+    flops = 2 * 13 * f.steps[False].flops + 2 * 4 * 3 * 2 * f.forward.flops
     assert f"26 x live velocity and 48 x frozen velocity: {flops / 1e12:.4g} TFLOP" in said
 
 

@@ -160,7 +160,7 @@ def list_costs(profiler: profile, device: str) -> Iterator[str]:
 
 def describe_speed(stretch: Stretch, f: Footprint, run: Training, most: float) -> str:
     """Describe the FLOP/s of a stretch, and how far they are from `most`."""
-    step = f.training_step(run.settings)
+    step = f.steps[run.settings.gradient_checkpointing]
     sampling = f.passes * (f.reference if f.merged else f.forward.flops) + f.decode.flops
     each = {ROLLOUT: sampling, FROZEN: f.forward.flops, LIVE: step.flops}
     flops = sum(each[kind] * images for kind, images in stretch.images.items())
