@@ -32,15 +32,12 @@ SLACK = 0.05
 USABLE = 0.98
 #: GPUs that settings are proposed for, GiB.
 CARDS = (24, 40, 80)
-#: Settings that a plan tries in turn where smaller batches alone are not enough. Computing activations again
-#: costs a third of training's operations, whatever the model; copies in the host's memory cost a transfer for
-#: each microbatch.
-ECONOMIES = (
-    {"gradient_checkpointing": False, "offload": False},
-    {"gradient_checkpointing": True, "offload": False},
-    {"gradient_checkpointing": False, "offload": True},
-    {"gradient_checkpointing": True, "offload": True},
-)
+#: Batches that a plan may make smaller. The first stays large as long as the others can be made smaller.
+BATCHES = ("rollout_batch", "decode_batch", "microbatch")
+#: Settings that a plan tries, the last one first, where smaller batches alone are not enough. Computing
+#: activations again costs a third of training's operations, whatever the model; copies in the host's memory
+#: cost a transfer for each microbatch; 8-bit moments change what is learned.
+ECONOMIES = ("optimizer", "offload", "gradient_checkpointing")
 #: Bytes of a number's two moments: 8-bit AdamW has a float32 scale for each 256 numbers.
 MOMENTS = {"adamw": 8.0, "adamw8bit": 2 * (1 + 4 / 256)}
 #: Parameters of fewer numbers keep float32 moments there.
@@ -204,46 +201,26 @@ def propose_settings(
 ) -> tuple[Settings | None, int]:
     """Find settings that fit into `room` bytes. Returns them and 0; or None and the bytes that are missing.
 
-    They are the first of ECONOMIES that fits with some batches, with the largest of these. Batches are never
-    larger than asked for. 8-bit moments, which change what is learned, come after all the others.
+    They are the first economies that fit with some batches, with the largest of these. Batches are never larger
+    than asked for.
     """
     # bitsandbytes cannot train weights that processes share.
     optimizers = [s.optimizer] if is_sharded(s) and not f.lora else [s.optimizer, "adamw8bit"]
-    # In this order a batch for rollouts stays large before one for decoding does, and that before training's.
-    batches = {
-        name: list_halvings(getattr(s, name)) for name in ("rollout_batch", "decode_batch", "microbatch")
-    }
+    halvings = [[n >> i for i in range(n.bit_length())] for n in (getattr(s, name) for name in BATCHES)]
     missing = []
-    for optimizer, economy in product(dict.fromkeys(optimizers), ECONOMIES):
-        if economy["gradient_checkpointing"] not in f.steps:
-            continue  # The model cannot compute its activations again.
-        for sizes in product(*batches.values()):
-            changes = {"optimizer": optimizer, **economy, **dict(zip(batches, sizes, strict=True))}
-            tried = s.model_copy(update=changes)
-            missing.append(count_needed(plan_phases(tried, f, rewards)) - room)
-            if missing[-1] <= 0:
-                return tried, 0
+    for values in product(dict.fromkeys(optimizers), (False, True), sorted(f.steps), *halvings):
+        tried = s.model_copy(update=dict(zip((*ECONOMIES, *BATCHES), values, strict=True)))
+        missing.append(count_needed(plan_phases(tried, f, rewards)) - room)
+        if missing[-1] <= 0:
+            return tried, 0
     return None, min(missing)
-
-
-def list_halvings(n: int) -> list[int]:
-    """List n, n/2, ... 1."""
-    return [n >> i for i in range(n.bit_length())]
-
-
-#: Settings that a plan may change.
-CHANGED = (
-    *("rollout_batch", "decode_batch", "microbatch"),
-    *("gradient_checkpointing", "offload", "optimizer"),
-)
 
 
 def write_changes(asked: Settings, proposed: Settings) -> str:
     """Write `--set` for each setting that differs."""
-    values = {
-        n: str(getattr(proposed, n)).lower() for n in CHANGED if getattr(asked, n) != getattr(proposed, n)
-    }
-    return " ".join(f"--set {name}={value}" for name, value in values.items())
+    names = (*BATCHES, *reversed(ECONOMIES))
+    changed = [name for name in names if getattr(asked, name) != getattr(proposed, name)]
+    return " ".join(f"--set {name}={str(getattr(proposed, name)).lower()}" for name in changed)
 
 
 def check_memory(
