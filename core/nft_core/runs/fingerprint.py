@@ -48,9 +48,11 @@ def fingerprint_evaluation(
     sources: of `collect_sources`.
     resolved: settings of OF_PICTURES that leave the choice to the machine, as chosen.
     """
+    from .setup import find_model
+
     values = shorten_paths(settings.model_dump(mode="json")) | resolved
     chosen = {name: values[name] for name in OF_PICTURES}
-    chosen |= {"steps": settings.eval_steps or settings.steps, "model": digest_model(settings.model)}
+    chosen |= {"steps": settings.eval_steps or settings.steps, "model": digest_model(find_model(settings).base)}
     group, colon, _ = settings.solver.partition(":")
     chosen["solver"] = [
         chosen["solver"],

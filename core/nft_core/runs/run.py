@@ -30,7 +30,7 @@ from .inputs import (
 )
 from .observers.metrics import trim_metrics
 from .resume import choose_checkpoint, digest_prompts, restore_training
-from .setup import autocast_dtype, check_model, decode_dtype, find_family, load_model, pick_device
+from .setup import autocast_dtype, check_model, decode_dtype, find_family, load_base, pick_device
 
 if TYPE_CHECKING:
     import torch
@@ -150,7 +150,7 @@ def load_training(
     check_sizes(settings, len(prompts), len(held_out))
     if not is_same_everywhere(digest_prompts(prompts, held_out), device):
         raise UsageError("The prompts of this run's processes differ: give the same files on every node.")
-    model = load_model(settings, host, device)
+    model = load_base(settings, host, device)
     counts = count_operations if device.type == "cuda" else None
     operations = counts(settings, host, device, tell) if counts else None
     compiled = should_compile(settings.compile, device, operations)
