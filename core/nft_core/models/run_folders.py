@@ -24,7 +24,7 @@ def find_checkpoint(path: Path) -> Path | None:
     """
     if (path / STATE).is_file() and (path / MANIFEST).is_file():
         if lacking := find_damage(path):
-            raise UsageError(f"--model {path}: the checkpoint is not whole: {lacking}. Take another one.")
+            raise UsageError(f"{path}: the checkpoint is not whole: {lacking}. Take another one.")
         return path
     if not (path / "run.toml").is_file():
         return None
@@ -33,7 +33,7 @@ def find_checkpoint(path: Path) -> Path | None:
         if not find_damage(checkpoint):
             return checkpoint
     raise UsageError(
-        f"--model {path}: this is the folder of a run that has no whole checkpoint yet. `nft resume "
+        f"{path}: this is the folder of a run that has no whole checkpoint yet. `nft resume "
         f"{shlex.quote(str(path))}` goes on with it."
     )
 
@@ -66,7 +66,7 @@ def read_run_settings(checkpoint: Path) -> Mapping[str, Any]:
     try:
         settings = read_object(checkpoint / STATE).get("settings")
     except OSError as error:
-        raise UsageError(f"--model {checkpoint}: {error}") from error
+        raise UsageError(f"{checkpoint}: {error}") from error
     if not isinstance(settings, Mapping) or not isinstance(settings.get("model"), str):
-        raise UsageError(f"--model {checkpoint}: its {STATE} names no model. Take another checkpoint.")
+        raise UsageError(f"{checkpoint}: its {STATE} names no model. Take another checkpoint.")
     return settings

@@ -49,6 +49,11 @@ class ModelSource:
     settings: Mapping[str, Any] = field(default_factory=dict)
     checkpoint: Path | None = None
 
+    @property
+    def is_changed(self) -> bool:
+        """Whether anything stands on the pipeline."""
+        return self.transformer is not None or bool(self.loras)
+
     def describe(self) -> str:
         """Describe the model in a few words, from the base up."""
         parts = [self.base]
@@ -76,6 +81,8 @@ def trace_source(model: str, lora: str, runs: int = 0) -> tuple[ModelSource, tup
     """
     on_top = (lora,) if lora else ()
     path = Path(model).expanduser()
+    if not path.exists() and (path.is_absolute() or model.startswith(".")):
+        raise UsageError(f"--model {model}: there is no such file or folder.")
     checkpoint = find_checkpoint(path)
     if checkpoint is None:
         if path.is_file() and path.name.endswith(".safetensors"):
@@ -93,7 +100,13 @@ def trace_source(model: str, lora: str, runs: int = 0) -> tuple[ModelSource, tup
         )
     # A LoRA that was trained further is in the checkpoint; one that was merged is not.
     merged = bool(settings.get("lora_merge"))
-    below, names = trace_source(begun, own if merged else "", runs + 1)
+    try:
+        below, names = trace_source(begun, own if merged else "", runs + 1)
+    except UsageError as error:
+        raise UsageError(
+            f"{error} The run of {checkpoint} began from it: put it back. A LoRA can also be given with "
+            "another place of its base, --model BASE --lora CHECKPOINT."
+        ) from error
     kept = names if merged or own else names[:-1]
     found = replace(below, settings=settings, checkpoint=checkpoint)
     if whole.is_dir():

@@ -17,7 +17,8 @@ OF_MODEL = ("family", "model_options", "max_sequence_length", "resolution")
 def begins_from_something(settings: Settings) -> bool:
     """Say whether a model is more than a pipeline. Nothing heavy is imported."""
     path = Path(settings.model).expanduser()
-    return bool(settings.lora) or (path.exists() and not (path / "model_index.json").is_file())
+    pipeline = not path.exists() or (path / "model_index.json").is_file()
+    return bool(settings.lora) or settings.lora_merge or not pipeline
 
 
 def add_origin(base: Mapping[str, Any], layers: Sequence[Mapping[str, Any]]) -> Settings:
@@ -35,6 +36,8 @@ def add_origin(base: Mapping[str, Any], layers: Sequence[Mapping[str, Any]]) -> 
         layers = [*layers, {"model": str(source.checkpoint)}]
     if source.transformer and source.checkpoint:
         brought["lora_rank"] = 0
+    if chosen.lora_merge and not source.loras:
+        raise UsageError(f"lora_merge has no LoRA to merge: {chosen.model} has none, and --lora names none.")
     if source.loras and not chosen.lora_merge:
         top = source.loras[-1]
         of_file = {"lora_rank": top.rank, "lora_alpha": top.alpha}

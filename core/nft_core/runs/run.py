@@ -15,7 +15,7 @@ from ..errors import NftError, SaveError, Stopped, UsageError, locate_error, sho
 from ..host.host import Host
 from ..parallel.signals import note_signals
 from ..settings import Settings
-from .fingerprint import collect_sources, digest_value, fingerprint_evaluation
+from .fingerprint import collect_sources, digest_origin, digest_value, fingerprint_evaluation
 from .folder import claim_folder, holds_a_run, lock_folder, make_folder, write_settings
 from .inputs import (
     Inputs,
@@ -30,7 +30,7 @@ from .inputs import (
 )
 from .observers.metrics import trim_metrics
 from .resume import choose_checkpoint, digest_prompts, restore_training
-from .setup import autocast_dtype, check_model, decode_dtype, find_family, load_base, pick_device
+from .setup import autocast_dtype, check_model, decode_dtype, find_family, find_model, load_base, pick_device
 
 if TYPE_CHECKING:
     import torch
@@ -150,6 +150,8 @@ def load_training(
     check_sizes(settings, len(prompts), len(held_out))
     if not is_same_everywhere(digest_prompts(prompts, held_out), device):
         raise UsageError("The prompts of this run's processes differ: give the same files on every node.")
+    if (source := find_model(settings)).is_changed:
+        tell(f"Beginning from {source.describe()}.")
     model = load_base(settings, host, device)
     counts = count_operations if device.type == "cuda" else None
     operations = counts(settings, host, device, tell) if counts else None
@@ -159,6 +161,7 @@ def load_training(
     )
     named = [text for spec in inputs.rewards for text in (spec.name, *spec.options.values())]
     training.at.sources = collect_sources(host, [settings.solver, *map(str, named)])
+    training.at.origin = digest_origin(find_model(settings))
     training.evaluation = fingerprint_evaluation(
         settings,
         held_out,

@@ -46,6 +46,7 @@ class Progress(BaseModel):
     prompts: a digest of the training prompts and the held-out ones.
     evaluation: a digest of the evaluation's fingerprint.
     sources: versions of plug-ins, and digests of the user's files.
+    origin: digests of the weights and LoRAs that the run began with, beside those of its pipeline.
     """
 
     model_config = ConfigDict(extra="forbid", validate_assignment=False)
@@ -69,6 +70,7 @@ class Progress(BaseModel):
     prompts: str = ""
     evaluation: str = ""
     sources: dict[str, str] = {}
+    origin: dict[str, str] = {}
 
 
 def read_progress(state: Any) -> Progress:
