@@ -105,8 +105,20 @@ for command in (show_reward, check_contract):
 @click.option(
     "--model",
     metavar="PATH|HUB_ID",
-    help="Model to train: a diffusers pipeline, as a local folder or an id on the Hugging Face hub.  "
+    help="Model to train: a diffusers pipeline, as a local folder or an id on the Hugging Face hub, a single "
+    "file of weights, or a run or a checkpoint to begin from.  "
     "[default: stabilityai/stable-diffusion-3.5-medium]",
+)
+@click.option(
+    "--lora",
+    metavar="PATH|HUB_ID",
+    help="LoRA on top of the model, which training goes on from: a file, a folder, a run or a hub id.",
+)
+@click.option(
+    "--lora-merge",
+    is_flag=True,
+    default=None,
+    help="Add that LoRA to the model's weights, and train a new one over it.",
 )
 @click.option(
     "--tiny",

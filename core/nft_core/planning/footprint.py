@@ -24,7 +24,7 @@ from ..models.pipeline import ENCODED_AT_ONCE, OF_TEXT, PipelineModel
 from ..objective.loss import kl_loss, nft_loss
 from ..parallel.sharding import list_blocks
 from ..runs.assembly import make_policy
-from ..runs.setup import autocast_dtype, decode_dtype, image_shape, load_model
+from ..runs.setup import autocast_dtype, decode_dtype, image_shape, load_base
 from ..settings import Settings
 from ..training.lora import adapted_layers
 from ..training.memory import checkpoint_activations
@@ -49,6 +49,8 @@ class Footprint:
         most while they work.
     row: bytes of a prompt's condition. latent, image: of one.
     forward: a pass of the old policy; reference: FLOPs of the reference's, an image. decode: of the VAE.
+    copied: whether the reference is a copy of the trained weights. replaced: bytes of frozen weights that it
+        has others of.
     steps: forward and backward pass for one training time, marked in between, by whether gradient checkpointing
         is on. It has both only where both were asked for and the model can do both.
     passes: of the velocity, for an image. state: bytes that the solver holds for one.
@@ -70,6 +72,8 @@ class Footprint:
     image: int
     forward: Growth
     reference: float
+    copied: bool
+    replaced: int
     decode: Growth
     steps: Mapping[bool, Growth]
     passes: int
@@ -87,7 +91,7 @@ def count_footprint(s: Settings, host: Host, device: torch.device, both: bool = 
         "decode_precision": PRECISIONS[decode_dtype(s, device)],
     }
     s = s.model_copy(update=update)
-    model = load_model(s, host, META)
+    model = load_base(s, host, META)
     try:
         return count_model(s, host, model, both)
     except NftError:
@@ -141,7 +145,9 @@ def count_model(s: Settings, host: Host, model: FlowModel, both: bool) -> Footpr
         latent=4 * prod(shape),
         image=4 * 3 * height * width,
         forward=forward,
-        reference=work.base() if policy.lora else forward.flops,
+        reference=work.base() if policy._reference is None else forward.flops,
+        copied=policy._reference is not None,
+        replaced=sum(count_bytes(w) for _, w in policy._base),
         decode=decode,
         steps=steps,
         passes=passes,

@@ -126,7 +126,7 @@ def count_copies(s: Settings, f: Footprint) -> dict[str, int]:
     trained = count_trained_bytes(s, f)
     return {
         "old policy": trained,
-        "reference": trained if s.kl_weight and not f.lora else 0,
+        "reference": (trained if f.copied else 0) + f.replaced,
         "EMA": trained if s.ema_decay else 0,
     }
 

@@ -56,7 +56,7 @@ def make_path_whole(name: str, text: str) -> str:
         return f"{make_path_whole('', file)}{colon}{attribute}" if file else text
     path = Path(text)
     # A bare word may be the name of something else, and of a file by chance.
-    path_like = name == "model" or len(path.parts) > 1 or path.suffix
+    path_like = name in ("model", "lora") or len(path.parts) > 1 or path.suffix
     if text and (name in PATHS or (path_like and path_exists(path))):
         return str(path.expanduser().absolute())
     return text
@@ -157,7 +157,7 @@ def change_paths(values: Mapping[str, Any], change: Callable[[str, str], str]) -
         return given if new == spec.options else {"name": spec.name, **new}
 
     changed = dict(values)
-    for name in ("model", "solver", *PATHS):
+    for name in ("model", "lora", "solver", *PATHS):
         if isinstance(values.get(name), str):
             changed[name] = change(name, values[name])
     for name in ("model_options", "solver_options"):
