@@ -129,13 +129,13 @@ def mask2former(folder: Path, size: str = "full") -> str:
 
 def imagereward(folder: Path, size: str = "full") -> str:
     """ImageReward's weights under their published names, and a tokenizer of short words. Gives the folder."""
-    from nft_rewards.blip import MED_CONFIG, SAFETENSORS, TEXT, VISION, BLIPScore, published_name
+    from nft_rewards.blip import MED_CONFIG, SAFETENSORS, TEXT, VISION, BLIPScore, get_published_name
 
     less: dict[str, Any] = {"num_hidden_layers": 2} if size == "small" else {}
     config: dict[str, Any] = TEXT | less | {"vision": VISION | less}
     model = randomise(BLIPScore(VISION | less, TEXT | less))
     folder.mkdir(parents=True, exist_ok=True)
-    save_file({published_name(name): w for name, w in model.state_dict().items()}, folder / SAFETENSORS)
+    save_file({get_published_name(name): w for name, w in model.state_dict().items()}, folder / SAFETENSORS)
     (folder / MED_CONFIG).write_text(json.dumps(config))
     letters = [*string.ascii_lowercase, *(f"##{letter}" for letter in string.ascii_lowercase)]
     vocab = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *letters, *WORDS]

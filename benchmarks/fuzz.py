@@ -26,7 +26,7 @@ import tomli_w
 from hypothesis import HealthCheck, Phase, given, seed, settings
 from hypothesis import strategies as st
 
-from nft_core.cli.app import default_folder
+from nft_core.cli.app import name_run_folder
 from nft_core.errors import NftError
 from nft_core.host.specs import parse_observer, parse_reward
 from nft_core.prompts import read_prompts
@@ -203,7 +203,7 @@ def read_reward(given: Any, folder: Path) -> None:
 
 
 def check_default_folder(titles: list[str]) -> None:
-    place = default_folder(titles)
+    place = name_run_folder(titles)
     assert place.parent == Path("runs") and not {"/", "\\", ".", "\0"} & set(place.name), place
 
 

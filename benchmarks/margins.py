@@ -37,12 +37,12 @@ def measure_margin(pixels: np.ndarray, contrast: np.ndarray, background: np.ndar
     label, color, box = shape
     ink = detector.PALETTE[detector.NAMES.index(color)] - background
     covered = ((pixels - background) @ ink / (ink @ ink)).clip(0, 1) * (contrast > 0)
-    overlaps = {kind: detector.fitted(covered, kind, box)[0] for kind in SHAPES}
+    overlaps = {kind: detector.fit_box(covered, kind, box)[0] for kind in SHAPES}
     return overlaps.pop(label) - max(overlaps.values())
 
 
 def make_stricter(
-    margin: float, recognise: Callable[..., Shape | None] = detector.recognise
+    margin: float, recognise: Callable[..., Shape | None] = detector.recognise_shape
 ) -> Callable[..., Shape | None]:
     """Return a `recognise` that knows a shape only where it keeps the margin."""
 
@@ -78,9 +78,9 @@ def main() -> None:
         batch, _ = gallery.collect(rollout.scores, device)
         row = []
         for margin in MARGINS:
-            detector.recognise = make_stricter(margin)
+            detector.recognise_shape = make_stricter(margin)
             row.append(float(reward(batch).details["geneval/strict"].mean()))
-        detector.recognise = make_stricter(0.0)
+        detector.recognise_shape = make_stricter(0.0)
         print(f"| {name} | {' | '.join(f'{x:.3f}' for x in row)} |", flush=True)
 
 

@@ -39,7 +39,7 @@ from nft_core.objective.advantages import combined_advantages, optimality
 from nft_core.objective.loss import add_noise, kl_loss, nft_loss
 from nft_core.objective.schedules import lr_decay, next_kl_weight, old_decay, warmup
 from nft_core.objective.train_times import draw_times
-from nft_core.prompts import Prompt, prompts_of_epoch
+from nft_core.prompts import Prompt, draw_prompts_of_epoch
 from nft_core.sampling.draws import Draws
 from nft_core.settings import Settings
 from nft_core.training.microbatches import split_images
@@ -227,7 +227,7 @@ class Published:
     def epoch(self, number: int) -> dict[str, float]:
         """Sample, score and train, from epoch 1 on; returns the mean losses and gradient norm."""
         s = self.settings
-        indices = prompts_of_epoch(len(self.prompts), s.prompts_per_epoch, s.seed, number)
+        indices = draw_prompts_of_epoch(len(self.prompts), s.prompts_per_epoch, s.seed, number)
         draws = Draws(self.prompts, indices, s.group_size, s.seed, "rollout", number)
         x_0, condition, scores = self.sample(draws)
         advantages = combined_advantages(scores, draws.groups(), s.combine, s.std)
@@ -288,7 +288,9 @@ class Published:
         self.optimizer.zero_grad(set_to_none=True)
         if self.ema:
             with torch.no_grad():
-                torch._foreach_lerp_(self.ema, self.parameters, 1 - s.ema_decay)
+                torch._foreach_lerp_(
+                    self.ema, self.parameters, 1 - min((2 + self.step) / (11 + self.step), s.ema_decay)
+                )
         self.step += 1
         return norm
 

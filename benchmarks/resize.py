@@ -30,7 +30,7 @@ def resize_images(sizes: int, bounded: bool) -> tuple[float, float]:
         # One channel is enough: what adds up is the weights, not the pixels.
         image = torch.zeros(1, 1, height, width)
         new_height, new_width = SIDE, SIDE * width // height
-        pixels.by_products(image, new_height, new_width, "bilinear", (0, 0, new_height, new_width))
+        pixels.resize_by_products(image, new_height, new_width, "bilinear", (0, 0, new_height, new_width))
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e6
     return peak, pixels._weights.bytes / 1e6
 

@@ -37,9 +37,9 @@ from nft_plugins import Batch
 from nft_rewards import hpsv2 as hpsv2_module
 from nft_rewards.clipscore import CLIPScore
 from nft_rewards.colours import COLORS, GREY, TEMPLATES
-from nft_rewards.geneval import GenEval, color_matters, evaluate
+from nft_rewards.geneval import GenEval, evaluate_image, find_objects_to_color
 from nft_rewards.imagereward import ImageReward
-from nft_rewards.mask2former import CLASSES, COCO, objects
+from nft_rewards.mask2former import CLASSES, COCO, find_objects
 from nft_rewards.pickscore import PickScore
 
 #: Makes the rewards of one side.
@@ -135,12 +135,12 @@ class GenEvalTheirs:
         inputs = self.processor(picture, return_tensors="pt").pixel_values.to(self.device)
         out = self.model(pixel_values=inputs)
         size = (picture.height, picture.width)
-        found = objects(
+        found = find_objects(
             out.class_queries_logits[0], out.masks_queries_logits[0], tuple(inputs.shape[-2:]), size
         )
-        for item in color_matters(found, metadata):
+        for item in find_objects_to_color(found, metadata):
             item.color = self.color(picture, item)
-        return evaluate(found, metadata).soft
+        return evaluate_image(found, metadata).soft
 
     def color(self, picture: Any, item: Any) -> str:
         from PIL import Image

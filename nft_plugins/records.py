@@ -9,7 +9,19 @@ from collections.abc import Mapping
 from typing import Any, Literal, TypedDict
 
 
-class RewardFigures(TypedDict):
+class IntervalFigures(TypedDict, total=False):
+    """How exact a mean is: evaluations have it, and epochs of training do not.
+
+    error: the standard error of the mean, over prompts, since images of one prompt are alike.
+    low, high: the ends of its 95 % interval. None where there are too few prompts to tell.
+    """
+
+    error: float | None
+    low: float | None
+    high: float | None
+
+
+class RewardFigures(IntervalFigures):
     """The scores of one reward, or of the weighted sum of all, over the images of a record.
 
     mean, std: of the images that it could score; None where there is none.
@@ -33,7 +45,8 @@ class Figures(TypedDict):
     step: gradient steps made so far.
     seconds: since the run's start, those of a run that it goes on with included.
     images: how many the record is of.
-    rewards: by the reward's name; `total` is their weighted sum.
+    rewards: by the reward's name; `total` is their weighted sum, with `combine=normalized` in standard
+        deviations of the run's first evaluation.
     details: means of figures that rewards give beside their value, by `REWARD/DETAIL`.
     skipped: rewards that failed and were left out of these figures.
     warnings: texts by kind, one for each threshold that is passed.

@@ -1,4 +1,4 @@
-"""Numbers that launchers put into the environment."""
+"""Reads the numbers that launchers, such as torchrun, put into the environment."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from .errors import UsageError
 def read_number(name: str, default: int) -> int:
     """Read a variable of the environment as a whole number. Raises UsageError for anything else."""
     text = os.environ.get(name, str(default))
+    # int() alone would take " 1_0" and digits of other scripts. Below 19 digits a number fits into 64 bits.
     if not (text.isascii() and text.isdecimal() and len(text) < 19):
         raise UsageError(f"The environment has {name} = {text!r}: expected a whole number.")
     return int(text)
@@ -22,10 +23,10 @@ def check_numbers() -> None:
 
 
 def is_started_by_launcher() -> bool:
-    """Whether this process is one of several already, of ours or of torchrun's."""
+    """Tell whether a launcher, ours or torchrun, has started this process as one of several."""
     return "RANK" in os.environ
 
 
 def is_first_process() -> bool:
-    """Whether this process is the only one or the first of several."""
+    """Tell whether this process is the only one or the first of several."""
     return read_number("RANK", 0) == 0

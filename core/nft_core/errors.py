@@ -40,7 +40,7 @@ class Stopped(NftError):
 class PeerError(NftError):
     """This process is well, and ends because another one of the run has failed."""
 
-    exit_code = 75
+    exit_code = 75  # A code of its own, so that the launcher blames the process that failed and not this one.
 
 
 MEMORY_FULL = (
@@ -50,11 +50,11 @@ MEMORY_FULL = (
 
 
 def is_memory_full(error: BaseException) -> bool:
-    """Whether there was no memory of the CPU left; torch and safetensors have no error of their own for it."""
+    """Tell whether the CPU's memory was full; torch and safetensors have no error of their own for it."""
     return isinstance(error, MemoryError) or "allocate memory" in str(error)
 
 
-#: A list of more names than this hides the nearest ones.
+#: An error lists all names up to this many; among more nobody would find the nearest ones.
 SHORT_LIST = 12
 
 
@@ -64,13 +64,30 @@ def unknown_name(kind: str, name: str, known: Iterable[str], hint: str = "", lis
     hint: a last sentence. lists: the command that lists all names, which is named where they are many.
     """
     known = sorted(known)
-    near = [repr(n) for n in get_close_matches(name, known, n=3, cutoff=0.6)]
-    guess = f" Did you mean {' or '.join(filter(None, (', '.join(near[:-1]), near[-1])))}?" if near else ""
     if lists and len(known) > SHORT_LIST:
         there_are = f"`{lists}` lists all {len(known)}."
     else:
         there_are = f"Known: {', '.join(known) or 'none'}."
-    return UsageError(" ".join(filter(None, (f"Unknown {kind} {name!r}.{guess}", there_are, hint))))
+    return UsageError(
+        " ".join(filter(None, (f"Unknown {kind} {name!r}.", guess_name(name, known), there_are, hint)))
+    )
+
+
+def missing_part(owner: str, kind: str, name: str, known: Iterable[str]) -> UsageError:
+    """Make the error for a part, such as an option, that its owner does not have, with the nearest three names.
+
+    kind: one or two nouns in the singular, such as "option".
+    """
+    known = sorted(known)
+    there_are = f"It has {', '.join(known)}." if known else f"It has no {kind}."
+    said = (f"{owner} has no {kind} {name!r}.", guess_name(name, known), there_are)
+    return UsageError(" ".join(filter(None, said)))
+
+
+def guess_name(name: str, known: Iterable[str]) -> str:
+    """Guess which names a mistyped one may mean, as a question; "" where none is near."""
+    near = [repr(n) for n in get_close_matches(name, known, n=3, cutoff=0.6)]
+    return f"Did you mean {' or '.join(filter(None, (', '.join(near[:-1]), near[-1])))}?" if near else ""
 
 
 def describe_error(error: BaseException) -> str:
@@ -97,7 +114,7 @@ REMEDIES = {
 }
 
 
-def disk_advice(error: BaseException) -> str:
+def advise_on_disk(error: BaseException) -> str:
     """Say what helps where the system refuses to write, as the start of a sentence."""
     number = error.errno if isinstance(error, OSError) else None
     if number is None and (said := re.search(r"\(os error (\d+)\)", str(error))):  # as safetensors tells it
@@ -115,6 +132,8 @@ def locate_error(error: BaseException) -> str:
     theirs = [f for f in frames if not OURS & set(Path(f.filename).parts)]
     if not theirs or isinstance(error, SyntaxError):  # which says so itself
         return ""
+    # The plug-in's own file, at the last line that it reached: a library that it called may not be its
+    # author's.
     last = [f for f in theirs if f.filename == theirs[0].filename][-1]
     return f" ({Path(last.filename).name}, line {last.lineno})"
 

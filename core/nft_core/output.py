@@ -1,4 +1,4 @@
-"""Standard output and error of a run, which goes on when the reader of a pipe ends or a terminal is closed."""
+"""Keeps a run going when the reader of its output ends or its terminal is closed."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any, TextIO, cast
 
 
 class Lasting:
-    """A text stream whose writes never fail: what cannot be written is lost, which is said once."""
+    """A text stream whose writes never fail. What cannot be written is lost, and the user is told so once."""
 
     def __init__(self, stream: TextIO) -> None:
         self.stream, self.failed = stream, False
@@ -36,16 +36,18 @@ class Lasting:
             self.report_loss(error)
 
     def report_loss(self, error: Exception) -> None:
+        """Tell the user on standard error, once, that standard output is gone."""
         if self.failed:
             return
         self.failed = True
+        # Where standard error itself is gone nobody can be told.
         if sys.stdout is cast(TextIO, self):
             cause = getattr(error, "strerror", None) or error
             said = f"Standard output is gone ({cause}). The run goes on; its figures are in metrics.jsonl.\n"
             sys.stderr.write(said)
 
     def discard_rest(self) -> None:
-        """Throw away the rest of a stream that has failed: Python's flush at its end would fail again."""
+        """Discard the rest of a stream that failed: Python flushes it at its end, and would fail again."""
         self.flush()
         if self.failed:
             with suppress(OSError, ValueError):  # It may be no file.
@@ -58,7 +60,7 @@ class Lasting:
 
 
 @contextmanager
-def lasting_output() -> Iterator[None]:
+def keep_output_alive() -> Iterator[None]:
     """Let prints inside succeed even where standard output or error is gone."""
     before = sys.stdout, sys.stderr
     ours = Lasting(before[0]), Lasting(before[1])

@@ -1,4 +1,8 @@
-"""Prompt files: `.txt`, one prompt a line, or JSON, a list or one object a line, with `prompt` and metadata."""
+"""Reads prompt files, and chooses each epoch's prompts.
+
+A file is `.txt` with one prompt a line, or JSON: a list of objects, or one object a line, with `prompt` and
+metadata.
+"""
 
 from __future__ import annotations
 
@@ -14,24 +18,24 @@ import torch
 from nft_plugins import PromptError
 
 from .errors import UsageError
-from .seeds import generator
+from .seeds import make_generator
 
 #: Suffixes of prompt files, in lower case. A file without one, such as a pipe, is text.
 TEXT, JSON = (".txt", ""), (".jsonl", ".ndjson", ".json")
 #: How pandas reads tables, by suffix.
 TABLES = {".csv": "read_csv(FILE)", ".tsv": r"read_csv(FILE, sep='\t')", ".parquet": "read_parquet(FILE)"}
-#: How files begin that came in the place of what was meant, in lower case.
+#: How a file begins, in lower case, that was downloaded by mistake in the place of the prompts.
 INSTEAD = {
     "version https://git-lfs": "a pointer of Git LFS; `git lfs pull` fetches the file itself",
     "<!doctype html": "a web page; fetch the file itself",
     "<html": "a web page; fetch the file itself",
 }
-#: An object in JSON, or as Python prints it.
+#: How an object begins, in JSON or as Python prints it.
 OBJECT = re.compile(r"""[\[\s]*\{\s*(["'])\w+\1\s*:""")
 
 
 class Prompt(NamedTuple):
-    """A prompt, what a reward may need to know of it, and where it stands, as FILE:LINE."""
+    """Holds a prompt, what a reward may need to know of it, and where it stands, as `FILE:LINE`."""
 
     text: str
     metadata: Mapping[str, Any]
@@ -39,14 +43,14 @@ class Prompt(NamedTuple):
 
 
 def read_prompts(path: Path) -> list[Prompt]:
-    """The prompts of a file; blank lines are skipped.
+    """Read the prompts of a file, without blank lines.
 
     Raises UsageError, with file and line, for a file of another kind or one that cannot be read, for a record
     without a `prompt` that is a string and not empty, and for a file without prompts.
     """
     suffix = path.suffix.lower()
     if suffix not in TEXT + JSON:
-        raise UsageError(refusal(path, suffix))
+        raise UsageError(describe_wrong_kind(path, suffix))
     try:
         text = path.read_text(encoding="utf-8-sig")
     except (OSError, ValueError) as error:  # ValueError: no UTF-8, or a path that no file can have.
@@ -69,14 +73,14 @@ def read_prompts(path: Path) -> list[Prompt]:
                     f"{prompt.where}: expected a prompt, got an object: let the file's name end in .jsonl."
                 )
         if len(prompts) > 1 and all("\t" in prompt.text for prompt in prompts):
-            raise UsageError(refusal(path, ".tsv"))
+            raise UsageError(describe_wrong_kind(path, ".tsv"))
     if not prompts:
         raise UsageError(f"The prompt file {path} holds no prompt: expected one a line.")
     return prompts
 
 
-def refusal(path: Path, suffix: str) -> str:
-    """Why a file is no prompt file, and what to do. suffix: of its kind."""
+def describe_wrong_kind(path: Path, suffix: str) -> str:
+    """Say why a file with this suffix is no prompt file, and what to do."""
     table = TABLES.get(suffix)
     advice = "If it is one of these, let its name end so."
     if table:
@@ -91,7 +95,7 @@ def refusal(path: Path, suffix: str) -> str:
 
 
 def split_lines(text: str, path: Path) -> Iterator[tuple[str, str]]:
-    """The lines that are not blank, each with where it stands."""
+    """Yield the lines that are not blank, each with where it stands."""
     # Not splitlines(), which also cuts at characters that JSON and prompts may hold.
     for number, line in enumerate(text.split("\n"), 1):
         if line.strip():
@@ -99,7 +103,8 @@ def split_lines(text: str, path: Path) -> Iterator[tuple[str, str]]:
 
 
 def read_records(text: str, path: Path) -> Iterator[tuple[Any, str]]:
-    """Values in JSON, those of a list or one a line, each with where it stands."""
+    """Yield the values of a JSON text, those of a list or one a line, each with where it stands."""
+    # One a line is no JSON as a whole, unless there is but one line. So whole files are tried first.
     try:
         whole = json.loads(text)
     except (ValueError, RecursionError) as error:
@@ -119,15 +124,16 @@ def read_records(text: str, path: Path) -> Iterator[tuple[Any, str]]:
 
 
 def is_json(text: str) -> bool:
-    """Whether a text or its first line is an object or a list in JSON, which no prompt is."""
+    """Tell whether a text or its first line is an object or a list in JSON, which no prompt is."""
     start = text.lstrip()
+    # A prompt may begin with a bracket, as in "[a cat]", so only what can be parsed counts.
     return start.startswith(("{", "[")) and any(
         parse_json(part) is not None for part in (start, start.partition("\n")[0])
     )
 
 
 def parse_json(text: str) -> Any:
-    """The value of a text in JSON; None where it is not."""
+    """Parse a text as JSON; returns None where it is not."""
     try:
         return json.loads(text)
     except (ValueError, RecursionError):
@@ -135,7 +141,7 @@ def parse_json(text: str) -> Any:
 
 
 def parse_python(text: str) -> Any:
-    """The value that Python prints so; None where it is none."""
+    """Parse a text as Python prints its values; returns None where it is none. No code is run."""
     try:
         return ast.literal_eval(text.strip())
     except (ValueError, SyntaxError, RecursionError, MemoryError):
@@ -143,8 +149,12 @@ def parse_python(text: str) -> Any:
 
 
 def make_prompt(record: Any, where: str) -> Prompt:
-    """A prompt from a string, or from an object with `prompt` and metadata. Raises UsageError."""
+    """Make a prompt of a string, or of an object with `prompt` and metadata.
+
+    Raises UsageError, with `where`, for anything else.
+    """
     try:
+        # What errors show. Half a surrogate pair cannot be printed, so it is written as an escape.
         got = json.dumps(record, ensure_ascii=False).encode(errors="backslashreplace").decode()[:80]
         fields = read_fields({"prompt": record} if isinstance(record, str) else record)
     except RecursionError as error:
@@ -163,10 +173,11 @@ def make_prompt(record: Any, where: str) -> Prompt:
 
 
 def read_fields(record: Any) -> dict[str, Any]:
-    """The fields of an object, and those of its `metadata`, `geneval_metadata` and the like beside them.
+    """Read the fields of an object, with those inside its `metadata`, `geneval_metadata` and the like.
 
-    null is absent, and a text that is itself an object or a list in JSON, as tables hold it, is that; metadata
-    may be as Python prints it. Empty for what is no object.
+    A field that is null counts as absent. A text that is itself an object or a list in JSON, as tables hold it,
+    is parsed; metadata may also be as Python prints it. Where both have a field, the outer one counts. Returns
+    no field for what is no object.
     """
     if not isinstance(record, dict):
         return {}
@@ -184,7 +195,7 @@ def read_fields(record: Any) -> dict[str, Any]:
 
 
 def read_value(value: Any) -> Any:
-    """A value in JSON without nulls, and with texts that are JSON read."""
+    """Read a value of JSON: leave out nulls, and parse texts that are JSON themselves."""
     if isinstance(value, dict):
         return {key: read_value(inner) for key, inner in value.items() if inner is not None}
     if isinstance(value, list):
@@ -192,28 +203,30 @@ def read_value(value: Any) -> Any:
     if isinstance(value, str) and value.lstrip().startswith(("{", "[")):
         inner = parse_json(value)
         texts = isinstance(inner, list) and all(isinstance(i, str | dict) for i in inner)
-        if texts or isinstance(inner, dict):  # Not [1], which a sign may read.
+        if texts or isinstance(inner, dict):  # Not "[1]", which may be words that a picture is to show.
             return read_value(inner)
     return value
 
 
 def is_text(text: str) -> bool:
-    """Whether it can be written: JSON can hold half a surrogate pair, which no tokenizer and no file takes."""
+    """Tell whether a text can be written. Half a surrogate pair, which JSON may hold, cannot."""
     return text.isascii() or not any("\ud800" <= c <= "\udfff" for c in text)
 
 
-def scorable(
+def keep_scorable(
     prompts: list[Prompt],
     check: Callable[[str, Mapping[str, Any]], None],
     policy: Literal["error", "drop"],
 ) -> list[Prompt]:
-    """The prompts that the reward can score.
+    """Keep the prompts that every reward can score.
 
-    policy: `error` refuses the file at the first prompt that it cannot; `drop` leaves such prompts out.
+    check: raises PromptError for a prompt that a reward can never score.
+    policy: `error` refuses all at the first such prompt, `drop` leaves such prompts out.
+    Raises UsageError then, and where no prompt is left.
     """
     kept, refused = [], ""
     for prompt in prompts:
-        why = refusal_of(prompt, check)
+        why = find_refusal(prompt, check)
         refused = refused or why
         if why and policy == "error":
             raise UsageError(
@@ -227,8 +240,8 @@ def scorable(
     return kept
 
 
-def refusal_of(prompt: Prompt, check: Callable[[str, Mapping[str, Any]], None]) -> str:
-    """Why a reward cannot score a prompt, and where the prompt stands; empty where every reward can."""
+def find_refusal(prompt: Prompt, check: Callable[[str, Mapping[str, Any]], None]) -> str:
+    """Say where a prompt stands and why a reward cannot score it; returns "" where every reward can."""
     try:
         check(prompt.text, prompt.metadata)
     except PromptError as error:
@@ -236,20 +249,23 @@ def refusal_of(prompt: Prompt, check: Callable[[str, Mapping[str, Any]], None]) 
     return ""
 
 
-def prompts_of_run(count: int, per_epoch: int, seed: int, epochs: int) -> Sequence[int]:
-    """Indices of all prompts that the run will draw."""
-    if epochs * per_epoch >= count:
-        return range(count)
-    return [i for epoch in range(1, epochs + 1) for i in prompts_of_epoch(count, per_epoch, seed, epoch)]
+def list_prompts_of_run(count: int, per_epoch: int, seed: int, epochs: int) -> Sequence[int]:
+    """List the indices of the prompts that the run will draw, so that no others need be encoded.
 
-
-def prompts_of_epoch(count: int, per_epoch: int, seed: int, epoch: int) -> list[int]:
-    """Indices of the distinct prompts of an epoch (from 1).
-
-    A pass is a permutation cut into epochs; what is left over of a pass is dropped, so that no
-    prompt comes twice in an epoch, and another pass drops others.
+    count: prompts in the file. An index may come twice.
     """
-    epochs_a_pass = count // per_epoch
-    number, part = divmod(epoch - 1, epochs_a_pass)
-    order = torch.randperm(count, generator=generator(seed, "prompts", number), device="cpu")
+    if epochs * per_epoch >= count:  # About all of them. A list for a long run would take long to make.
+        return range(count)
+    return [i for epoch in range(1, epochs + 1) for i in draw_prompts_of_epoch(count, per_epoch, seed, epoch)]
+
+
+def draw_prompts_of_epoch(count: int, per_epoch: int, seed: int, epoch: int) -> list[int]:
+    """Draw the prompts of an epoch (the first is 1): `per_epoch` different indices below `count`.
+
+    All prompts are shuffled and cut into epochs. When too few are left for an epoch they are dropped, and all
+    are shuffled anew: so no prompt comes twice in an epoch, and each shuffle drops others.
+    """
+    # Counted from the epoch's number alone, so that a run that is resumed needs nothing else.
+    shuffle, part = divmod(epoch - 1, count // per_epoch)
+    order = torch.randperm(count, generator=make_generator(seed, "prompts", shuffle), device="cpu")
     return order[part * per_epoch : (part + 1) * per_epoch].tolist()

@@ -38,6 +38,7 @@ def redirect_prints() -> Iterator[None]:
     Standard output is for tables and JSON, which other programs read.
     """
     with redirect_stdout(sys.stderr):
+        # Python's own prints are redirected above. Programs and C libraries write to descriptor 1 itself.
         try:
             if sys.__stdout__:
                 sys.__stdout__.flush()

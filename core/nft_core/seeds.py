@@ -1,4 +1,4 @@
-"""Random numbers that depend on what they are for and on nothing else.
+"""Makes random numbers that depend on what they are for and on nothing else.
 
 Each image's noise comes from (seed, purpose, epoch, prompt index, image index), so a run does not
 change with the batch size or the number of processes.
@@ -13,23 +13,30 @@ import numpy as np
 import torch
 
 
-def generator(seed: int, purpose: str, *key: int) -> torch.Generator:
-    """A CPU generator for one purpose (`rollout`, `train`, `eval`, `prompts`, ...) and one key."""
-    return torch.Generator().manual_seed(_hashed(seed, purpose, *key))
+def make_generator(seed: int, purpose: str, *key: int) -> torch.Generator:
+    """Make a CPU generator for one purpose (`rollout`, `train`, `eval`, `prompts`, ...) and one key.
+
+    On the CPU, since the same seed may give other numbers on another kind of GPU.
+    """
+    return torch.Generator().manual_seed(hash_key(seed, purpose, *key))
 
 
 def reseed(seed: int, purpose: str, *key: int) -> None:
-    """Seed what a plug-in may draw from against its contract: torch's, NumPy's and Python's global generators.
+    """Seed the global generators of torch, NumPy and Python.
 
+    The contract forbids plug-ins to draw from them, and some will.
     So a run that goes on from a checkpoint needs no generator's state, in however many processes.
     """
-    number = _hashed(seed, purpose, *key)
+    number = hash_key(seed, purpose, *key)
     torch.manual_seed(number)
-    np.random.seed(number % 2**32)
+    np.random.seed(number % 2**32)  # NumPy takes 32 bits.
     random.seed(number)
 
 
-def _hashed(*key: int | str) -> int:
-    """64 bits, signed. Hashed, since neighbouring integers would make neighbouring, correlated seeds."""
+def hash_key(*key: int | str) -> int:
+    """Hash a key to a signed integer of 64 bits.
+
+    The seeds 1 and 2 may start streams that resemble each other; their hashes have nothing in common.
+    """
     digest = hashlib.blake2b("/".join(map(str, key)).encode(), digest_size=8).digest()
     return int.from_bytes(digest, "big", signed=True)

@@ -32,35 +32,36 @@ NOT_SPELLED = frozenset(
 )
 
 
-def plural(shape: str) -> str:
+def make_plural(shape: str) -> str:
     return shape + ("es" if shape == "cross" else "s")
 
 
-def scene_captions() -> Iterator[Caption]:
+def make_scene_captions() -> Iterator[Caption]:
     """Every caption of shapes, tag by tag."""
 
-    def caption(tag: str, prompt: str, *include: dict[str, Any]) -> Caption:
+    def make_caption(tag: str, prompt: str, *include: dict[str, Any]) -> Caption:
         return {"tag": tag, "prompt": prompt, "include": list(include)}
 
     for s in SHAPES:
         one = {"class": s, "count": 1}
         for template in ("a {}", "one {}", "a single {}", "a photo of a {}"):
-            yield caption("single_object", template.format(s), one)
+            yield make_caption("single_object", template.format(s), one)
         for c, start in itertools.product(COLORS, ("a", "a photo of a")):
-            yield caption("colors", f"{start} {c} {s}", one | {"color": c})
+            yield make_caption("colors", f"{start} {c} {s}", one | {"color": c})
         for (n, word), start in itertools.product(NUMBERS.items(), ("", "a photo of ")):
-            yield caption("counting", f"{start}{word} {plural(s)}", {"class": s, "count": n})
+            yield make_caption("counting", f"{start}{word} {make_plural(s)}", {"class": s, "count": n})
     for a, b in itertools.permutations(SHAPES, 2):
         first, second = {"class": a, "count": 1}, {"class": b, "count": 1}
         for start in ("a", "a photo of a"):
-            yield caption("two_object", f"{start} {a} and a {b}", first, second)
+            yield make_caption("two_object", f"{start} {a} and a {b}", first, second)
             for r in RELATIONS:
-                yield caption("position", f"{start} {a} {r} a {b}", second, first | {"position": [r, 0]})
+                yield make_caption("position", f"{start} {a} {r} a {b}", second, first | {"position": [r, 0]})
         for c, d in itertools.permutations(COLORS, 2):
-            yield caption("color_attr", f"a {c} {a} and a {d} {b}", first | {"color": c}, second | {"color": d})
+            prompt = f"a {c} {a} and a {d} {b}"
+            yield make_caption("color_attr", prompt, first | {"color": c}, second | {"color": d})
 
 
-def more_captions() -> Iterator[Caption]:
+def make_more_captions() -> Iterator[Caption]:
     """For reinforcement learning alone: pairs in other words, since few captions of two objects are left."""
     for a, b in itertools.permutations(SHAPES, 2):
         for start in ("one", "a photo of one"):
@@ -68,11 +69,11 @@ def more_captions() -> Iterator[Caption]:
             yield {"tag": "two_object", "prompt": prompt, "include": include}
 
 
-def word_caption(word: str) -> Caption:
+def make_word_caption(word: str) -> Caption:
     return {"tag": "text", "prompt": f'the word "{word.upper()}"', "text": word.upper()}
 
 
-def known_and_held_out_words() -> tuple[list[str], list[str]]:
+def split_words() -> tuple[list[str], list[str]]:
     words = [w for w in WORDS if w not in NOT_SPELLED]
     random.Random(1).shuffle(words)
     return words[HELD_OUT_WORDS:], words[:HELD_OUT_WORDS]
@@ -97,25 +98,25 @@ SIZES = {
 REPEATED = {"single_object": 3, "two_object": 4, "counting": 10}
 
 
-def sets() -> dict[str, list[Caption]]:
+def make_sets() -> dict[str, list[Caption]]:
     """The three sets, split tag by tag."""
     result: dict[str, list[Caption]] = {name: [] for name in SIZES}
     for tag in TAGS:
-        captions = [c for c in scene_captions() if c["tag"] == tag]
+        captions = [c for c in make_scene_captions() if c["tag"] == tag]
         random.Random(f"split {tag}").shuffle(captions)
         for name, sizes in SIZES.items():
             result[name] += captions[: sizes[tag]] * (REPEATED.get(tag, 1) if name == "train" else 1)
             captions = captions[sizes[tag] :]
-    result["train"] += list(more_captions()) * REPEATED["two_object"]
-    known, held_out = known_and_held_out_words()
-    result["eval"] += map(word_caption, held_out[:24])
-    result["select"] += map(word_caption, held_out[24:])
-    result["train"] += map(word_caption, known)
+    result["train"] += list(make_more_captions()) * REPEATED["two_object"]
+    known, held_out = split_words()
+    result["eval"] += map(make_word_caption, held_out[:24])
+    result["select"] += map(make_word_caption, held_out[24:])
+    result["train"] += map(make_word_caption, known)
     return result
 
 
-def write(folder: Path) -> None:
+def write_sets(folder: Path) -> None:
     """`train.jsonl`, `eval.jsonl` and `select.jsonl`."""
-    for name, captions in sets().items():
+    for name, captions in make_sets().items():
         lines = [json.dumps(c) + "\n" for c in captions]
         (folder / f"{name}.jsonl").write_text("".join(lines), encoding="utf-8")

@@ -70,7 +70,7 @@ def detect_shapes(image: np.ndarray) -> list[Detection]:
     blobs, _ = ndimage.label(contrast > FOREGROUND)
     found = []
     for number, box in enumerate(ndimage.find_objects(blobs), 1):
-        shape = recognise(pixels[box], contrast[box] * (blobs[box] == number), background)
+        shape = recognise_shape(pixels[box], contrast[box] * (blobs[box] == number), background)
         if shape is not None:
             label, color, (left, top, right, bottom) = shape
             x, y = box[1].start, box[0].start
@@ -78,7 +78,9 @@ def detect_shapes(image: np.ndarray) -> list[Detection]:
     return found
 
 
-def recognise(pixels: np.ndarray, contrast: np.ndarray, background: np.ndarray) -> tuple[str, str, Box] | None:
+def recognise_shape(
+    pixels: np.ndarray, contrast: np.ndarray, background: np.ndarray
+) -> tuple[str, str, Box] | None:
     """Kind, colour and box of one blob; None where it is no clean shape.
 
     contrast: the blob's distance from the background, 0 outside the blob.
@@ -99,33 +101,33 @@ def recognise(pixels: np.ndarray, contrast: np.ndarray, background: np.ndarray) 
     core = ndimage.binary_erosion(np.pad(mask, 1))[1:-1, 1:-1]
     inside = pixels[core if core.sum() >= 4 else mask]
     uniform = (np.linalg.norm(inside - PALETTE[nearest], axis=-1) < COLOR_DISTANCE).mean()
-    top, bottom = extent(covered.max(1))
-    left, right = extent(covered.max(0))
+    top, bottom = find_extent(covered.max(1))
+    left, right = find_extent(covered.max(0))
     height, width = bottom - top, right - left
     if uniform < COLOR_SHARE or max(height, width) > MAX_ASPECT * min(height, width):
         return None
     box = (left, top, right, bottom)
-    label = max(SHAPES, key=lambda kind: overlap(covered, kind, box))
-    best, box = fitted(covered, label, box)
+    label = max(SHAPES, key=lambda kind: compute_overlap(covered, kind, box))
+    best, box = fit_box(covered, label, box)
     return (label, NAMES[nearest], box) if best >= MIN_IOU else None
 
 
-def fitted(covered: np.ndarray, kind: str, box: Box) -> tuple[float, Box]:
+def fit_box(covered: np.ndarray, kind: str, box: Box) -> tuple[float, Box]:
     """The best overlap with the shape, and its box, of those near this one: tips fill no pixel, so that
     the extent of what is covered falls short of them."""
-    best = overlap(covered, kind, box)
+    best = compute_overlap(covered, kind, box)
     for step in (0.5, 0.25):
         for side in range(4):
             sides = list(box)
             sides[side] += step if side > 1 else -step  # outwards
             other: Box = (sides[0], sides[1], sides[2], sides[3])
-            value = overlap(covered, kind, other)
+            value = compute_overlap(covered, kind, other)
             if value > best:
                 best, box = value, other
     return best, box
 
 
-def extent(covered: np.ndarray) -> tuple[float, float]:
+def find_extent(covered: np.ndarray) -> tuple[float, float]:
     """Where along one direction something begins and ends, to parts of a pixel.
 
     covered: `[N]`, the largest share of a pixel that is covered in each row or column.
@@ -135,13 +137,13 @@ def extent(covered: np.ndarray) -> tuple[float, float]:
     return first + 1 - float(covered[first]), last + float(covered[last])
 
 
-def overlap(covered: np.ndarray, kind: str, box: Box) -> float:
+def compute_overlap(covered: np.ndarray, kind: str, box: Box) -> float:
     """Intersection over union, in shares of pixels, with a shape of that box."""
-    shape = template(kind, box, covered.shape)
+    shape = make_template(kind, box, covered.shape)
     return float(np.minimum(covered, shape).sum() / np.maximum(covered, shape).sum())
 
 
-def template(kind: str, box: Box, size: tuple[int, ...]) -> np.ndarray:
+def make_template(kind: str, box: Box, size: tuple[int, ...]) -> np.ndarray:
     """The share of each pixel `[H, W]` that a shape of that box covers."""
     left, top, right, bottom = box
     y, x = ((np.arange(n * SUB) + 0.5) / SUB for n in size)

@@ -37,34 +37,22 @@ class Shape(NamedTuple):
     radius: float
 
 
-def outline(kind: str, x: float, y: float, r: float, arm: float = 1 / 3) -> list[tuple[float, float]]:
+def make_outline(kind: str, x: float, y: float, r: float, arm: float = 1 / 3) -> list[tuple[float, float]]:
     """The polygon of a shape; a circle has none. arm: half the width of a cross's arms, as a share of r."""
     if kind == "square":
         return [(x - r, y - r), (x + r, y - r), (x + r, y + r), (x - r, y + r)]
     if kind == "triangle":
         return [(x, y - r), (x + r, y + r), (x - r, y + r)]
     w = r * arm
-    return [
-        *(
-            (x - w, y - r),
-            (x + w, y - r),
-            (x + w, y - w),
-            (x + r, y - w),
-            (x + r, y + w),
-            (x + w, y + w),
-        ),
-        *(
-            (x + w, y + r),
-            (x - w, y + r),
-            (x - w, y + w),
-            (x - r, y + w),
-            (x - r, y - w),
-            (x - w, y - w),
-        ),
-    ]
+    # A cross is its upper arm, turned by a right angle three times.
+    corners, points = [(-w, -r), (w, -r), (w, -w)], []
+    for _ in range(4):
+        points += [(x + u, y + v) for u, v in corners]
+        corners = [(-v, u) for u, v in corners]
+    return points
 
 
-def draw(shapes: list[Shape]) -> np.ndarray:
+def draw_shapes(shapes: list[Shape]) -> np.ndarray:
     """`[32, 32, 3]` uint8."""
     image = Image.new("RGB", (SIDE * OVERSAMPLE,) * 2, BACKGROUND)
     pen = ImageDraw.Draw(image)
@@ -73,12 +61,12 @@ def draw(shapes: list[Shape]) -> np.ndarray:
         if shape.kind == "circle":
             pen.ellipse((x - r, y - r, x + r, y + r), fill=COLORS[shape.color])
         else:
-            pen.polygon(outline(shape.kind, x, y, r), fill=COLORS[shape.color])
+            pen.polygon(make_outline(shape.kind, x, y, r), fill=COLORS[shape.color])
     return np.asarray(image.resize((SIDE, SIDE), Image.Resampling.BOX))
 
 
 @lru_cache(maxsize=1)
-def _font() -> Any:
+def _load_font() -> Any:
     return ImageFont.load_default(size=14)
 
 
@@ -87,11 +75,11 @@ def draw_word(word: str) -> np.ndarray:
     image = Image.new("RGB", (SIDE, SIDE), BACKGROUND)
     pen = ImageDraw.Draw(image)
     for i, letter in enumerate(word):
-        pen.text((6.5 + 9.5 * i, 16), letter, font=_font(), fill=COLORS["white"], anchor="mm")
+        pen.text((6.5 + 9.5 * i, 16), letter, font=_load_font(), fill=COLORS["white"], anchor="mm")
     return np.asarray(image)
 
 
-def _place(rng: np.random.Generator, radii: list[float]) -> list[tuple[float, float]]:
+def _place_shapes(rng: np.random.Generator, radii: list[float]) -> list[tuple[float, float]]:
     """Centres of shapes that do not touch one another or the edge."""
     while True:
         centres: list[tuple[float, float]] = []
@@ -107,17 +95,17 @@ def _place(rng: np.random.Generator, radii: list[float]) -> list[tuple[float, fl
             return centres
 
 
-def _related(rng: np.random.Generator, radii: list[float], relation: str) -> list[tuple[float, float]]:
+def _place_related(rng: np.random.Generator, radii: list[float], relation: str) -> list[tuple[float, float]]:
     """Two centres of which the second is clearly `relation` the first."""
     while True:
-        (x0, y0), (x1, y1) = centres = _place(rng, radii)
+        (x0, y0), (x1, y1) = centres = _place_shapes(rng, radii)
         along, across = (x1 - x0, y1 - y0) if relation in ("left of", "right of") else (y1 - y0, x1 - x0)
         sign = -1 if relation in ("left of", "above") else 1
         if along * sign >= 11 and abs(across) <= 8:
             return centres
 
 
-def render(metadata: dict[str, Any], rng: np.random.Generator) -> np.ndarray:
+def render_scene(metadata: dict[str, Any], rng: np.random.Generator) -> np.ndarray:
     """A scene that meets GenEval-style metadata; what the metadata leaves open is drawn at random."""
     if "text" in metadata:
         return draw_word(metadata["text"])
@@ -128,5 +116,5 @@ def render(metadata: dict[str, Any], rng: np.random.Generator) -> np.ndarray:
     low, high = {1: (6, 9.5), 2: (4.5, 6.5)}.get(len(wanted), (4, 5.2))
     radii = [float(r) for r in rng.uniform(low, high, len(wanted))]
     relation = next((c["position"][0] for c in metadata["include"] if "position" in c), None)
-    centres = _related(rng, radii, relation) if relation else _place(rng, radii)
-    return draw([Shape(k, c, x, y, r) for (k, c), (x, y), r in zip(wanted, centres, radii, strict=True)])
+    centres = _place_related(rng, radii, relation) if relation else _place_shapes(rng, radii)
+    return draw_shapes([Shape(k, c, x, y, r) for (k, c), (x, y), r in zip(wanted, centres, radii, strict=True)])

@@ -6,23 +6,31 @@ import importlib
 import inspect
 import re
 import typing
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from types import ModuleType
 from typing import Any, Union
 
 import pluggy
 
 from .. import hookspecs
-from ..cards import Factory, ModelInfo, ObserverInfo, Preset, RewardInfo, SolverInfo
+from ..cards import ModelInfo, ObserverInfo, Preset, RewardInfo, SolverInfo
 from ..hookspecs import CONTRACT, OFFERS, PROJECT
-from .rules import Broken, hold, may_not_raise
+from ..rules import (
+    HOOKS,
+    OFFERED,
+    RESERVED,
+    compare_versions,
+    find_hooks,
+    find_malformed_field,
+    find_unmarked_hooks,
+    is_name,
+    parse_version,
+    read_types,
+    resolve_factory,
+)
+from .breaches import Broken, hold, may_not_raise
 
 Card = Union[RewardInfo, SolverInfo, ModelInfo, ObserverInfo, Preset]
-
-#: What factories are given if they take it, and so is no option.
-OFFERED = ("device", "make_reward")
-#: Words of every reward's spec, which the host keeps to itself.
-RESERVED = ("on_error", "retry", "max_seconds")
 
 
 def check_plugin(
@@ -41,13 +49,18 @@ def check_plugin(
         with may_not_raise("a plug-in's module must be importable"):
             plugin = importlib.import_module(module)
     check_contract(getattr(plugin, "CONTRACT", None))
-    hooks = marked(plugin)
-    known = {name for name in vars(hookspecs) if name.startswith("nft_")}
+    hooks = find_hooks(plugin)
     hold(bool(hooks), "a plug-in must implement a hook: a function marked with @nft_plugins.hookimpl")
     hold(
-        hooks <= known,
+        hooks <= HOOKS,
         "a function marked with hookimpl must have a hook's name",
-        f"no hook is called {', '.join(sorted(hooks - known))}; hooks are {', '.join(sorted(known))}",
+        f"no hook is called {', '.join(sorted(hooks - HOOKS))}; hooks are {', '.join(sorted(HOOKS))}",
+    )
+    unmarked = find_unmarked_hooks(plugin)
+    hold(
+        not unmarked,
+        "a function with a hook's name must be marked with @nft_plugins.hookimpl",
+        ", ".join(unmarked),
     )
     manager = fresh_manager()
     try:
@@ -70,21 +83,15 @@ def fresh_manager() -> pluggy.PluginManager:
     return manager
 
 
-def marked(plugin: object) -> set[str]:
-    """Names of what is marked with `hookimpl`."""
-    return {name for name in dir(plugin) if hasattr(getattr(plugin, name, None), f"{PROJECT}_impl")}
-
-
 def check_contract(declared: object) -> None:
     """Check what the module says of the contract that it was written for; it may say nothing."""
     if declared is None:
         return
-    version = re.fullmatch(r"(\d+)\.(\d+)", declared) if isinstance(declared, str) else None
+    version = parse_version(declared) if isinstance(declared, str) else None
     if version is None:
         raise Broken('CONTRACT must be a string "MAJOR.MINOR"', repr(declared))
-    major, minor = map(int, CONTRACT.split("."))
     hold(
-        int(version[1]) == major and int(version[2]) <= minor,
+        not compare_versions(version),
         "CONTRACT must be the installed contract, or an earlier minor version of it",
         f"{declared} was written for, and {CONTRACT} is installed",
     )
@@ -121,7 +128,7 @@ def check_card(card: Card, options: Mapping[str, Any] | None = None) -> None:
         return
     about = f"the factory of {card.name!r}"
     with may_not_raise('a card\'s factory must be importable as "module:attribute"', about):
-        factory = resolve(card.factory)
+        factory = resolve_factory(card.factory)
     with may_not_raise("a card's factory must be callable, with a signature that Python can read", about):
         parameters = dict(inspect.signature(factory).parameters)
     if isinstance(card, RewardInfo):
@@ -141,7 +148,7 @@ def check_card(card: Card, options: Mapping[str, Any] | None = None) -> None:
     if isinstance(card, ModelInfo) or family:
         del parameters[next(iter(parameters))]
     fixed = {*OFFERED, "dtype"} if isinstance(card, ModelInfo) else OFFERED
-    hints = types_of(factory)
+    hints = read_types(factory)
     for name, parameter in parameters.items():
         if parameter.kind is not parameter.VAR_KEYWORD and name not in fixed:
             check_option(f"{name!r} of {card.name!r}", parameter, hints.get(name), name in (options or {}))
@@ -150,9 +157,8 @@ def check_card(card: Card, options: Mapping[str, Any] | None = None) -> None:
 def check_words(card: Card) -> None:
     """What a card says in words and numbers."""
     about = f"{type(card).__name__} {card.name!r}"
-    family = ":?" if isinstance(card, SolverInfo) else ""
     hold(
-        isinstance(card.name, str) and bool(re.fullmatch("[a-z0-9][a-z0-9_-]*" + family, card.name)),
+        is_name(card.name, type(card)),
         "a card's name must be lower-case letters, digits, _ and -, from a letter or digit on; "
         "that of a family of solvers ends in ':'",
         repr(card.name),
@@ -162,13 +168,12 @@ def check_words(card: Card) -> None:
         "a card's summary must be one line of text",
         f"{about} has {card.summary!r}",
     )
-    for name in ("files", "metadata", "modules", "pipelines"):
-        value = getattr(card, name, ())
-        hold(
-            isinstance(value, tuple) and all(isinstance(v, str) for v in value),
-            "a card's lists must be tuples of strings; one string alone needs a comma behind it",
-            f"{about} has {name}={value!r}",
-        )
+    wrong = find_malformed_field(card)
+    hold(
+        not wrong,
+        "a card's fields must be of their types: one text alone in a tuple needs a comma behind it",
+        f"{about} has {wrong}",
+    )
     if isinstance(card, ModelInfo):
         hold(
             bool(card.pipelines),
@@ -183,11 +188,9 @@ def check_words(card: Card) -> None:
         )
     if isinstance(card, Preset):
         hold(
-            isinstance(card.settings, Mapping)
-            and isinstance(card.rewards, Mapping)
-            and all(isinstance(options, Mapping) for options in card.rewards.values()),
-            "a preset's settings must be a mapping, and its rewards one of mappings",
-            f"{about} has settings={card.settings!r}, rewards={card.rewards!r}",
+            all(isinstance(options, Mapping) for options in card.rewards.values()),
+            "a preset's rewards must be a mapping of mappings",
+            f"{about} has rewards={card.rewards!r}",
         )
 
 
@@ -228,32 +231,15 @@ def check_option(about: str, parameter: inspect.Parameter, hint: Any, given: boo
         )
 
 
-def types_of(factory: Callable[..., Any]) -> dict[str, Any]:
-    """Types by parameter; none where they cannot be known, as those that only type checkers import."""
-    target = factory.__init__ if inspect.isclass(factory) else factory
-    try:
-        return typing.get_type_hints(target)
-    except (NameError, TypeError):
-        return {}
-
-
-def resolve(factory: Factory) -> Any:
-    """The factory behind `module:attribute`."""
-    if not isinstance(factory, str):
-        return factory
-    module, _, attribute = factory.partition(":")
-    return getattr(importlib.import_module(module), attribute)
-
-
 def make(
     card: RewardInfo | SolverInfo | ModelInfo, arguments: tuple[Any, ...], options: Mapping[str, Any]
 ) -> Any:
     """What a card's factory makes of these options."""
     about = f"{card.name!r} with {dict(options)}"
     with may_not_raise("a factory must take the options that it is given", about):
-        return resolve(card.factory)(*arguments, **options)
+        return resolve_factory(card.factory)(*arguments, **options)
 
 
 def takes(card: RewardInfo | SolverInfo | ModelInfo, name: str) -> bool:
     """Whether a card's factory has a parameter of that name."""
-    return name in inspect.signature(resolve(card.factory)).parameters
+    return name in inspect.signature(resolve_factory(card.factory)).parameters

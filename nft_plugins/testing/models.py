@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any, cast
 
 from ..cards import ModelInfo
 from ..interfaces import Condition, FlowModel
+from .breaches import Broken, hold, may_not_raise
 from .cards import check_card, make
-from .rules import Broken, hold, may_not_raise
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -12,9 +12,9 @@ from .. import process
 from ..cards import RewardInfo
 from ..data import Batch, PromptError, Scores
 from ..interfaces import Reward
+from .breaches import Broken, hold, may_not_raise
 from .cards import check_card, make, takes
 from .pictures import builtin_batches
-from .rules import Broken, hold, may_not_raise
 
 if TYPE_CHECKING:
     from torch import Tensor

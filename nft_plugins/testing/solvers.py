@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Any
 
 from ..cards import SolverInfo
 from ..interfaces import Solver
+from .breaches import hold, may_not_raise
 from .cards import check_card, make
-from .rules import hold, may_not_raise
 
 if TYPE_CHECKING:
     import torch

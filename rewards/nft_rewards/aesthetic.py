@@ -12,19 +12,22 @@ from torch import nn
 from nft_plugins import Batch, Scores
 
 from .clip import Precision, load_clip
-from .files import find_file, load_exactly, read_tensors
-from .pixels import finite
+from .files import find_file, load_weights, read_tensors
+from .pixels import score_finite_images
 
 CHECKPOINT = "camenduru/improved-aesthetic-predictor"
 FILE = "sac+logos+ava1-l14-linearMSE.pth"
 
 
-#: Of CLIP ViT-L/14's image embeddings.
+#: Numbers in an image embedding of CLIP ViT-L/14.
 WIDTH = 768
 
 
 def make_head() -> nn.ModuleDict:
-    """Five linear layers with dropout between them, and no activations, as published."""
+    """Make the published head: five linear layers with dropout between them, and no activations.
+
+    It maps embeddings `[B, 768]` to scores `[B, 1]`.
+    """
     layers = nn.Sequential(
         nn.Linear(WIDTH, 1024),
         nn.Dropout(0.2),
@@ -35,14 +38,16 @@ def make_head() -> nn.ModuleDict:
         nn.Linear(64, 16),
         nn.Linear(16, 1),
     )
-    return nn.ModuleDict({"layers": layers})  # The published file's names begin with `layers.`.
+    # The names of the weights in the published file begin with `layers.`.
+    return nn.ModuleDict({"layers": layers})
 
 
 class Aesthetic:
-    """Values of about 1 to 10. The prompt plays no part.
+    """Scores an image from about 1 to 10 by how beautiful it is. The prompt plays no part.
 
-    checkpoint: hub id, folder or file of the head. clip: the CLIP ViT-L/14 that it was trained on.
-    precision: of the CLIP; the head is float32. `auto`: bf16 on CUDA, fp32 elsewhere.
+    checkpoint: hub id, folder or file of the head.
+    clip: hub id or folder of the CLIP ViT-L/14 that the head was trained on.
+    precision: number format of the CLIP; the head is float32. `auto`: bf16 on CUDA, fp32 elsewhere.
     Raises OSError without the files, and ValueError for a CLIP whose embeddings have another width.
     """
 
@@ -56,9 +61,10 @@ class Aesthetic:
     ) -> None:
         path = find_file(checkpoint, FILE)
         head = make_head()
-        load_exactly(head, read_tensors(path), path)
+        load_weights(head, read_tensors(path), path)
         self.head = head["layers"].float().to(device).eval().requires_grad_(False)
-        self.clip = load_clip(clip, clip, device, precision)
+        # Rewards with the same CLIP share it: clipscore and the colours of geneval use this one too.
+        self.clip = load_clip(clip, device, precision)
         if self.clip.towers.width != WIDTH:
             raise ValueError(
                 f"the head is for embeddings of {WIDTH} numbers, those of clip={clip!r} have "
@@ -67,7 +73,6 @@ class Aesthetic:
 
     @torch.no_grad()
     def __call__(self, batch: Batch) -> Scores:
-        if not len(batch):
-            return Scores.of(torch.zeros(0, dtype=torch.float32, device="cpu"))
-        values = self.head(self.clip.images(batch)).squeeze(-1)
-        return Scores.of(values.where(finite(batch).to(values.device), torch.nan))
+        return Scores.of(
+            score_finite_images(batch, lambda: self.head(self.clip.encode_images(batch)).squeeze(-1))
+        )

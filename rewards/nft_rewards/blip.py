@@ -1,7 +1,7 @@
-"""BLIP with ImageReward's head: the published file read into transformers' own classes, key by key.
+"""BLIP with ImageReward's head. The published file is read into transformers' own classes, weight by weight.
 
-Sizes are the published ones unless a med_config.json beside the file says otherwise, and never those of the
-file itself, so that a file with a layer too few is an error and not a smaller model.
+The sizes of the model are the published ones, unless a med_config.json beside the file gives others. They are
+never read off the weights: a file that lacks a layer is an error, and not a smaller model.
 Source: ImageReward.pt of THUDM/ImageReward, arXiv 2304.05977; BLIP, arXiv 2201.12086 (BSD-3-Clause).
 """
 
@@ -16,7 +16,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .files import find_file, limited, load_exactly, read_tensors
+from nft_plugins.files import limit_tensors
+
+from .files import find_file, load_weights, read_tensors
 
 WEIGHTS, SAFETENSORS = "ImageReward.pt", "ImageReward.safetensors"
 MED_CONFIG = "med_config.json"
@@ -41,7 +43,7 @@ TEXT = {
     "hidden_act": "gelu",
 }
 
-#: transformers' names and the file's, in the image encoder.
+#: What transformers calls a part of the image encoder, and what the file calls it.
 RENAMED = {
     "embeddings.class_embedding": "cls_token",
     "embeddings.position_embedding": "pos_embed",
@@ -53,7 +55,8 @@ RENAMED = {
     "post_layernorm": "norm",
 }
 
-#: In the file, and not part of the score: BLIP's contrastive projections, and 0, 1, 2, ... as a buffer.
+#: These are in the file and play no part in the score: the projections of BLIP's contrastive loss, and a
+#: buffer with 0, 1, 2, ...
 UNUSED = {
     "blip.vision_proj.weight",
     "blip.vision_proj.bias",
@@ -64,9 +67,10 @@ UNUSED = {
 
 
 class BLIPScore(nn.Module):
-    """A score `[B]`, not normalised, of pixels `[B, 3, S, S]` each with its own text `ids, mask [B, L]`.
+    """Computes a raw score `[B]` from pixels `[B, 3, S, S]`, each with its own text `ids, mask [B, L]`.
 
-    The text encoder looks at the image in each of its layers; the head reads its first token, in float32.
+    The text encoder looks at the image in each of its layers. The head reads the encoder's first token, in
+    float32.
     """
 
     def __init__(self, vision: Mapping[str, Any], text: Mapping[str, Any]) -> None:
@@ -74,7 +78,8 @@ class BLIPScore(nn.Module):
 
         super().__init__()
         self.vision = BlipVisionModel(BlipVisionConfig(**vision))
-        # As a decoder it has the cross-attention layers; forward then attends in both directions.
+        # Only a decoder has layers that look at the image. `forward` switches the decoder's mask off, so that
+        # each token sees those behind it too.
         config = BlipTextConfig(
             **text,
             encoder_hidden_size=vision["hidden_size"],
@@ -85,7 +90,8 @@ class BLIPScore(nn.Module):
         )
         self.text = BlipTextModel(config, add_pooling_layer=False)
         widths = (text["hidden_size"], 1024, 128, 64, 16, 1)
-        # Numbered as in the file, where dropout takes places 1, 3 and 5. No activations, as published.
+        # The layers have the numbers of the file, where dropout takes places 1, 3 and 5. No activations, as
+        # published.
         layers = zip("02467", widths[:-1], widths[1:], strict=True)
         self.mlp = nn.Sequential(OrderedDict((place, nn.Linear(m, n)) for place, m, n in layers))
         self.image_size = int(vision["image_size"])
@@ -96,12 +102,13 @@ class BLIPScore(nn.Module):
         read = self.text(
             input_ids=ids, attention_mask=mask, encoder_hidden_states=seen, is_decoder=False
         ).last_hidden_state
+        # The head was trained on the first token, [CLS].
         score: Tensor = self.mlp(read[:, 0].float())
         return score.squeeze(-1)
 
 
-def published_name(key: str) -> str:
-    """What the published file calls a weight of `BLIPScore`."""
+def get_published_name(key: str) -> str:
+    """Translate the name of a weight of `BLIPScore` to the name that it has in the published file."""
     part, _, name = key.partition(".")
     if part == "vision":
         for ours, theirs in RENAMED.items():
@@ -109,19 +116,27 @@ def published_name(key: str) -> str:
     return {"vision": "blip.visual_encoder.", "text": "blip.text_encoder.", "mlp": "mlp.layers."}[part] + name
 
 
-def locate(checkpoint: str) -> Path:
-    """The file of weights, with its med_config.json beside it where there is one. Raises OSError without it."""
+def find_weights(checkpoint: str) -> Path:
+    """Find the file of weights in a folder or on the hub, and fetch its med_config.json to the same place.
+
+    Raises OSError where there is no such file.
+    """
     folder = Path(checkpoint)
     if (folder / SAFETENSORS).is_file():
         return folder / SAFETENSORS
     if not folder.exists():
+        # A hub id: `load_blip` looks for the config beside the weights, so fetch both.
         find_file(checkpoint, MED_CONFIG)
     return find_file(checkpoint, WEIGHTS)
 
 
-def sizes(config: Path) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Of the image and the text encoder, by transformers' names. A field `vision` of our own changes the
-    former; the published med_config.json has the latter alone, and its `encoder_width` is not what is used."""
+def read_sizes(config: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Read the sizes of the image encoder and of the text encoder, by transformers' names.
+
+    The published med_config.json holds those of the text encoder alone. Its `encoder_width` is not the
+    one that the model has. A field `vision`, which is our own, changes the image encoder.
+    Raises OSError where the file is not in that form.
+    """
     if not config.is_file():
         return VISION, TEXT
     try:
@@ -132,12 +147,16 @@ def sizes(config: Path) -> tuple[dict[str, Any], dict[str, Any]]:
 
 
 def load_blip(file: Path, device: torch.device, dtype: torch.dtype) -> BLIPScore:
-    """The model with the file's weights; encoders in `dtype`. Raises OSError where they are not its own."""
+    """Load the model with the weights of a file, the encoders in `dtype` and the head in float32.
+
+    Raises OSError where the file does not hold exactly the model's weights.
+    """
     tensors = read_tensors(file)
-    with torch.device("meta"), limited(len(tensors)):
-        model = BLIPScore(*sizes(file.with_name(MED_CONFIG)))
-    load_exactly(model, tensors, file, name=published_name, unused=UNUSED)
-    # The one buffer that is in no file, and so still without contents.
+    # No memory is taken for weights that the file's own tensors will replace.
+    with torch.device("meta"), limit_tensors(len(tensors)):
+        model = BLIPScore(*read_sizes(file.with_name(MED_CONFIG)))
+    load_weights(model, tensors, file, name=get_published_name, unused=UNUSED)
+    # This buffer is left out of the file, so on the meta device it has no contents yet.
     positions = torch.arange(model.text.config.max_position_embeddings, device="cpu")
     model.text.embeddings.register_buffer("position_ids", positions.expand(1, -1), persistent=False)
     model.to(device).eval().requires_grad_(False)

@@ -1,8 +1,10 @@
-"""CLIP towers, shared by the rewards that want the same ones.
+"""CLIP towers, shared by the rewards that need the same ones.
 
-What a CLIP knows of an image or a prompt is one unit-length vector each. Pixels are resized on their own
-device exactly as PIL does it, once for all rewards that want that size; a batch's image features are
-computed once for all rewards on the same towers; a prompt's text features are kept across epochs.
+A CLIP turns an image into one vector of unit length, and a prompt into another. Nothing is computed twice:
+
+- pixels are resized exactly as PIL does it, once for all rewards that need that size;
+- the image vectors of a batch are computed once for all rewards on the same towers;
+- the text vector of a prompt is kept from epoch to epoch.
 """
 
 from __future__ import annotations
@@ -21,17 +23,17 @@ from torch.nn.functional import normalize
 from nft_plugins import Batch
 from nft_plugins.vocabulary import check_end, check_tokenizer
 
-from .chunks import in_chunks
-from .files import absolute, checked_config, explained, load_pretrained
-from .pixels import CLIP_MEAN, CLIP_STD, Size, finite, normalised, shared_crop
+from .chunks import run_in_chunks
+from .files import explain_errors, load_pretrained, read_checked_config, resolve_path
+from .pixels import CLIP_MEAN, CLIP_STD, Size, normalise_pixels, score_finite_images, share_crop
 from .texts import Texts
 
 Precision = Literal["auto", "fp32", "bf16", "fp16"]
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
-def dtype_of(precision: Precision, device: torch.device) -> torch.dtype:
-    """`auto`: bfloat16 on CUDA, float32 elsewhere."""
+def choose_dtype(precision: Precision, device: torch.device) -> torch.dtype:
+    """Choose the number format of a network. `auto` is bfloat16 on CUDA and float32 elsewhere."""
     if precision == "auto":
         return torch.bfloat16 if device.type == "cuda" else torch.float32
     return DTYPES[precision]
@@ -39,16 +41,17 @@ def dtype_of(precision: Precision, device: torch.device) -> torch.dtype:
 
 @dataclass(frozen=True)
 class Towers:
-    """A CLIP's parts, whichever library they come from.
+    """Holds the parts of a CLIP, whichever library they come from.
 
-    encode_images: `[B, 3, *crop]` normalised pixels in `dtype` to `[B, D]`.
-    encode_texts: what `tokenize` gave to `[B, D]`.
-    tokenize: texts to tokens `[B, length]` on the device, cut to that length.
-    count_tokens: how long each text is before it is cut.
-    width: of the embeddings, D.
-    size, crop: pixels that images are resized to, and of the crop from the middle.
-    rounded: whether the crop begins at half the margin rounded to even, as torchvision has it, or rounded
-        down, as transformers has it.
+    encode_images: maps normalised pixels `[B, 3, *crop]` in `dtype` to embeddings `[B, D]`.
+    encode_texts: maps tokens, as `tokenize` gives them, to embeddings `[B, D]`.
+    tokenize: maps texts to tokens `[B, length]` on the device; longer texts are cut.
+    count_tokens: gives the number of tokens of each text before it is cut.
+    width: D, the length of an embedding. logit_scale: the factor on the cosine, already exponentiated.
+    size: pixels that images are resized to. crop: height and width of the part that is cut from the middle.
+    rounded: how half of an odd margin is rounded: to the even number as torchvision does (True), or down as
+        transformers does (False).
+    mean, std: of each channel, in units of pixels / 255.
     """
 
     encode_images: Callable[[Tensor], Tensor]
@@ -68,105 +71,113 @@ class Towers:
 
 
 class CLIP:
-    """Unit-length image and text features, float32, of one CLIP.
+    """Computes image and text features of unit length, in float32, with one CLIP.
 
-    prompts: `[B, D]` of B prompts; each distinct one is encoded once and remembered.
+    prompts: called with B prompts it gives `[B, D]`; each distinct prompt is encoded once and remembered.
     """
 
     def __init__(self, name: str, towers: Towers) -> None:
         self.towers = towers
         self.logit_scale = towers.logit_scale
-        # Of the towers and not of itself: in a cycle it would outlive the last reward that holds it.
-        self.prompts = Texts(name, partial(text_features, towers), towers.length, towers.count_tokens)
+        # It refers to the towers and not to this object. Otherwise the two would hold each other, and the
+        # CLIP would stay in memory after the last reward that uses it.
+        self.prompts = Texts(name, partial(encode_texts, towers), towers.length, towers.count_tokens)
 
     @torch.no_grad()
-    def encode(self, crop: Tensor) -> Tensor:
-        """`[B, D]` from pixels `[B, 3, *crop]` in 0..255, bytes or floats."""
+    def encode_pixels(self, crop: Tensor) -> Tensor:
+        """Compute features `[B, D]` from pixels `[B, 3, *crop]` in 0..255, bytes or floats."""
         t = self.towers
 
-        def encoded(x: Tensor) -> Tensor:
-            return features(t.encode_images(normalised(x.float(), t.mean, t.std).to(t.dtype)))
+        def encode_chunk(x: Tensor) -> Tensor:
+            return normalise_embedding(t.encode_images(normalise_pixels(x.float(), t.mean, t.std).to(t.dtype)))
 
-        return in_chunks(encoded, crop)
+        return run_in_chunks(encode_chunk, crop)
 
-    def images(self, batch: Batch) -> Tensor:
-        """`[B, D]`, computed once for all rewards on these towers."""
+    def encode_images(self, batch: Batch) -> Tensor:
+        """Compute the features `[B, D]` of a batch's images, once for all rewards on these towers."""
         t = self.towers
         return batch.shared(
-            (CLIP.images, self),
-            lambda: self.encode(shared_crop(batch, t.size, t.crop, t.device, t.rounded)),
+            (CLIP.encode_images, self),
+            lambda: self.encode_pixels(share_crop(batch, t.size, t.crop, t.device, t.rounded)),
         )
 
-    def cosine(
+    def compute_cosine(
         self, batch: Batch, prompts: Sequence[str], images: Callable[[], Tensor] | None = None
     ) -> Tensor:
-        """`[B]`: the cosine of each image with its own prompt. NaN pixels give NaN.
+        """Compute the cosine `[B]` of each image with its own prompt. An image with NaN pixels gives NaN.
 
-        images: gives the image features `[B, D]`, if not those of the middle of the resized image.
+        images: a function that gives other image features `[B, D]` than those of the image's middle.
         """
-        if not len(batch):
-            return torch.zeros(0, dtype=torch.float32, device="cpu")
-        cosine = ((images or (lambda: self.images(batch)))() * self.prompts(prompts)).sum(-1)
-        return cosine.where(finite(batch).to(cosine.device), torch.nan)
+        encode = images or (lambda: self.encode_images(batch))
+        return score_finite_images(batch, lambda: (encode() * self.prompts(prompts)).sum(-1))
 
 
 @torch.no_grad()
-def text_features(towers: Towers, texts: list[str]) -> Tensor:
-    """`[B, D]` of B texts, one at a time: a kept row's rounding must not depend on what came beside it.
+def encode_texts(towers: Towers, texts: list[str]) -> Tensor:
+    """Compute the features `[B, D]` of B texts, one text at a time.
 
-    Otherwise a run that goes on with nothing kept would differ from one that was never interrupted.
+    The rounding of a matrix product depends on the number of its rows, and the features are kept. A resumed
+    run, which begins with nothing kept, would otherwise differ from one that was never interrupted.
     """
-    return in_chunks(lambda x: features(towers.encode_texts(x)), towers.tokenize(texts), chunk=1)
+    return run_in_chunks(lambda x: normalise_embedding(towers.encode_texts(x)), towers.tokenize(texts), chunk=1)
 
 
-def features(embedding: Tensor) -> Tensor:
-    """The projected embedding, normalised in float32."""
+def normalise_embedding(embedding: Tensor) -> Tensor:
+    """Scale embeddings `[B, D]` to unit length, in float32."""
     return normalize(embedding.float(), dim=-1)
 
 
+#: Weak: the last reward that uses a CLIP takes it out of memory with it.
 _loaded: WeakValueDictionary[tuple[Any, ...], CLIP] = WeakValueDictionary()
 
 
-def load_clip(checkpoint: str, processor: str, device: str, precision: Precision = "auto") -> CLIP:
-    """The towers of a checkpoint, loaded once for as long as any reward holds them.
+def load_clip(checkpoint: str, device: str, precision: Precision = "auto", processor: str = "") -> CLIP:
+    """Load the CLIP of a checkpoint, once for as long as any reward uses it.
 
     checkpoint: hub id or local folder of a `CLIPModel`, safetensors only; or `open_clip:ARCHITECTURE/WEIGHTS`,
         with one of open_clip's own names for the weights or the path of a local file.
-    processor: where the tokenizer and the image preprocessing come from, if not from the checkpoint.
-    Raises OSError where the files cannot be had.
+    processor: hub id or folder with the tokenizer and the image preprocessing; empty: the checkpoint.
+    Raises OSError where the files cannot be read.
     """
-    place = torch.empty(
-        0, dtype=torch.float32, device=device
-    ).device  # With the number of the GPU, which `cuda` leaves out.
-    dtype = dtype_of(precision, place)
-    key = (absolute(checkpoint), absolute(processor), place, dtype)
+    # `cuda` leaves out the number of the GPU, which a tensor knows.
+    place = torch.empty(0, dtype=torch.float32, device=device).device
+    dtype = choose_dtype(precision, place)
+    path, processor = resolve_path(checkpoint), resolve_path(processor or checkpoint)
+    key = (path, processor, place, dtype)
     clip = _loaded.get(key)
     if clip is None:
         if checkpoint.startswith("open_clip:"):
-            from .open_clip_towers import towers
+            from .open_clip_towers import load_towers
 
-            parts = towers(absolute(checkpoint).removeprefix("open_clip:"), place, dtype)
+            parts = load_towers(path.removeprefix("open_clip:"), place, dtype)
         else:
-            parts = transformers_towers(absolute(checkpoint), absolute(processor), place, dtype)
+            parts = load_transformers_towers(path, processor, place, dtype)
         clip = _loaded[key] = CLIP(checkpoint, parts)
     return clip
 
 
-def transformers_towers(checkpoint: str, processor: str, device: torch.device, dtype: torch.dtype) -> Towers:
+def load_transformers_towers(
+    checkpoint: str, processor: str, device: torch.device, dtype: torch.dtype
+) -> Towers:
+    """Load the towers of a `CLIPModel`.
+
+    Raises OSError where its files are missing, damaged or of another kind.
+    """
     from transformers import AutoTokenizer, CLIPModel
     from transformers.models.clip import CLIPImageProcessor
 
-    with explained("a CLIPModel in safetensors", checkpoint):
-        config = checked_config(CLIPModel, checkpoint)
-    with explained("a CLIP's tokenizer and image processor", processor):
+    with explain_errors("a CLIPModel in safetensors", checkpoint):
+        config = read_checked_config(CLIPModel, checkpoint)
+    with explain_errors("a CLIP's tokenizer and image processor", processor):
         tokenizer = AutoTokenizer.from_pretrained(processor, trust_remote_code=False)
         images = CLIPImageProcessor.from_pretrained(processor)
-    size, crop = geometry(images, int(config.vision_config.image_size), processor)
+    # All checks come before the weights are read.
+    size, crop = read_geometry(images, int(config.vision_config.image_size), processor)
     length = int(config.text_config.max_position_embeddings)
     check_tokenizer(tokenizer, int(config.text_config.vocab_size), processor)
     check_end(tokenizer, config.text_config.eos_token_id, length, processor)
     model = load_pretrained(CLIPModel, checkpoint, lambda name: name.endswith("position_ids"))
-    # Before it is cast: in bfloat16 a scale of 100 would be 98.9.
+    # The scale is read before the model is cast: in bfloat16 a scale of 100 would be 98.9.
     logit_scale = float(model.logit_scale.detach().exp())
     model = model.to(device=device, dtype=dtype).eval().requires_grad_(False)
 
@@ -193,21 +204,26 @@ def transformers_towers(checkpoint: str, processor: str, device: torch.device, d
     )
 
 
-def geometry(config: Any, side: int, source: str) -> tuple[Size, tuple[int, int]]:
-    """The size that a processor resizes images to, and the crop that it takes of them.
+def read_geometry(config: Any, side: int, source: str) -> tuple[Size, tuple[int, int]]:
+    """Read the size that a processor resizes images to, and the crop that it cuts from their middle.
 
-    side: of the images that the model reads. Raises OSError for what else a processor may do.
+    side: pixels of a side of the images that the model reads.
+    Raises OSError for a processor that does anything else, which would not be reproduced here.
     """
-    wanted: Mapping[str, Any] = {"do_resize": True, "do_rescale": True, "do_normalize": True, "resample": 3}
-    other = [f"{n} = {getattr(config, n)}" for n, v in wanted.items() if getattr(config, n, None) != v]
+    # 3 is PIL's number for bicubic.
+    expected: Mapping[str, Any] = {"do_resize": True, "do_rescale": True, "do_normalize": True, "resample": 3}
+    other = [f"{n} = {getattr(config, n)}" for n, v in expected.items() if getattr(config, n, None) != v]
     factor = config.rescale_factor
-    if not isinstance(factor, int | float) or not isclose(factor, 1 / 255, rel_tol=1e-3):  # Some round it.
+    if not isinstance(factor, int | float) or not isclose(
+        factor, 1 / 255, rel_tol=1e-3
+    ):  # Some files round it.
         other.append(f"rescale_factor = {factor}")
     for name in ("image_mean", "image_std"):
         values = getattr(config, name)
         numbers = isinstance(values, list | tuple) and all(isinstance(v, int | float) for v in values)
         if not numbers or len(values) != 3 or (name == "image_std" and min(values) <= 0):
             other.append(f"{name} = {values}")
+    # Some files have null beside the fields that count.
     size, crop_size = ({k: v for k, v in dict(s or {}).items() if v} for s in (config.size, config.crop_size))
     resized: Size = 0
     if size.keys() == {"shortest_edge"}:

@@ -1,52 +1,32 @@
-"""Weights from local paths and the Hugging Face hub: safetensors, or torch files read as tensors only.
+"""Reads weights from local paths and the Hugging Face hub: safetensors, or torch files, of tensors only.
 
-Both are mapped into memory, not read: what does not fit a model is refused before anything is allocated for it.
+Both are mapped into memory before they are read: weights that do not fit the model are refused before any
+memory is allocated for them.
 """
 
 from __future__ import annotations
 
 import math
-import os
 import pickle
-import shlex
-import subprocess
 import zipfile
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from torch import Tensor, nn
-from torch.nn.modules.module import register_module_parameter_registration_hook
+
+from nft_plugins.files import PICKLED, TABLES, check_attention, explain_pickles, limit_tensors, read_header
 
 CUT = "The file may be cut short or of another kind; download it again."
-#: Suffixes of pickles, which can run anything when they are read.
-PICKLED = (".bin", ".ckpt", ".pickle", ".pkl", ".pt", ".pth")
-#: Makes one safetensors file of pickles, of tensors alone. Without quotation marks that shells differ in.
-CONVERT = (
-    "import sys, torch; from safetensors.torch import save_file; "
-    "parts = [torch.load(f, map_location='cpu', weights_only=True) for f in sys.argv[2:]]; "
-    "save_file({k: v.clone(memory_format=torch.contiguous_format) for p in parts "
-    "for k, v in p.get('state_dict', p).items()}, sys.argv[1], {'format': 'pt'})"
-)
 
 
-def refusal(pickles: Iterable[Path], target: Path) -> OSError:
-    """Why pickles are not read, with the command that makes `target` of them."""
-    paths = [str(target), *map(str, pickles)]
-    files = subprocess.list2cmdline(paths) if os.name == "nt" else shlex.join(paths)
-    return OSError(
-        f"{', '.join(paths[1:])}: pickled weights can run code when they are read, so safetensors are read "
-        f'alone. This converts tensors and refuses anything else: python -c "{CONVERT}" {files}'
-    )
+def resolve_path(checkpoint: str) -> str:
+    """Write a local path in its one absolute form, so that equal checkpoints compare equal.
 
-
-def absolute(checkpoint: str) -> str:
-    """The one path of a local file or folder, however it was written; a hub id as it is.
-
-    Of `open_clip:ARCHITECTURE/FILE`, that of the file.
+    A hub id stays as it is. Of `open_clip:ARCHITECTURE/FILE` the file's path is changed.
     """
     start, path = "", checkpoint
     if checkpoint.startswith("open_clip:"):
@@ -57,14 +37,14 @@ def absolute(checkpoint: str) -> str:
 
 
 def find_file(checkpoint: str, name: str) -> Path:
-    """A local file, `name` in a local folder, or `name` of a hub id.
+    """Find a checkpoint's file: a local file, `name` in a local folder, or `name` of a hub id.
 
     Raises OSError where there is none, and for a local pickle where `name` is of safetensors.
     """
     path = Path(checkpoint).expanduser()
     if path.is_file():
         if name.endswith(".safetensors") and path.suffix in PICKLED:
-            raise refusal([path], path.with_suffix(".safetensors"))
+            raise explain_pickles([path], path.with_suffix(".safetensors"))
         return path
     if (path / name).is_file():
         return path / name
@@ -72,7 +52,7 @@ def find_file(checkpoint: str, name: str) -> Path:
         from huggingface_hub import hf_hub_download
 
         return Path(hf_hub_download(checkpoint, name))
-    except Exception as error:  # Bad ids, no network, no access: each its own class.
+    except Exception as error:  # A bad id, no network and no access each raise a class of their own.
         raise OSError(
             f"Looked for a file {checkpoint!r}, for {name} in a folder of that name and on the Hugging Face "
             f"hub: {' '.join(str(error).split())[:300]} checkpoint=PATH takes a local file or folder, which "
@@ -81,7 +61,7 @@ def find_file(checkpoint: str, name: str) -> Path:
 
 
 def read_tensors(path: Path) -> dict[str, Any]:
-    """The tensors of a file, by name; a `state_dict` inside is taken out. No code in it is run.
+    """Read the tensors of a file, by name. No code in it is run. A `state_dict` inside is taken out.
 
     Raises OSError for a file that is cut short, that claims more than it holds, or that holds anything but
     tensors and plain values.
@@ -97,28 +77,32 @@ def read_tensors(path: Path) -> dict[str, Any]:
     except pickle.UnpicklingError as error:
         raise OSError(
             f"Cannot read weights from {path}: it is a pickle of more than tensors, which can run code, and "
-            f"was not loaded{asked_for(path)}. Use the published file, or safetensors."
+            f"was not loaded{describe_code(path)}. Use the published file, or safetensors."
         ) from error
     except Exception as error:
         raise OSError(f"Cannot read weights from {path}: {' '.join(str(error).split())[:200]} {CUT}") from error
     content = content.get("state_dict", content) if isinstance(content, Mapping) else content
-    if not isinstance(content, Mapping) or not all(is_plain(v) for v in content.values()):
+    if not isinstance(content, Mapping) or not all(is_plain_tensor(v) for v in content.values()):
         raise OSError(f"{path} holds no state dict of tensors but {type(content).__name__}.")
     return dict(content)
 
 
-def is_plain(value: Any) -> bool:
+def is_plain_tensor(value: Any) -> bool:
+    """Tell whether a value is a dense tensor on the CPU, the only kind that a model's weights are."""
     return isinstance(value, Tensor) and value.layout == torch.strided and value.device.type == "cpu"
 
 
 def check_archive(path: Path) -> None:
-    """Raise OSError for what is no file of torch.save, or one that could want more memory than it has bytes."""
+    """Raise OSError for a file that torch.save did not write, or that would take more memory than its size."""
     said = f"Cannot read weights from {path}: "
     if not zipfile.is_zipfile(path):
         with path.open("rb") as file:
             old = file.read(1) == pickle.PROTO
-        if old:  # Before torch 1.6 sizes stood in the pickle alone, and are allocated as they stand there.
-            raise OSError(f"{said}it is a bare pickle. {refusal([path], path.with_suffix('.safetensors'))}")
+        # Before torch 1.6 the sizes stood in the pickle alone, and torch allocates whatever stands there.
+        if old:
+            raise OSError(
+                f"{said}it is a bare pickle. {explain_pickles([path], path.with_suffix('.safetensors'))}"
+            )
         raise OSError(f"{said}it was not written by torch.save. {CUT}")
     try:
         with zipfile.ZipFile(path) as archive:
@@ -130,25 +114,26 @@ def check_archive(path: Path) -> None:
         raise OSError(f"{said}it unpacks to more than its own size, which torch.save never writes. {CUT}")
 
 
-def asked_for(path: Path) -> str:
-    """What code a pickle names, as `: it asks for os.system`; "" where that cannot be told."""
+def describe_code(path: Path) -> str:
+    """Say which code a pickle names, as `: it asks for os.system`; "" where that cannot be told."""
     try:
         names = torch.serialization.get_unsafe_globals_in_checkpoint(str(path))
-    except Exception:  # It is hostile; whatever that raises is no news.
+    except Exception:  # The file is refused anyway; this was only to say more about it.
         return ""
     return f": it asks for {', '.join(map(str, names))[:200]}" if names else ""
 
 
-def load_exactly(
+def load_weights(
     module: nn.Module,
     tensors: Mapping[str, Tensor],
     path: Path,
     name: Callable[[str], str] = str,
     unused: Collection[str] = (),
 ) -> None:
-    """Load every tensor of the file into the module, and leave none of its weights out.
+    """Put a file's tensors into a module. Every weight must be there, with the right shape, and no other.
 
-    name: what the file calls a weight of the module. unused: names that the file may hold beside them.
+    tensors: those of the file, by name. path: of the file, for messages.
+    name: maps the module's name of a weight to the file's. unused: names that the file may have besides.
     Raises OSError that names missing, unexpected and mis-shaped weights.
     """
     mine = {name(key): (key, weight) for key, weight in module.state_dict().items()}
@@ -161,32 +146,26 @@ def load_exactly(
             if n in tensors and tensors[n].shape != weight.shape
         ],
     }
-    said = [
-        f"{len(names)} {what} ({', '.join(names[:3])}{', ...' if names[3:] else ''})"
-        for what, names in wrong.items()
-        if names
-    ]
-    if said:
-        raise OSError(
-            f"{path} does not hold the {len(mine)} weights of {type(module).__name__}: {'; '.join(said)}."
-        )
+    if said := list_wrong_weights(wrong):
+        raise OSError(f"{path} does not hold the {len(mine)} weights of {type(module).__name__}: {said}.")
+    # `assign` takes the tensors themselves, so that a module on the meta device needs no memory of its own.
     module.load_state_dict({key: tensors[n] for n, (key, _) in mine.items()}, assign=True)
 
 
-#: Numbers that a model may have beside the file's: tables of positions and the like.
-TABLES = 2**24
-
-
 @contextmanager
-def explained(what: str, checkpoint: str, option: str = "checkpoint") -> Iterator[None]:
-    """OSError for whatever transformers raises for files that are absent, cut short or of another kind."""
+def explain_errors(what: str, checkpoint: str, option: str = "checkpoint") -> Iterator[None]:
+    """Turn whatever transformers raises inside, for bad or missing files, into an OSError that says what to do.
+
+    what: the thing that is loaded. checkpoint: where from. option: the reward's option that gives it.
+    """
     try:
         yield
     except SafetensorError as error:
         raise OSError(f"Cannot read weights from {checkpoint!r}: {error}. {CUT}") from error
     except Exception as error:
         said = " ".join(str(error).split())[:300]
-        if not isinstance(error, OSError | ValueError):  # A file that is not in the form that it should have.
+        # A file in a wrong form gives a KeyError or the like, whose text alone says nothing.
+        if not isinstance(error, OSError | ValueError):
             said = f"{type(error).__name__}: {said}."
         raise OSError(
             f"Looked for {what} in a folder {checkpoint!r} and on the Hugging Face hub: {said} "
@@ -194,11 +173,12 @@ def explained(what: str, checkpoint: str, option: str = "checkpoint") -> Iterato
         ) from error
 
 
-def checked_config(cls: Any, checkpoint: str) -> Any:
-    """A transformers model's config, before any weight is read.
+def read_checked_config(cls: Any, checkpoint: str) -> Any:
+    """Read and check the config of a transformers model before any weight is read.
 
-    Raises OSError for one that names code, or is of another or a larger model than the files hold.
-    transformers would allocate the latter first, and then fill it with random numbers.
+    cls: the model's class. checkpoint: hub id or local folder.
+    Raises OSError for a config that names code, or that is of another or a larger model than the files hold.
+    transformers would allocate the larger model first, and then fill it with random numbers.
     """
     for file in Path(checkpoint).glob("*"):
         if file.suffix in (".json", ".safetensors") and not file.is_file():
@@ -206,28 +186,30 @@ def checked_config(cls: Any, checkpoint: str) -> Any:
     check_kind(cls.config_class, checkpoint)
     files = sorted(Path(checkpoint).glob("*.safetensors"))
     config = cls.config_class.from_pretrained(checkpoint)
-    check_attention(config)
+    check_attention(config, "its config.json")
     if not Path(checkpoint).is_dir():
-        with suppress(OSError):  # There is none, or it comes in parts.
+        # On the hub there may be no such file, or one in parts; then transformers alone checks it.
+        with suppress(OSError):
             files = [find_file(checkpoint, "model.safetensors")]
     if not files:
         return config
-    for file in files:
-        check_dtypes(file)
-    with torch.device("meta"), limited(sum(map(count_tensors, files))):
+    headers = [read_header(file) for file in files]
+    for header in headers:
+        check_dtypes(header)
+    with torch.device("meta"), limit_tensors(sum(map(len, headers))):
         model = cls(config)
-    wanted = sum(t.numel() for t in (*model.parameters(), *model.buffers()))
-    held = sum(map(count_numbers, files))
-    # A bound on memory: that a weight is missing is told later, by its name.
-    if wanted > 2 * held + TABLES:
-        raise OSError(f"the config is of a model of {wanted:,} numbers, the files hold {held:,}.")
+    needed = sum(t.numel() for t in (*model.parameters(), *model.buffers()))
+    held = sum(math.prod(shape) for header in headers for _, shape in header.values())
+    # This only bounds the memory. A weight that is missing is reported later, by its name.
+    if needed > 2 * held + TABLES:
+        raise OSError(f"the config is of a model of {needed:,} numbers, the files hold {held:,}.")
     return config
 
 
 def check_kind(cls: Any, checkpoint: str) -> None:
-    """Raise OSError where there is no config of that class, or its weights are packed.
+    """Raise OSError where the config is not of class `cls`, or says that the weights are quantised.
 
-    transformers takes a default where there is none, and only warns of one of another kind.
+    transformers itself takes default sizes where there is no config, and only warns of one of another kind.
     """
     config, _ = cls.get_config_dict(checkpoint)
     if not isinstance(config, dict):
@@ -240,71 +222,25 @@ def check_kind(cls: Any, checkpoint: str) -> None:
         raise OSError(f"its weights are quantised ({method}), which cannot be read; take the original ones.")
 
 
-def check_attention(config: Any) -> None:
-    """Raise OSError where a config names a hub repository whose code transformers would run as attention."""
-    for part in (config, *(getattr(config, name, None) for name in config.sub_configs)):
-        wanted = getattr(part, "_attn_implementation", None)
-        if wanted and "/" in str(wanted):
-            raise OSError(
-                f"its config.json asks for code of {wanted!r} as attn_implementation, and no code of a "
-                "checkpoint is run; take that line out."
-            )
-
-
-@contextmanager
-def limited(tensors: int) -> Iterator[None]:
-    """Raise OSError as soon as a model that is made inside has far more weights than a file has tensors.
-
-    A config can ask for so many layers that making them, even without memory for numbers, never ends.
-    """
-    made = 0
-
-    def count(*_: Any) -> None:
-        nonlocal made
-        made += 1
-        if made > 4 * tensors + 1000:  # A file may hold in one tensor what a model has in a few.
-            raise OSError(f"the config is of more than {made - 1:,} tensors, the files hold {tensors:,}.")
-
-    hook = register_module_parameter_registration_hook(count)
-    try:
-        yield
-    finally:
-        hook.remove()
-
-
-def check_dtypes(file: Path) -> None:
+def check_dtypes(header: Mapping[str, tuple[str, list[int]]]) -> None:
     """Raise OSError for weights in whole numbers, of which a quantised model's config should tell."""
-    with safe_open(file, framework="pt") as opened:
-        names = opened.keys()
-        for name in names:
-            if (kind := opened.get_slice(name).get_dtype()) in ("I8", "U8"):
-                raise OSError(f"its weights are quantised, such as {name!r} ({kind}); take the original ones.")
-
-
-def count_tensors(file: Path) -> int:
-    with safe_open(file, framework="pt") as opened:
-        return len(opened.keys())
-
-
-def count_numbers(file: Path) -> int:
-    """In a safetensors file, by its header alone."""
-    with safe_open(file, framework="pt") as opened:
-        names = opened.keys()
-        return sum(math.prod(opened.get_slice(name).get_shape()) for name in names)
+    for name, (kind, _) in header.items():
+        if kind in ("I8", "U8"):
+            raise OSError(f"its weights are quantised, such as {name!r} ({kind}); take the original ones.")
 
 
 def load_pretrained(cls: Any, checkpoint: str, unused: Callable[[str], bool]) -> Any:
-    """A transformers model in float32, in safetensors, from a local folder or the hub.
+    """Load a transformers model in float32 from safetensors, in a local folder or on the hub.
 
-    unused: which tensors the file may hold that the model has no place for.
-    Raises OSError where there is none, and where it lacks a weight or holds one too many.
+    unused: tells by its name whether the file may hold a tensor that the model has no place for.
+    Raises OSError where there is no such file, and where it lacks a weight or holds one too many.
     """
     folder = Path(checkpoint)
     pickles = sorted(folder.glob("pytorch_model*.bin"))
     if pickles and not any(folder.glob("*.safetensors")):
-        raise refusal(pickles, folder / "model.safetensors")
-    with explained(f"a {cls.__name__} in safetensors", checkpoint):
-        checked_config(cls, checkpoint)
+        raise explain_pickles(pickles, folder / "model.safetensors")
+    with explain_errors(f"a {cls.__name__} in safetensors", checkpoint):
+        read_checked_config(cls, checkpoint)
         model, info = cls.from_pretrained(
             checkpoint,
             dtype=torch.float32,
@@ -312,14 +248,23 @@ def load_pretrained(cls: Any, checkpoint: str, unused: Callable[[str], bool]) ->
             output_loading_info=True,
             ignore_mismatched_sizes=True,
         )
-    # transformers would put random numbers in the place of what is wrong, and warn.
+    # transformers only warns of these, and puts random numbers in their places. Buffers may be missing:
+    # those that are in no file are computed.
     parameters = {name for name, _ in model.named_parameters()}
     wrong = {
         "missing": sorted(set(info["missing_keys"]) & parameters),
         "unexpected": sorted(name for name in info["unexpected_keys"] if not unused(name)),
         "of another shape": sorted(str(name) for name, *_ in info["mismatched_keys"]),
     }
-    said = [f"{len(names)} {what}, such as {names[0]!r}" for what, names in wrong.items() if names]
-    if said:
-        raise OSError(f"{checkpoint!r} is no whole {cls.__name__}; tensors {'; '.join(said)}.")
+    if said := list_wrong_weights(wrong):
+        raise OSError(f"{checkpoint!r} is no whole {cls.__name__}: {said}.")
     return model
+
+
+def list_wrong_weights(wrong: Mapping[str, Sequence[str]]) -> str:
+    """Say how many weights are wrong in which way, with three names of each; "" where none is."""
+    return "; ".join(
+        f"{len(names)} {what} ({', '.join(names[:3])}{', ...' if names[3:] else ''})"
+        for what, names in wrong.items()
+        if names
+    )

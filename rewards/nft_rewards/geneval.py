@@ -1,7 +1,8 @@
 """GenEval: does the image show the objects, counts, colours and positions that the prompt asks for?
 
-An evaluator over detections, which come from any detector; the default one is in `photographs`. Source:
-Ghosh et al., arXiv 2310.11513, and its published evaluator; `soft` is the score that Flow-GRPO (arXiv
+A detector finds the objects, and the rules here compare them with the prompt's metadata. Any detector will do;
+the default one is in `photographs`.
+Source: Ghosh et al., arXiv 2310.11513, and its published evaluator; `soft` is the score that Flow-GRPO (arXiv
 2505.05470) and DiffusionNFT optimise.
 """
 
@@ -20,10 +21,11 @@ from torch import Tensor
 from nft_plugins import Batch, PromptError, Scores
 
 from .clip import Precision
-from .fields import decoded, field, meant, whole_number
-from .pixels import finite
+from .fields import decode_text, get_field, parse_whole_number, read_field
+from .pixels import find_finite_images
 
 DETECTOR = "nft_rewards.photographs:PhotoDetector"
+#: An object counts where the detector's confidence is above the threshold. These numbers are GenEval's own.
 THRESHOLD = 0.3
 COUNTING_THRESHOLD = 0.9
 MAX_OBJECTS = 16
@@ -31,8 +33,11 @@ RELATIONS = ("left of", "right of", "above", "below")
 
 
 class Detected(Protocol):
-    """An object in an image: its class, the detector's confidence in [0, 1], its box (x0, y0, x1, y1) in
-    pixels with y downwards, and its colour, or None where that is unknown."""
+    """Describes an object in an image.
+
+    label: its class. score: the detector's confidence in [0, 1].
+    box: (x0, y0, x1, y1) in pixels, y downwards. color: its name, or None where that is unknown.
+    """
 
     label: str
     score: float
@@ -41,20 +46,23 @@ class Detected(Protocol):
 
 
 class Detector(Protocol):
-    """Finds objects. It may also have
+    """Finds the objects in images. A detector may also have these attributes:
 
     classes, colors: names of all that it can find; prompts that ask for others are refused.
-    name_colors(images, objects): the colour of each of the objects, `(index of its image, object)`; it is
-        asked for those only whose colour matters and is None, and `color` is set to what it returns.
+    name_colors(images, objects): returns the colour of each of the objects, which are pairs `(index of its
+        image, object)`. It is called only for objects whose colour matters and is None, and sets their `color`.
     """
 
     def detect(self, images: Tensor) -> Sequence[Sequence[Detected] | None]:
-        """Objects of each image of `[B, H, W, 3]` uint8, RGB; None for an image that it failed on."""
+        """Find the objects of each image of `[B, H, W, 3]` uint8, RGB; None for an image that it failed on."""
         ...
 
 
 class Outcome(NamedTuple):
-    """strict and lenient: 1 or 0. soft: the mean of the components, in [0, 1] unless variant is `nft`."""
+    """Holds the three scores of an image.
+
+    strict, lenient: 1 or 0. soft: the mean of the components, in [0, 1] unless variant is `nft`.
+    """
 
     strict: float
     lenient: float
@@ -65,38 +73,40 @@ UNSCORED = Outcome(*[float("nan")] * 3)
 
 
 def read_metadata(metadata: Mapping[str, Any]) -> dict[str, Any]:
-    """GenEval's metadata without its null fields, and with the lists that stand there as text.
+    """Read GenEval's metadata without its null fields, and with the lists that stand there as text decoded.
 
     Raises PromptError for metadata that is not GenEval's.
     """
-    include, exclude = (meant(metadata, name) for name in ("include", "exclude"))
+    include, exclude = (read_field(metadata, name) for name in ("include", "exclude"))
     if not isinstance(include, (list, tuple)) or not include:
         raise PromptError(f'needs metadata include: [{{"class": ..., "count": ...}}, ...], got {include!r}')
     if not isinstance(exclude, (list, tuple, NoneType)):
         raise PromptError(f"exclude must be a list of clauses like those of include, got {exclude!r}")
-    clauses = [read_clause(decoded(clause), i) for i, clause in enumerate([*include, *(exclude or ())])]
+    # One numbering for both lists, so that a message names one clause.
+    clauses = [read_clause(decode_text(clause), i) for i, clause in enumerate([*include, *(exclude or ())])]
     return {
         "include": clauses[: len(include)],
         "exclude": clauses[len(include) :],
-        "tag": meant(metadata, "tag"),
+        "tag": read_field(metadata, "tag"),
     }
 
 
 def read_clause(clause: Any, i: int) -> dict[str, Any]:
-    """The i-th clause of include and exclude. Raises PromptError for what is none."""
+    """Read the i-th clause of include and exclude. Raises PromptError for one that is not in GenEval's form."""
     if not isinstance(clause, Mapping) or not isinstance(clause.get("class"), str):
         raise PromptError(f"clause {i} of include and exclude needs a class, got {clause!r}")
-    count = whole_number(field(clause, "count"))
+    count = parse_whole_number(get_field(clause, "count"))
     if count is None or count < 1:
         raise PromptError(f"clause {i} needs a count of 1 or more, got {clause!r}")
     read = {"class": clause["class"], "count": count}
-    if (color := meant(clause, "color")) is not None:
+    if (color := read_field(clause, "color")) is not None:
         if not isinstance(color, str):
             raise PromptError(f"clause {i}: {color!r} is no color's name")
         read["color"] = color
-    if (position := meant(clause, "position")) is not None:
+    if (position := read_field(clause, "position")) is not None:
+        # A position refers to an object whose clause comes before, and so was looked at already.
         pair = position if isinstance(position, (list, tuple)) and len(position) == 2 else (None, None)
-        target = whole_number(pair[1])
+        target = parse_whole_number(pair[1])
         if pair[0] not in RELATIONS or target is None or not 0 <= target < i:
             raise PromptError(
                 f"clause {i}: position is [relation, index of an earlier clause] with a relation of "
@@ -106,30 +116,39 @@ def read_clause(clause: Any, i: int) -> dict[str, Any]:
     return read
 
 
-def check_names(wanted: Mapping[str, Any], detector: Detector) -> None:
-    """Raise PromptError for a class or colour that the detector says it cannot find."""
+def check_names(asked: Mapping[str, Any], detector: Detector) -> None:
+    """Raise PromptError for a class or colour that the detector says it cannot find.
+
+    asked: the metadata as `read_metadata` gives it.
+    """
     for kind, attribute in (("class", "classes"), ("color", "colors")):
         known = getattr(detector, attribute, None)
-        if known is None:
+        if known is None:  # The detector does not say what it knows.
             continue
-        for clause in [*wanted["include"], *wanted["exclude"]]:
+        for clause in [*asked["include"], *asked["exclude"]]:
             name = clause.get(kind)
             if name is not None and name not in known:
-                raise PromptError(f"the detector knows no {kind} {name!r}; {nearest(name, known)}")
+                raise PromptError(f"the detector knows no {kind} {name!r}; {suggest_names(name, known)}")
 
 
-def nearest(name: str, known: Sequence[str]) -> str:
+def suggest_names(name: str, known: Sequence[str]) -> str:
+    """Name the known classes or colours that are like `name`, for a message."""
+    # First those with a word in common, such as "computer mouse" for "mouse"; then those spelled alike.
     parts = [k for k in known if set(name.lower().split()) & set(k.split())]
     near = list(dict.fromkeys([*parts, *get_close_matches(name.lower(), known)]))
     return f"did you mean {' or '.join(map(repr, near[:3]))}?" if near else f"it knows {', '.join(known)}"
 
 
-def relations(a: Detected, b: Detected) -> set[str]:
-    """What a is to b: none, one or two of `left of`, `right of`, `above`, `below`."""
-    (ax, ay, aw, ah), (bx, by, bw, bh) = centre_and_size(a), centre_and_size(b)
+def find_relations(a: Detected, b: Detected) -> set[str]:
+    """Find how a lies to b: none, one or two of `left of`, `right of`, `above`, `below`.
+
+    GenEval's rule. The distance of the centres in each direction is shortened by a tenth of both sizes. What
+    remains must be over half of the distance of the centres.
+    """
+    (ax, ay, aw, ah), (bx, by, bw, bh) = measure_box(a), measure_box(b)
     dx, dy = ax - bx, ay - by
     norm = (dx * dx + dy * dy) ** 0.5
-    if norm == 0:
+    if norm == 0:  # The centres coincide.
         return set()
     rx, ry = (
         max(abs(d) - 0.1 * (size_a + size_b), 0) * (1 if d > 0 else -1) / norm
@@ -139,13 +158,14 @@ def relations(a: Detected, b: Detected) -> set[str]:
     return {relation for relation, true in holds.items() if true}
 
 
-def centre_and_size(d: Detected) -> tuple[float, float, float, float]:
+def measure_box(d: Detected) -> tuple[float, float, float, float]:
+    """Compute the centre (x, y), the width and the height of an object's box, in pixels."""
     x0, y0, x1, y1 = d.box
     return (x0 + x1) / 2, (y0 + y1) / 2, x1 - x0, y1 - y0
 
 
-def by_class(detections: Sequence[Detected], threshold: float) -> dict[str, list[Detected]]:
-    """Confident detections of each class, the best first, 16 at most."""
+def group_by_class(detections: Sequence[Detected], threshold: float) -> dict[str, list[Detected]]:
+    """Group the detections above a threshold by class, the best first, 16 of each at most."""
     classes: dict[str, list[Detected]] = {}
     for d in sorted(detections, key=lambda d: -d.score):
         if d.score > threshold and len(classes.setdefault(d.label, [])) < MAX_OBJECTS:
@@ -153,50 +173,58 @@ def by_class(detections: Sequence[Detected], threshold: float) -> dict[str, list
     return classes
 
 
-def threshold(wanted: Mapping[str, Any]) -> float:
-    return COUNTING_THRESHOLD if wanted["tag"] == "counting" else THRESHOLD
+def choose_threshold(asked: Mapping[str, Any]) -> float:
+    """Choose the confidence that an object needs: GenEval asks for more where it counts."""
+    return COUNTING_THRESHOLD if asked["tag"] == "counting" else THRESHOLD
 
 
-def color_matters(detections: Sequence[Detected], metadata: Mapping[str, Any]) -> Iterator[Detected]:
-    """Objects whose colour `evaluate` looks at: a clause's best `count`, where there are as many."""
-    wanted = read_metadata(metadata)
-    classes = by_class(detections, threshold(wanted))
-    for clause in wanted["include"]:
+def find_objects_to_color(detections: Sequence[Detected], metadata: Mapping[str, Any]) -> Iterator[Detected]:
+    """Find the objects whose colour `evaluate_image` looks at.
+
+    They are the best `count` of each clause with a colour, if there are as many.
+    """
+    asked = read_metadata(metadata)
+    classes = group_by_class(detections, choose_threshold(asked))
+    for clause in asked["include"]:
         found = classes.get(clause["class"], [])
         if "color" in clause and len(found) >= clause["count"]:
             yield from found[: clause["count"]]
 
 
-def evaluate(
+def evaluate_image(
     detections: Sequence[Detected],
     metadata: Mapping[str, Any],
     variant: Literal["corrected", "nft"] = "corrected",
 ) -> Outcome:
-    """One image's outcome. metadata: as it comes, or as `read_metadata` gives it.
+    """Compare the objects of one image with the prompt's metadata.
 
-    variant of the soft score: `nft` is the published one, whose count term has no floor and in which a
-    wrong relation adds a 0 and then a 1; `corrected` floors the term at 0 and counts the relation once.
+    metadata: as it comes with the prompt, or as `read_metadata` gives it.
+    variant: of the soft score. `nft` is the published one, whose count term has no floor and in which a wrong
+        relation adds a 0 and then a 1. `corrected` floors the term at 0 and counts the relation once.
     """
-    wanted = read_metadata(metadata)
-    classes = by_class(detections, threshold(wanted))
-    soft, strict = _soft_and_strict(classes, wanted["include"], variant)
-    return Outcome(strict, float(_lenient(classes, wanted)), soft)
+    asked = read_metadata(metadata)
+    classes = group_by_class(detections, choose_threshold(asked))
+    soft, strict = _score_soft_and_strict(classes, asked["include"], variant)
+    return Outcome(strict, float(_passes_benchmark(classes, asked)), soft)
 
 
-def _soft_and_strict(
+def _score_soft_and_strict(
     classes: Mapping[str, Sequence[Detected]], include: Sequence[Mapping[str, Any]], variant: str
 ) -> tuple[float, float]:
-    """Exactly `count` objects of each class are asked for; `exclude` plays no part.
+    """Compute the soft and the strict score of one image.
 
-    A clause that failed is no target: a position relative to it fails too.
+    Exactly `count` objects of each class are asked for; `exclude` plays no part. A position relative to a
+    clause that failed fails too.
     """
     components: list[float] = []
+    # For each clause its objects, or () where it failed.
     matched: list[Sequence[Detected]] = []
     for clause in include:
         count, found = clause["count"], classes.get(clause["class"], [])
         term = 1 - abs(count - len(found)) / count
         components.append(term if variant == "nft" else max(term, 0.0))
         right = len(found) == count
+        # With a wrong count, colour and position are not looked at, and count together as one 0.
         if not right and ("color" in clause or "position" in clause):
             components.append(0.0)
         if right and "color" in clause:
@@ -205,49 +233,59 @@ def _soft_and_strict(
             right = share == 1
         if right and "position" in clause:
             others = matched[clause["position"][1]]
-            right = _placed(found, clause["position"], matched)
+            right = _is_placed(found, clause["position"], matched)
+            # The published loop appends the 0 of a wrong relation and then goes on to append the 1.
             components += [0.0, 1.0] if variant == "nft" and others and not right else [float(right)]
         matched.append(found if right else ())
     return sum(components) / len(components), float(all(matched))
 
 
-def _placed(
+def _is_placed(
     found: Sequence[Detected], position: tuple[str, int], matched: Sequence[Sequence[Detected]]
 ) -> bool:
-    """Whether each stands in the relation to each object of an earlier clause, of which there must be some."""
+    """Tell whether each object stands in the relation to each object of an earlier clause.
+
+    Where that clause failed and so has no objects, the answer is no.
+    """
     relation, target = position
     others = matched[target]
-    return bool(others) and all(relation in relations(d, o) for d in found for o in others)
+    return bool(others) and all(relation in find_relations(d, o) for d in found for o in others)
 
 
-def _lenient(classes: Mapping[str, Sequence[Detected]], wanted: Mapping[str, Any]) -> bool:
-    """The benchmark's own rule: at least `count` objects, of which the best `count` are looked at."""
+def _passes_benchmark(classes: Mapping[str, Sequence[Detected]], asked: Mapping[str, Any]) -> bool:
+    """Tell whether an image is right by the benchmark's own rule, the lenient one.
+
+    At least `count` objects are asked for, and only the best `count` are looked at. Of each class in `exclude`
+    there must be fewer than its count.
+    """
     correct = True
     matched: list[Sequence[Detected]] = []
-    for clause in wanted["include"]:
+    for clause in asked["include"]:
         found = classes.get(clause["class"], [])[: clause["count"]]
         right = len(found) == clause["count"]
         if right and "color" in clause:
             right = all(d.color == clause["color"] for d in found)
         if right and "position" in clause:
-            right = _placed(found, clause["position"], matched)
+            right = _is_placed(found, clause["position"], matched)
         correct &= right
         matched.append(found if right else ())
-    for clause in wanted["exclude"]:
+    for clause in asked["exclude"]:
         correct &= len(classes.get(clause["class"], ())) < clause["count"]
     return correct
 
 
 class GenEval:
-    """Values: `score="soft"`, in [0, 1], or `"strict"`, 0 or 1. Details: `strict`, `lenient`, `soft`.
+    """Scores an image by the objects that a detector finds in it. Details: `strict`, `lenient`, `soft`.
 
     detector: `module:attribute` of a class with `detect` (see `Detector`), which is given `device` if it
         takes it. Without one: Mask2Former and CLIP, see `photographs`.
-    checkpoint, clip, precision: options of the detector; the default's are Mask2Former's and CLIP's hub id or
-        folder, and `auto`, which is bf16 on CUDA and fp32 elsewhere.
-    variant: of the soft score; see `evaluate`.
-    Raises ValueError for a detector that cannot be had, OSError without its files, and PromptError for metadata
-    that is not GenEval's or asks for what the detector does not know.
+    checkpoint, clip, precision: options of the detector. The default detector takes the hub id or folder of a
+        Mask2Former and of a CLIP, and as precision `auto` (bf16 on CUDA, fp32 elsewhere), `fp32`, `bf16` or
+        `fp16`.
+    score: `soft`, a value in [0, 1], or `strict`, 0 or 1.
+    variant: of the soft score; see `evaluate_image`.
+    Raises ValueError for a detector that cannot be imported, OSError without its files, and PromptError for
+    metadata that is not GenEval's or asks for what the detector does not know.
     """
 
     def __init__(
@@ -275,29 +313,29 @@ class GenEval:
     def __call__(self, batch: Batch) -> Scores:
         for metadata in batch.metadata:
             check_names(read_metadata(metadata), self.detector)
-        # Bytes hide NaN pixels: such an image is not scored.
+        # The detector sees bytes, in which NaN looks like any other pixel. Such an image is not scored.
         outcomes = [
-            evaluate(found, metadata, self.variant) if whole and found is not None else UNSCORED
+            evaluate_image(found, metadata, self.variant) if whole and found is not None else UNSCORED
             for found, metadata, whole in zip(
-                self.detect(batch), batch.metadata, finite(batch).tolist(), strict=True
+                self.detect_objects(batch), batch.metadata, find_finite_images(batch).tolist(), strict=True
             )
         ]
         strict, lenient, soft = torch.tensor(outcomes, dtype=torch.float32, device="cpu").view(-1, 3).T
         values = soft if self.score == "soft" else strict
         return Scores.of(values, strict=strict, lenient=lenient, soft=soft)
 
-    def detect(self, batch: Batch) -> Sequence[Sequence[Detected] | None]:
-        """Each image's objects, with the colours that matter."""
+    def detect_objects(self, batch: Batch) -> Sequence[Sequence[Detected] | None]:
+        """Find each image's objects, and name the colours of those whose colour matters."""
         images = batch.uint8.permute(0, 2, 3, 1)
         found = self.detector.detect(images)
         name_colors = getattr(self.detector, "name_colors", None)
         if name_colors is None:
             return found
-        # By identity: two clauses may look at one object.
+        # By identity, since two clauses may look at one object, which is to be named once.
         objects = {
             id(d): (i, d)
             for i, (detections, metadata) in enumerate(zip(found, batch.metadata, strict=True))
-            for d in color_matters(detections or (), metadata)
+            for d in find_objects_to_color(detections or (), metadata)
             if d.color is None
         }
         named = name_colors(images, list(objects.values())) if objects else []
@@ -307,7 +345,11 @@ class GenEval:
 
 
 def make_detector(name: str, device: str, options: dict[str, Any]) -> Detector:
-    """Raises ValueError for a name that is not `module:attribute` or an option that it does not take."""
+    """Import a detector's class and make one.
+
+    name: `module:attribute`. options: arguments of the class; `device` is given where it takes it.
+    Raises ValueError for another form of name, a failed import, or an option that the class does not take.
+    """
     if ":" not in name:
         raise ValueError(
             "detector must be module:attribute, a class with detect(images) -> detections; without one "

@@ -1,10 +1,11 @@
-"""Mask2Former: the objects in photographs and their masks, for GenEval's evaluator.
+"""Mask2Former finds the objects in photographs and their masks, for GenEval's evaluator.
 
-Instances come from the raw logits, as in Meta's and mmdet's inference: softmax over classes, the 100 best
-pairs of query and class, times the mean probability inside the mask; masks bilinear to the network's input
-size and then to the image's, where positive; tight boxes. transformers' own post-processing fixes masks at
-384 x 384 and drops scores under 0.5. Images are resized as transformers' processor does for the sizes that
-the detector was evaluated at (shortest side 800, longest 1333, multiples of 32).
+Objects are read from the raw logits, as in Meta's and mmdet's inference. The classes go through a softmax, and
+the 100 best pairs of query and class are kept. A score is multiplied by the mean probability inside the mask.
+Masks are resized (bilinear) to the network's input size and then to the image's, and cover the pixels where
+they are positive. Boxes are tight. transformers' own post-processing is not used: it fixes masks at 384 x 384
+and drops scores under 0.5. Images are resized as transformers' processor does for the sizes that the detector
+was evaluated at (shortest side 800, longest 1333, multiples of 32).
 
 Source: arXiv 2112.01527; facebook/mask2former-swin-small-coco-instance. GenEval's own detector has the same
 architecture and other weights (mmdet's): how far the two agree is not known.
@@ -19,18 +20,18 @@ import torch
 from torch import Tensor
 from torch.nn.functional import interpolate
 
-from .chunks import pieces
-from .clip import Precision, dtype_of
+from .chunks import run_in_pieces
+from .clip import Precision, choose_dtype
 from .files import load_pretrained
-from .pixels import normalised, resize
+from .pixels import normalise_pixels, resize_images
 
 CHECKPOINT = "facebook/mask2former-swin-small-coco-instance"
 SHORTEST, LONGEST, MULTIPLE = 800, 1333, 32
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 TOP = 100
-#: GenEval looks at nothing that scores less. Masks are made for those only that can score more.
+#: GenEval looks at no object that scores less, so masks are made only for those that can score more.
 MIN_SCORE = 0.3
-#: Images at once on a GPU, to begin with.
+#: Images of the first call on a GPU.
 CHUNK = 8
 
 COCO = tuple(
@@ -58,8 +59,12 @@ CLASSES = tuple(GENEVAL_NAMES.get(name, name) for name in COCO)
 
 @dataclass
 class Instance:
-    """An object: GenEval's name of its class, its box (x0, y0, x1, y1) in pixels, y downwards and ends
-    exclusive, its mask `[H, W]` bool on the detector's device, and its colour once that was looked up."""
+    """Describes an object that was found.
+
+    label: GenEval's name of its class. score: confidence in [0, 1].
+    box: (x0, y0, x1, y1) in pixels, y downwards, ends exclusive.
+    mask: `[H, W]` bool, on the detector's device. color: its name, once it was looked up.
+    """
 
     label: str
     score: float
@@ -69,11 +74,11 @@ class Instance:
 
 
 class Mask2Former:
-    """Detects objects of COCO's 80 classes.
+    """Finds objects of COCO's 80 classes.
 
     checkpoint: hub id or folder of a Mask2FormerForUniversalSegmentation in safetensors.
-    precision: of the network; what follows is float32. `auto`: bf16 on CUDA, fp32 elsewhere.
-    size: pixels of the shortest and of the longest side that images are resized to.
+    precision: number format of the network; all that follows is float32. `auto`: bf16 on CUDA, fp32 elsewhere.
+    size: pixels that the shortest side is resized to, and that the longest side has at most.
     Raises OSError without the files, and ValueError for a checkpoint with other classes.
     """
 
@@ -86,40 +91,48 @@ class Mask2Former:
         device: str = "cpu",
     ) -> None:
         self.device = torch.device(device)
-        self.dtype = dtype_of(precision, self.device)
+        self.dtype = choose_dtype(precision, self.device)
         self.size = size
-        # One image keeps a CPU busy; several take a fifth more of its time.
+        # One image keeps a CPU busy; with several at once each takes a fifth more time.
         self.at_once = 1 if self.device.type == "cpu" else CHUNK
-        self.model = load(checkpoint).to(self.device)
+        self.model = load_network(checkpoint).to(self.device)
 
     @torch.no_grad()
     def detect(self, images: Tensor) -> list[list[Instance] | None]:
-        """Objects that score more than 0.3 in each image of `[B, H, W, 3]` uint8 RGB, the best first.
+        """Find the objects that score more than 0.3 in each image of `[B, H, W, 3]` uint8 RGB, the best first.
 
-        None for an image of which the network made something that is no number.
+        None stands for an image for which the network gave NaN or infinity.
         """
         if not len(images):
             return []
-        return [found for piece in pieces(self.detect_piece, images, self.at_once) for found in piece]
+        return [found for piece in run_in_pieces(self.detect_piece, images, self.at_once) for found in piece]
 
     def detect_piece(self, images: Tensor) -> list[list[Instance] | None]:
+        """Find the objects of images `[B, H, W, 3]` uint8 that go through the network together."""
         pixels = images.to(self.device).permute(0, 3, 1, 2)
         height, width = pixels.shape[-2:]
-        input_size = network_size(height, width, *self.size)
-        x = normalised(resize(pixels, *input_size, "bilinear"), MEAN, STD)
+        input_size = choose_network_size(height, width, *self.size)
+        x = normalise_pixels(resize_images(pixels, *input_size, "bilinear"), MEAN, STD)
         # Autocast rather than half-precision weights: it keeps the coordinates that are sampled in float32.
         with torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32):
             out = self.model(pixel_values=x)
         return [
-            objects(c, m, input_size, (height, width)) if c.isfinite().all() and m.isfinite().all() else None
-            for c, m in zip(out.class_queries_logits, out.masks_queries_logits, strict=True)
+            # NaN in the logits would give no objects, which would look like an empty picture.
+            find_objects(classes, masks, input_size, (height, width))
+            if classes.isfinite().all() and masks.isfinite().all()
+            else None
+            for classes, masks in zip(out.class_queries_logits, out.masks_queries_logits, strict=True)
         ]
 
 
-def load(checkpoint: str) -> torch.nn.Module:
+def load_network(checkpoint: str) -> torch.nn.Module:
+    """Load the network in float32.
+
+    Raises OSError without the files, and ValueError for other classes than COCO's.
+    """
     from transformers import Mask2FormerForUniversalSegmentation
 
-    # Older files hold the loss's weights and tables of positions too.
+    # Older files hold weights of the loss and tables of positions too, so any tensor may be left over.
     model = load_pretrained(Mask2FormerForUniversalSegmentation, checkpoint, lambda name: True)
     check_classes(checkpoint, model.config.id2label)
     network: torch.nn.Module = model.eval().requires_grad_(False)
@@ -143,39 +156,46 @@ def check_classes(checkpoint: str, id2label: Mapping[int, str]) -> None:
             )
 
 
-def network_size(height: int, width: int, shortest: int, longest: int) -> tuple[int, int]:
-    """The height and width that transformers' processor resizes to."""
+def choose_network_size(height: int, width: int, shortest: int, longest: int) -> tuple[int, int]:
+    """Choose the height and width that transformers' processor resizes to."""
     from transformers.image_transforms import get_size_with_aspect_ratio
 
     size = get_size_with_aspect_ratio((height, width), shortest, longest)
+    # Rounded up to a multiple of 32.
     tall, wide = (-(-side // MULTIPLE) * MULTIPLE for side in size)
     return tall, wide
 
 
-def objects(
+def find_objects(
     class_logits: Tensor, mask_logits: Tensor, input_size: tuple[int, int], size: tuple[int, int]
 ) -> list[Instance]:
-    """One image's objects from `class_logits [Q, C + 1]` and `mask_logits [Q, h, w]`."""
-    scores, labels, masks = instances(class_logits, mask_logits, input_size, size)
-    return [
-        Instance(CLASSES[label], score, box, mask)
-        for label, score, box, mask in zip(labels.tolist(), scores.tolist(), boxes(masks), masks, strict=True)
-    ]
+    """Read one image's objects from `class_logits [Q, C + 1]` and `mask_logits [Q, h, w]`.
+
+    input_size: height and width of the network's input. size: those of the image.
+    """
+    scores, labels, masks = find_instances(class_logits, mask_logits, input_size, size)
+    rows = zip(labels.tolist(), scores.tolist(), find_boxes(masks), masks, strict=True)
+    return [Instance(CLASSES[label], score, box, mask) for label, score, box, mask in rows]
 
 
-def instances(
+def find_instances(
     class_logits: Tensor, mask_logits: Tensor, input_size: tuple[int, int], size: tuple[int, int]
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """`scores [N]` above MIN_SCORE, descending, `labels [N]` and `masks [N, *size]` bool of one image."""
+    """Find the objects of one image that score above MIN_SCORE, the best first.
+
+    Returns `scores [N]` float32, `labels [N]`, which are indices of COCO, and `masks [N, *size]` bool.
+    """
+    # The last class is "no object".
     probabilities = class_logits.float().softmax(-1)[:, :-1]
     scores, index = probabilities.flatten().topk(min(TOP, probabilities.numel()))
-    # A mask's mean probability is at most 1, so the others cannot reach it.
+    # A score is multiplied by at most 1 below, so the others cannot reach MIN_SCORE. Masks take most memory.
     likely = scores > MIN_SCORE
     scores, index = scores[likely], index[likely]
     query, labels = index // probabilities.shape[1], index % probabilities.shape[1]
     if not len(scores):
         return scores, labels, torch.zeros((0, *size), dtype=torch.bool, device=scores.device)
     logits = mask_logits[query].float()[None]
+    # In two steps, as in the published inference: one step would give other edges.
     for target in (input_size, size):
         logits = interpolate(logits, target, mode="bilinear", align_corners=False)
     masks = logits[0] > 0
@@ -186,12 +206,13 @@ def instances(
     return scores[order], labels[order], masks[order]
 
 
-def boxes(masks: Tensor) -> list[tuple[float, float, float, float]]:
-    """(x0, y0, x1, y1), tight, of each of `masks [N, H, W]`, none of which is empty."""
+def find_boxes(masks: Tensor) -> list[tuple[float, float, float, float]]:
+    """Find the tight box (x0, y0, x1, y1) of each of `masks [N, H, W]` bool, none of which is empty."""
 
-    def extent(covered: Tensor) -> tuple[Tensor, Tensor]:
+    def find_extent(covered: Tensor) -> tuple[Tensor, Tensor]:
+        # argmax gives the first of the largest: the first covered row or column, and from behind the last.
         covered = covered.int()
         return covered.argmax(1), covered.shape[1] - covered.flip(1).argmax(1)
 
-    (x0, x1), (y0, y1) = extent(masks.any(1)), extent(masks.any(2))
+    (x0, x1), (y0, y1) = find_extent(masks.any(1)), find_extent(masks.any(2))
     return [tuple(box) for box in torch.stack([x0, y0, x1, y1], 1).float().tolist()]

@@ -1,6 +1,6 @@
-"""OCR: how much of the words that the prompt asks for can be read in the image.
+"""OCR measures how much of the words that the prompt asks for can be read in the image.
 
-`1 - min(d, n) / n`, with d the Levenshtein distance between what was read and the target of n
+The score is `1 - min(d, n) / n`. Here d is the Levenshtein distance between what was read and the target of n
 characters, both without spaces and in lower case; d = 0 where the target is contained in what was read.
 Source: Flow-GRPO, arXiv 2505.05470, section 5, and its published code.
 """
@@ -20,23 +20,28 @@ from PIL import Image
 
 from nft_plugins import Batch, PromptError, Scores
 
-from .fields import field
-from .ocr_engines import EngineName, cause_of, make_engine
-from .pixels import finite
-from .words import folded, target_text, unknown_letters
+from .fields import get_field
+from .ocr_engines import EngineName, describe_cause, make_engine
+from .pixels import find_finite_images
+from .words import find_target_text, find_unknown_letters, fold_text
 
 
 class Match(NamedTuple):
+    """Holds the result of one comparison.
+
+    value: the score in [0, 1]. distance: Levenshtein's, at most the target's length. exact: 1 for equal texts.
+    """
+
     value: float
     distance: float
     exact: float
 
 
-def match(read: str, target: str, *, contains: bool = True, spam_penalty: float = 0.0) -> Match:
-    """The score of folded texts; target must not be empty.
+def match_texts(read: str, target: str, *, contains: bool = True, spam_penalty: float = 0.0) -> Match:
+    """Compare what was read with the target, both as `fold_text` gives them. The target must not be empty.
 
     contains: a target that stands in what was read counts as read (the published rule).
-    spam_penalty: taken off for each character beyond the target, as a share of the target's length.
+    spam_penalty: each character beyond the n of the target costs spam_penalty / n.
     """
     from rapidfuzz.distance import Levenshtein
 
@@ -47,7 +52,9 @@ def match(read: str, target: str, *, contains: bool = True, spam_penalty: float 
 
 
 class OCR:
-    """Values from 0 to 1. Details: `exact` (1 where exactly the target was read) and `distance`.
+    """Scores an image from 0 to 1 by how well an OCR engine reads the words asked for.
+
+    Details: `exact`, 1 where exactly the target was read, and `distance`, the Levenshtein distance.
 
     engine: `rapidocr`, whose models come in its wheel, or `paddle`, PaddleOCR 3. Neither has the models of the
         published runs (PaddleOCR 2.9), so absolute scores differ.
@@ -55,11 +62,11 @@ class OCR:
         with one, for paddle a folder with an `inference.yml`. A recogniser's letters stand in the model, in
         `inference.yml` or in a `.txt` file beside it. Words with other letters are refused.
     variant: `nft`, the published rule; `strict` gives no full marks to a target among other letters.
-    normalise: fold Unicode forms (NFKC), apostrophes, quotes and dashes, and leave out what cannot be seen,
-        before comparing.
-    upscale: enlarge images before reading; small letters need it.
-    spam_penalty: 0 as published; above, letters beyond the target cost that share of its length each.
-    workers: engines that read side by side; 0: one for each of this process's cores.
+    normalise: whether Unicode forms (NFKC), apostrophes, quotes and dashes that look alike count as equal, and
+        characters that cannot be seen are left out.
+    upscale: factor by which images are enlarged before they are read; small letters need it.
+    spam_penalty: 0 as published; each letter beyond the n of the target costs spam_penalty / n.
+    workers: number of engines that read side by side; 0: one for each of this process's cores.
     An image on which the engine fails is invalid; one without any text was read as "".
     Raises ImportError without the engine's package, OSError without its models.
     """
@@ -80,26 +87,30 @@ class OCR:
             raise ValueError("upscale must be at least 1, workers and spam_penalty at least 0")
         self.variant, self.normalise = variant, normalise
         self.upscale, self.spam_penalty = upscale, spam_penalty
-        self.workers = workers or cores_of_this_process()
-        # An engine is not safe to share between threads; onnxruntime frees the interpreter while it reads.
+        self.workers = workers or count_own_cores()
+        # Engines must not be shared between threads, so each worker takes a free one. Threads do help:
+        # onnxruntime lets other Python code run while it reads.
         self.engines: SimpleQueue[Callable[[np.ndarray], str]] = SimpleQueue()
         for _ in range(self.workers):
             self.engines.put(one := make_engine(engine, detector, recogniser))
-        #: What the engine can read, folded; None where it does not say.
+        #: The letters that the engine can read, folded; None where it does not say.
         self.known = (
-            None if one.letters is None else frozenset(c for a in one.letters for c in folded(a, normalise))
+            None if one.letters is None else frozenset(c for a in one.letters for c in fold_text(a, normalise))
         )
         self.pool = ThreadPoolExecutor(self.workers, "ocr")
 
     def check_prompt(self, prompt: str, metadata: Mapping[str, Any]) -> None:
-        self.target(prompt, metadata)
+        self.read_target(prompt, metadata)
 
-    def target(self, prompt: str, metadata: Mapping[str, Any]) -> str:
-        """The words to be read, folded. Raises PromptError where there are none that the engine can read."""
-        words = target_text(prompt, metadata)
-        if not (text := folded(words, self.normalise)):
+    def read_target(self, prompt: str, metadata: Mapping[str, Any]) -> str:
+        """Read the target from a prompt or its metadata, folded.
+
+        Raises PromptError where there are no words, or some that the engine cannot read.
+        """
+        words = find_target_text(prompt, metadata)
+        if not (text := fold_text(words, self.normalise)):
             raise PromptError(f"no words to read in {prompt!r}")
-        unknown = unknown_letters(words, self.known, self.normalise) if self.known is not None else []
+        unknown = find_unknown_letters(words, self.known, self.normalise) if self.known is not None else []
         if unknown:
             some = ", ".join(map(repr, unknown[:8])) + ", ..." * (len(unknown) > 8)
             raise PromptError(
@@ -110,46 +121,51 @@ class OCR:
 
     def __call__(self, batch: Batch) -> Scores:
         targets = [
-            # A prompt is read where it has to be: images may come with metadata alone.
-            self.target("" if field(metadata, "text") is not None else batch.prompts[i], metadata)
+            # Images that are scored from files may come with metadata alone and no prompt.
+            self.read_target("" if get_field(metadata, "text") is not None else batch.prompts[i], metadata)
             for i, metadata in enumerate(batch.metadata)
         ]
-        texts = list(self.pool.map(self.read, batch.uint8.permute(0, 2, 3, 1).cpu().numpy()))
+        texts = list(self.pool.map(self.read_text, batch.uint8.permute(0, 2, 3, 1).cpu().numpy()))
+        # A blank image was read as "" and scores 0; one on which the engine failed has no score.
         rows = [
             Match(np.nan, np.nan, np.nan)
             if text is None or not whole
-            else match(
-                folded(text, self.normalise),
+            else match_texts(
+                fold_text(text, self.normalise),
                 target,
                 contains=self.variant == "nft",
                 spam_penalty=self.spam_penalty,
             )
-            for text, target, whole in zip(texts, targets, finite(batch).tolist(), strict=True)
+            for text, target, whole in zip(texts, targets, find_finite_images(batch).tolist(), strict=True)
         ]
         values, distance, exact = torch.tensor(rows, dtype=torch.float32, device="cpu").view(-1, 3).T
         return Scores(values, values.isfinite(), {"exact": exact, "distance": distance})
 
-    def read(self, image: np.ndarray) -> str | None:
-        """The text of an RGB image `[H, W, 3]` uint8; None where the engine failed."""
+    def read_text(self, image: np.ndarray) -> str | None:
+        """Read the text of an RGB image `[H, W, 3]` uint8; None where the engine failed."""
         if self.upscale > 1:
             height, width = image.shape[:2]
             size = (width * self.upscale, height * self.upscale)
             image = np.asarray(Image.fromarray(image).resize(size, Image.Resampling.BICUBIC))
         engine = self.engines.get()
         try:
-            # Engines take OpenCV's order of channels.
+            # Engines take OpenCV's order of channels, BGR.
             return engine(np.ascontiguousarray(image[..., ::-1]))
         except Exception as error:
             logging.getLogger(__name__).warning(
-                "OCR failed on an image, which is marked invalid: %s", cause_of(error)
+                "OCR failed on an image, which is marked invalid: %s", describe_cause(error)
             )
             return None
         finally:
             self.engines.put(engine)
 
 
-def cores_of_this_process() -> int:
-    """This process's share of the cores, at least 1: a launcher says how many processes there are here."""
+def count_own_cores() -> int:
+    """Count this process's share of the machine's cores, at least 1.
+
+    A launcher says in LOCAL_WORLD_SIZE how many processes of the run this machine has.
+    """
+    # The cores that this process may use can be fewer than the machine has, as in a container.
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     text = os.environ.get("LOCAL_WORLD_SIZE", "1")
     if not (text.isascii() and text.isdecimal() and int(text) > 0):

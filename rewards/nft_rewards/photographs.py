@@ -7,16 +7,17 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from .clip import Precision, load_clip
-from .colours import COLORS, ColorClassifier, cut_out
+from .colours import COLORS, ColorClassifier, cut_out_object
 from .mask2former import CHECKPOINT, CLASSES, Instance, Mask2Former
 
 
 class PhotoDetector:
-    """A `Detector` that looks up only the colours that it is asked for.
+    """Finds objects of COCO's 80 classes, and names the colours of those that it is asked for.
 
-    checkpoint: hub id or folder of the Mask2Former; clip: of the CLIP, whose towers are shared with rewards
-        that use the same.
-    precision: of both networks. `auto`: bf16 on CUDA, fp32 elsewhere.
+    It is a `Detector` of `geneval`.
+    checkpoint: hub id or folder of the Mask2Former.
+    clip: hub id or folder of the CLIP, whose towers are shared with rewards that use the same.
+    precision: number format of both networks. `auto`: bf16 on CUDA, fp32 elsewhere.
     """
 
     classes = CLASSES
@@ -31,11 +32,13 @@ class PhotoDetector:
         device: str = "cpu",
     ) -> None:
         self.mask2former = Mask2Former(checkpoint, precision=precision, device=device)
-        self.classify = ColorClassifier(load_clip(clip, clip, device, precision))
+        self.classify = ColorClassifier(load_clip(clip, device, precision))
 
     def detect(self, images: Tensor) -> list[list[Instance] | None]:
+        """Find the objects of each image of `[B, H, W, 3]` uint8 RGB; None for an image that it failed on."""
         return self.mask2former.detect(images)
 
     def name_colors(self, images: Tensor, objects: Sequence[tuple[int, Instance]]) -> list[str]:
-        crops = [cut_out(images[i], found.mask, found.box) for i, found in objects]
+        """Name the colour of each object, which comes with the index of its image."""
+        crops = [cut_out_object(images[i], found.mask, found.box) for i, found in objects]
         return self.classify(crops, [found.label for _, found in objects])

@@ -1,4 +1,4 @@
-"""PickScore: `exp(logit_scale) * cos(image, prompt)` of a CLIP ViT-H/14 tuned on human choices.
+"""PickScore predicts which image people pick: `exp(logit_scale) * cos(image, prompt)` of a tuned CLIP ViT-H/14.
 
 Source: arXiv 2305.01569, section 4; yuvalkirstain/PickScore_v1 (MIT).
 """
@@ -12,14 +12,16 @@ from nft_plugins import Batch, Scores
 from .clip import Precision, load_clip
 
 CHECKPOINT = "yuvalkirstain/PickScore_v1"
+#: The published checkpoint was tuned from this model, and has its tokenizer and preprocessing.
 PROCESSOR = "laion/CLIP-ViT-H-14-laion2B-s32B-b79K"
 
 
 class PickScore:
-    """Values of about 18 to 24; `variant="nft"` divides by 26, as the DiffusionNFT runs did.
+    """Scores an image by its agreement with the prompt, about 18 to 24.
 
     checkpoint: hub id or folder of a CLIPModel in safetensors; a folder brings its own processor.
-    precision: of the towers; products are float32. `auto`: bf16 on CUDA, fp32 elsewhere.
+    variant: `original`, or `nft`, which divides by 26, as the DiffusionNFT runs did.
+    precision: number format of the towers; products are float32. `auto`: bf16 on CUDA, fp32 elsewhere.
     Prompts beyond the checkpoint's text length (77 tokens) are cut. Raises OSError without the files.
     """
 
@@ -32,8 +34,8 @@ class PickScore:
         device: str = "cpu",
     ) -> None:
         processor = PROCESSOR if checkpoint == CHECKPOINT else checkpoint
-        self.clip = load_clip(checkpoint, processor, device, precision)
+        self.clip = load_clip(checkpoint, device, precision, processor)
         self.scale = self.clip.logit_scale / (26 if variant == "nft" else 1)
 
     def __call__(self, batch: Batch) -> Scores:
-        return Scores.of(self.scale * self.clip.cosine(batch, batch.prompts))
+        return Scores.of(self.scale * self.clip.compute_cosine(batch, batch.prompts))

@@ -1,8 +1,8 @@
-"""Rank: where an image stands among the images of its own prompt, by another reward.
+"""Rank gives an image its place among the images of its own prompt, by another reward.
 
-`(images of the group that score less + half of the others that score the same) / (n - 1)` for a group of n
-valid images: 0 for the worst, 1 for the best, ties at their mean, 0.5 for an image that is alone. Ranks do
-not mind how far apart scores are, so an outlier counts no more than a winner by a hair.
+For a group of n valid images the rank is `(images that score less + half of the others that score the same) /
+(n - 1)`: 0 for the worst, 1 for the best, the mean place for ties, and 0.5 for an image that is alone. How far
+apart the scores are plays no part, so one extreme score counts no more than a narrow first place.
 """
 
 from __future__ import annotations
@@ -17,7 +17,9 @@ from nft_plugins import Batch, Reward, Scores
 
 
 class Rank:
-    """Values in [0, 1]. Details: `value`, what the other reward said, beside that reward's own details.
+    """Scores an image by its rank in its group, in [0, 1].
+
+    Details: `value`, the other reward's score, and that reward's own details.
 
     of: the other reward, with its options behind semicolons: `ocr;upscale=4;variant=strict`.
     A sample that the other reward marks as invalid stays so and takes no part in its group's ranks.
@@ -30,7 +32,9 @@ class Rank:
             raise ValueError(
                 "rank needs of=NAME, another reward, as in rank,of=pickscore or rank,of=ocr;upscale=4"
             )
+        # A comma would end the option `of` on the command line, so options inside it end with a semicolon.
         self.inner = make_reward(of.replace(";", ","))
+        # Ranks of ranks would need whole groups twice.
         if hasattr(self.inner, "regroup"):
             raise ValueError(f"of={of!r} compares the images of a group itself: rank needs one that does not")
 
@@ -45,12 +49,13 @@ class Rank:
         return self.regroup(Scores(values, valid, {**scores.details, "value": values}), batch.groups)
 
     def regroup(self, scores: Scores, groups: Tensor) -> Scores:
-        ranks = group_ranks(scores.details["value"], scores.valid, groups.to(scores.valid.device))
+        """Rank again from the detail `value`: a run calls this once it has the scores of whole groups."""
+        ranks = rank_groups(scores.details["value"], scores.valid, groups.to(scores.valid.device))
         return Scores(ranks, scores.valid, scores.details)
 
 
-def group_ranks(values: Tensor, valid: Tensor, groups: Tensor) -> Tensor:
-    """Ranks `[N]` within the valid members of each group, scaled to [0, 1]; 0.5 where there is nothing to rank.
+def rank_groups(values: Tensor, valid: Tensor, groups: Tensor) -> Tensor:
+    """Compute the ranks `[N]` within the valid members of each group, in [0, 1]; 0.5 for other samples.
 
     values: `[N]`; valid: `[N]` bool; groups: `[N]` int.
     """
@@ -59,6 +64,7 @@ def group_ranks(values: Tensor, valid: Tensor, groups: Tensor) -> Tensor:
         members = (valid & (groups == group)).nonzero().flatten()
         if len(members) > 1:
             v = values[members]
+            # Each member is compared with each: groups are small. One of the equal ones is itself.
             less, same = (v[None] < v[:, None]).sum(1), (v[None] == v[:, None]).sum(1) - 1
             ranks[members] = (less + same.float() / 2) / (len(v) - 1)
     return ranks

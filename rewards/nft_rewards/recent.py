@@ -10,7 +10,7 @@ from torch import Tensor
 
 
 class Recent:
-    """Tensors by key: those used most recently, of at most `limit` bytes together. Threads may share it."""
+    """Keeps tensors by key, and drops those unused for longest beyond `limit` bytes. Threads may share it."""
 
     def __init__(self, limit: int) -> None:
         self.limit, self.bytes = limit, 0
@@ -18,15 +18,16 @@ class Recent:
         self.lock = threading.Lock()
 
     def get(self, key: Hashable) -> Tensor | None:
+        """Get a tensor; None where it was never kept or has been dropped."""
         with self.lock:
             if key in self.kept:
                 self.kept.move_to_end(key)
             return self.kept.get(key)
 
     def keep(self, key: Hashable, value: Tensor) -> None:
-        """Keep it, which must be no view, since a view keeps all that it is a part of."""
+        """Keep a tensor under a key. It must be no view: a view keeps the whole tensor that it is a part of."""
         with self.lock:
-            if key in self.kept:  # Another thread has made it too.
+            if key in self.kept:  # Another thread has made it in the meantime.
                 return
             self.kept[key] = value
             self.bytes += value.nbytes

@@ -1,4 +1,4 @@
-"""What a model makes of prompts, made once for each distinct one and kept across epochs."""
+"""Keeps what a model makes of prompts, from epoch to epoch, so that each distinct prompt is encoded once."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ from .recent import Recent
 
 log = logging.getLogger(__name__)
 
-#: Bytes of rows that are kept: 65536 prompts' features of ViT-H/14.
+#: Bytes of rows that are kept. It is enough for the ViT-H/14 features of 65536 prompts.
 CACHE = 2**28
 
 
 class Texts:
-    """Rows of tensors by prompt.
+    """Gives a row of a tensor for each prompt, and encodes only prompts that it has not kept.
 
-    name: of the model, for warnings. encode: texts to `[B, ...]`. length: tokens that the model reads.
-    count_tokens: how long each text is before it is cut.
+    name: of the model, for warnings. encode: maps B texts to `[B, ...]`. length: tokens that the model reads.
+    count_tokens: gives the number of tokens of each text before it is cut.
     """
 
     def __init__(
@@ -35,29 +35,29 @@ class Texts:
         self.length, self.count_tokens = length, count_tokens
         self.kept = Recent(CACHE)
         self.lock = threading.Lock()
-        self.said_what_is_cut = False
+        self.has_warned = False
 
     def __call__(self, prompts: Sequence[str]) -> Tensor:
-        """`[B, ...]` for B prompts, at least one."""
+        """Return the rows `[B, ...]` of B prompts, at least one."""
         with self.lock:
             kept = {p: self.kept.get(p) for p in prompts}
             rows = {p: row for p, row in kept.items() if row is not None}
             new = [p for p in kept if p not in rows]
             if new:
-                self.say_what_is_cut(new)
+                self.warn_of_cut_prompts(new)
                 for p, row in zip(new, self.encode(new), strict=True):
-                    rows[p] = row.clone()
+                    rows[p] = row.clone()  # A view would keep the rows of all new prompts.
                     self.kept.keep(p, rows[p])
         return torch.stack([rows[p] for p in prompts])
 
-    def say_what_is_cut(self, prompts: list[str]) -> None:
-        """One warning, with an example, for prompts that are longer than the model reads."""
-        if self.said_what_is_cut:
+    def warn_of_cut_prompts(self, prompts: list[str]) -> None:
+        """Warn once, with an example, that prompts are longer than the model reads."""
+        if self.has_warned:
             return
         counts = self.count_tokens(prompts)
         longest = max(range(len(prompts)), key=counts.__getitem__)
         if counts[longest] > self.length:
-            self.said_what_is_cut = True
+            self.has_warned = True
             log.warning(
                 "%s reads %d tokens of a prompt and leaves out the rest; %d of %d prompts are longer, one of "
                 "them %d tokens: %.60r...",

@@ -1,9 +1,9 @@
-"""VLM judge: a vision-language model behind an OpenAI-compatible server says how well image and prompt agree.
+"""The VLM judge asks a vision-language model how well image and prompt agree, by an OpenAI-compatible server.
 
-`preset="unified"`: UnifiedReward's pointwise question; the number x from 1 to 5 after the last `Final Score:`,
-as x / 5.
-`preset="yes_no"`: P(yes) / (P(yes) + P(no)) of the reply's first token, after VQAScore, which takes P(yes).
-Servers and their versions differ a little from one another, also at temperature 0.
+`preset="unified"` asks UnifiedReward's pointwise question, and takes the number x from 1 to 5 after the last
+`Final Score:` as x / 5. `preset="yes_no"` takes P(yes) / (P(yes) + P(no)) of the reply's first token; VQAScore,
+which it follows, takes P(yes). Servers and their versions differ a little in their answers, also at
+temperature 0.
 Sources: arXiv 2503.05236, CodeGoat24/UnifiedReward-7b-v1.5; VQAScore, arXiv 2404.01291.
 """
 
@@ -27,14 +27,22 @@ from PIL import Image
 from nft_plugins import Batch, Scores
 
 from .chat import ChatServer, Failed, Refused, Unreachable
-from .pixels import finite
-from .replies import TOP, Answer, Found, final_score, last_match, last_number, yes_or_no
+from .pixels import find_finite_images
+from .replies import (
+    TOP,
+    Answer,
+    Found,
+    find_final_score,
+    make_last_match_finder,
+    read_last_number,
+    read_yes_or_no,
+)
 
 log = logging.getLogger(__name__)
 
 ImageFormat = Literal["png", "jpeg", "webp"]
 
-#: The published question, without the `<image>` before it: servers put the image's own token where it belongs.
+#: The published question without the `<image>` before it, since servers put in the image's token themselves.
 UNIFIED = """\
 You are given a text caption and a generated image based on that caption. Your task is to evaluate this image \
 based on two key criteria:
@@ -50,22 +58,25 @@ YES_NO = 'Does this figure show "{prompt}"? Please answer yes or no.'
 
 
 class VLMJudge:
-    """Values in [low / high, 1], 0.2 to 1 by default; in [0, 1] for `preset="yes_no"`.
+    """Scores an image by a model's answer, 0.2 to 1 by default, and 0 to 1 for `yes_no`.
 
     Details: `score`, the number as the reply gives it; for `yes_no` `mass`, P(yes) + P(no).
-    url, model: of the server; model has a default for `unified` only.
-    template: the question, a text with `{prompt}` or a text file with such a one, instead of the preset's.
-    pattern: a regular expression whose first group is the number, of which the last match outside the thinking
-        counts; empty: the number after `Final Score:`. low, high: where it must lie. The value is the
-        number / high. Not for `yes_no`.
-    api_key_env: the name of an environment variable with the key.
-    concurrency: requests at once. timeout: seconds for a request; deadline: for a whole batch.
-    retries: after a lost connection, 429 or 5xx, ever later, and not before the server's Retry-After.
-    max_tokens: of the reply; 0: 1024, or 1 for `yes_no`.
-    image_size: pixels of the longest side that images are resized to (bicubic); 0: as they come.
-    A reply without a number in range and a request that failed make the sample invalid, and a warning a batch
-    counts them by cause. Raises ValueError for options, and ConnectionError where not one image of a batch
-    was scored and the server cannot be reached or refuses (wrong path, key or model).
+    preset: `unified` or `yes_no`, the question and how its answer is read.
+    url: address of the server. model: its name there; only `unified` has a default.
+    template: another question than the preset's: a text with `{prompt}`, or a text file with one.
+    pattern: a regular expression whose first group is the number. Its last match outside the thinking counts.
+        Empty: the number after `Final Score:`. low, high: where the number must lie; the value is the
+        number / high. These three are not for `yes_no`.
+    api_key_env: name of an environment variable with the key.
+    concurrency: requests at once. timeout: seconds for a request. deadline: seconds for a whole batch.
+    retries: further tries after a lost connection, HTTP 429 or 5xx. Each waits longer than the one before, and
+        as long as the server's Retry-After asks for.
+    max_tokens: length of the reply at most; 0: 1024, or 1 for `yes_no`.
+    image_format: of the files that are sent.
+    image_size: pixels of the longest side that images are resized to (bicubic); 0: images are sent as they are.
+    A sample is invalid where the reply has no number in range or the request failed; one warning a batch counts
+    these by cause. Raises ValueError for bad options. Raises ConnectionError where no image of a batch was
+    scored because the server cannot be reached, or refuses (wrong path, key or model).
     """
 
     def __init__(
@@ -100,39 +111,43 @@ class VLMJudge:
         self.model = model or "CodeGoat24/UnifiedReward-7b-v1.5"
         self.template = read_template(template) if template else YES_NO if yes_no else UNIFIED
         self.figure = "mass" if yes_no else "score"
-        self.read: Callable[[Any], Answer] = (
-            yes_or_no if yes_no else partial(last_number, find=finder(pattern), low=low, high=high)
-        )
+        self.read: Callable[[Any], Answer] = read_yes_or_no
+        if not yes_no:
+            self.read = partial(read_last_number, find=make_finder(pattern), low=low, high=high)
         self.options: dict[str, Any] = {"temperature": 0, "max_tokens": max_tokens or (1 if yes_no else 1024)}
         if yes_no:
             self.options |= {"logprobs": True, "top_logprobs": TOP}
         self.image_format, self.image_size = image_format, image_size
 
     def __call__(self, batch: Batch) -> Scores:
-        whole = finite(batch).tolist()
+        whole = find_finite_images(batch).tolist()
         images = batch.pil if any(whole) else []
+        # Images with NaN are not sent: as files they would look like any other picture.
         asked = [i for i, ok in enumerate(whole) if ok]
-        replies = self.server.ask_all([partial(self.body, batch.prompts[i], images[i]) for i in asked])
+        replies = self.server.ask_all([partial(self.make_body, batch.prompts[i], images[i]) for i in asked])
+        # If only some were refused, the others are scored and these are invalid.
         if replies and all(isinstance(r, (Unreachable, Refused)) for r in replies):
-            raise ConnectionError(self.remedy(replies[0]))
+            raise ConnectionError(self.explain_failure(replies[0]))
         answers: list[Answer | Failed] = [Failed("pixels that are not finite")] * len(batch)
         for i, reply in zip(asked, replies, strict=True):
-            answers[i] = self.answer(reply)
-        self.report(answers)
+            answers[i] = self.read_answer(reply)
+        self.report_failures(answers)
         rows = [(math.nan, math.nan) if isinstance(a, Failed) else a for a in answers]
         values, figure = torch.tensor(rows, dtype=torch.float32, device="cpu").view(-1, 2).T
         return Scores.of(values, **{self.figure: figure})
 
-    async def body(self, prompt: str, image: Image.Image) -> dict[str, Any]:
-        """A request, as OpenAI's protocol has it."""
-        data = await asyncio.to_thread(encoded, image, self.image_format, self.image_size)
+    async def make_body(self, prompt: str, image: Image.Image) -> dict[str, Any]:
+        """Make the body of a request, as OpenAI's protocol has it."""
+        # Encoding takes some milliseconds: on another thread it does not hold up the other requests.
+        data = await asyncio.to_thread(encode_image, image, self.image_format, self.image_size)
         content = [
             {"type": "image_url", "image_url": {"url": f"data:image/{self.image_format};base64,{data}"}},
             {"type": "text", "text": self.template.replace("{prompt}", prompt)},
         ]
         return {"model": self.model, "messages": [{"role": "user", "content": content}], **self.options}
 
-    def answer(self, reply: Any) -> Answer | Failed:
+    def read_answer(self, reply: Any) -> Answer | Failed:
+        """Read the answer from a decoded reply, or say why there is none."""
         if isinstance(reply, Failed):
             return reply
         try:
@@ -142,8 +157,8 @@ class VLMJudge:
         except (AttributeError, IndexError, KeyError, TypeError, ValueError):
             return Failed("a reply of another form", str(reply))
 
-    def report(self, answers: Sequence[Answer | Failed]) -> None:
-        """One warning for all that failed, with their causes."""
+    def report_failures(self, answers: Sequence[Answer | Failed]) -> None:
+        """Log one warning for all images that failed, with the number and an example of each cause."""
         failures = [a for a in answers if isinstance(a, Failed)]
         if not failures:
             return
@@ -157,7 +172,8 @@ class VLMJudge:
             "; ".join(causes),
         )
 
-    def remedy(self, failure: Failed) -> str:
+    def explain_failure(self, failure: Failed) -> str:
+        """Say what is wrong with the server and what to do about it."""
         what = f"{failure.cause} {failure.example!r:.200}" if failure.example else failure.cause
         if isinstance(failure, Unreachable):
             return (
@@ -171,7 +187,7 @@ class VLMJudge:
 
 
 def read_template(given: str) -> str:
-    """The text itself, or that of the file. Raises ValueError where there is no `{prompt}` in it."""
+    """Return the given text, or that of the file it names. Raises ValueError where it has no `{prompt}`."""
     text = given
     if "{prompt}" not in given:
         try:
@@ -185,27 +201,27 @@ def read_template(given: str) -> str:
     return text.strip()
 
 
-def finder(pattern: str) -> Callable[[str], Found | None]:
-    """What finds the number in a reply. Raises ValueError for a pattern that cannot."""
+def make_finder(pattern: str) -> Callable[[str], Found | None]:
+    """Make the function that finds the number in a reply. Raises ValueError for a bad pattern."""
     if not pattern:
-        return final_score
+        return find_final_score
     try:
         expression = re.compile(pattern)
     except re.error as error:
         raise ValueError(f"pattern={pattern!r} is no regular expression: {error}") from error
     if not expression.groups:
         raise ValueError(f"pattern={pattern!r} needs a group (...) around the number")
-    return last_match(expression)
+    return make_last_match_finder(expression)
 
 
-def encoded(image: Image.Image, image_format: ImageFormat, longest: int) -> str:
-    """The picture's file in base64, resized so that its longest side is that long, if not 0."""
+def encode_image(image: Image.Image, image_format: ImageFormat, longest: int) -> str:
+    """Encode a picture as a file, in base64, resized to `longest` pixels on its longest side, if not 0."""
     if longest and max(image.size) != longest:
         scale = longest / max(image.size)
         width, height = (max(round(side * scale), 1) for side in image.size)
         image = image.resize((width, height), Image.Resampling.BICUBIC)
     buffer = BytesIO()
-    # PNG's fast compression: most servers are near, and a batch of PNGs at full effort takes seconds.
+    # PNG with fast compression: most servers are near, and a batch at full effort takes seconds.
     image.save(
         buffer, format=image_format, **({"compress_level": 1} if image_format == "png" else {"quality": 95})
     )

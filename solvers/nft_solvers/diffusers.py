@@ -64,26 +64,26 @@ class DiffusersSolver:
     ends: tuple[float, float] = ENDS[0]
 
     def solve(self, velocity: Velocity, noise: Tensor, times: Sequence[float], generator: Generator) -> Tensor:
-        scheduler, calls = self.prepare(times)
+        scheduler, calls = self.prepare_scheduler(times)
         drawn = {"generator": generator} if "generator" in signature(scheduler.step).parameters else {}
         x = noise
         for t, timestep in zip(calls, scheduler.timesteps, strict=True):
             x = scheduler.step(velocity(x, t), timestep, x, return_dict=False, **drawn)[0].to(noise.dtype)
         return x
 
-    def prepare(self, times: Sequence[float]) -> tuple[Any, list[float]]:
+    def prepare_scheduler(self, times: Sequence[float]) -> tuple[Any, list[float]]:
         """A fresh scheduler set to our times, and the time of each call of the velocity."""
         known = signature(self.scheduler).parameters
         fixed = {name: value for name, value in (FLOW | GRID).items() if name in known}
         scheduler: Any = self.scheduler(**fixed | dict(self.options))
         steps = len(times) - 1
         if "sigmas" in signature(scheduler.set_timesteps).parameters and self.ends == ENDS[0]:
-            scheduler.set_timesteps(sigmas=np.array(times[:-1]), **self._count(scheduler, steps))
-            index = self._index(scheduler.sigmas, steps)
+            scheduler.set_timesteps(sigmas=np.array(times[:-1]), **self._name_steps(scheduler, steps))
+            index = self._match_sigmas(scheduler.sigmas, steps)
         else:
             # Its own grid shows how it lays out sigmas: Heun's repeats the inner ones.
             scheduler.set_timesteps(steps)
-            index = self._index(scheduler.sigmas, steps)
+            index = self._match_sigmas(scheduler.sigmas, steps)
             first, last = self.ends
             ours = torch.tensor([min(max(t, last), first) for t in times], dtype=torch.float64, device="cpu")
             scheduler.sigmas = ours[index]
@@ -105,12 +105,12 @@ class DiffusersSolver:
         return scheduler, [times[i] for i in index[: len(scheduler.timesteps)]]
 
     @staticmethod
-    def _count(scheduler: Any, steps: int) -> dict[str, int]:
+    def _name_steps(scheduler: Any, steps: int) -> dict[str, int]:
         """`num_inference_steps`, for a `set_timesteps` that insists on it."""
         count = signature(scheduler.set_timesteps).parameters.get("num_inference_steps")
         return {"num_inference_steps": steps} if count and count.default is count.empty else {}
 
-    def _index(self, sigmas: Tensor, steps: int) -> list[int]:
+    def _match_sigmas(self, sigmas: Tensor, steps: int) -> list[int]:
         """Which of our times each of the scheduler's sigmas stands for."""
         values = sigmas.tolist()
         if any(a < b for a, b in pairwise(values)):
@@ -125,7 +125,7 @@ class DiffusersSolver:
             )
         return [int(i) for i in index]
 
-    def check(self) -> None:
+    def check_point_mass(self) -> None:
         """Solve for a point mass in few steps and in many; raises ValueError if x_0 is missed."""
         for steps in (1, 2, 4, 20):
             times = [1 - i / steps for i in range(steps)] + [0.0]
@@ -145,7 +145,7 @@ class DiffusersSolver:
                 )
 
 
-def fitted(scheduler: type, options: Mapping[str, Any]) -> DiffusersSolver:
+def fit_solver(scheduler: type, options: Mapping[str, Any]) -> DiffusersSolver:
     """The solver with the first ends that pass the trial run; else the first failure."""
     failures: list[Exception] = []
     verbosity = logging.get_verbosity()
@@ -154,7 +154,7 @@ def fitted(scheduler: type, options: Mapping[str, Any]) -> DiffusersSolver:
         for ends in ENDS:
             solver = DiffusersSolver(scheduler, options, ends)
             try:
-                solver.check()
+                solver.check_point_mass()
             except Exception as error:  # A scheduler's own can be of any kind.
                 failures.append(error)
             else:
@@ -166,7 +166,7 @@ def fitted(scheduler: type, options: Mapping[str, Any]) -> DiffusersSolver:
     raise ValueError(f"diffusers:{scheduler.__name__} fails on our flow: {failures[0]!r}") from failures[0]
 
 
-def flow_schedulers() -> list[str]:
+def list_flow_schedulers() -> list[str]:
     """Names of the installed diffusers' schedulers that pass with their default options."""
     names = []
     for name in sorted(dir(diffusers)):
@@ -175,7 +175,7 @@ def flow_schedulers() -> list[str]:
         scheduler = getattr(diffusers, name)
         if isclass(scheduler) and predicts_flow(scheduler):
             try:
-                fitted(scheduler, {})
+                fit_solver(scheduler, {})
             except ValueError:
                 continue
             names.append(name)
@@ -188,11 +188,11 @@ def diffusers_solver(name: str, **options: Any) -> DiffusersSolver:
     if not isclass(scheduler):
         raise ValueError(
             f"diffusers {diffusers.__version__} has no scheduler {name!r}; "
-            f"those that predict flow are {', '.join(flow_schedulers())}"
+            f"those that predict flow are {', '.join(list_flow_schedulers())}"
         )
     if not predicts_flow(scheduler):
         raise ValueError(
-            f"diffusers:{name} has no flow prediction; those that have are {', '.join(flow_schedulers())}"
+            f"diffusers:{name} has no flow prediction; those that have are {', '.join(list_flow_schedulers())}"
         )
     known = set(signature(scheduler).parameters)
     if ours := sorted(set(options) & known & set(FLOW | GRID)):
@@ -202,4 +202,4 @@ def diffusers_solver(name: str, **options: Any) -> DiffusersSolver:
             f"diffusers:{name} has no option {', '.join(unknown)}; "
             f"it has {', '.join(sorted(known - set(FLOW | GRID)))}"
         )
-    return fitted(scheduler, options)
+    return fit_solver(scheduler, options)

@@ -35,7 +35,7 @@ class Before(NamedTuple):
     x_0: Tensor
 
 
-def log_snr(t: float) -> float:
+def compute_log_snr(t: float) -> float:
     """lambda, from -inf at t = 1 to +inf at t = 0."""
     if t == 0:
         return inf
@@ -56,6 +56,6 @@ class DPM2(SteppedSolver):
         x_0 = x - t * velocity(x, t)
         d = x_0
         if state is not None and s > 0:
-            h, h_before = log_snr(s) - log_snr(t), log_snr(t) - log_snr(state.t)
+            h, h_before = compute_log_snr(s) - compute_log_snr(t), compute_log_snr(t) - compute_log_snr(state.t)
             d = x_0 + h / (2 * h_before) * (x_0 - state.x_0)
         return s / t * x + (1 - s / t) * d, Before(t, x_0)

@@ -99,7 +99,7 @@ def test_a_broken_plugin(tmp_path, monkeypatch):
     (info / "entry_points.txt").write_text("[nft_plugins]\nbad = bad_rewards\n")
     (tmp_path / "bad_rewards.py").write_text("import no_such_package")
     monkeypatch.syspath_prepend(tmp_path)
-    monkeypatch.setattr(doctor, "probe", lambda: SOUND)
+    monkeypatch.setattr(doctor, "probe_torch", lambda: SOUND)
     monkeypatch.setattr(doctor.shutil, "which", lambda name: None)
     result = nft()
     assert result.exit_code == 1
@@ -108,7 +108,7 @@ def test_a_broken_plugin(tmp_path, monkeypatch):
 
 
 def test_a_reward_that_is_not_ready_is_no_problem(monkeypatch):
-    monkeypatch.setattr(doctor, "probe", lambda: SOUND)
+    monkeypatch.setattr(doctor, "probe_torch", lambda: SOUND)
     monkeypatch.setattr(doctor.shutil, "which", lambda name: None)
     monkeypatch.setattr("nft_core.host.host.is_installed", lambda module: module != "rapidocr")
     result = nft()
@@ -125,12 +125,13 @@ def test_a_reward_that_is_not_ready_is_no_problem(monkeypatch):
 
 def test_gpus(monkeypatch):
     monkeypatch.setattr(doctor.shutil, "which", lambda name: "/usr/bin/nvidia-smi")
-    monkeypatch.setattr(doctor, "probe", lambda: SOUND)
+    monkeypatch.setattr(doctor, "probe_torch", lambda: SOUND)
     result = nft()
     assert result.exit_code == 0
     assert "nvidia-smi is here, but this torch is built for the CPU alone" in result.stdout
     torch = {"version": "2.13.0", "cuda": "13.0", "hip": None}
-    monkeypatch.setattr(doctor, "probe", lambda: {"torch": torch, "gpus": [{"name": "H100", "gib": 79.1}]})
+    gpus = [{"name": "H100", "gib": 79.1}]
+    monkeypatch.setattr(doctor, "probe_torch", lambda: {"torch": torch, "gpus": gpus})
     result = nft()
     assert result.exit_code == 0, result.output
     assert "2.13.0, built for CUDA 13.0" in result.stdout
@@ -140,7 +141,7 @@ def test_gpus(monkeypatch):
 def test_a_broken_torchvision_is_explained_where_it_does_harm(monkeypatch):
     """As transformers hides it: it says alone that a module cannot be imported."""
     said = "RuntimeError: operator torchvision::nms does not exist"
-    monkeypatch.setattr(doctor, "probe", lambda: SOUND | {"torchvision_error": said})
+    monkeypatch.setattr(doctor, "probe_torch", lambda: SOUND | {"torchvision_error": said})
     monkeypatch.setattr(doctor, "is_installed", lambda module: True)
 
     def fail(*given, **options):
@@ -151,6 +152,6 @@ def test_a_broken_torchvision_is_explained_where_it_does_harm(monkeypatch):
     assert result.exit_code == 1
     assert result.stderr.startswith("Error: torchvision is broken: installed, but raises")
     assert said in result.stderr and "pip uninstall torchvision" in result.stderr
-    monkeypatch.setattr(doctor, "probe", lambda: SOUND)
+    monkeypatch.setattr(doctor, "probe_torch", lambda: SOUND)
     result = CliRunner().invoke(main, ["rewards"])
     assert result.stderr == "Error: The reward cannot be loaded.\n"

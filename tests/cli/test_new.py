@@ -11,7 +11,7 @@ import forks
 import pytest
 from click.testing import CliRunner
 
-from nft_core.cli.new import KINDS, LONGEST, new
+from nft_core.cli.new import KINDS, LONGEST, begin_package
 from nft_core.errors import NftError, UsageError
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
@@ -76,7 +76,8 @@ def many(tmp_path_factory):
     root = tmp_path_factory.mktemp("many")
     for kind in KINDS:
         for name in ("a", "x2", "a-b_c", "colour-of-the-9-seas", "a" * LONGEST):
-            made = CliRunner().invoke(new, [kind.name, f"{kind.name[0]}{name[1:]}", "--out", str(root)])
+            arguments = [kind.name, f"{kind.name[0]}{name[1:]}", "--out", str(root)]
+            made = CliRunner().invoke(begin_package, arguments)
             assert made.exit_code == 0, made.exception
     return root
 
@@ -135,7 +136,7 @@ def test_what_is_said_at_the_end(packages):
 
 
 def invoke(*arguments):
-    return CliRunner().invoke(new, list(map(str, arguments)))
+    return CliRunner().invoke(begin_package, list(map(str, arguments)))
 
 
 @pytest.mark.parametrize(

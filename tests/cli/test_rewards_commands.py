@@ -8,7 +8,7 @@ from click.testing import CliRunner
 from PIL import Image
 
 from nft_core.cli.app import main
-from nft_core.cli.rewards import options, type_text
+from nft_core.cli.rewards import list_options, write_type
 from nft_core.host.host import load_host
 from nft_plugins import RewardInfo, Scores
 
@@ -62,11 +62,11 @@ def test_info_tells_options_from_the_signature():
     def factory(detector, *more, size: int | None = None, device="cpu", **others):
         pass
 
-    assert [(o["name"], o["type"], o["required"]) for o in options(factory)] == [
+    assert [(o["name"], o["type"], o["required"]) for o in list_options(factory)] == [
         ("detector", "any", True),
         ("size", "int | none", False),
     ]
-    assert type_text(list[str]) == "list[str]"
+    assert write_type(list[str]) == "list[str]"
 
 
 def test_info_of_a_reward_that_is_not_ready(monkeypatch):

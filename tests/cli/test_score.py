@@ -15,8 +15,9 @@ from PIL import Image, ImageDraw, features
 
 from nft_core.cli.app import main
 from nft_core.errors import UsageError
-from nft_core.scoring.image_files import decode, find_images, size_of
-from nft_core.scoring.images import NoPrompt, find_prompts, score_images
+from nft_core.scoring.image_files import decode_image, find_images, read_size
+from nft_core.scoring.images import NoPrompt, score_images
+from nft_core.scoring.items import find_prompts
 from nft_plugins import Scores
 from nft_plugins.testing import words
 
@@ -130,8 +131,8 @@ def exif_png():
 def test_exif_turns_the_image(tmp_path):
     """Orientation 6: the stored left side is shown on top."""
     (tmp_path / "a.png").write_bytes(exif_png())
-    assert size_of(tmp_path / "a.png") == (4, 2)
-    pixels = decode(tmp_path / "a.png")
+    assert read_size(tmp_path / "a.png") == (4, 2)
+    pixels = decode_image(tmp_path / "a.png")
     assert pixels.shape == (3, 4, 2)
     assert pixels[0, :2].eq(1).all()
     assert pixels[2, 2:].eq(1).all()
@@ -144,7 +145,7 @@ def test_exif_behind_the_pixels_of_a_png(tmp_path):
     chunk, rest = exif_png()[start : start + length + 12], exif_png()[start + length + 12 :]
     (tmp_path / "late.png").write_bytes(head[:-4] + rest[:-12] + chunk + rest[-12:])
     assert kind and tail
-    assert size_of(tmp_path / "late.png") == (2, 4)
+    assert read_size(tmp_path / "late.png") == (2, 4)
     flat(tmp_path / "plain.png", 51, (4, 2))
     shapes = []
 
@@ -159,14 +160,14 @@ def test_exif_behind_the_pixels_of_a_png(tmp_path):
 
 def test_alpha_is_composited_on_white(tmp_path):
     Image.new("RGBA", (1, 1), (255, 0, 0, 128)).save(tmp_path / "half.png")
-    assert (decode(tmp_path / "half.png") * 255).flatten().tolist() == pytest.approx([255, 127, 127])
+    assert (decode_image(tmp_path / "half.png") * 255).flatten().tolist() == pytest.approx([255, 127, 127])
     Image.new("LA", (1, 1), (0, 0)).save(tmp_path / "grey.webp", lossless=True)
     Image.new("P", (1, 1), 0).save(tmp_path / "palette.png", transparency=0)
     Image.new("RGB", (1, 1), "black").save(tmp_path / "key.png", transparency=(0, 0, 0))
     for name in ("grey.webp", "palette.png", "key.png"):
-        assert decode(tmp_path / name).eq(1).all(), name
+        assert decode_image(tmp_path / name).eq(1).all(), name
     Image.new("L", (1, 1), 51).save(tmp_path / "opaque.png")
-    torch.testing.assert_close(decode(tmp_path / "opaque.png"), torch.full((3, 1, 1), 0.2))
+    torch.testing.assert_close(decode_image(tmp_path / "opaque.png"), torch.full((3, 1, 1), 0.2))
 
 
 def test_table(folder, plugin):
@@ -232,27 +233,27 @@ def test_kinds_of_files(tmp_path, suffix):
     assert len(told) == 1 and told[0].endswith("c (another suffix; give its path to score it).")
     assert find_images([tmp_path / "c"]) == [tmp_path / "c"]
     for file in (*found, tmp_path / "c"):
-        assert size_of(file) == (8, 16)
-        torch.testing.assert_close(decode(file), torch.full((3, 8, 16), 0.4), atol=0.01, rtol=0)
+        assert read_size(file) == (8, 16)
+        torch.testing.assert_close(decode_image(file), torch.full((3, 8, 16), 0.4), atol=0.01, rtol=0)
 
 
 def test_odd_files_of_these_kinds(tmp_path):
     image = Image.open(BytesIO(exif_png())).convert("RGB")
     image.save(tmp_path / "turned.tiff", tiffinfo={0x0112: 6})
-    assert size_of(tmp_path / "turned.tiff") == (4, 2)
-    assert decode(tmp_path / "turned.tiff")[0, :2].eq(1).all()
+    assert read_size(tmp_path / "turned.tiff") == (4, 2)
+    assert decode_image(tmp_path / "turned.tiff")[0, :2].eq(1).all()
     Image.new("RGBA", (8, 8), (255, 0, 0, 0)).save(tmp_path / "clear.gif")
-    assert decode(tmp_path / "clear.gif").eq(1).all()
+    assert decode_image(tmp_path / "clear.gif").eq(1).all()
     header = struct.pack("<IiiHHI", 40, 2, 1, 1, 16, 3) + struct.pack("<5i", 4, 0, 0, 0, 0)
     masks = struct.pack("<3I", 0xF800, 0x7E0, 0x1F)  # 5, 6 and 5 bits
     (tmp_path / "few-bits.bmp").write_bytes(
         b"BM" + struct.pack("<IHHI", 70, 0, 0, 66) + header + masks + struct.pack("<2H", 0xF800, 0x1F)
     )
-    assert decode(tmp_path / "few-bits.bmp")[:, 0].tolist() == [[1, 0], [0, 0], [0, 1]]
+    assert decode_image(tmp_path / "few-bits.bmp")[:, 0].tolist() == [[1, 0], [0, 0], [0, 1]]
     for mode in ("F", "I;16"):
         Image.new(mode, (2, 2)).save(tmp_path / "deep.tiff")
         with pytest.raises(UsageError, match="more than 8 bits a channel"):
-            decode(tmp_path / "deep.tiff")
+            decode_image(tmp_path / "deep.tiff")
 
 
 def test_what_a_folder_leaves_out_is_named(folder, plugin):
@@ -356,7 +357,7 @@ def test_a_full_memory_is_one_sentence(folder, plugin, monkeypatch):
         assert result.valid == {"jpeg_compressibility": True, "greedy": False}
         assert "The reward 'greedy' ran out of memory: " in result.errors["greedy"]
         with monkeypatch.context() as patch:
-            patch.setattr("nft_core.scoring.images.decode", lambda *arguments, take=take: take())
+            patch.setattr("nft_core.scoring.images.decode_image", lambda *arguments, take=take: take())
             result = nft("a.png", "--reward", "mean")
         assert result.exit_code == 1 and len(result.stderr.splitlines()) == 1
         assert result.stderr.startswith(

@@ -12,7 +12,7 @@ from click.testing import CliRunner
 
 from nft_core.cli.app import main as nft
 from nft_tiny import detector
-from nft_tiny.scenes import Shape, draw
+from nft_tiny.scenes import Shape, draw_shapes
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 RUN = {"prompts_per_epoch": 2, "group_size": 2, "steps": 2, "eval_steps": 2, "eval_images": 1, "eval_every": 0}
@@ -46,15 +46,15 @@ def finished_run(tmp_path_factory):
 
 def test_margins_keeps_only_shapes_that_are_clearly_one_kind(load, monkeypatch):
     margins = load("margins")
-    picture = draw([Shape("circle", "red", 15, 15, 7)])
+    picture = draw_shapes([Shape("circle", "red", 15, 15, 7)])
     for margin, count in ((0.0, 1), (0.06, 1), (2.0, 0)):
-        monkeypatch.setattr(detector, "recognise", margins.make_stricter(margin))
+        monkeypatch.setattr(detector, "recognise_shape", margins.make_stricter(margin))
         assert len(detector.detect_shapes(picture)) == count
 
 
 @pytest.mark.slow
 def test_margins_of_a_run(load, finished_run, monkeypatch, capsys):
-    monkeypatch.setattr(detector, "recognise", detector.recognise)  # It is put back afterwards.
+    monkeypatch.setattr(detector, "recognise_shape", detector.recognise_shape)  # It is put back afterwards.
     call_main(load("margins"), monkeypatch, finished_run)
     lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("|")]
     assert lines[2].startswith("| base | ") and lines[3].startswith("| checkpoint 000002 | ")

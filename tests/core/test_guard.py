@@ -20,9 +20,9 @@ from nft_core.parallel.workers import Worker
 from nft_core.sampling.rollout import await_scores
 from nft_core.scoring import failures as guard
 from nft_core.scoring.composer import Composed, Term, guard_reward
-from nft_core.scoring.failures import Failed, Tally, seconds_before_retry
-from nft_core.scoring.scores import concatenate
-from nft_core.scoring.statistics import statistics
+from nft_core.scoring.failures import Failed, Tally, compute_pause
+from nft_core.scoring.scores import concatenate_scores
+from nft_core.scoring.statistics import summarize_scores
 from nft_plugins import Batch, PromptError, Scores
 
 
@@ -267,7 +267,7 @@ def test_details_that_change_are_a_failure_under_mask():
     both = composed(lambda b: next(answers), FailurePolicy("mask"), other=False)
     batches = [both(batch()) for _ in range(3)]
     assert [bool(s.valid.all()) for s in batches] == [True, False, True]
-    together = concatenate(batches)
+    together = concatenate_scores(batches)
     assert together.details["x/size"].isnan().tolist() == [False] * 3 + [True] * 3 + [False] * 3
     assert together.parts["x"].scores.details["size"][[0, 8]].tolist() == [1, 1]
 
@@ -279,7 +279,7 @@ def test_batches_without_scores_join_the_others():
     both = x.clip(0, 2) + y
     lost, good = both(batch()), both(batch())
     for batches, mask in (([lost, good], [True, False]), ([good, lost], [False, True])):
-        together = concatenate(batches)
+        together = concatenate_scores(batches)
         assert together.valid.tolist() == [not m for m in mask for _ in range(3)]
         assert together.values[together.valid].tolist() == [1.5, 2.5, 2.5]
         assert together.details["x/size"].isnan().tolist() == [m for m in mask for _ in range(3)]
@@ -333,22 +333,22 @@ def test_without_a_member_the_total_is_of_the_others():
 
 def test_statistics_count_what_was_lost():
     both = composed(raises(ValueError("bad")), FailurePolicy("mask", retry=1))
-    scores = concatenate([both(batch()), both(batch())])
-    rewards = statistics(scores, tallies=both.tallies())["rewards"]
+    scores = concatenate_scores([both(batch()), both(batch())])
+    rewards = summarize_scores(scores, tallies=both.tallies())["rewards"]
     lost = {"valid": 0, "invalid": 6, "masked": 6, "retried": 2}
     assert rewards["x"] == rewards["total"] == {"mean": None, "std": None, **lost}
     assert rewards["y"] == {"mean": 1.0, "std": 0.0, "valid": 6, "invalid": 0, "masked": 0, "retried": 0}
 
 
 def test_a_tag_that_is_null_is_no_tag():
-    scores = concatenate([composed(raises(ValueError("bad")), FailurePolicy("mask"))(batch())] * 2)
+    scores = concatenate_scores([composed(raises(ValueError("bad")), FailurePolicy("mask"))(batch())] * 2)
     tags = [{"tag": None}, {"tag": "a"}, {}, {"tag": float("nan")}, {"tag": "a"}, {"tag": "b"}]
-    assert list(statistics(scores, tags)["tags"]) == ["a", "b"]
+    assert list(summarize_scores(scores, tags)["tags"]) == ["a", "b"]
 
 
 def test_pauses_double_up_to_a_bound(monkeypatch):
     monkeypatch.setattr(guard, "BACKOFF", 0.5)
-    assert [seconds_before_retry(n) for n in (1, 2, 3, 7, 8, 1000)] == [0.5, 1.0, 2.0, 30.0, 30.0, 30.0]
+    assert [compute_pause(n) for n in (1, 2, 3, 7, 8, 1000)] == [0.5, 1.0, 2.0, 30.0, 30.0, 30.0]
 
 
 def test_memory_is_freed_before_the_next_attempt(monkeypatch):

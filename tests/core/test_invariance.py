@@ -11,7 +11,7 @@ import tiny_run
 import torch
 
 from nft_core.errors import NftError
-from nft_core.scoring.scores import concatenate
+from nft_core.scoring.scores import concatenate_scores
 from nft_plugins import Scores
 
 SCRIPT = Path(__file__).with_name("tiny_run.py")
@@ -157,4 +157,4 @@ def test_details_differ_between_batches():
     some, none = Scores.of(torch.ones(1), a=torch.ones(1)), Scores.of(torch.ones(1))
     for batches in ([some, none], [none, some]):
         with pytest.raises(NftError, match="same details, got (a, and then none|none, and then a)"):
-            concatenate(batches)
+            concatenate_scores(batches)

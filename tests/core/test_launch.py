@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from nft_core.output import lasting_output
+from nft_core.output import keep_output_alive
 from nft_core.parallel import signals
 
 
@@ -73,7 +73,7 @@ def test_printing_goes_on_where_nobody_reads(monkeypatch):
     out, err = os.fdopen(writer, "w"), io.StringIO()
     monkeypatch.setattr(sys, "stdout", out)
     monkeypatch.setattr(sys, "stderr", err)
-    with lasting_output():
+    with keep_output_alive():
         for _ in range(3):
             print("epoch", flush=True)
     assert (
@@ -87,6 +87,6 @@ def test_printing_goes_on_where_nobody_reads(monkeypatch):
 def test_letters_that_a_terminal_lacks_are_escaped(monkeypatch):
     out = io.TextIOWrapper(io.BytesIO(), encoding="ascii", write_through=True)
     monkeypatch.setattr(sys, "stdout", out)
-    with lasting_output():
+    with keep_output_alive():
         print("eval: кот \udcff")
     assert out.buffer.getvalue() == b"eval: \\u043a\\u043e\\u0442 \\udcff\n"

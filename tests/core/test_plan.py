@@ -14,7 +14,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from nft_core.cli.plan import reward_bytes
+from nft_core.cli.plan import count_reward_bytes
 from nft_core.errors import NftError
 from nft_core.host.host import load_host
 from nft_core.host.specs import parse_reward
@@ -570,7 +570,7 @@ def test_proposals_keep_the_moments_while_they_can(taken):
 
 def test_rewards_by_their_cards(host, tmp_path):
     def found(*specs, device="cuda"):
-        return reward_bytes([parse_reward(spec) for spec in specs], host, device)
+        return count_reward_bytes([parse_reward(spec) for spec in specs], host, device)
 
     assert found("pickscore") == ({"pickscore": 2_000_000_000}, [])
     assert found("pickscore", device="cpu") == ({"pickscore": 3_900_000_000}, [])

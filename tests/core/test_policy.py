@@ -10,7 +10,7 @@ from nft_core.training.policy import Policy
 
 @pytest.fixture(params=[0, 4], ids=["full", "lora"])
 def policy(request, sd3_folder):
-    return Policy(SD3(str(sd3_folder)), lora_rank=request.param, ema_decay=0.9)
+    return Policy(SD3(str(sd3_folder)), lora_rank=request.param, keep_ema=True)
 
 
 def velocity(policy):
@@ -74,7 +74,7 @@ def test_old_policy_moves_by_its_formula(policy):
 def test_ema_moves_by_its_formula(policy):
     start = policy.parameters[0].detach().clone()
     disturb(policy)
-    policy.move_ema()
+    policy.move_ema(0.9)
     with policy.use_ema():
         torch.testing.assert_close(policy.parameters[0].data, start + 0.01)
 

@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from nft_core.errors import UsageError
-from nft_core.prompts import Prompt, prompts_of_epoch, prompts_of_run, read_prompts, scorable
+from nft_core.prompts import Prompt, draw_prompts_of_epoch, keep_scorable, list_prompts_of_run, read_prompts
 from nft_core.runs.inputs import DATA, Inputs, drop_unscorable
 from nft_plugins import PromptError
 
@@ -127,11 +127,11 @@ def check(prompt, metadata):
 
 def test_scorable():
     good, bad = Prompt("a", {"text": "A"}, "f:1"), Prompt("b", {}, "f:2")
-    assert scorable([good, bad], check, "drop") == [good]
+    assert keep_scorable([good, bad], check, "drop") == [good]
     with pytest.raises(UsageError, match="f:2: no text.*unscorable=drop"):
-        scorable([good, bad], check, "error")
+        keep_scorable([good, bad], check, "error")
     with pytest.raises(UsageError, match="Of 1 prompts none can be scored.*f:2: no text"):
-        scorable([bad], check, "drop")
+        keep_scorable([bad], check, "drop")
     told = []
     drop_unscorable(Inputs([], None, [good, bad], [good]), check, "drop", told.append)
     assert told[0] == ("1 of 3 prompts are left out: not every reward can score them, such as f:2: no text")
@@ -141,7 +141,7 @@ def test_scorable():
 def test_an_epoch_has_distinct_prompts_and_a_pass_repeats_none(count, per_epoch, seed):
     per_epoch = min(count, per_epoch)
     epochs = range(1, count // per_epoch + 1)
-    one_pass = [prompts_of_epoch(count, per_epoch, seed, e) for e in epochs]
+    one_pass = [draw_prompts_of_epoch(count, per_epoch, seed, e) for e in epochs]
     flat = [i for epoch in one_pass for i in epoch]
     assert all(len(epoch) == per_epoch for epoch in one_pass)
     assert len(set(flat)) == len(flat)
@@ -150,10 +150,10 @@ def test_an_epoch_has_distinct_prompts_and_a_pass_repeats_none(count, per_epoch,
 
 @pytest.mark.parametrize(("count", "epochs"), [(10, 2), (10, 3), (7, 2), (3, 9)])
 def test_the_prompts_of_a_run_are_those_of_its_epochs(count, epochs):
-    drawn = {i for e in range(1, epochs + 1) for i in prompts_of_epoch(count, 3, 0, e)}
-    assert drawn <= set(prompts_of_run(count, 3, 0, epochs))
+    drawn = {i for e in range(1, epochs + 1) for i in draw_prompts_of_epoch(count, 3, 0, e)}
+    assert drawn <= set(list_prompts_of_run(count, 3, 0, epochs))
     if epochs * 3 < count:
-        assert set(prompts_of_run(count, 3, 0, epochs)) == drawn
+        assert set(list_prompts_of_run(count, 3, 0, epochs)) == drawn
 
 
 def test_built_in_prompts_share_none():

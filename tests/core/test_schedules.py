@@ -2,9 +2,9 @@ import pytest
 import torch
 
 from nft_core.errors import UsageError
-from nft_core.objective.schedules import lr_decay, next_kl_weight, old_decay, warmup
+from nft_core.objective.schedules import compute_ema_decay, lr_decay, next_kl_weight, old_decay, warmup
 from nft_core.objective.train_times import draw_times
-from nft_core.seeds import generator
+from nft_core.seeds import make_generator
 
 
 @pytest.mark.parametrize(
@@ -41,35 +41,35 @@ GRID = (1.0, 0.75, 0.5, 0.25, 0.0)
 
 def test_grid_times_leave_out_the_last_and_repeat_evenly():
     for key in range(5):
-        t = draw_times("grid", 6, GRID, 3.0, generator(0, "t", key)).tolist()
+        t = draw_times("grid", 6, GRID, 3.0, make_generator(0, "t", key)).tolist()
         assert sorted(t) == [0.5, 0.5, 0.75, 0.75, 1.0, 1.0]
-    two = draw_times("grid", 2, GRID, 3.0, generator(0, "t", 0)).tolist()
+    two = draw_times("grid", 2, GRID, 3.0, make_generator(0, "t", 0)).tolist()
     assert len(set(two)) == 2
-    assert draw_times("grid", 1, (1.0, 0.0), 3.0, generator(0, "t", 0)).tolist() == [1.0]
+    assert draw_times("grid", 1, (1.0, 0.0), 3.0, make_generator(0, "t", 0)).tolist() == [1.0]
 
 
 def test_uniform_times_are_stratified():
     for key in range(20):
-        t = draw_times("uniform", 4, GRID, 1.0, generator(0, "t", key))
+        t = draw_times("uniform", 4, GRID, 1.0, make_generator(0, "t", key))
         assert [int(x * 4 - 1e-6) for x in t] == [0, 1, 2, 3]
 
 
 def test_shift_golden():
     # 3 t / (1 + 2 t) of the same draw.
-    plain = draw_times("uniform", 3, GRID, 1.0, generator(0, "t", 1))
-    moved = draw_times("uniform", 3, GRID, 3.0, generator(0, "t", 1))
+    plain = draw_times("uniform", 3, GRID, 1.0, make_generator(0, "t", 1))
+    moved = draw_times("uniform", 3, GRID, 3.0, make_generator(0, "t", 1))
     torch.testing.assert_close(moved, 3 * plain / (1 + 2 * plain))
 
 
 def test_logit_normal_median_is_the_shifted_half():
-    t = draw_times("logit_normal", 20001, GRID, 3.0, generator(0, "t", 2))
+    t = draw_times("logit_normal", 20001, GRID, 3.0, make_generator(0, "t", 2))
     # sigmoid(0) = 1/2, shifted 0.75; the median's standard error is about 0.0025 here.
     assert float(t.median()) == pytest.approx(0.75, abs=0.01)
 
 
 def test_generators_differ_by_every_part_of_the_key():
     def first(*key):
-        return float(torch.rand((), generator=generator(*key)))
+        return float(torch.rand((), generator=make_generator(*key)))
 
     keys = [(0, "a", 1, 2), (1, "a", 1, 2), (0, "b", 1, 2), (0, "a", 2, 1), (0, "a", 12)]
     assert len({first(*k) for k in keys}) == len(keys)
@@ -111,3 +111,9 @@ def test_inverse_sqrt(warmup, step, expected):
 )
 def test_next_kl_weight(weight, kl, target, least, expected):
     assert next_kl_weight(weight, kl, target, least) == pytest.approx(expected)
+
+
+def test_the_average_warms_up_as_published():
+    found = [compute_ema_decay(0.9, n) for n in (1, 2, 10, 79, 80, 1000)]
+    assert found == [2 / 11, 3 / 12, 11 / 20, 80 / 89, 0.9, 0.9]
+    assert compute_ema_decay(0.0, 1) == 0.0

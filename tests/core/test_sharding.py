@@ -48,7 +48,7 @@ def velocity(policy):
 
 
 def swaps(folder):
-    policy, plain = (Policy(SD3(folder), lora_rank=0, ema_decay=0.9, fsdp=shares) for shares in (True, False))
+    policy, plain = (Policy(SD3(folder), lora_rank=0, keep_ema=True, fsdp=shares) for shares in (True, False))
     base = velocity(policy)
     torch.testing.assert_close(base, velocity(plain))
     first = [take_local_part(p).clone() for p in policy.parameters]
@@ -78,7 +78,7 @@ def swaps(folder):
         pass
     assert torch.equal(velocity(policy), stepped)
     policy.move_old(0.75)
-    policy.move_ema()
+    policy.move_ema(0.9)
     assert policy.drift() == pytest.approx(0.15, rel=1e-3)
     for p, old, ema, was in zip(policy.parameters, policy._old, policy._ema, first, strict=True):
         torch.testing.assert_close(old, was + 0.05)

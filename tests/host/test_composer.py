@@ -8,12 +8,12 @@ from hypothesis import strategies as st
 from nft_core.errors import NftError, UsageError
 from nft_core.host.host import load_host
 from nft_core.host.local import load_object
-from nft_core.host.specs import RESERVED, FailurePolicy, RewardSpec, parse_reward
+from nft_core.host.specs import FailurePolicy, RewardSpec, parse_reward
 from nft_core.objective.advantages import combined_advantages
 from nft_core.scoring.composer import Composed, Guarded, Term, compose, merge_terms, reward
 from nft_core.scoring.failures import Tally
 from nft_plugins import Batch, PromptError, Scores
-from nft_plugins.testing import cards
+from nft_plugins.rules import RESERVED
 
 
 def batch(n=3):
@@ -216,7 +216,7 @@ def test_the_guards_words_never_reach_a_factory():
     assert values(masked) == [1.0] * 3
     # What needs no guard has none.
     assert not isinstance(reward(cat).terms[0].reward, Guarded)
-    assert RESERVED == cards.RESERVED
+    assert tuple(vars(FailurePolicy())) == RESERVED
 
 
 def test_entries_that_differ_in_their_policy_share_a_model_and_keep_their_weights():
@@ -436,7 +436,7 @@ def test_a_file_s_composition_scores_without_a_run(mine):
     ("spec", "message"),
     [
         ("mine.py:mine,on_error=mask", "'mine' is composed of First, Fails: give on_error to each of these"),
-        ("mine.py:mine,scale=2", "Unknown option of the reward 'mine.py:mine' 'scale'"),
+        ("mine.py:mine,scale=2", "The reward 'mine.py:mine' has no option 'scale'"),
         ("mine.py:itself", "'mine.py:itself' is composed of itself"),
     ],
 )

@@ -276,7 +276,7 @@ def test_observers_by_name_and_observers_that_are_always_there(site, tmp_path):
         (
             "diary,inc=1",
             2,
-            "Unknown option of the observer 'diary' of plug-observes 'inc'. Did you mean 'ink'?",
+            "The observer 'diary' of plug-observes has no option 'inc'. Did you mean 'ink'?",
         ),
         ("dairy", 2, "Unknown observer 'dairy'. Did you mean 'diary'?"),
         ("diary=2", 2, "it has no weight"),

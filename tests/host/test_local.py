@@ -137,8 +137,8 @@ def test_a_file_is_imported_once(folder):
         (
             "mine.py:brigth",
             UsageError,
-            "Unknown function or class of mine.py 'brigth'. Did you mean 'Bright'\\? "
-            "Known: Bright, Steps, Words, factory, re",
+            "mine.py has no function or class 'brigth'. Did you mean 'Bright'\\? "
+            "It has Bright, Steps, Words, factory, re",
         ),
         (
             "mine.py:number",
@@ -148,14 +148,14 @@ def test_a_file_is_imported_once(folder):
         (
             "mine.py:red,scal=2",
             UsageError,
-            "Unknown option of the reward 'mine.py:red' 'scal'. Did you mean 's",
+            "The reward 'mine.py:red' has no option 'scal'. Did you mean 's",
         ),
         (
             "mine.py:red,scale=x",
             UsageError,
             "option 'scale' of the reward 'mine.py:red': input should be a valid",
         ),
-        ("mine.py:ready,gain=2", UsageError, "Unknown option of the reward 'mine.py:ready' 'gain'"),
+        ("mine.py:ready,gain=2", UsageError, "The reward 'mine.py:ready' has no option 'gain'"),
     ],
 )
 def test_references_that_lead_nowhere(folder, spec, error, message):

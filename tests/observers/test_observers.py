@@ -12,8 +12,8 @@ from PIL import Image
 from rich.console import Console as Terminal
 from safetensors import SafetensorError
 
-from nft_core.errors import NftError, disk_advice
-from nft_core.output import lasting_output
+from nft_core.errors import NftError, advise_on_disk
+from nft_core.output import keep_output_alive
 from nft_core.runs.observers import captions
 from nft_core.runs.observers.console import Console, compare_evaluations, format_seconds
 from nft_core.runs.observers.metrics import Metrics, read_records
@@ -265,7 +265,7 @@ def test_names_are_shown_as_they_are(width, run, capsys):
     if width:
         console.terminal.width, console.terminal._force_terminal = width, True
     folder = Run(run.folder / "[/] :smile:", {}, epochs=2)
-    with lasting_output():
+    with keep_output_alive():
         console.nft_run_started(folder)
         renamed = {name: {"mean": 0.25, "std": 0.1} for name in (*NAMES, "total")}
         for epoch, value in ((0, 0.25), (1, 0.75)):
@@ -383,4 +383,4 @@ def test_numbers_that_json_lacks_are_null(run):
     ],
 )
 def test_what_helps_is_told_by_the_cause(error, advice):
-    assert disk_advice(error).startswith(advice)
+    assert advise_on_disk(error).startswith(advice)

@@ -6,7 +6,7 @@ import torch
 from PIL import Image
 
 from nft_rewards.clip import CLIP, Towers, load_clip
-from nft_rewards.colours import COLORS, ColorClassifier, cut_out
+from nft_rewards.colours import COLORS, ColorClassifier, cut_out_object
 
 PALETTE = {
     "red": (230, 20, 20),
@@ -26,7 +26,7 @@ def test_cut_out_by_hand():
     image = torch.arange(4 * 5 * 3, dtype=torch.uint8).view(4, 5, 3)
     mask = torch.zeros(4, 5, dtype=torch.bool)
     mask[1, 2] = mask[2, 3] = True
-    crop = cut_out(image, mask, (2.0, 1.0, 4.0, 3.0))
+    crop = cut_out_object(image, mask, (2.0, 1.0, 4.0, 3.0))
     grey = [153, 153, 153]  # 0x99
     assert crop.permute(1, 2, 0).tolist() == [[[21, 22, 23], grey], [grey, [39, 40, 41]]]
     assert crop.dtype == torch.uint8
@@ -38,7 +38,7 @@ def test_cut_out_is_pils_composite():
     box = (7.0, 3.0, 31.0, 40.0)
     blank = Image.new("RGB", (50, 40), "#999")
     expected = Image.composite(Image.fromarray(pixels), blank, Image.fromarray(inside)).crop(box)
-    ours = cut_out(torch.from_numpy(pixels), torch.from_numpy(inside), box)
+    ours = cut_out_object(torch.from_numpy(pixels), torch.from_numpy(inside), box)
     assert (ours.permute(1, 2, 0).numpy() == np.asarray(expected)).all()
 
 
@@ -118,7 +118,7 @@ def test_a_colour_is_the_mean_of_its_sentences():
         "a photo of a red-colored cat": "a photo of a blue cat",
     }
     classify = ColorClassifier(Fake(skewed.items()).clip)
-    classify.learn(["cat", "dog"])
+    classify.learn_colors(["cat", "dog"])
     red = classify.classifiers["cat"][0]
     assert red[0].item() == pytest.approx(1 / 5**0.5)
     assert red[4].item() == pytest.approx(2 / 5**0.5)
@@ -194,8 +194,8 @@ def test_a_checkpoint_equals_one_crop_at_a_time_by_pil(checkpoint):
 
     expected = torch.stack([similarities(p, k) for p, k in zip(pictures, labels, strict=True)])
     crops = [torch.from_numpy(np.array(p)).permute(2, 0, 1) for p in pictures]
-    classify = ColorClassifier(load_clip(checkpoint, checkpoint, "cpu"))
-    torch.testing.assert_close(classify.cosines(crops, labels), expected, rtol=0, atol=1e-3)
+    classify = ColorClassifier(load_clip(checkpoint, "cpu"))
+    torch.testing.assert_close(classify.compute_cosines(crops, labels), expected, rtol=0, atol=1e-3)
     best, second = expected.topk(2).values.T
     clear = (best - second) > 2e-4
     assert clear.sum() >= 35

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from nft_plugins import Batch, PromptError
-from nft_rewards.geneval import GenEval, color_matters, evaluate, relations
+from nft_rewards.geneval import GenEval, evaluate_image, find_objects_to_color, find_relations
 
 
 class D(NamedTuple):
@@ -34,7 +34,7 @@ def clause(label, count=1, **more):
 
 @pytest.mark.parametrize(("asked", "shown"), list(product(range(1, 5), range(0, 8))))
 def test_counts(asked, shown):
-    outcome = evaluate([at("cat", 20 * i, 0) for i in range(shown)], wants(clause("cat", asked)))
+    outcome = evaluate_image([at("cat", 20 * i, 0) for i in range(shown)], wants(clause("cat", asked)))
     assert outcome.strict == (shown == asked)
     assert outcome.lenient == (shown >= asked)
     assert outcome.soft == pytest.approx(max(1 - abs(shown - asked) / asked, 0))
@@ -42,8 +42,8 @@ def test_counts(asked, shown):
 
 def test_published_count_term_has_no_floor():
     many = [at("cat", 20 * i, 0) for i in range(20)]
-    assert evaluate(many, wants(clause("cat")), "nft").soft == -14  # 16 are looked at: 1 - 15 / 1
-    assert evaluate(many, wants(clause("cat"))).soft == 0
+    assert evaluate_image(many, wants(clause("cat")), "nft").soft == -14  # 16 are looked at: 1 - 15 / 1
+    assert evaluate_image(many, wants(clause("cat"))).soft == 0
 
 
 @pytest.mark.parametrize(
@@ -57,25 +57,25 @@ def test_published_count_term_has_no_floor():
     ],
 )
 def test_thresholds(score, tag, seen):
-    assert evaluate([at("cat", 0, 0, score=score)], wants(clause("cat"), tag=tag)).strict == seen
+    assert evaluate_image([at("cat", 0, 0, score=score)], wants(clause("cat"), tag=tag)).strict == seen
 
 
 def test_the_best_are_looked_at():
     cats = [at("cat", 0, 0, color="red", score=0.5), at("cat", 30, 0, color="blue", score=0.9)]
-    assert evaluate(cats, wants(clause("cat", color="blue"))).lenient == 1
-    assert evaluate(cats, wants(clause("cat", color="red"))).lenient == 0
+    assert evaluate_image(cats, wants(clause("cat", color="blue"))).lenient == 1
+    assert evaluate_image(cats, wants(clause("cat", color="red"))).lenient == 0
 
 
 @pytest.mark.parametrize(("asked", "shown"), list(product(["red", "blue"], ["red", "blue", None])))
 def test_colors(asked, shown):
-    outcome = evaluate([at("cat", 0, 0, color=shown)], wants(clause("cat", color=asked)))
+    outcome = evaluate_image([at("cat", 0, 0, color=shown)], wants(clause("cat", color=asked)))
     assert outcome.strict == outcome.lenient == (asked == shown)
     assert outcome.soft == (1 + (asked == shown)) / 2  # count term 1, colour term 0 or 1
 
 
 def test_color_term_is_a_share():
     cats = [at("cat", 0, 0, color="red"), at("cat", 30, 0, color="blue")]
-    outcome = evaluate(cats, wants(clause("cat", 2, color="red")))
+    outcome = evaluate_image(cats, wants(clause("cat", 2, color="red")))
     assert (outcome.strict, outcome.soft) == (0, 0.75)
 
 
@@ -83,8 +83,8 @@ def test_colour_attribution():
     right = [at("cat", 0, 0, color="red"), at("dog", 30, 0, color="blue")]
     swapped = [at("cat", 0, 0, color="blue"), at("dog", 30, 0, color="red")]
     wanted = wants(clause("cat", color="red"), clause("dog", color="blue"))
-    assert evaluate(right, wanted) == (1, 1, 1)
-    assert evaluate(swapped, wanted) == (0, 0, 0.5)
+    assert evaluate_image(right, wanted) == (1, 1, 1)
+    assert evaluate_image(swapped, wanted) == (0, 0, 0.5)
 
 
 def test_a_clause_that_failed_is_no_target():
@@ -92,16 +92,16 @@ def test_a_clause_that_failed_is_no_target():
     two_cats = [at("cat", 0, 0), at("cat", 0, 30), at("dog", 90, 0)]
     # Count terms 0 and 1, position 0: as published, and with nothing to correct.
     for variant in ("nft", "corrected"):
-        assert evaluate(two_cats, wanted, variant) == (0, 1, pytest.approx(1 / 3))
+        assert evaluate_image(two_cats, wanted, variant) == (0, 1, pytest.approx(1 / 3))
     wanted = wants(clause("cat", color="red"), clause("dog", position=["right of", 0]))
     blue = [at("cat", 0, 0, color="blue"), at("dog", 30, 0)]
-    assert evaluate(blue, wanted) == (0, 0, 0.5)  # 1 + 0 for the cat, 1 + 0 for the dog
+    assert evaluate_image(blue, wanted) == (0, 0, 0.5)  # 1 + 0 for the cat, 1 + 0 for the dog
 
 
 def test_a_wrong_colour_leaves_its_position_out():
     wanted = wants(clause("cat"), clause("dog", color="red", position=["right of", 0]))
     shown = [at("cat", 0, 0), at("dog", 30, 0, color="blue")]
-    assert evaluate(shown, wanted) == (0, 0, pytest.approx(2 / 3))  # 1, then 1 + 0
+    assert evaluate_image(shown, wanted) == (0, 0, pytest.approx(2 / 3))  # 1, then 1 + 0
 
 
 # Boxes of 10 x 10: a relation holds where (|d| - 2) / norm(d) > 0.5 in its direction.
@@ -122,7 +122,7 @@ PLACES = [
 
 @pytest.mark.parametrize(("offset", "expected"), PLACES)
 def test_relations(offset, expected):
-    assert relations(at("a", *offset), at("b", 0, 0)) == expected
+    assert find_relations(at("a", *offset), at("b", 0, 0)) == expected
 
 
 @pytest.mark.parametrize(
@@ -131,36 +131,36 @@ def test_relations(offset, expected):
 def test_positions(offset, relation):
     holds = relation in dict(PLACES)[offset]
     wanted = wants(clause("dog"), clause("cat", position=[relation, 0]))
-    outcome = evaluate([at("dog", 0, 0), at("cat", *offset)], wanted)
+    outcome = evaluate_image([at("dog", 0, 0), at("cat", *offset)], wanted)
     assert outcome.strict == outcome.lenient == holds
     assert outcome.soft == pytest.approx((2 + holds) / 3)
     # As published a wrong relation adds 0 and then 1: (1 + 1 + 0 + 1) / 4.
-    published = evaluate([at("dog", 0, 0), at("cat", *offset)], wanted, "nft")
+    published = evaluate_image([at("dog", 0, 0), at("cat", *offset)], wanted, "nft")
     assert published.soft == (1 if holds else 0.75)
 
 
 def test_every_object_must_stand_right():
     dogs = [at("dog", 0, 0), at("dog", 100, 0)]
     wanted = wants(clause("dog", 2), clause("cat", position=["right of", 0]))
-    assert evaluate([*dogs, at("cat", 150, 0)], wanted).strict == 1
-    assert evaluate([*dogs, at("cat", 50, 0)], wanted).strict == 0
+    assert evaluate_image([*dogs, at("cat", 150, 0)], wanted).strict == 1
+    assert evaluate_image([*dogs, at("cat", 50, 0)], wanted).strict == 0
 
 
 def test_a_failed_count_with_a_position_adds_one_zero():
     wanted = wants(clause("dog"), clause("cat", position=["right of", 0]))
-    assert evaluate([at("dog", 0, 0)], wanted) == (0, 0, pytest.approx(1 / 3))  # 1, 0 and 0
+    assert evaluate_image([at("dog", 0, 0)], wanted) == (0, 0, pytest.approx(1 / 3))  # 1, 0 and 0
 
 
 def test_exclude_is_the_benchmarks_own_and_not_strict():
     wanted = wants(clause("cat", 2), exclude=[clause("cat", 3)])
     three = [at("cat", 20 * i, 0) for i in range(3)]
-    assert evaluate(three[:2], wanted).lenient == 1
-    assert evaluate(three, wanted).lenient == 0
-    assert evaluate(three, wants(clause("cat", 3), exclude=[clause("cat", 3)])).strict == 1
+    assert evaluate_image(three[:2], wanted).lenient == 1
+    assert evaluate_image(three, wanted).lenient == 0
+    assert evaluate_image(three, wants(clause("cat", 3), exclude=[clause("cat", 3)])).strict == 1
 
 
 def test_overlapping_boxes_are_two_objects():
-    assert evaluate([at("cat", 0, 0), at("cat", 1, 1)], wants(clause("cat", 2))).strict == 1
+    assert evaluate_image([at("cat", 0, 0), at("cat", 1, 1)], wants(clause("cat", 2))).strict == 1
 
 
 NULLS = clause("cat", color=None, position=None, shape=None)
@@ -182,16 +182,16 @@ NULLS = clause("cat", color=None, position=None, shape=None)
 )
 def test_null_is_absent_and_text_is_the_list_that_it_says(metadata):
     cat, dog = at("cat", 0, 0, color="red"), at("dog", 30, 0)
-    assert evaluate([cat, dog], metadata) == (1, 1, 1)
-    assert evaluate([dog], metadata) == (0, 0, 0)
-    assert list(color_matters([cat], metadata)) == []
+    assert evaluate_image([cat, dog], metadata) == (1, 1, 1)
+    assert evaluate_image([dog], metadata) == (0, 0, 0)
+    assert list(find_objects_to_color([cat], metadata)) == []
 
 
 def test_positions_as_text():
     for position in (["left of", "0"], ["left of", 0.0], np.array(["left of", 0], object), '["left of", 0]'):
         wanted = wants(clause("dog"), clause("cat", position=position))
-        assert evaluate([at("cat", 0, 0), at("dog", 30, 0)], wanted) == (1, 1, 1)
-        assert evaluate([at("dog", 0, 0), at("cat", 30, 0)], wanted).strict == 0
+        assert evaluate_image([at("cat", 0, 0), at("dog", 30, 0)], wanted) == (1, 1, 1)
+        assert evaluate_image([at("dog", 0, 0), at("cat", 30, 0)], wanted).strict == 0
 
 
 @pytest.fixture(scope="module")
@@ -227,13 +227,13 @@ def test_bad_metadata(reward, metadata):
 
 
 def test_scenes_of_known_truth(reward):
-    from nft_tiny.captions import scene_captions
-    from nft_tiny.scenes import render
+    from nft_tiny.captions import make_scene_captions
+    from nft_tiny.scenes import render_scene
 
     rng = np.random.default_rng(0)
-    captions = list(scene_captions())
+    captions = list(make_scene_captions())
     chosen = [captions[i] for i in rng.integers(len(captions), size=600)]
-    pictures = np.stack([render(c, rng) for c in chosen])
+    pictures = np.stack([render_scene(c, rng) for c in chosen])
     images = torch.from_numpy(pictures).permute(0, 3, 1, 2).float() / 255
     prompts, groups = [c["prompt"] for c in chosen], torch.arange(600)
     right = reward(Batch(images, prompts, chosen, groups))
@@ -356,7 +356,7 @@ FAMILIES = (counts, excluded, excluded_others, colours, attributes, related, abs
 def test_table(family):
     for scene, wanted, strict, lenient, soft in family():
         for order in (scene, scene[::-1]):
-            outcome = evaluate(order, wanted)
+            outcome = evaluate_image(order, wanted)
             assert outcome == (strict, lenient, pytest.approx(soft)), (order, wanted)
 
 
@@ -444,10 +444,10 @@ def test_what_matters_is_what_evaluate_looks_at():
         wanted = wants(
             clause("cat", int(rng.integers(1, 4)), color="red"), tag=["counting", "colors"][rng.integers(2)]
         )
-        before, matter = evaluate(scene, wanted), [id(d) for d in color_matters(scene, wanted)]
+        before, matter = evaluate_image(scene, wanted), [id(d) for d in find_objects_to_color(scene, wanted)]
         for d in scene:
             d.color = "blue"
-            assert (evaluate(scene, wanted) != before) == (id(d) in matter)
+            assert (evaluate_image(scene, wanted) != before) == (id(d) in matter)
             d.color = "red"
 
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from nft_plugins import Batch, PromptError
-from nft_rewards.hpsv3 import FILE, IMAGE, QUESTION, HPSv3, patches, size_for
+from nft_rewards.hpsv3 import FILE, IMAGE, QUESTION, HPSv3, choose_size, cut_patches
 
 SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>", IMAGE]
 CONFIG = {
@@ -125,7 +125,7 @@ def expected(base, model, head, batch):
     processor = Qwen2VLImageProcessorPil()
     rows = []
     for image, prompt in zip(batch.pil, batch.prompts, strict=True):
-        height, width = size_for(image.height, image.width)
+        height, width = choose_size(image.height, image.width)
         seen = processor(image.resize((width, height), Image.Resampling.BICUBIC), return_tensors="pt")
         tokens = int(seen.image_grid_thw.prod()) // 4
         text = (
@@ -196,12 +196,12 @@ def test_the_question_is_the_published_one():
     ],
 )
 def test_sizes(size, want):
-    assert size_for(*size) == want
+    assert choose_size(*size) == want
 
 
 def test_long_narrow_images_are_refused():
     with pytest.raises(ValueError, match="200 times"):
-        size_for(1, 201)
+        choose_size(1, 201)
 
 
 def test_patches_are_those_of_transformers():
@@ -210,7 +210,7 @@ def test_patches_are_those_of_transformers():
     pixels = torch.rand(2, 3, 56, 84)
     processor = Qwen2VLImageProcessorPil(do_resize=False, do_rescale=False, do_normalize=False)
     want = processor(list(pixels.numpy()), return_tensors="pt", input_data_format="channels_first").pixel_values
-    torch.testing.assert_close(patches(pixels), want, rtol=0, atol=0)
+    torch.testing.assert_close(cut_patches(pixels), want, rtol=0, atol=0)
 
 
 def test_prompts_that_cannot_be_read(reward):

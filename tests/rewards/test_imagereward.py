@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 
 from nft_plugins import Batch
-from nft_rewards.blip import TEXT, UNUSED, VISION, BLIPScore, published_name
+from nft_rewards.blip import TEXT, UNUSED, VISION, BLIPScore, get_published_name
 from nft_rewards.imagereward import ImageReward
 
 WORDS = ["a", "red", "cat", "on", "the", "mat", "blue", "dog", "##s"]
@@ -221,7 +221,7 @@ def test_the_published_sizes():
     assert (VISION["layer_norm_eps"], TEXT["layer_norm_eps"]) == (1e-6, 1e-12)
     with torch.device("meta"):
         model = BLIPScore(VISION, TEXT)
-    ours = {published_name(key): tuple(weight.shape) for key, weight in model.state_dict().items()}
+    ours = {get_published_name(key): tuple(weight.shape) for key, weight in model.state_dict().items()}
     assert ours == {name: shape for name, shape in shapes.items() if name not in UNUSED}
 
 

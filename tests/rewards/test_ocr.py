@@ -6,7 +6,8 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 
 from nft_plugins import Batch, PromptError
-from nft_rewards.ocr import OCR, folded, match, target_text
+from nft_rewards.ocr import OCR, match_texts
+from nft_rewards.words import find_target_text, fold_text
 
 
 def picture(text, size=40, ink="white", paper="black"):
@@ -106,7 +107,7 @@ def test_an_engine_that_fails_makes_the_sample_invalid(monkeypatch):
     ],
 )
 def test_targets(prompt, metadata, expected):
-    assert target_text(prompt, metadata) == expected
+    assert find_target_text(prompt, metadata) == expected
 
 
 @pytest.mark.parametrize(
@@ -141,24 +142,24 @@ def test_a_prompt_without_words_is_an_error(ocr, prompt, metadata):
 
 
 def test_formula_by_hand():
-    assert match("abcd", "abcd") == (1.0, 0.0, 1.0)
-    assert match("abxd", "abcd") == (0.75, 1.0, 0.0)
-    assert match("xxabcdxx", "abcd") == (1.0, 0.0, 0.0)  # contained: full marks, as published
-    assert match("xxabcdxx", "abcd", contains=False) == (0.0, 4.0, 0.0)
-    assert match("xxabcdxx", "abcd", spam_penalty=0.5) == (0.5, 0.0, 0.0)  # 4 too many of 4, by half
-    assert match("zzzzzzzzzz", "ab") == (0.0, 2.0, 0.0)  # the distance stops at the length
-    assert match("", "ab") == (0.0, 2.0, 0.0)
+    assert match_texts("abcd", "abcd") == (1.0, 0.0, 1.0)
+    assert match_texts("abxd", "abcd") == (0.75, 1.0, 0.0)
+    assert match_texts("xxabcdxx", "abcd") == (1.0, 0.0, 0.0)  # contained: full marks, as published
+    assert match_texts("xxabcdxx", "abcd", contains=False) == (0.0, 4.0, 0.0)
+    assert match_texts("xxabcdxx", "abcd", spam_penalty=0.5) == (0.5, 0.0, 0.0)  # 4 too many of 4, by half
+    assert match_texts("zzzzzzzzzz", "ab") == (0.0, 2.0, 0.0)  # the distance stops at the length
+    assert match_texts("", "ab") == (0.0, 2.0, 0.0)
 
 
 def test_folding():
-    assert folded(" He  LLo\n", True) == "hello"
-    assert folded("O₂ it’s", True) == "o2it's"
-    assert folded("don´t it｀s", True) == "don'tit's"
-    assert folded("O₂", False) == "o₂"
-    assert folded("A\u200bB\u00adC\ufeffD\u200eE\u2060F\x08G♥\ufe0f", True) == "abcdefg♥"
-    assert folded("“x” «y» — – − ‐ 5′6″", True) == folded('"x" "y" - - - - 5\'6"', True)
-    assert folded("1⁄2 ½ 〜 ΟΔΟΣ οδος", True) == "1/21/2~οδοσοδοσ"
-    assert folded("a\u200bb", False) == "a\u200bb"
+    assert fold_text(" He  LLo\n", True) == "hello"
+    assert fold_text("O₂ it’s", True) == "o2it's"
+    assert fold_text("don´t it｀s", True) == "don'tit's"
+    assert fold_text("O₂", False) == "o₂"
+    assert fold_text("A\u200bB\u00adC\ufeffD\u200eE\u2060F\x08G♥\ufe0f", True) == "abcdefg♥"
+    assert fold_text("“x” «y» — – − ‐ 5′6″", True) == fold_text('"x" "y" - - - - 5\'6"', True)
+    assert fold_text("1⁄2 ½ 〜 ΟΔΟΣ οδος", True) == "1/21/2~οδοσοδοσ"
+    assert fold_text("a\u200bb", False) == "a\u200bb"
 
 
 @pytest.mark.parametrize(
@@ -182,7 +183,8 @@ def test_letters_that_the_recogniser_does_not_know_are_refused(ocr, text, unknow
 
 
 def test_letters_that_fold_to_known_ones_are_known(ocr):
-    ocr.check_prompt('"Cafe\u0301 Größe — ½ ﬁne ΟΔΟΣ ٣ 日本 «x»"'.replace("٣", "③"), {})
+    prompt = '"Cafe\u0301 Größe — ½ ﬁne ΟΔΟΣ ③ 日本 «x»"'
+    assert ocr.read_target(prompt, {}) == 'cafégröße-1/2fineοδοσ3日本"x"'
 
 
 def test_what_a_prompt_quotes_twice_is_written_once(ocr):

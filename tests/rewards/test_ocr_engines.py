@@ -12,7 +12,7 @@ import pytest
 from PIL import Image, ImageDraw, ImageFont
 
 from nft_rewards.ocr import OCR
-from nft_rewards.ocr_engines import cause_of, letters_of, make_engine
+from nft_rewards.ocr_engines import describe_cause, find_letters, make_engine
 
 MODELS = Path(os.environ.get("NFT_PADDLE_MODELS", ""))
 needs_paddle = pytest.mark.skipif(
@@ -47,7 +47,7 @@ def nameless(tmp_path_factory):
     folder = tmp_path_factory.mktemp("nameless")
     (model,) = (Path(rapidocr.__file__).parent / "models").glob("*_rec_*.onnx")
     (folder / "rec.onnx").write_bytes(model.read_bytes().replace(b"\tcharacter", b"\tcharacteR"))
-    return folder, letters_of(model)
+    return folder, find_letters(model)
 
 
 @pytest.mark.parametrize("kind", ["one a line", "with the blank and the space", "inference.yml"])
@@ -97,10 +97,10 @@ def test_the_cause_of_a_failure_is_shown():
         except RuntimeError as error:
             return error
 
-    assert cause_of(ValueError("no\nmodel")) == "no model"
-    assert cause_of(failed("see the manual", OSError("disk"))) == "see the manual (OSError: disk)"
-    assert cause_of(failed("Traceback (most recent call last):\n ...", OSError("disk"))) == "disk"
-    assert cause_of(failed("no disk left", OSError("disk"))) == "no disk left"
+    assert describe_cause(ValueError("no\nmodel")) == "no model"
+    assert describe_cause(failed("see the manual", OSError("disk"))) == "see the manual (OSError: disk)"
+    assert describe_cause(failed("Traceback (most recent call last):\n ...", OSError("disk"))) == "disk"
+    assert describe_cause(failed("no disk left", OSError("disk"))) == "no disk left"
 
 
 def test_other_onnx_files_are_an_error(tmp_path):

@@ -25,7 +25,7 @@ from nft_plugins import Batch
 from nft_rewards import hpsv2
 from nft_rewards.clipscore import CLIPScore
 from nft_rewards.hpsv2 import HPSv2
-from nft_rewards.open_clip_towers import towers_of
+from nft_rewards.open_clip_towers import make_towers
 
 CONFIG = {
     "embed_dim": 16,
@@ -129,7 +129,7 @@ def test_harmed_checkpoints_are_refused(small, tmp_path, harm):
 def test_a_long_prompt_is_said_to_be_cut(small, caplog):
     folder, _ = small
     score = HPSv2(str(folder))
-    score.clip.prompts.said_what_is_cut = False
+    score.clip.prompts.has_warned = False
     score(batch_of(48, 48, ["fox " * 100]))
     assert "reads 77 tokens" in caplog.text
     assert "102 tokens" in caplog.text
@@ -153,7 +153,7 @@ def test_a_model_that_resizes_otherwise_is_refused(small):
     open_clip.add_model_config(folder)
     model = open_clip.create_model("squashed", force_preprocess_cfg={"resize_mode": "squash"})
     with pytest.raises(ValueError, match="resizes by squash"):
-        towers_of(model, open_clip.get_tokenizer("squashed"), torch.device("cpu"), torch.float32)
+        make_towers(model, open_clip.get_tokenizer("squashed"), torch.device("cpu"), torch.float32)
 
 
 @pytest.mark.parametrize("name", ["open_clip:small", "open_clip:no-such/x", "open_clip:ViT-B-32/no-such"])

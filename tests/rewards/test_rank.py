@@ -9,7 +9,7 @@ from nft_core.errors import UsageError
 from nft_core.host.host import Host, load_host
 from nft_core.scoring.composer import Composed, Term, compose
 from nft_plugins import Batch, PromptError, Scores
-from nft_rewards.rank import Rank, group_ranks
+from nft_rewards.rank import Rank, rank_groups
 
 NAN = float("nan")
 
@@ -43,7 +43,7 @@ def rank(reward):
     ],
 )
 def test_by_hand(values, valid, groups, expected):
-    ranks = group_ranks(
+    ranks = rank_groups(
         torch.tensor(values), torch.tensor(valid, dtype=torch.bool), torch.tensor(groups, dtype=torch.int64)
     )
     assert ranks.tolist() == expected
@@ -54,7 +54,7 @@ def test_equals_scipys_mean_ranks():
 
     values = torch.randint(0, 9, (60,), generator=torch.Generator().manual_seed(0)).float()
     groups = torch.arange(60) % 3
-    ranks = group_ranks(values, torch.ones(60, dtype=torch.bool), groups)
+    ranks = rank_groups(values, torch.ones(60, dtype=torch.bool), groups)
     for g in range(3):
         torch.testing.assert_close(
             ranks[groups == g], torch.tensor((rankdata(values[groups == g]) - 1) / 19).float()
@@ -136,7 +136,7 @@ def test_defaults_reach_the_reward_inside(host):
         ("rank,of=jpeg_compressibility;retry=2", "takes no on_error, retry, max_seconds"),
         ("rank,of=jpeg_compresibility", "Unknown reward.*Did you mean 'jpeg_compressibility'"),
         ("rank,of=jpeg_compressibility;varient=nft", "Did you mean 'variant'"),
-        ("rank,off=ocr", "Unknown option.*Known: of\\."),
+        ("rank,off=ocr", "'rank' has no option 'off'.*It has of\\."),
     ],
 )
 def test_bad_specs(host, spec, message):
@@ -158,7 +158,7 @@ def test_another_reward_of_groups_is_refused():
 
 
 def test_ranks_of_batches_become_ranks_of_groups():
-    from nft_core.scoring.scores import concatenate
+    from nft_core.scoring.scores import concatenate_scores
 
     values, groups = torch.tensor([5.0, 1.0, 4.0, 2.0, 3.0, 8.0]), torch.tensor([0, 1, 0, 1, 0, 1])
     valid = torch.tensor([True, True, True, False, True, True])
@@ -174,12 +174,12 @@ def test_ranks_of_batches_become_ranks_of_groups():
     ranked = Composed((Term("rank", 2.0, rank(by_place)), Term("plain", 1.0, by_place)), 10.0)
     for reward in (ranked, 2 * Composed((Term("rank", 1.0, rank(by_place)),)).map(torch.square) + 1):
         whole = reward(batch([0, 1, 2, 3, 4, 5]))
-        parts = concatenate([reward(batch(rows)) for rows in ([0, 1], [2, 3], [4, 5])])
+        parts = concatenate_scores([reward(batch(rows)) for rows in ([0, 1], [2, 3], [4, 5])])
         assert not parts.values[valid].equal(whole.values[valid])
         again = reward.regroup(parts, groups)
         assert again.values[valid].equal(whole.values[valid])
         assert again.valid.equal(whole.valid)
         assert again.details.keys() == whole.details.keys()
-    again = ranked.regroup(concatenate([ranked(batch([r])) for r in range(6)]), groups)
+    again = ranked.regroup(concatenate_scores([ranked(batch([r])) for r in range(6)]), groups)
     assert again.values[valid].tolist() == [17.0, 11.0, 15.0, 13.0, 20.0]  # 10 + 2 rank + value
     assert again.parts["plain"].scores.values[valid].equal(values[valid])

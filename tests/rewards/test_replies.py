@@ -5,11 +5,11 @@ import time
 import pytest
 
 from nft_rewards.chat import Failed
-from nft_rewards.replies import Answer, final_score, last_number
+from nft_rewards.replies import Answer, find_final_score, read_last_number
 
 
 def read(text, **choice):
-    return last_number({"message": {"content": text}, **choice}, final_score, 1, 5)
+    return read_last_number({"message": {"content": text}, **choice}, find_final_score, 1, 5)
 
 
 @pytest.mark.parametrize(
@@ -174,5 +174,5 @@ def test_odd_replies_take_no_time():
     )
     start = time.process_time()
     for text in texts:
-        final_score(text)
+        find_final_score(text)
     assert time.process_time() - start < 30  # Hours, where a pattern tries all ways to cut the text.

@@ -299,10 +299,10 @@ def test_retry_after_is_waited_for(server, monkeypatch):
 
 
 def test_retry_after_in_both_forms():
-    assert chat.retry_after("3") == 3
-    assert chat.retry_after("Fri, 31 Dec 1999 23:59:59 GMT") == 0
-    assert chat.retry_after("Fri, 31 Dec 2199 23:59:59 GMT") > 1e6
-    assert [chat.retry_after(x) for x in ("", "soon", "-3", "nan")] == [0, 0, 0, 0]
+    assert chat.parse_retry_after("3") == 3
+    assert chat.parse_retry_after("Fri, 31 Dec 1999 23:59:59 GMT") == 0
+    assert chat.parse_retry_after("Fri, 31 Dec 2199 23:59:59 GMT") > 1e6
+    assert [chat.parse_retry_after(x) for x in ("", "soon", "-3", "nan")] == [0, 0, 0, 0]
 
 
 @pytest.mark.parametrize(
@@ -375,9 +375,9 @@ def test_the_key_is_known_in_every_shape(monkeypatch, sent):
     monkeypatch.setenv("JUDGE_KEY", KEY)
     server = VLMJudge(api_key_env="JUDGE_KEY").server
     # Base64 keeps a letter or two at its ends, which belong to what stands there too.
-    assert re.fullmatch(r"got .{,2}\*\*\*.{,3}, no", server.redacted(f"got {sent}, no"))
+    assert re.fullmatch(r"got .{,2}\*\*\*.{,3}, no", server.redact(f"got {sent}, no"))
     monkeypatch.setenv("JUDGE_KEY", f"Bearer {KEY}")
-    assert re.fullmatch(r"got .{,2}\*\*\*.{,3}, no", server.redacted(f"got {sent}, no"))
+    assert re.fullmatch(r"got .{,2}\*\*\*.{,3}, no", server.redact(f"got {sent}, no"))
 
 
 def test_a_key_that_is_sent_back_is_not_logged(server, monkeypatch, caplog):

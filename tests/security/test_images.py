@@ -12,8 +12,9 @@ from PIL import Image
 
 from nft_core.cli.app import main
 from nft_core.errors import UsageError
-from nft_core.scoring.image_files import decode, size_of
-from nft_core.scoring.images import find_prompts, score_images
+from nft_core.scoring.image_files import decode_image, read_size
+from nft_core.scoring.images import score_images
+from nft_core.scoring.items import find_prompts
 
 resource = pytest.importorskip("resource")  # Windows has none.
 
@@ -57,12 +58,12 @@ MEASURE = """
 import resource, sys
 from pathlib import Path
 from nft_core.errors import UsageError
-from nft_core.scoring.image_files import decode, size_of
+from nft_core.scoring.image_files import decode_image, read_size
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 for path in map(Path, sys.argv[1:]):
-    size_of(path)
+    read_size(path)
     try:
-        print(path.name, *decode(path).shape)
+        print(path.name, *decode_image(path).shape)
     except UsageError as error:
         print(path.name, error)
 print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) // 1024)
@@ -85,8 +86,8 @@ def test_frames_after_the_first_are_not_decoded(tmp_path):
     for suffix in ("png", "webp", "gif", "tiff"):
         path = tmp_path / f"moving.{suffix}"
         first.save(path, save_all=True, append_images=others, lossless=True)
-        assert decode(path).shape == (3, 64, 64)
-        assert decode(path).max() == 0
+        assert decode_image(path).shape == (3, 64, 64)
+        assert decode_image(path).max() == 0
 
 
 @pytest.mark.parametrize("kind", ["EPS", "PPM"])
@@ -95,14 +96,14 @@ def test_other_kinds_are_refused_whatever_they_are_called(tmp_path, kind):
     path = tmp_path / "disguised.png"
     Image.new("RGB", (8, 8)).save(path, kind)
     with pytest.raises(UsageError, match="it is none of PNG, JPEG, WebP"):
-        decode(path)
+        decode_image(path)
 
 
 @pytest.mark.parametrize("size", [(1, 60_000), (60_000, 1)])
 def test_a_long_thin_image_is_scored_or_refused(tmp_path, size):
     path = tmp_path / "thin.png"
     Image.new("RGB", size).save(path)
-    assert size_of(path) == size[::-1]
+    assert read_size(path) == size[::-1]
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     done = CliRunner().invoke(
         main,

@@ -4,7 +4,7 @@ import pytest
 import torch
 from click.testing import CliRunner
 
-from nft_core.cli.app import default_folder, main
+from nft_core.cli.app import main, name_run_folder
 from nft_core.host.host import load_host
 from nft_core.host.specs import parse_reward
 from nft_core.runs.inputs import make_observers, register_observers
@@ -81,7 +81,7 @@ def test_observers_write_in_the_runs_folder_alone(tmp_path, monkeypatch, fuzz, h
 @pytest.mark.parametrize("name", NAMES)
 def test_a_runs_default_folder_is_in_runs(name):
     title = parse_reward({"name": name}).title
-    place = default_folder([title, f"{name}.py:{name}"])
+    place = name_run_folder([title, f"{name}.py:{name}"])
     assert place.parent.name == "runs" and len(place.parts) == 2
     assert not set("/\\\0\n.<>:") & set(place.name) and len(place.name) < 100
 

@@ -19,7 +19,7 @@ from nft_core.errors import NftError
 from nft_core.models.sd3 import SD3
 from nft_core.scoring.composer import reward
 from nft_rewards.aesthetic import FILE, make_head
-from nft_rewards.files import find_file, load_exactly, read_tensors
+from nft_rewards.files import find_file, load_weights, read_tensors
 
 DATA = Path(nft_tiny.__file__).parent / "data"
 LAYER = "layers.0.weight"
@@ -76,7 +76,7 @@ def test_the_payload_works(tmp_path, mark):
 def test_a_published_torch_file_is_read(tmp_path):
     torch.save({"state_dict": make_head().state_dict()}, tmp_path / FILE)
     head = make_head()
-    load_exactly(head, read_tensors(tmp_path / FILE), tmp_path / FILE)
+    load_weights(head, read_tensors(tmp_path / FILE), tmp_path / FILE)
     torch.testing.assert_close(head.state_dict()[LAYER], torch.load(tmp_path / FILE)["state_dict"][LAYER])
 
 

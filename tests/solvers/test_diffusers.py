@@ -8,12 +8,12 @@ from math import sqrt
 import pytest
 import torch
 
-from nft_solvers.diffusers import TOLERANCE, diffusers_solver, flow_schedulers
+from nft_solvers.diffusers import TOLERANCE, diffusers_solver, list_flow_schedulers
 
 
 @pytest.fixture(scope="module")
 def flowing() -> list[str]:
-    return flow_schedulers()
+    return list_flow_schedulers()
 
 
 def test_finds_the_flow_schedulers(flowing):
@@ -33,7 +33,7 @@ def test_sigmas_are_our_times(flowing, grid):
     for name in flowing:
         for steps in (1, 4, 30):
             times = grid(steps)
-            scheduler, calls = diffusers_solver(name).prepare(times)
+            scheduler, calls = diffusers_solver(name).prepare_scheduler(times)
             sigmas = scheduler.sigmas.double().unique_consecutive()
             expected = torch.tensor(times, dtype=torch.float64)
             torch.testing.assert_close(sigmas, expected, rtol=0, atol=TOLERANCE, msg=name)
@@ -67,7 +67,7 @@ def test_sde_dpm_has_the_moments(gaussian, grid):
 
 
 def test_options_reach_the_scheduler(grid):
-    scheduler, _ = diffusers_solver("DPMSolverMultistepScheduler", solver_order=3).prepare(grid(4))
+    scheduler, _ = diffusers_solver("DPMSolverMultistepScheduler", solver_order=3).prepare_scheduler(grid(4))
     assert scheduler.config.solver_order == 3
     assert scheduler.config.prediction_type == "flow_prediction" and scheduler.config.use_flow_sigmas
 
@@ -121,4 +121,4 @@ def test_a_scheduler_that_moves_our_times(grid, monkeypatch):
     shifted = property(lambda self: 3.0)
     monkeypatch.setattr(diffusers.FlowMatchEulerDiscreteScheduler, "shift", shifted)
     with pytest.raises(ValueError, match=re.escape("changes the times that it is given by 0.25")):
-        solver.prepare([1.0, 0.5, 0.0])
+        solver.prepare_scheduler([1.0, 0.5, 0.0])

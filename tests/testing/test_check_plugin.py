@@ -93,6 +93,12 @@ def test_the_built_in_plugins_keep_the_contract(name):
     assert check_plugin(f"{name}.plugin")
 
 
+def unmarked(module):
+    """The plug-in with one more hook, whose mark its author forgot."""
+    module.nft_run_started = lambda run: None
+    return module
+
+
 def registers_a_name(register):
     register("mine")
 
@@ -133,9 +139,9 @@ MODEL = "a model's factory must take"
 FAMILY = "the factory of a family of solvers must take"
 NAME = "a card's name must be"
 SUMMARY = "a card's summary must be"
-LISTS = "a card's lists must be tuples of strings"
+FIELDS = "a card's fields must be of their types"
 ORDER = "a solver's order must be"
-PRESET = "a preset's settings must be"
+PRESET = "a preset's rewards must be"
 RESERVED = "on_error, retry and max_seconds are nft-hub's own options"
 MENTIONED = "an option that a card's summary or definition mentions"
 KEYWORD = "an option must be a parameter that can be given by keyword"
@@ -148,6 +154,7 @@ MUTANTS = [
     (INSTALLED, plugin(reward(), contract="1.99")),
     ("a plug-in must implement a hook", ModuleType("empty")),
     ("a function marked with hookimpl must have a hook's name", plugin(nft_register_reward=fails)),
+    ("a function with a hook's name must be marked", unmarked(plugin(reward()))),
     ("a hook's function may take the hook's arguments", plugin(nft_register_rewards=takes_more)),
     ("a hook that registers cards must not raise", plugin(nft_register_rewards=fails)),
     ("a hook must register cards of its kind", plugin(nft_register_rewards=registers_a_name)),
@@ -169,16 +176,17 @@ MUTANTS = [
     (SUMMARY, plugin(reward(summary=" "))),
     (SUMMARY, plugin(reward(summary="two\nlines"))),
     (SUMMARY, plugin(reward(summary=None))),
-    *((LISTS, plugin(reward(**{name: ("text")}))) for name in ("files", "metadata", "modules")),
-    (LISTS, plugin(reward(files=["text"]))),
-    (LISTS, plugin(reward(files=(1,)))),
-    (LISTS, plugin(of_model(pipelines="Pipeline"))),
+    *((FIELDS, plugin(reward(**{name: ("text")}))) for name in ("files", "metadata", "modules")),
+    (FIELDS, plugin(reward(files=["text"]))),
+    (FIELDS, plugin(reward(files=(1,)))),
+    (FIELDS, plugin(reward(definition=None))),
+    (FIELDS, plugin(of_model(pipelines="Pipeline"))),
+    (FIELDS, plugin(preset(settings=[("lr", 1e-4)]))),
+    (FIELDS, plugin(preset(rewards=["ocr"]))),
     ("a model's card must name the pipelines", plugin(of_model(pipelines=()))),
     (ORDER, plugin(solver(order=0))),
     (ORDER, plugin(solver(order=1.5))),
     (ORDER, plugin(solver(order=1, stochastic=True))),
-    (PRESET, plugin(preset(settings=[("lr", 1e-4)]))),
-    (PRESET, plugin(preset(rewards=["ocr"]))),
     (PRESET, plugin(preset(rewards={"ocr": "upscale=4"}))),
     (RESERVED, plugin(reward(factory=lambda *, on_error="stop": None))),
     (RESERVED, plugin(reward(factory=lambda *, retry=0: None))),

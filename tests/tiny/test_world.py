@@ -8,21 +8,21 @@ import numpy as np
 import torch
 
 from nft_tiny import captions, plugin
-from nft_tiny.scenes import draw_word, render
+from nft_tiny.scenes import draw_word, render_scene
 
 DATA = plugin.DATA
 
 
 def test_renders_are_reproducible():
-    for caption in list(captions.scene_captions())[::37]:
-        one, two, other = (render(caption, np.random.default_rng(seed)) for seed in (1, 1, 2))
+    for caption in list(captions.make_scene_captions())[::37]:
+        one, two, other = (render_scene(caption, np.random.default_rng(seed)) for seed in (1, 1, 2))
         assert one.shape == (32, 32, 3)
         assert (one == two).all()
         assert (one != other).any()
 
 
 def test_prompt_files_are_what_the_script_writes(tmp_path):
-    captions.write(tmp_path)
+    captions.write_sets(tmp_path)
     for name in captions.SIZES:
         assert (tmp_path / f"{name}.jsonl").read_bytes() == (DATA / f"{name}.jsonl").read_bytes()
 
@@ -38,7 +38,7 @@ def test_sets_share_no_prompt_and_have_every_tag():
     assert not prompts["eval"] & prompts["select"]
     for chosen in sets.values():
         assert set(Counter(c["tag"] for c in chosen)) == {*captions.TAGS, "text"}
-    held_out = set(captions.known_and_held_out_words()[1])
+    held_out = set(captions.split_words()[1])
     assert {c["text"].lower() for c in sets["eval"] if "text" in c} <= held_out
 
 
@@ -76,8 +76,8 @@ def test_clip_ranks_words_and_colours():
 
     score = CLIPScore(str(DATA / "clip"))
     rng = np.random.default_rng(0)
-    tags = [c for c in captions.sets()["eval"] if c["tag"] in ("text", "color_attr", "colors")]
-    pictures = np.stack([render(c, rng) for c in tags])
+    tags = [c for c in captions.make_sets()["eval"] if c["tag"] in ("text", "color_attr", "colors")]
+    pictures = np.stack([render_scene(c, rng) for c in tags])
     images = torch.from_numpy(pictures).permute(0, 3, 1, 2).float() / 255
     prompts = [c["prompt"] for c in tags]
 

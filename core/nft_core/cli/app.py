@@ -16,13 +16,13 @@ import click
 from .. import environment
 from ..errors import MEMORY_FULL, NftError, Stopped, UsageError, is_memory_full
 from ..objective.choices import Combine
-from ..output import lasting_output
-from .doctor import doctor, explain
-from .listing import models, observers, plugins, rewards, solvers
-from .new import new
-from .rewards import check, info
-from .score import preset_name, score
-from .settings import settings as list_settings
+from ..output import keep_output_alive
+from .doctor import diagnose, explain_broken_torchvision
+from .listing import list_models, list_observers, list_plugins, list_rewards, list_solvers
+from .new import begin_package
+from .rewards import check_contract, show_reward
+from .score import choose_preset, score_files
+from .settings import list_settings
 
 if TYPE_CHECKING:
     from ..host.host import Host
@@ -30,35 +30,36 @@ if TYPE_CHECKING:
 
 
 class Group(click.Group):
-    """Shows a user's errors as one paragraph, without a traceback."""
+    """A group of commands that shows a user's errors as one paragraph, without a traceback."""
 
     def invoke(self, ctx: click.Context) -> Any:
         try:
-            check_folder()
+            check_current_folder()
             return super().invoke(ctx)
         except Stopped as stopped:
             sys.exit(stopped.exit_code)
         except KeyboardInterrupt as interrupt:
-            number = getattr(interrupt, "signal", 0)  # of `signals.Terminated`
+            number = getattr(interrupt, "signal", 0)  # Only `signals.Terminated` has it.
             if not number:
-                raise
+                raise  # This is Ctrl-C, which click itself ends well.
             click.echo(f"Ended by {Signals(number).name}, with nothing that had to be saved.", err=True)
             sys.exit(128 + number)
         except NftError as error:
-            click.echo(f"Error: {explain(error) or error}", err=True)
+            click.echo(f"Error: {explain_broken_torchvision(error) or error}", err=True)
             sys.exit(error.exit_code)
         except Exception as error:
-            cause = explain(error)
+            # Libraries raise these two as errors of many kinds, with texts that do not help a user.
+            cause = explain_broken_torchvision(error)
             if not cause and is_memory_full(error):
                 cause = f"{MEMORY_FULL} ({' '.join(str(error).split())[:200] or 'MemoryError'})"
             if not cause:
-                raise
+                raise  # It is a defect of ours: the traceback helps to find it.
             click.echo(f"Error: {cause}", err=True)
             sys.exit(NftError.exit_code)
 
 
-def check_folder() -> None:
-    """Raise NftError where there is no current folder, in which torch would end the process."""
+def check_current_folder() -> None:
+    """Raise NftError where the current folder was removed: importing torch there would end the process."""
     try:
         Path.cwd()
     except OSError as error:
@@ -76,13 +77,23 @@ def main() -> None:
     """
 
 
-for command in (score, doctor, plugins, rewards, solvers, models, observers, list_settings, new):
+for command in (
+    score_files,
+    diagnose,
+    list_plugins,
+    list_rewards,
+    list_solvers,
+    list_models,
+    list_observers,
+    list_settings,
+    begin_package,
+):
     main.add_command(command)
-for command in (info, check):
-    rewards.add_command(command)
+for command in (show_reward, check_contract):
+    list_rewards.add_command(command)
 
 
-@main.command()
+@main.command("run")
 @click.option(
     "--reward",
     "rewards_",
@@ -187,7 +198,7 @@ for command in (info, check):
     help="With --plan: tell the least seconds of an epoch at this speed, in TFLOP/s; higher is faster.",
 )
 @click.option("--profile", is_flag=True, help="Trace a part of the second epoch, and say what takes the time.")
-def run(
+def start_run(
     rewards_: tuple[str, ...],
     observers: tuple[str, ...],
     tiny: bool,
@@ -216,7 +227,7 @@ def run(
     from ..runs.record import COMMAND
     from ..settings import parse_assignment
 
-    chosen = preset_name(tiny, preset)
+    chosen = choose_preset(tiny, preset)
     host = load_host()
     given = {name: value for name, value in options.items() if value is not None}
     if rewards_:
@@ -239,11 +250,13 @@ def run(
         raise UsageError("--card and --peak-tflops belong to --plan, which trains nothing: give that too.")
     if resume == "auto" and not out:
         raise UsageError("--resume auto needs --out, the folder of the run to go on with.")
-    chosen_folder = nullcontext(out) if out else new_folder([parse_reward(r).title for r in settings.rewards])
+    chosen_folder = (
+        nullcontext(out) if out else make_run_folder([parse_reward(r).title for r in settings.rewards])
+    )
     with chosen_folder as folder:
         # A process that another one has started was told what to use.
         repeated = resume == "auto" and COMMAND not in os.environ
-        start(settings, folder, host, resume == "auto", allow_changes, profile, repeated)
+        launch_training(settings, folder, host, resume == "auto", allow_changes, profile, repeated)
 
 
 @main.command("resume")
@@ -269,7 +282,7 @@ def run(
 @click.option(
     "--allow-changes", is_flag=True, help="Go on even with settings or prompts that change what is learned."
 )
-def go_on(
+def resume_run(
     folder: Path,
     rewards_: tuple[str, ...],
     assignments: tuple[str, ...],
@@ -288,10 +301,10 @@ def go_on(
     if rewards_:
         given["rewards"] = list(rewards_)
     settings = make_settings(read_settings(folder), dict(parse_assignment(a) for a in assignments), given)
-    start(settings, folder, load_host(), True, allow_changes)
+    launch_training(settings, folder, load_host(), True, allow_changes)
 
 
-def start(
+def launch_training(
     settings: Settings,
     folder: Path,
     host: Host,
@@ -300,7 +313,7 @@ def start(
     profile: bool = False,
     repeated: bool = False,
 ) -> None:
-    """Train in this process, or in several that it starts.
+    """Train a model in this process, or in several processes that it starts.
 
     repeated: whether the command may be the one that began the run, so that files are those of then.
     """
@@ -314,7 +327,7 @@ def start(
     from ..runs.run import run_training
     from ..settings import make_settings, to_toml
 
-    # The run, and whoever goes on with it, may stand in another folder.
+    # Whoever resumes the run may stand in another folder, where relative paths would mean other files.
     settings, folder = make_settings(make_paths_whole(settings.model_dump())), make_folder_whole(folder)
     if repeated:
         copies = read_copies(read_record(folder))
@@ -323,10 +336,11 @@ def start(
     environment.check_numbers()
     end_with_the_parent()
     end_on_signals()
+    # A launcher such as torchrun has started all processes already, and this is one of them.
     processes = (
         1 if environment.is_started_by_launcher() else count_processes(settings.processes, settings.device)
     )
-    with lasting_output():
+    with keep_output_alive():
         if processes == 1:
             run_training(
                 settings,
@@ -336,10 +350,10 @@ def start(
                 resume,
                 allow_changes,
                 count_on_gpu,
-                profiled if profile else None,
+                profile_epoch if profile else None,
             )
             return
-        prepare_inputs(settings, host)
+        prepare_inputs(settings, host)  # A mistake in them is told once, and not by each process.
         again = ["--resume", "auto", *(["--allow-changes"] if allow_changes else [])]
         if not (resume and holds_a_run(folder)):
             claim_folder(folder)
@@ -349,41 +363,44 @@ def start(
 
 
 def count_on_gpu(*given: Any) -> float | None:
-    """Count the run's operations, and warn where the GPU's memory will not do. Imported for a GPU alone."""
+    """Count the run's operations, and warn where the GPU's memory is too small."""
+    # It is imported when it is called, which is on a GPU only: a run on a CPU starts faster without it.
     from ..planning.plan import count_on_gpu
 
     return count_on_gpu(*given)
 
 
-def profiled(*given: Any) -> AbstractContextManager[None]:
-    """Profile a part of an epoch."""
+def profile_epoch(*given: Any) -> AbstractContextManager[None]:
+    """Profile a part of an epoch, and write the profile into the run's folder."""
+    # Its module imports torch's profiler, which only --profile needs.
     from ..planning.profile import profile_run
 
     return profile_run(*given)
 
 
 @contextmanager
-def new_folder(rewards: list[str]) -> Iterator[Path]:
-    """A run's folder that no other run has; gone again where nothing was written to it.
+def make_run_folder(rewards: list[str]) -> Iterator[Path]:
+    """Make a folder that no other run has, and remove it again if the run writes nothing to it.
 
-    It is `default_folder`'s, with a number behind it where another run has begun in the same second.
+    `name_run_folder` names it; a number follows where another run has begun in the same second.
     """
     from ..runs.folder import make_folder
 
-    wanted = default_folder(rewards)
-    folder, number = wanted, 1
+    first = name_run_folder(rewards)
+    folder, number = first, 1
     while environment.is_first_process() and not make_folder(folder, new=True):
         number += 1
-        folder = wanted.with_name(f"{wanted.name}-{number}")
+        folder = first.with_name(f"{first.name}-{number}")
     try:
         yield folder
     finally:
-        with suppress(OSError):  # Something is in them.
+        with suppress(OSError):  # A folder that holds something cannot be removed, and is to stay.
             folder.rmdir()
             folder.parent.rmdir()
 
 
-def default_folder(rewards: list[str]) -> Path:
-    """`runs/pickscore+ocr-20260131-235959`, in the folder the command is called from."""
+def name_run_folder(rewards: list[str]) -> Path:
+    """Name a run's folder by its rewards and the time, such as `runs/pickscore+ocr-20260131-235959`."""
+    # Names of files and options of rewards may have letters that a folder's name must not have.
     names = "+".join("".join(c for c in r if c.isalnum() or c in "_-") for r in rewards)
     return Path("runs") / f"{names[:60] or 'run'}-{datetime.now():%Y%m%d-%H%M%S}"

@@ -1,7 +1,7 @@
-"""`nft doctor`: what is installed here, what is broken, and the command that mends it.
+"""`nft doctor` says what is installed, what is broken, and which command mends it.
 
-torch and torchvision are looked at in a process of their own, so that what breaks them is a finding and
-does not end the command.
+It imports torch and torchvision in a process of their own: if their import fails, or even ends that process,
+the command can still say so.
 """
 
 from __future__ import annotations
@@ -20,16 +20,17 @@ import click
 from ..errors import describe_error
 from ..host.factories import is_installed
 from ..host.host import Host, load_host
-from .listing import readiness
-from .tables import show
+from .listing import describe_readiness
+from .tables import show_rows
 
-#: Seconds for importing torch, on a slow disk.
+#: Seconds that importing torch may take, which is long on a slow disk.
 PATIENCE = 300
 
+#: The program of that process. Its last line is JSON: a value by name, or the error's text by `NAME_error`.
 PROBE = """
 import json, sys
 found = {}
-def say(key, look):
+def note_finding(key, look):
     try:
         found[key] = look()
     except BaseException as error:
@@ -44,35 +45,36 @@ def gpus():
 def torchvision():
     import torchvision
     return torchvision.__version__
-say("torch", torch_)
+note_finding("torch", torch_)
 if "torch" in found:
-    say("gpus", gpus)
+    note_finding("gpus", gpus)
     if "torchvision" in sys.argv:
-        say("torchvision", torchvision)
+        note_finding("torchvision", torchvision)
 print("\\n" + json.dumps(found))
 """
 
 
-@click.command()
-@click.option("--json", "as_json", is_flag=True, help="Print a JSON object.")
-def doctor(as_json: bool) -> None:
+@click.command("doctor")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON, for programs to read.")
+def diagnose(as_json: bool) -> None:
     """Say what is installed, what is broken and how to mend it.
 
-    Exits with 1 where something needs mending: torch, torchvision or a plug-in that cannot be loaded.
+    It looks at Python, torch, torchvision, the GPUs, all plug-ins, and the packages that each reward needs. It
+    exits with 1 if torch, torchvision or a plug-in cannot be loaded, else with 0.
     """
-    found = examine(load_host())
+    found = examine_installation(load_host())
     if as_json:
         click.echo(json.dumps(found, indent=2))
     else:
-        tell(found)
+        show_findings(found)
     if found["problems"]:
         sys.exit(1)
 
 
-def examine(host: Host) -> dict[str, Any]:
-    """All findings; `problems` are those that need mending, each with its cause and the command."""
-    probed = probe()
-    rewards = [{"name": name, **readiness(card)} for name, card in sorted(host.rewards.items())]
+def examine_installation(host: Host) -> dict[str, Any]:
+    """Examine what is installed; `problems` need mending, each with its cause and the command that does it."""
+    probed = probe_torch()
+    rewards = [{"name": name, **describe_readiness(card)} for name, card in sorted(host.rewards.items())]
     names = (
         "nft-hub",
         "nft-plugins",
@@ -87,31 +89,35 @@ def examine(host: Host) -> dict[str, Any]:
         "python": platform.python_version(),
         "executable": sys.executable,
         "platform": platform.platform(),
-        "packages": {name: version(name) for name in names},
+        "packages": {name: find_version(name) for name in names},
         "torch": probed.get("torch"),
         "gpus": probed.get("gpus", []),
         "plugins": [asdict(plugin) for plugin in host.plugins],
         "rewards": rewards,
-        "problems": [*torch_problems(probed), *plugin_problems(host)],
+        "problems": [*find_torch_problems(probed), *find_plugin_problems(host)],
     }
 
 
-def version(distribution: str) -> str | None:
+def find_version(distribution: str) -> str | None:
+    """Find the version of an installed package; None where it is not installed."""
     try:
         return importlib.metadata.version(distribution)
     except importlib.metadata.PackageNotFoundError:
         return None
-    except Exception as error:
+    except Exception as error:  # An installation that broke off leaves files of any content.
         return f"its metadata cannot be read: {describe_error(error)}"
 
 
-def probe() -> dict[str, Any]:
-    """What a fresh process says of torch, its GPUs and torchvision; `KEY_error` where one raises."""
-    wanted = ["torchvision"] if is_installed("torchvision") else []
+def probe_torch() -> dict[str, Any]:
+    """Ask a fresh process for the versions of torch and torchvision, and for the GPUs.
+
+    What raises there is returned as `NAME_error`, with the error's text.
+    """
+    also = ["torchvision"] if is_installed("torchvision") else []
     try:
-        # -P: what stands in the current folder is not what is installed.
+        # -P: a file torch.py in the current folder must not be taken for torch.
         done = subprocess.run(
-            [sys.executable, "-P", "-c", PROBE, *wanted],
+            [sys.executable, "-P", "-c", PROBE, *also],
             capture_output=True,
             text=True,
             timeout=PATIENCE,
@@ -120,29 +126,33 @@ def probe() -> dict[str, Any]:
     except (OSError, subprocess.TimeoutExpired) as error:
         return {"torch_error": f"importing it did not end: {error}"}
     try:
+        # Libraries may print before it, so only the last line counts.
         return dict(json.loads(done.stdout.strip().splitlines()[-1]))
     except (ValueError, IndexError):
         last = (done.stderr.strip().splitlines() or [""])[-1]
         return {"torch_error": f"importing it ended the process with {done.returncode}. {last}".strip()}
 
 
-def explain(error: BaseException | None) -> str:
-    """What is broken and how to mend it, where an error comes of a broken torchvision; else nothing.
+def explain_broken_torchvision(error: BaseException | None) -> str:
+    """Explain an error that a broken torchvision may have caused, and say how to mend it; "" for other errors.
 
-    transformers and diffusers import it where it is installed, needed or not, and fail with it.
+    transformers and diffusers import torchvision wherever it is installed, and cannot be imported if it raises.
     """
+    # They raise an error of their own, whose cause is torchvision's.
     while error and not (isinstance(error, ImportError) or "torchvision" in str(error)):
         error = error.__cause__ or error.__context__
     if not error or not is_installed("torchvision"):
         return ""
-    return " ".join(sentence(p) for p in torch_problems(probe()) if p["what"] == "torchvision")
+    return " ".join(write_problem(p) for p in find_torch_problems(probe_torch()) if p["what"] == "torchvision")
 
 
-def sentence(problem: dict[str, str]) -> str:
+def write_problem(problem: dict[str, str]) -> str:
+    """Write a problem as sentences."""
     return f"{problem['what']} is broken: {problem['cause']}. To mend it: {problem['mend']}."
 
 
-def torch_problems(probed: dict[str, Any]) -> list[dict[str, str]]:
+def find_torch_problems(probed: dict[str, Any]) -> list[dict[str, str]]:
+    """Find what is broken in the answer of `probe_torch`."""
     problems = []
     if "torch_error" in probed:
         mend = 'pip install --force-reinstall "torch>=2.8"'
@@ -157,21 +167,22 @@ def torch_problems(probed: dict[str, Any]) -> list[dict[str, str]]:
             f"built for another torch than {torch['version']}; it breaks imports of transformers and diffusers"
         )
         mend = "where nothing needs it, pip uninstall torchvision"
-        if other := matching(torch):
+        if other := find_matching_torchvision(torch):
             mend += f"; else {other}"
         problems.append({"what": "torchvision", "cause": cause, "mend": mend})
     return problems
 
 
-def built_for(torch: dict[str, Any]) -> str:
+def name_build(torch: dict[str, Any]) -> str:
+    """Name what a torch was built for: CUDA, ROCm or the CPU alone."""
     return f"CUDA {torch['cuda']}" if torch["cuda"] else f"ROCm {torch['hip']}" if torch["hip"] else "CPU"
 
 
-def matching(torch: dict[str, Any]) -> str:
-    """The command that installs the torchvision of a torch: 0.28 goes with 2.13, 0.27 with 2.12."""
+def find_matching_torchvision(torch: dict[str, Any]) -> str:
+    """Find the command that installs the right torchvision for a torch: 0.28 for 2.13, 0.27 for 2.12."""
     major, minor = torch["version"].split(".")[:2]
     if major != "2" or torch["hip"]:
-        return ""
+        return ""  # Their versions, or the address of their files, follow other rules.
     build = "cu" + torch["cuda"].replace(".", "") if torch["cuda"] else "cpu"
     return (
         f'pip install --force-reinstall --no-deps "torchvision==0.{int(minor) + 15}.*" '
@@ -179,28 +190,31 @@ def matching(torch: dict[str, Any]) -> str:
     )
 
 
-def plugin_problems(host: Host) -> list[dict[str, str]]:
+def find_plugin_problems(host: Host) -> list[dict[str, str]]:
+    """Find plug-ins that could not be loaded."""
     broken = [p for p in host.plugins if p.status == "broken"]
     return [{"what": f"plug-in {p.name} of {p.distribution}", "cause": p.cause, "mend": p.mend} for p in broken]
 
 
-def tell(found: dict[str, Any]) -> None:
+def show_findings(found: dict[str, Any]) -> None:
+    """Print what was found, and last how to mend what is broken."""
     click.echo(f"Python       {found['python']}, {found['executable']}")
     click.echo(f"platform     {found['platform']}")
     torch = found["torch"]
     for name, have in found["packages"].items():
         note = have or "not installed"
         if name == "torch" and torch:
-            note = f"{torch['version']}, built for {built_for(torch)}"
+            note = f"{torch['version']}, built for {name_build(torch)}"
         if name == "torchvision" and not have:
             note += ", and not needed"
         click.echo(f"{name:<12} {note}")
     gpus = ", ".join(f"{g['name']} ({g['gib']} GiB)" for g in found["gpus"])
-    if not gpus and torch and built_for(torch) == "CPU" and shutil.which("nvidia-smi"):
+    # A torch built for the CPU alone is the usual reason why a GPU that is there stays idle.
+    if not gpus and torch and name_build(torch) == "CPU" and shutil.which("nvidia-smi"):
         gpus = "not used: nvidia-smi is here, but this torch is built for the CPU alone"
     click.echo(f"GPUs         {gpus or 'none'}\n")
     rows = [{"reward": r["name"], "ready": r["install"] or "ready"} for r in found["rewards"]]
-    show(rows, {"reward": "reward", "ready": "ready, or the command that makes it so"}, False)
+    show_rows(rows, {"reward": "reward", "ready": "ready, or the command that installs what it needs"}, False)
     for problem in found["problems"]:
         click.echo(f"\n{problem['what']} is broken: {problem['cause']}\n  to mend it: {problem['mend']}")
     if not found["problems"]:

@@ -1,32 +1,30 @@
-"""`nft plugins`, `nft rewards`, `nft solvers`, `nft models`, `nft observers`: what this environment offers."""
+"""`nft plugins`, `nft rewards`, `nft solvers`, `nft models`, `nft observers` list what is installed."""
 
 from __future__ import annotations
 
 from dataclasses import asdict
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import click
 
 from ..host.discovery import Registered
 from ..host.host import advise_install, find_missing_modules, load_host
-from .tables import as_json, cards, show
-
-if TYPE_CHECKING:
-    pass
+from .tables import describe_cards, json_option, show_rows
 
 
-@click.command()
+@click.command("plugins")
 @click.option(
     "--load",
     is_flag=True,
-    help="Also make, with its default options, what plug-ins of other packages offer; this may load weights.",
+    help="Also make each reward, solver and observer of other packages once, with its default options, to find "
+    "out whether it works. This may load weights, and take minutes.",
 )
-@as_json
-def plugins(load: bool, as_json: bool) -> None:
-    """List installed plug-ins, broken ones with their cause and what mends them.
+@json_option
+def list_plugins(load: bool, as_json: bool) -> None:
+    """List installed plug-ins. A broken one is shown with the cause, and with what mends it.
 
-    The environment variable NFT_PLUGINS chooses: NFT_PLUGINS=a,b loads these and the built-ins, an empty
-    NFT_PLUGINS= the built-ins alone.
+    The environment variable NFT_PLUGINS chooses which plug-ins are loaded: with NFT_PLUGINS=a,b only a, b and
+    the built-in ones, with an empty NFT_PLUGINS= only the built-in ones. Without it, all are loaded.
     """
     host = load_host()
     if load:
@@ -34,13 +32,13 @@ def plugins(load: bool, as_json: bool) -> None:
     rows = [asdict(plugin) for plugin in host.plugins]
     columns = {
         "name": "plug-in",
-        "distribution": "from",
+        "distribution": "package",
         "version": "version",
         "contract": "contract",
         "status": "status",
-        "offers": "offers",
+        "offers": "what it offers",
     }
-    show(rows, columns, as_json)
+    show_rows(rows, columns, as_json)
     for row in rows if not as_json else ():
         if row["status"] == "broken":
             click.echo(f"{row['name']} is broken: {row['cause']}\n  to mend it: {row['mend']}")
@@ -48,55 +46,65 @@ def plugins(load: bool, as_json: bool) -> None:
             click.echo(f"{row['name']}: {note}")
 
 
-def readiness(card: Registered[Any]) -> dict[str, Any]:
-    """Whether a card's modules are installed, and the command that brings them where they are not."""
+def describe_readiness(card: Registered[Any]) -> dict[str, Any]:
+    """Say whether a card's modules are installed, and which command installs those that are missing."""
     missing = find_missing_modules(card)
     return {"ready": not missing, "install": advise_install(card) if missing else ""}
 
 
-@click.group(invoke_without_command=True)
-@as_json
+@click.group("rewards", invoke_without_command=True)
+@json_option
 @click.pass_context
-def rewards(context: click.Context, as_json: bool) -> None:
-    """List rewards, or look closely at one.
+def list_rewards(context: click.Context, as_json: bool) -> None:
+    """List all rewards, or look closely at one.
 
-    Without a command: all rewards, what they score and what they need.
+    Without a command, it lists what each reward scores, the range of its values, and what it still needs:
+    metadata of the prompts, or packages that are not installed.
     """
     if context.invoked_subcommand:
+        # The command that follows has a --json of its own, and would not see this one.
         if as_json:
             raise click.UsageError(f"--json goes last: nft rewards {context.invoked_subcommand} NAME --json.")
         return
     registered = load_host().rewards
-    rows = cards(registered)
+    rows = describe_cards(registered)
     for row in rows:
-        row |= readiness(registered[row["name"]])
+        row |= describe_readiness(registered[row["name"]])
         row["needs"] = [*row["metadata"], *([row["install"]] if row["install"] else [])]
-    show(
+    show_rows(
         rows,
-        {"name": "reward", "summary": "what it scores", "range": "range", "needs": "needs"},
+        {"name": "reward", "summary": "what it scores", "range": "its values", "needs": "what it needs"},
         as_json,
     )
 
 
-@click.command()
-@as_json
-def solvers(as_json: bool) -> None:
-    """List solvers, with the order of their error."""
-    rows = cards(load_host().solvers)
+@click.command("solvers")
+@json_option
+def list_solvers(as_json: bool) -> None:
+    """List the solvers, which generate images from noise step by step.
+
+    A solver of order 2 has about a quarter of the error with twice the steps, one of order 1 half of it. A
+    stochastic solver adds noise in each step.
+    """
+    rows = describe_cards(load_host().solvers)
     for row in rows:
+        # The order says nothing of a solver that adds noise, and some solvers do not know theirs.
         row["kind"] = "stochastic" if row["stochastic"] else f"order {row['order']}" if row["order"] else ""
-    show(rows, {"name": "solver", "summary": "what it is", "kind": "kind", "source": "source"}, as_json)
+    show_rows(rows, {"name": "solver", "summary": "what it is", "kind": "kind", "source": "source"}, as_json)
 
 
-@click.command()
-@as_json
-def models(as_json: bool) -> None:
-    """List families of models that can be trained."""
-    show(
-        cards(load_host().models),
+@click.command("models")
+@json_option
+def list_models(as_json: bool) -> None:
+    """List the families of models that can be trained, and the diffusers pipelines that each can read.
+
+    The licence is that of the published weights.
+    """
+    show_rows(
+        describe_cards(load_host().models),
         {
             "name": "family",
-            "summary": "models",
+            "summary": "its models",
             "pipelines": "diffusers pipelines",
             "licence": "licence",
         },
@@ -104,12 +112,16 @@ def models(as_json: bool) -> None:
     )
 
 
-@click.command()
-@as_json
-def observers(as_json: bool) -> None:
-    """List observers that `nft run --observer` can add to a run."""
+@click.command("observers")
+@json_option
+def list_observers(as_json: bool) -> None:
+    """List the observers that `nft run --observer` can add, such as one that writes TensorBoard's files.
+
+    An observer is told of each epoch and evaluation, and trains nothing. What it needs is the command that
+    installs packages which are missing.
+    """
     registered = load_host().observers
-    rows = cards(registered)
+    rows = describe_cards(registered)
     for row in rows:
-        row |= readiness(registered[row["name"]])
-    show(rows, {"name": "observer", "summary": "what it does", "install": "needs"}, as_json)
+        row |= describe_readiness(registered[row["name"]])
+    show_rows(rows, {"name": "observer", "summary": "what it does", "install": "what it needs"}, as_json)

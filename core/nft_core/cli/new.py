@@ -1,4 +1,4 @@
-"""`nft new`: a plug-in package of one's own, complete before a line is edited."""
+"""`nft new` writes a plug-in package of one's own, which is complete before a line is edited."""
 
 from __future__ import annotations
 
@@ -23,19 +23,23 @@ from nft_plugins import CONTRACT
 from ..errors import NftError, UsageError
 from ..host.host import load_host
 
-#: One folder a kind, `shared` and `licences`. Every file there has `.txt` behind its name, so that no tool
+#: It has a folder for each kind, and `shared` and `licences`. Every file's name ends in `.txt`, so that no tool
 #: takes it for code of this project; `dot-` stands for a leading dot and `NAME` for the module's name.
 TEMPLATES = Path(__file__).parent / "templates"
-#: A distribution's name, which must not end in a hyphen.
+#: A package's name, which must not end in a hyphen.
 NAME = re.compile(r"[a-z]([a-z0-9_-]*[a-z0-9])?")
-#: With a longer one, generated lines would outgrow what the formatter leaves as it is.
+#: Letters of the longest name. With a longer one the formatter would change lines of the new package.
 LONGEST = 40
 SPDX = {"apache-2.0": "Apache-2.0", "mit": "MIT", "bsd-3-clause": "BSD-3-Clause"}
 
 
 @dataclass(frozen=True)
 class Kind:
-    """What a package of a kind differs in: its one line, where names of its kind stand, how it is tried."""
+    """What differs between packages with a reward, a solver and a model.
+
+    description: one line for the package's metadata. taken: the host's attribute with the names that exist
+    already. use: commands that try the new package.
+    """
 
     name: str
     description: str
@@ -69,20 +73,29 @@ KINDS = (
 )
 
 
-@click.group()
-def new() -> None:
-    """Begin a plug-in package that works before a line is edited."""
+@click.group("new")
+def begin_package() -> None:
+    """Write a plug-in package of your own. It works, with tests, before you edit a line.
+
+    It is a folder that pip can install; its README says how to use and test it.
+    """
 
 
-def command(kind: Kind) -> click.Command:
-    @click.command(kind.name, help=f"Write the package nft-NAME with the {kind.name} NAME, to be edited.")
+def make_command(kind: Kind) -> click.Command:
+    """Make the command `nft new KIND`."""
+
+    @click.command(
+        kind.name,
+        help=f"Write the folder nft-NAME: a Python package with the {kind.name} NAME, for you to edit.\n\n"
+        "NAME has lower-case letters, digits, _ and -, such as my-reward2; no plug-in may have it already.",
+    )
     @click.argument("name")
     @click.option(
         "--out",
         type=click.Path(path_type=Path),
         default=Path(),
         metavar="DIR",
-        help="Folder to put it in.  [default: the current one]",
+        help="Existing folder to put the folder nft-NAME in.  [default: the current one]",
     )
     @click.option(
         "--licence",
@@ -90,14 +103,18 @@ def command(kind: Kind) -> click.Command:
         type=click.Choice(list(SPDX)),
         default="apache-2.0",
         show_default=True,
-        help="Licence of the package.",
+        help="Licence that the package is under: its text becomes the file LICENSE.",
     )
-    @click.option("--author", metavar="TEXT", help='Copyright owner.  [default: "The nft-NAME authors"]')
+    @click.option(
+        "--author",
+        metavar="TEXT",
+        help='Owner of the copyright, for LICENSE and pyproject.toml.  [default: "The nft-NAME authors"]',
+    )
     def write_package(name: str, out: Path, licence: str, author: str | None) -> None:
-        name = checked(name, kind)
+        name = check_name(name, kind)
         folder = out / f"nft-{name}"
-        values = fillings(name, kind, licence, author or f"The nft-{name} authors")
-        written = write(folder, files(kind, licence, values))
+        values = make_values(name, kind, licence, author or f"The nft-{name} authors")
+        written = write_folder(folder, fill_templates(kind, licence, values))
         click.echo(f"{folder} has {', '.join(written)}.\n\nNext:\n")
         for line in (
             f"cd {shlex.quote(str(folder))}",
@@ -110,8 +127,8 @@ def command(kind: Kind) -> click.Command:
     return write_package
 
 
-def checked(name: str, kind: Kind) -> str:
-    """The name without a leading `nft-`. Raises UsageError for one that cannot be or that is taken."""
+def check_name(name: str, kind: Kind) -> str:
+    """Return a name without a leading `nft-`. Raises UsageError if it is not allowed, or taken already."""
     name = name.removeprefix("nft-")
     if not NAME.fullmatch(name):
         raise UsageError(
@@ -128,14 +145,16 @@ def checked(name: str, kind: Kind) -> str:
             f"There is a {kind.name} {name!r} already, of {' and '.join(cards[name].owners)}: choose another "
             f"name; nft {kind.taken} lists them all."
         )
-    if installed(f"nft-{name}") or importlib.util.find_spec(module_of(name)):
+    # pip would replace such a package, or Python would import the one module in place of the other.
+    if is_package_installed(f"nft-{name}") or importlib.util.find_spec(name_module(name)):
         raise UsageError(
-            f"There is a package nft-{name} or a module {module_of(name)} already: choose another name."
+            f"There is a package nft-{name} or a module {name_module(name)} already: choose another name."
         )
     return name
 
 
-def installed(package: str) -> bool:
+def is_package_installed(package: str) -> bool:
+    """Say whether a package of this name is installed, whatever its modules are called."""
     try:
         distribution(package)
     except PackageNotFoundError:
@@ -143,17 +162,18 @@ def installed(package: str) -> bool:
     return True
 
 
-def module_of(name: str) -> str:
+def name_module(name: str) -> str:
+    """Name the module of a package: Python allows no hyphens there."""
     return "nft_" + name.replace("-", "_")
 
 
-def fillings(name: str, kind: Kind, licence: str, author: str) -> dict[str, str]:
-    """What the templates' `$words` become. Raises UsageError for an author that no file can hold."""
+def make_values(name: str, kind: Kind, licence: str, author: str) -> dict[str, str]:
+    """Make the values of the templates' `$words`. Raises UsageError if the author is not one line of text."""
     if not author.isprintable() or not author.strip():
         raise UsageError(f"--author takes one line of text, got {author!r}.")
     return {
         "name": name,
-        "module": module_of(name),
+        "module": name_module(name),
         "pipeline": f"Nft{''.join(word.title() for word in re.split('[-_]', name))}Pipeline",
         "description": Template(kind.description).substitute(name=name),
         "contract": CONTRACT,
@@ -161,37 +181,38 @@ def fillings(name: str, kind: Kind, licence: str, author: str) -> dict[str, str]
         "spdx": SPDX[licence],
         "year": str(date.today().year),
         "author": author,
-        # JSON's strings are TOML's too.
+        # In TOML, text is quoted as in JSON.
         "quoted_author": json.dumps(author, ensure_ascii=False),
     }
 
 
-def files(kind: Kind, licence: str, values: Mapping[str, str]) -> dict[str, str]:
-    """Text by path; a kind's own file takes the place of a shared one."""
+def fill_templates(kind: Kind, licence: str, values: Mapping[str, str]) -> dict[str, str]:
+    """Fill in the templates, and return the text by path; a kind's own file replaces a shared one."""
     sources = {"LICENSE": TEMPLATES / "licences" / f"{licence}.txt"}
     for root in (TEMPLATES / "shared", TEMPLATES / kind.name):
-        sources |= {target(path.relative_to(root), values): path for path in root.rglob("*.txt")}
+        sources |= {name_target(path.relative_to(root), values): path for path in root.rglob("*.txt")}
     return {
         name: Template(path.read_text(encoding="utf-8")).substitute(values)
         for name, path in sorted(sources.items())
     }
 
 
-def target(template: Path, values: Mapping[str, str]) -> str:
-    """Where a template's text goes, as a path inside the package's folder."""
+def name_target(template: Path, values: Mapping[str, str]) -> str:
+    """Name the file that a template becomes, as a path inside the package's folder."""
     path = re.sub(r"(^|/)dot-", r"\1.", template.as_posix().removesuffix(".txt"))
     return path.replace("NAME", values["module"].removeprefix("nft_"))
 
 
-def write(folder: Path, texts: Mapping[str, str]) -> list[str]:
-    """Write `folder`, whole or not at all; returns the paths inside.
+def write_folder(folder: Path, texts: Mapping[str, str]) -> list[str]:
+    """Write a folder of texts, whole or not at all, and return the paths inside.
 
-    Raises UsageError where it stands already, NftError where it cannot be written.
+    Raises UsageError if the folder exists already, NftError if it cannot be written.
     """
     if folder.exists():
         raise UsageError(f"{folder} exists: choose another name or --out; nothing in it was changed.")
     if not folder.parent.is_dir():
         raise UsageError(f"{folder.parent} is no folder: make it first, or choose another --out.")
+    # It gets its name when all files are in it: nobody sees a half of it, even if the disk is full.
     aside = folder.with_name(f".{folder.name}.{os.getpid()}.part")
     try:
         for name, text in texts.items():
@@ -207,4 +228,4 @@ def write(folder: Path, texts: Mapping[str, str]) -> list[str]:
 
 
 for _kind in KINDS:
-    new.add_command(command(_kind))
+    begin_package.add_command(make_command(_kind))

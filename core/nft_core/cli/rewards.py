@@ -1,4 +1,4 @@
-"""`nft rewards info` and `nft rewards check`: one reward, looked at closely."""
+"""`nft rewards info` shows one reward, and `nft rewards check` tests it."""
 
 from __future__ import annotations
 
@@ -13,13 +13,15 @@ from typing import TYPE_CHECKING, Any, cast
 
 import click
 
+from nft_plugins.rules import OFFERED
+
 from ..errors import NftError, UsageError
-from ..host.factories import OFFERED, find_annotation, import_factory
+from ..host.factories import find_annotation, import_factory
 from ..host.host import Host, load_host
 from ..quiet import redirect_prints, silence_libraries
-from .listing import readiness
-from .score import device_option, preset_name, preset_option, tiny_option
-from .tables import as_json, cards, show
+from .listing import describe_readiness
+from .score import choose_preset, device_option, preset_option, tiny_option
+from .tables import describe_cards, json_option, show_rows
 
 if TYPE_CHECKING:
     from nft_plugins import Reward
@@ -27,16 +29,16 @@ if TYPE_CHECKING:
     from ..scoring.composer import Composed
 
 
-@click.command()
+@click.command("info")
 @click.argument("name")
-@as_json
-def info(name: str, as_json: bool) -> None:
-    """Show the whole card of a reward, with its options.
+@json_option
+def show_reward(name: str, as_json: bool) -> None:
+    """Show the definition, source, licence and options of a reward.
 
-    Options are those of --reward NAME,KEY=VALUE.
+    Give it options with --reward NAME,KEY=VALUE. NAME is one that `nft rewards` lists, or FILE.py:FUNCTION.
     """
-    with redirect_prints():  # Its module is imported.
-        row = described(load_host(), name)
+    with redirect_prints():  # The reward's module is imported, and may print.
+        row = describe_reward(load_host(), name)
     if as_json:
         click.echo(json.dumps(row, indent=2, default=str))
         return
@@ -48,66 +50,68 @@ def info(name: str, as_json: bool) -> None:
         click.echo(f"{key:<13} {text or '-'}")
     click.echo()
     if isinstance(row["options"], str):
-        click.echo(f"options: not known, for the factory cannot be imported: {row['options']}")
+        click.echo(f"Its options are not known, because its module cannot be imported: {row['options']}")
     elif row["options"]:
         rows = [
-            {**o, "default": "required" if o["required"] else written(o["default"])} for o in row["options"]
+            {**o, "default": "required" if o["required"] else write_option(o["default"])}
+            for o in row["options"]
         ]
-        show(rows, {"name": "option", "type": "type", "default": "default"}, False)
+        show_rows(rows, {"name": "option", "type": "type", "default": "default"}, False)
     else:
         click.echo("It has no options.")
     if row["doc"]:
         click.echo(f"\n{row['doc']}")
 
 
-def described(host: Host, name: str) -> dict[str, Any]:
-    """A reward's card, its options, its factory's docstring and whether it is ready.
+def describe_reward(host: Host, name: str) -> dict[str, Any]:
+    """Describe a reward by its card, its options, its factory's docstring and whether it is ready.
 
-    `options` is the error's text where the factory cannot be imported.
+    `options` is the error's text if the factory cannot be imported.
     """
     card = host.reward(name)
-    (row,) = cards({name: card})
+    (row,) = describe_cards({name: card})
     row |= {"distribution": card.distribution, "factory": card.info.factory if card.owners else name}
-    row |= readiness(card)
+    row |= describe_readiness(card)
     try:
         factory = import_factory(card.info.factory)
-        return row | {"options": options(factory), "doc": inspect.getdoc(factory) or ""}
+        return row | {"options": list_options(factory), "doc": inspect.getdoc(factory) or ""}
     except NftError as error:
         return row | {"options": str(error), "doc": ""}
 
 
-def options(factory: Callable[..., Any]) -> list[dict[str, Any]]:
-    """Name, type and default of a factory's options."""
+def list_options(factory: Callable[..., Any]) -> list[dict[str, Any]]:
+    """List the options of a factory: their names, types and defaults."""
     rows = []
     for name, p in inspect.signature(factory).parameters.items():
+        # What the host gives, such as the device, is no option of the user's.
         if name in OFFERED or p.kind not in (p.KEYWORD_ONLY, p.POSITIONAL_OR_KEYWORD):
             continue
         option = {
             "name": name,
-            "type": type_text(find_annotation(factory, name)),
+            "type": write_type(find_annotation(factory, name)),
             "required": p.default is p.empty,
         }
         rows.append(option | {"default": None if option["required"] else p.default})
     return rows
 
 
-def type_text(kind: Any) -> str:
-    """A type as the command line takes it: `nft | strict`, `str | none`."""
+def write_type(kind: Any) -> str:
+    """Write a type as the values that the command line takes, such as `nft | strict` or `str | none`."""
     if typing.get_origin(kind) is typing.Literal:
         return " | ".join(map(str, typing.get_args(kind)))
     if typing.get_origin(kind) in (typing.Union, types.UnionType):
-        return " | ".join(type_text(member) for member in typing.get_args(kind))
+        return " | ".join(write_type(member) for member in typing.get_args(kind))
     if kind in (type(None), Any):
         return "none" if kind is not Any else "any"
     return str(kind) if typing.get_args(kind) else getattr(kind, "__name__", str(kind))
 
 
-def written(value: Any) -> str:
-    """A value as the command line takes it."""
+def write_option(value: Any) -> str:
+    """Write a value as the command line takes it."""
     return "none" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
 
 
-@click.command()
+@click.command("check")
 @click.argument("name")
 @click.argument("options", nargs=-1, metavar="[KEY=VALUE]...")
 @tiny_option
@@ -117,14 +121,16 @@ def written(value: Any) -> str:
     "--expect",
     metavar="FILE.jsonl",
     type=click.Path(path_type=Path),
-    help='Known values: lines {"image": PATH, "prompt": TEXT, "value": NUMBER or null if invalid}.',
+    help='Compare with known scores, from a file of lines {"image": PATH, "prompt": TEXT, "value": NUMBER}, '
+    "with null for an image that must be invalid; paths are relative to the file.",
 )
 @click.option(
     "--tolerance",
     type=click.FloatRange(min=0),
-    help="By how much equal scores may differ, in all and as a share.  [default: 0.001; on a GPU 0.02]",
+    help="Largest difference of two scores that count as equal, as a number and as a share of the score; "
+    "a higher value is less strict.  [default: 0.001; on a GPU 0.02]",
 )
-def check(
+def check_contract(
     name: str,
     options: tuple[str, ...],
     tiny: bool,
@@ -133,9 +139,11 @@ def check(
     expect: Path | None,
     tolerance: float | None,
 ) -> None:
-    """Load a reward and hold it to the contract, on images made by code.
+    """Check that a reward keeps the contract of all rewards.
 
-    Options are those of --reward NAME,KEY=VALUE, here apart: nft rewards check ocr upscale=4.
+    It loads the reward and scores images that are made by code. The contract says, for example, that the score
+    of an image does not depend on the other images of a batch. Options of the reward follow its name, such as
+    in `nft rewards check ocr upscale=4`. It exits with 1 if the reward breaks the contract.
     """
     from ..runs.inputs import load_rewards, make_run_settings, parse_rewards
     from ..runs.setup import pick_device
@@ -143,16 +151,18 @@ def check(
 
     host = load_host()
     spec = ",".join((name, *options))
-    settings = make_run_settings(host, preset_name(tiny, preset), {"rewards": [spec], "device": device})
+    settings = make_run_settings(host, choose_preset(tiny, preset), {"rewards": [spec], "device": device})
     specs = parse_rewards(settings, host)
-    known = read_known(expect) if expect else {}
+    known = read_known_values(expect) if expect else {}  # A mistake in it is told before weights are loaded.
     place = pick_device(settings.device)
     silence_libraries("transformers")
     start = time.monotonic()
     composed = load_rewards(specs, host, place, settings.reward_defaults)
-    if len(composed.terms) > 1 or composed.constant:  # A file's composition is checked as one reward.
+    if len(composed.terms) > 1 or composed.constant:
+        # A file may name a sum of rewards, which is one reward to its users.
         composed = Composed((Term(name.rpartition(":")[2], 1.0, composed),))
-    reward = cast("Reward", composed.terms[0].reward)  # By now it is loaded, whatever a file only named.
+    # A file may name a reward that is loaded later; `load_rewards` has done so.
+    reward = cast("Reward", composed.terms[0].reward)
     click.echo(f"loaded in {time.monotonic() - start:.1f} s, on {place}")
 
     from nft_plugins.testing import check_reward
@@ -172,22 +182,28 @@ def check(
             batch.prompts, scores.values.tolist(), scores.valid.tolist(), strict=True
         )
     ]
-    show(rows, {"image": "image made by code", "size": "size", "value": name}, False)
+    show_rows(rows, {"image": "image made by code", "size": "size", "value": name}, False)
     for sentence in result.holds:
         click.echo(f"ok: {sentence}")
     if expect:
-        click.echo(f"ok: {compare(known, composed, 1e-3 if tolerance is None else tolerance, str(place))}")
+        click.echo(
+            f"ok: {compare_values(known, composed, 1e-3 if tolerance is None else tolerance, str(place))}"
+        )
     else:
         click.echo("not checked: known values. None are shipped; --expect FILE.jsonl compares with yours.")
+    # No test can know these; whoever reads "ok" should not believe that they were tested.
     click.echo("not checked: whether bigger means better, and other devices, sizes and precisions.")
 
 
-def read_known(file: Path) -> dict[Path, tuple[str, Mapping[str, Any], float | None]]:
-    """Prompt, metadata and value by image, of a file in the form of `nft score --prompts` with a `value`."""
-    from ..scoring.images import read_lines
+def read_known_values(file: Path) -> dict[Path, tuple[str, Mapping[str, Any], float | None]]:
+    """Read prompt, metadata and known score by image, from a file like that of `nft score --prompts`.
+
+    Raises UsageError for a line without a `value`.
+    """
+    from ..scoring.items import read_prompt_lines
 
     known: dict[Path, tuple[str, Mapping[str, Any], float | None]] = {}
-    for path, line in read_lines(file).items():
+    for path, line in read_prompt_lines(file).items():
         metadata = dict(line.metadata)
         value = metadata.pop("value", "")
         if isinstance(value, bool) or not (value is None or isinstance(value, (int, float))):
@@ -196,13 +212,13 @@ def read_known(file: Path) -> dict[Path, tuple[str, Mapping[str, Any], float | N
     return known
 
 
-def compare(
+def compare_values(
     known: Mapping[Path, tuple[str, Mapping[str, Any], float | None]],
     reward: Composed,
     tolerance: float,
     device: str,
 ) -> str:
-    """What agrees, in a sentence. Raises NftError with every image that does not."""
+    """Compare scores with known ones, and say how well they agree. Raises NftError with all that do not."""
     import math
 
     from ..scoring.images import score_images
@@ -217,7 +233,7 @@ def compare(
             wrong.append(result.errors[name])
         elif got is None or value is None:
             if got is not value:
-                wrong.append(f"{result.item.path}: expected {shown(value)}, got {shown(got)}")
+                wrong.append(f"{result.item.path}: expected {format_value(value)}, got {format_value(got)}")
         else:
             furthest = max(furthest, abs(got - value))
             if not math.isclose(got, value, rel_tol=tolerance, abs_tol=tolerance):
@@ -227,5 +243,6 @@ def compare(
     return f"{len(known)} known values agree, the furthest within {furthest:.2g}"
 
 
-def shown(value: float | None) -> str:
+def format_value(value: float | None) -> str:
+    """Write a score, or `invalid` for None."""
     return "invalid" if value is None else f"{value:.6g}"

@@ -1,4 +1,4 @@
-"""`nft score`: what rewards say of image files."""
+"""`nft score` gives the scores of image files, by any rewards."""
 
 from __future__ import annotations
 
@@ -22,17 +22,29 @@ if TYPE_CHECKING:
     from ..scoring.composer import Composed
     from ..scoring.images import Scored
 
-#: From so many images on, a bar is shown.
+#: With more images than this, a bar shows the progress.
 FEW = 8
 
 device_option = click.option(
-    "--device", metavar="NAME", default="auto", help="cpu, cuda, cuda:N or auto.  [default: auto]"
+    "--device",
+    metavar="NAME",
+    default="auto",
+    help="Device to compute on: cpu, cuda, cuda:N, or auto for a GPU where there is one.  [default: auto]",
 )
-tiny_option = click.option("--tiny", is_flag=True, help="Short for --preset tiny: small stand-ins for a CPU.")
-preset_option = click.option("--preset", metavar="NAME", help="Options of rewards from a named preset.")
+tiny_option = click.option(
+    "--tiny",
+    is_flag=True,
+    help="Use small models that come with nft-hub in place of the rewards' own, to try things out on a CPU. "
+    "Their scores mean nothing for real pictures. Short for --preset tiny.",
+)
+preset_option = click.option(
+    "--preset",
+    metavar="NAME",
+    help="Use the options that this preset gives to rewards; `nft settings --preset NAME` shows them.",
+)
 
 
-@click.command()
+@click.command("score")
 @click.argument("images", nargs=-1, required=True, type=click.Path(path_type=Path))
 @click.option(
     "--reward",
@@ -40,15 +52,16 @@ preset_option = click.option("--preset", metavar="NAME", help="Options of reward
     metavar="SPEC",
     multiple=True,
     required=True,
-    help="A reward, NAME[=WEIGHT][,KEY=VALUE...] or FILE.py:FUNCTION; repeatable. With weights, their sum "
-    "is shown too.",
+    help="Reward to score with, as NAME[=WEIGHT][,KEY=VALUE...]; FILE.py:FUNCTION or MODULE:NAME is one of "
+    "yours. Repeatable; with weights, the weighted sum is shown too. `nft rewards` lists them.",
 )
-@click.option("--prompt", metavar="TEXT", help="The prompt of all images.")
+@click.option("--prompt", metavar="TEXT", help="Prompt that all images are scored for.")
 @click.option(
     "--prompts",
     metavar="FILE.jsonl",
     type=click.Path(path_type=Path),
-    help='Lines {"image": PATH, "prompt": TEXT, metadata...}, paths relative to the file.',
+    help='File with the prompt of each image, as lines {"image": PATH, "prompt": TEXT}, with any metadata; '
+    "paths are relative to the file.",
 )
 @tiny_option
 @preset_option
@@ -57,10 +70,16 @@ preset_option = click.option("--preset", metavar="NAME", help="Options of reward
     "--batch",
     type=click.IntRange(min=1),
     default=16,
-    help="Images of one size scored at once, fewer where they are large.  [default: 16]",
+    help="Most images that are scored at once; more are faster and need more memory. Large images are scored "
+    "in smaller batches.  [default: 16]",
 )
-@click.option("--json", "as_json", is_flag=True, help="Print a JSON list, with details of each reward.")
-def score(
+@click.option(
+    "--json",
+    "as_json",
+    is_flag=True,
+    help="Print a JSON list in place of a table, with the details of each reward.",
+)
+def score_files(
     images: tuple[Path, ...],
     rewards: tuple[str, ...],
     prompt: str | None,
@@ -73,11 +92,14 @@ def score(
 ) -> None:
     """Score image files, and folders of them, with rewards.
 
-    The prompt of an image is --prompt, its line in --prompts, or the text of NAME.txt beside it; metadata
-    such as GenEval's include may stand in NAME.json. Rewards that look at the image alone need none.
+    A higher score is better; `nft rewards` shows the range of each reward.
 
-    PNG, JPEG, WebP, GIF, BMP, TIFF and AVIF are read. Alpha is composited on white, and EXIF's orientation is
-    applied. What a folder holds beside, and may be an image, is named.
+    The prompt of an image is --prompt, its line in the file --prompts, or the text of NAME.txt beside the image
+    NAME.png. Metadata, such as GenEval's include, may stand in NAME.json. Rewards that look at the image alone
+    need neither.
+
+    PNG, JPEG, WebP, GIF, BMP, TIFF and AVIF are read. Transparent parts become white, and EXIF's orientation is
+    applied. Other files of a folder are named if they may be images.
     """
     from ..runs.inputs import load_rewards, make_run_settings, parse_rewards
     from ..runs.setup import pick_device
@@ -87,24 +109,25 @@ def score(
     host = load_host()
     with redirect_prints():  # Rewards print too.
         settings = make_run_settings(
-            host, preset_name(tiny, preset), {"rewards": list(rewards), "device": device}
+            host, choose_preset(tiny, preset), {"rewards": list(rewards), "device": device}
         )
         specs = parse_rewards(settings, host)
         from ..scoring.image_files import find_images
-        from ..scoring.images import find_prompts
-        from ..scoring.images import score as score_items
+        from ..scoring.images import score_items
+        from ..scoring.items import find_prompts
 
-        # All that can be wrong is looked at before anything large is loaded.
+        # Mistakes in prompts and files are found here, before anything large is loaded.
         items = find_prompts(find_images(images, partial(click.echo, err=True)), prompt, prompts)
         place = pick_device(settings.device)
         silence_libraries("transformers")
         reward = load_rewards(specs, host, place, settings.reward_defaults)
-        with bar(len(items)) as advance:
+        with show_progress(len(items)) as advance:
             results = score_items(items, reward, batch=batch, device=place, progress=advance)
     if as_json:
-        click.echo(json.dumps([record(r, reward) for r in results], indent=2, default=str))
+        click.echo(json.dumps([describe_result(r, reward) for r in results], indent=2, default=str))
     else:
-        show(results, reward)
+        show_scores(results, reward)
+    # A failed reward leaves its column empty for some images, which a script must not overlook: exit with 1.
     failures = Counter(error for r in results for error in set(r.errors.values()))
     for error, count in failures.items():
         click.echo(f"Error: {error} ({count} of {len(results)} images have no score for it.)", err=True)
@@ -112,69 +135,71 @@ def score(
         sys.exit(1)
 
 
-def preset_name(tiny: bool, preset: str | None) -> str | None:
-    """The preset that was chosen. Raises click.UsageError where two were."""
+def choose_preset(tiny: bool, preset: str | None) -> str | None:
+    """Choose the preset by two options. Raises click.UsageError if they name different ones."""
     if tiny and preset not in (None, "tiny"):
         raise click.UsageError(f"--tiny is short for --preset tiny, so --preset {preset} contradicts it.")
     return "tiny" if tiny else preset
 
 
 @contextmanager
-def bar(images: int) -> Iterator[Callable[[int], None]]:
-    """A bar on standard error where that is a terminal and the images are more than a few."""
+def show_progress(images: int) -> Iterator[Callable[[int], None]]:
+    """Show a bar on standard error if that is a terminal and there are many images."""
     from rich.console import Console
     from rich.progress import Progress
 
     console = Console(stderr=True)
-    shown = console.is_terminal and images > FEW
-    with Progress(console=console, transient=True, disable=not shown) as progress:
+    needed = console.is_terminal and images > FEW
+    with Progress(console=console, transient=True, disable=not needed) as progress:
         task = progress.add_task("images", total=images)
         yield lambda done: progress.advance(task, done)
 
 
-def record(result: Scored, reward: Composed) -> dict[str, Any]:
-    """An image's JSON object; figures that are no valid numbers are null."""
-    from ..scoring.images import total, weighted
+def describe_result(result: Scored, reward: Composed) -> dict[str, Any]:
+    """Describe an image and its scores as a JSON object, with null for a score that is not valid."""
+    from ..scoring.images import compute_total, has_weights
 
     item = result.item
-    row: dict[str, Any] = {"path": printable(item.path), "prompt": item.prompt, "metadata": item.metadata}
+    row: dict[str, Any] = {"path": format_path(item.path), "prompt": item.prompt, "metadata": item.metadata}
     row |= {"values": result.values, "valid": result.valid, "details": result.details}
-    row |= {"total": total(result, reward)} if weighted(reward) else {}
+    row |= {"total": compute_total(result, reward)} if has_weights(reward) else {}
     return row | ({"errors": result.errors} if result.errors else {})
 
 
-def show(results: Sequence[Scored], reward: Composed) -> None:
-    """A table with a row for each image, and the mean of what is valid."""
+def show_scores(results: Sequence[Scored], reward: Composed) -> None:
+    """Print a table with a row for each image, and below it the mean of the valid scores."""
     from rich.markup import escape
 
-    from ..scoring.images import total, weighted
+    from ..scoring.images import compute_total, has_weights
 
     columns: dict[str, list[float | None]] = {t.name: [r.values[t.name] for r in results] for t in reward.terms}
-    if weighted(reward):
-        columns["total"] = [total(r, reward) for r in results]
+    if has_weights(reward):
+        columns["total"] = [compute_total(r, reward) for r in results]
     table = new_table()
     table.add_column("image", overflow="fold")
     for name in columns:
         table.add_column(name, justify="right", no_wrap=True)
     for i, result in enumerate(results):
         cells = [
-            number(values[i], "failed" if name in result.errors else "invalid")
+            format_score(values[i], "failed" if name in result.errors else "invalid")
             for name, values in columns.items()
         ]
-        table.add_row(escape(printable(result.item.path)), *cells)
+        table.add_row(escape(format_path(result.item.path)), *cells)
     if len(results) > 1:
         known = {name: [v for v in values if v is not None] for name, values in columns.items()}
         table.add_section()
-        table.add_row("mean", *(number(sum(v) / len(v) if v else None, "") for v in known.values()))
+        table.add_row("mean", *(format_score(sum(v) / len(v) if v else None, "") for v in known.values()))
         if any(len(v) < len(results) for v in known.values()):
+            # Without it, a mean of a few images would look like one of all.
             table.add_row("of", *(f"{len(v)}/{len(results)} images" for v in known.values()))
     print_table(table)
 
 
-def printable(path: Path) -> str:
-    """A path as text, where a name that is not in UTF-8 has its bytes as \\xNN."""
+def format_path(path: Path) -> str:
+    """Write a path as text, where a name that is not in UTF-8 has its bytes as \\xNN."""
     return os.fsencode(path).decode(errors="backslashreplace")
 
 
-def number(value: float | None, otherwise: str) -> str:
+def format_score(value: float | None, otherwise: str) -> str:
+    """Write a score with 4 digits, or another text where there is none."""
     return otherwise if value is None else f"{value:.4g}"

@@ -1,4 +1,4 @@
-"""`nft settings`: every setting of a run, with its default, what a preset changes, and its help."""
+"""`nft settings` shows every setting of a run, with its default, its help, and what a preset changes."""
 
 from __future__ import annotations
 
@@ -10,30 +10,30 @@ import click
 
 from ..errors import unknown_name
 from ..host.host import load_host
-from .score import preset_name
-from .tables import as_json, new_table, print_table
+from .score import choose_preset
+from .tables import json_option, new_table, print_table
 
-#: Letters of a preset's value in the list.
+#: A preset's value is cut to so many letters in the list.
 WIDEST = 40
 
 
-@click.command()
+@click.command("settings")
 @click.argument("name", required=False)
-@click.option("--tiny", is_flag=True, help="Also show what --tiny changes; short for --preset tiny.")
-@click.option("--preset", metavar="NAME", help="Also show what this preset changes.")
-@as_json
-def settings(name: str | None, tiny: bool, preset: str | None, as_json: bool) -> None:
+@click.option("--tiny", is_flag=True, help="Also show what `nft run --tiny` changes; short for --preset tiny.")
+@click.option("--preset", metavar="NAME", help="Also show what `nft run --preset NAME` changes.")
+@json_option
+def list_settings(name: str | None, tiny: bool, preset: str | None, as_json: bool) -> None:
     """List the settings of a run, or explain one.
 
-    Without NAME: all settings by group, each with its default. NAME is a setting, such as lr or optimizer.lr,
-    or a group, such as optimizer: its whole help is shown, with the values that it may have.
+    Without NAME, it lists all settings by group, each with its default. NAME is a setting, such as lr or
+    optimizer.lr, or a group, such as optimizer: then it shows the whole help, with the values that are allowed.
 
-    Give a run a setting with --set lr=1e-4 or --set optimizer.lr=1e-4, or in a file for --config, where each
-    group is a table.
+    To change a setting, add --set lr=1e-4 or --set optimizer.lr=1e-4 to `nft run`, or write it into a TOML file
+    for --config, where each group is a table.
     """
     from ..settings import GROUP_OF  # pydantic takes longer than all of `nft --help`.
 
-    chosen = preset_name(tiny, preset)
+    chosen = choose_preset(tiny, preset)
     names = find_settings(name) if name else list(GROUP_OF)
     rows = describe_settings(names, read_preset(chosen) if chosen else {})
     if as_json:
@@ -45,12 +45,13 @@ def settings(name: str | None, tiny: bool, preset: str | None, as_json: bool) ->
 
 
 def find_settings(name: str) -> list[str]:
-    """Find the settings that are meant by the name of a setting, of a group, or of both."""
+    """Find the settings that a name means: that of a setting, of a group, or of both."""
     from ..settings import GROUP_OF, GROUPS
 
     group, _, flat = name.rpartition(".")
     if name not in GROUPS and flat in GROUP_OF and group in ("", GROUP_OF[flat]):
         return [flat]
+    # `parallel` is a group and a setting in it: the setting comes first, then the others.
     own = [name] if name in GROUP_OF else []
     names = list(GROUPS[name].model_fields) if name in GROUPS else []
     if not names:
@@ -152,7 +153,7 @@ def show_list(rows: list[dict[str, Any]], preset: str | None) -> None:
             table.add_row(escape(f"[{group}]"), "", *([""] if preset else []), GROUPS[group].__doc__ or "")
         summary = first_sentence(row["description"])
         changed = write_value(row["preset"]) or "empty" if "preset" in row else ""
-        # Some presets have whole tables of options, which NAME shows.
+        # Some presets have whole tables of options; `nft settings NAME` shows them in full.
         cut = changed if len(changed) <= WIDEST else f"{changed[: WIDEST - 3]}..."
         cells = (row["name"], write_value(row["default"]), *([cut] if preset else []), summary)
         table.add_row(*map(escape, cells))

@@ -1,4 +1,4 @@
-"""Tables and JSON on the screen."""
+"""Tables and JSON, as the commands print them."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ if TYPE_CHECKING:
     from rich.table import Table
 
 
-as_json = click.option("--json", "as_json", is_flag=True, help="Print a JSON list.")
+json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON, for programs to read.")
 
 
-def show(rows: list[dict[str, Any]], columns: Mapping[str, str], as_json: bool) -> None:
-    """Rows as JSON, or as a table of `columns`, key by title."""
+def show_rows(rows: list[dict[str, Any]], columns: Mapping[str, str], as_json: bool) -> None:
+    """Print rows as JSON, or as a table with a column for each title in `columns`, by the row's key."""
     if as_json:
         click.echo(json.dumps(rows, indent=2, default=str))
         return
@@ -28,11 +28,13 @@ def show(rows: list[dict[str, Any]], columns: Mapping[str, str], as_json: bool) 
     for i, title in enumerate(columns.values()):
         table.add_column(title, no_wrap=i == 0, overflow="fold")
     for row in rows:
-        table.add_row(*(_text(row[key]) for key in columns))
+        table.add_row(*(format_cell(row[key]) for key in columns))
     print_table(table)
 
 
 def new_table() -> Table:
+    """Make an empty table that looks like those of all commands."""
+    # rich is imported only when a table is printed, so that `nft --help` answers at once.
     from rich.box import SIMPLE_HEAD
     from rich.table import Table
 
@@ -40,24 +42,25 @@ def new_table() -> Table:
 
 
 def print_table(table: Table) -> None:
-    """As wide as the terminal; into a pipe or a file, a line for each row."""
+    """Print a table as wide as the terminal is; into a pipe or a file, each row as one line."""
     from rich.console import Console
 
     console = Console()
     if not console.is_terminal and not os.environ.get("COLUMNS", "").isdecimal():
-        console.width = 1000
+        console.width = 1000  # rich would fold rows at 80 letters, and `grep` would find parts of them.
     console.print(table)
 
 
-def _text(value: Any) -> str:
-    from rich.markup import escape
+def format_cell(value: Any) -> str:
+    """Write a value as the text of a table's cell."""
+    from rich.markup import escape  # Text such as "nft-hub[ocr]" is not markup.
 
     text = ", ".join(map(str, value)) if isinstance(value, (list, tuple)) else str(value)
     return escape(text if value is not None else "")
 
 
-def cards(registered: Mapping[str, Registered[Any]]) -> list[dict[str, Any]]:
-    """Each card's fields and its owner, sorted by name."""
+def describe_cards(registered: Mapping[str, Registered[Any]]) -> list[dict[str, Any]]:
+    """Describe cards as rows, sorted by name: each field of a card, and the plug-ins that offer it."""
     return [
         {f.name: getattr(card.info, f.name) for f in fields(card.info)} | {"plugin": " and ".join(card.owners)}
         for _, card in sorted(registered.items())

@@ -8,9 +8,9 @@ import os
 import re
 import traceback
 import warnings
-from collections.abc import Callable, Iterator, Mapping, MutableMapping
+from collections.abc import Callable, Iterator, MutableMapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from functools import partial
 from importlib.metadata import Distribution, EntryPoint, PackageNotFoundError, distributions
 from pathlib import Path
@@ -23,16 +23,23 @@ import nft_plugins
 from nft_plugins import (
     CONTRACT,
     ENTRY_POINT_GROUP,
-    PROJECT,
     ContractDeprecation,
     ModelInfo,
     ObserverInfo,
     Preset,
     RewardInfo,
     SolverInfo,
-    hookspecs,
 )
 from nft_plugins.hookspecs import OFFERS
+from nft_plugins.rules import (
+    HOOKS,
+    compare_versions,
+    find_hooks,
+    find_malformed_field,
+    find_unmarked_hooks,
+    is_name,
+    parse_version,
+)
 
 from ..errors import describe_error
 from ..parallel.signals import Terminated, catch_ctrl_c
@@ -44,7 +51,6 @@ from .lending import keep_python_state
 OWN = "nft-hub"
 #: The distribution that brings the contract.
 CONTRACT_PACKAGE = "nft-plugins"
-NAME = re.compile(r"[a-z0-9][a-z0-9_-]*:?")
 Info = TypeVar("Info", RewardInfo, SolverInfo, ModelInfo, ObserverInfo, Preset)
 
 
@@ -305,18 +311,17 @@ def check_contract(module: object, row: Plugin) -> bool:
     if declared is None:
         return True
     row.contract = str(declared)
-    match = re.fullmatch(r"(\d+)\.(\d+)", row.contract)
-    if not match:
+    version = parse_version(row.contract)
+    if version is None:
         row.mark_broken(
             f'CONTRACT = {declared!r} is no contract version: expected "MAJOR.MINOR", as "{CONTRACT}"'
         )
         return False
-    major, minor = (int(part) for part in CONTRACT.split("."))
-    wanted, since = int(match[1]), int(match[2])
     cause = f"it was written for the contract {row.contract}, and this {OWN} has {CONTRACT}"
-    if (wanted, since) > (major, minor):
+    order = compare_versions(version)
+    if order == "newer":
         row.mark_broken(cause, f"pip install --upgrade {OWN}")
-    elif wanted < major:
+    elif order == "older":
         row.mark_broken(cause, f"pip install --upgrade {row.distribution}, or tell its author")
     return row.status != "broken"
 
@@ -334,31 +339,13 @@ def register_hooks(hooks: Hooks, module: object, row: Plugin) -> None:
 
 def find_hook_problem(plugin: object) -> str:
     """Find what is wrong with the names and marks of a plug-in's hooks; empty where nothing is."""
-    specified = {name for name in vars(hookspecs) if name.startswith("nft_")}
-    marks = {name: getattr(getattr(plugin, name, None), f"{PROJECT}_impl", None) for name in dir(plugin)}
-    hooks = {mark.get("specname") or name for name, mark in marks.items() if isinstance(mark, dict)}
-    if wrong := sorted(hooks - specified):
-        return f"no such hook: {', '.join(wrong)}; hooks are {', '.join(sorted(specified))}"
+    hooks = find_hooks(plugin)
+    if wrong := sorted(hooks - HOOKS):
+        return f"no such hook: {', '.join(wrong)}; hooks are {', '.join(sorted(HOOKS))}"
     if not hooks:
         return "it implements no hook: mark functions with @nft_plugins.hookimpl"
-    # pluggy would pass over them in silence.
-    unmarked = sorted(name for name in specified & marks.keys() if marks[name] is None)
+    unmarked = find_unmarked_hooks(plugin)
     return f"not marked with @nft_plugins.hookimpl: {', '.join(unmarked)}" if unmarked else ""
-
-
-def find_malformed_field(info: Any) -> str:
-    """Find a field of a card whose type listings could not show; empty where all are well."""
-    kinds: dict[str, tuple[type[Any], str]] = {
-        "str": (str, "text"),
-        "tuple[str, ...]": (tuple, "a tuple of texts"),
-    }
-    for f in fields(info):
-        value = getattr(info, f.name)
-        other: tuple[type[Any], str] = (Mapping, "a mapping") if "Mapping" in str(f.type) else (object, "")
-        kind, words = kinds.get(str(f.type), other)
-        if not isinstance(value, kind) or (kind is tuple and not all(isinstance(v, str) for v in value)):
-            return f"{f.name} = {value!r}, not {words}"
-    return ""
 
 
 def _claim_name(
@@ -369,7 +356,7 @@ def _claim_name(
     # In this order: a later check reads what the ones before it have looked at.
     if not isinstance(info, kind):
         row.mark_broken(f"{hook} registered a {type(info).__name__}, not a {kind.__name__}")
-    elif not isinstance(info.name, str) or not NAME.fullmatch(info.name):
+    elif not is_name(info.name, kind):
         row.mark_broken(f"{info.name!r} is no name: lower-case letters, digits, _ and -")
     elif wrong := find_malformed_field(info):
         row.mark_broken(f"the card of {info.name!r} has {wrong}")

@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-import importlib
 import importlib.util
 import inspect
 import json
-import typing
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
-from ..errors import NftError, UsageError, describe_error, locate_error, unknown_name
+from nft_plugins.rules import OFFERED, read_types, resolve_factory
 
-#: What factories are given if they take it, and so is no option.
-OFFERED = {"device", "make_reward"}
+from ..errors import NftError, UsageError, describe_error, locate_error, missing_part
 
 
 def is_installed(module: str) -> bool:
@@ -26,11 +23,8 @@ def is_installed(module: str) -> bool:
 
 def import_factory(factory: str | Callable[..., Any]) -> Callable[..., Any]:
     """Import the factory behind `module:attribute`. Raises NftError where that fails."""
-    if callable(factory):
-        return factory
-    module, _, attribute = factory.partition(":")
     try:
-        return typing.cast(Callable[..., Any], getattr(importlib.import_module(module), attribute))
+        return resolve_factory(factory)
     except KeyboardInterrupt:
         raise
     except BaseException as error:  # A broken package raises anything when it is imported.
@@ -55,7 +49,7 @@ def call_factory(
     given: dict[str, Any] = {}
     for name, value in options.items():
         if (name not in named and not open_ended) or name in OFFERED - {"device"}:
-            raise unknown_name(f"option of the {what}", name, set(named) - OFFERED)
+            raise missing_part(f"The {what}", "option", name, set(named) - OFFERED)
         given[name] = (
             convert_option(what, name, value, find_annotation(call, name))
             if name in named
@@ -83,12 +77,7 @@ def call_factory(
 
 def find_annotation(call: Callable[..., Any], name: str) -> Any:
     """Find the type of a factory's parameter; Any where it has none or it cannot be evaluated."""
-    # The hints of a class are those of its fields, which may differ from its parameters.
-    target = call.__init__ if inspect.isclass(call) else call
-    try:
-        return typing.get_type_hints(target).get(name, Any)
-    except (NameError, TypeError):
-        return Any
+    return read_types(call).get(name, Any)
 
 
 def convert_option(what: str, name: str, value: Any, kind: Any) -> Any:

@@ -18,15 +18,16 @@ from nft_plugins import (
     Solver,
     SolverInfo,
 )
+from nft_plugins.rules import RESERVED
 
-from ..errors import NftError, UsageError, unknown_name
+from ..errors import NftError, UsageError, missing_part, unknown_name
 from ..quiet import redirect_prints
 from .discovery import Cards, Info, Plugin, Registered, discover, find_hook_problem
 from .factories import call_factory, convert_option, find_annotation, import_factory, is_installed
 from .hooks import Hooks
 from .lending import Inside, keep_state
 from .local import is_reference, load_object, make_local_card
-from .specs import RESERVED, FailurePolicy, ObserverSpec, parse_reward, split_options
+from .specs import FailurePolicy, ObserverSpec, parse_reward, split_options
 
 
 @dataclass
@@ -148,7 +149,7 @@ class Host:
         what = f"model family {family!r}"
         for name in options:
             if name not in own and not every:
-                raise unknown_name(f"option of the {what}", name, own)
+                raise missing_part(f"The {what}", "option", name, own)
         given = {n: v for n, v in offered.items() if every or n in known or n in ("device", "dtype")}
         given |= {n: convert_option(what, n, v, find_annotation(factory, n)) for n, v in options.items()}
         made = factory(checkpoint, **given)

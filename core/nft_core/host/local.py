@@ -18,10 +18,10 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 from nft_plugins import Batch, RewardInfo, Scores
+from nft_plugins.rules import OFFERED
 
-from ..errors import NftError, UsageError, describe_error, locate_error, unknown_name
+from ..errors import NftError, UsageError, describe_error, locate_error, missing_part
 from .discovery import Registered
-from .factories import OFFERED
 from .lending import keep_state
 
 if TYPE_CHECKING:
@@ -63,7 +63,7 @@ def load_object(reference: str) -> Any:
     if not hasattr(module, attribute):
         own = [n for n, o in vars(module).items() if getattr(o, "__module__", "") == module.__name__]
         mine = [n for n in own if not n.startswith("_") and callable(vars(module)[n])]
-        raise unknown_name(f"function or class of {location}", attribute, mine)
+        raise missing_part(location, "function or class", attribute, mine)
     return getattr(module, attribute)
 
 

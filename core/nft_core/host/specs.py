@@ -7,6 +7,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal, TypeAlias, get_args
 
+from nft_plugins.rules import RESERVED
+
 from ..errors import UsageError
 
 FORM = "NAME[=WEIGHT][,KEY=VALUE...], such as pickscore, ocr=0.5 or ocr=0.5,upscale=4"
@@ -32,10 +34,6 @@ class FailurePolicy:
     def list_changes(self) -> dict[str, Any]:
         """List what differs from the default, as a spec writes it."""
         return {name: value for name, value in vars(self).items() if value != getattr(FailurePolicy, name)}
-
-
-#: Words of every reward's spec.
-RESERVED = tuple(vars(FailurePolicy()))
 
 
 @dataclass(frozen=True)

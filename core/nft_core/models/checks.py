@@ -6,11 +6,8 @@ import importlib
 import inspect
 import json
 import math
-import os
-import shlex
-import subprocess
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
@@ -18,28 +15,24 @@ from typing import Any, cast, get_args, get_type_hints
 
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
-from torch.nn.modules.module import register_module_parameter_registration_hook
 
+from nft_plugins.files import (
+    PICKLED,
+    TABLES,
+    check_attention,
+    explain_pickles,
+    limit_tensors,
+    read_header,
+)
 from nft_plugins.vocabulary import check_end, check_tokenizer
 
-from .headers import check_dtypes, check_shapes, read_header
+from .headers import check_dtypes, check_shapes
 from .schedulers import check_scheduler, read_prediction_type
 
 #: Libraries that a pipeline's parts may be of.
 LIBRARIES = ("diffusers", "transformers")
-#: Numbers that a part may have beside its file's: tables of positions and the like.
-TABLES = 2**24
 #: Tensors of a part without files. Published ones have up to about 2,000.
 MOST_TENSORS = 10_000
-#: Suffixes of pickles, which can run anything when they are read.
-PICKLED = (".bin", ".ckpt", ".pickle", ".pkl", ".pt", ".pth")
-#: Makes one safetensors file of pickles, of tensors alone. Without quotation marks that shells differ in.
-CONVERT = (
-    "import sys, torch; from safetensors.torch import save_file; "
-    "parts = [torch.load(f, map_location='cpu', weights_only=True) for f in sys.argv[2:]]; "
-    "save_file({k: v.clone(memory_format=torch.contiguous_format) for p in parts "
-    "for k, v in p.get('state_dict', p).items()}, sys.argv[1], {'format': 'pt'})"
-)
 
 
 def check_parts(index: Mapping[str, Any]) -> None:
@@ -298,51 +291,12 @@ def empty_part(
     Raises OSError for a config that names code, or that is of far more.
     """
     cls = find_class(library, name)
-    with torch.device("meta"), limit_tensors(source, name, tensors):
+    with torch.device("meta"), limit_tensors(tensors, f"{source}: the config of its {name}"):
         if library == "diffusers":
             return cast(torch.nn.Module, cls.from_config(cls.load_config(source, **where)))
         config = cls.config_class.from_pretrained(source, **where)
-        attention = getattr(config, "_attn_implementation", None)
-        if attention and "/" in str(attention):  # A hub repository, whose code transformers would run.
-            raise OSError(
-                f"{Path(source) / 'config.json'} asks for code of {attention!r} as attn_implementation, and no "
-                "code of a checkpoint is run; take that line out."
-            )
+        check_attention(config, str(Path(source) / "config.json"))
         return cast(torch.nn.Module, cls(config))
-
-
-@contextmanager
-def limit_tensors(source: str, name: str, tensors: int) -> Iterator[None]:
-    """Raise OSError as soon as a part that is made inside has far more weights than its files have tensors.
-
-    A config can ask for so many layers that making them, even without memory for numbers, never ends.
-    """
-    made = 0
-
-    def count(*_: Any) -> None:
-        nonlocal made
-        made += 1
-        if made > 4 * tensors + 1000:  # A file may hold in one tensor what a part has in a few.
-            raise OSError(
-                f"{source}: the config is of a {name} of more than {made - 1:,} tensors, expected about "
-                f"{tensors:,}. Its files may be cut short or of another model; download them again."
-            )
-
-    hook = register_module_parameter_registration_hook(count)
-    try:
-        yield
-    finally:
-        hook.remove()
-
-
-def explain_pickles(pickles: Sequence[Path], target: Path) -> OSError:
-    """Make the error that says why pickles are not read, with the command that converts them to `target`."""
-    paths = [str(target), *map(str, pickles)]
-    files = subprocess.list2cmdline(paths) if os.name == "nt" else shlex.join(paths)
-    return OSError(
-        f"{', '.join(paths[1:])}: pickled weights can run code when they are read, so safetensors are read "
-        f'alone. This converts tensors and refuses anything else: python -c "{CONVERT}" {files}'
-    )
 
 
 def explain_unknown_pipeline(source: str, pipeline: str, known: Iterable[str]) -> str:

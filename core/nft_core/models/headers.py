@@ -7,25 +7,9 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
 
 #: Ends of the names of what fp8 weights must be multiplied by; libraries that do not know them leave them out.
 SCALES = ("weight_scale", "weight_scale_inv", "scale_weight", "scaled_fp8")
-
-
-def read_header(file: Path) -> dict[str, tuple[str, list[int]]]:
-    """Dtype and shape of each tensor of a safetensors file, by name. Raises OSError where it is none."""
-    try:
-        with safe_open(file, framework="pt") as opened:
-            names = opened.keys()
-            slices = {name: opened.get_slice(name) for name in names}
-            return {name: (str(x.get_dtype()), x.get_shape()) for name, x in slices.items()}
-    except SafetensorError as error:
-        with file.open("rb") as raw:
-            pointer = raw.read(20).startswith(b"version https://git")
-        lfs = "it is a pointer of Git LFS: git lfs pull brings the file."
-        said = lfs if pointer else f"{error}. Download it again."
-        raise OSError(f"Cannot read weights from {file}: {said}") from error
 
 
 def check_dtypes(dtypes: Mapping[str, str], folder: Path) -> None:

@@ -12,8 +12,10 @@ from typing import Any
 from diffusers import DiffusionPipeline
 from safetensors import SafetensorError, safe_open
 
+from nft_plugins.files import PICKLED
+
 from ..errors import UsageError
-from .checks import PICKLED, list_files, read_object
+from .checks import list_files, read_object
 
 INDEX = "model_index.json"
 #: Makes a pipeline's folder of one file.

@@ -1,5 +1,5 @@
 """How the old policy follows the live one, `old <- d old + (1 - d) theta`, and how the learning rate and the KL
-weight move."""
+weight move, and how fast the averaged weights do."""
 
 from __future__ import annotations
 
@@ -31,6 +31,15 @@ def old_decay(schedule: str | float, step: int) -> float:
     if not 0 <= d < 1:
         raise UsageError(f"old_decay must be in [0, 1), got {d}: at 1 the old policy would never move")
     return d
+
+
+def compute_ema_decay(limit: float, step: int) -> float:
+    """Compute the EMA's decay at gradient step `step` (from 1): `(1 + step) / (10 + step)`, at most `limit`.
+
+    The warm-up is the published code's. Without it the average is mostly the base model for the first 1 / (1 -
+    limit) steps, and shows less than was learned.
+    """
+    return min((1 + step) / (10 + step), limit)
 
 
 def warmup(steps: int, step: int) -> float:

@@ -12,7 +12,7 @@ from nft_plugins import FlowModel, Reward, Solver
 from ..parallel.devices import free_memory
 from ..parallel.processes import rank, world_size
 from ..parallel.sharding import InStep
-from ..prompts import Prompt, prompts_of_run
+from ..prompts import Prompt, list_prompts_of_run
 from ..sampling.conditions import Encoded, encode_prompts
 from ..sampling.rollout import Sampler
 from ..settings import Settings
@@ -79,7 +79,7 @@ def encode_both(
     s: Settings, model: FlowModel, prompts: list[Prompt], held_out: list[Prompt], device: torch.device
 ) -> tuple[Encoded, Encoded]:
     """Encode the prompts that the run will draw, and all held-out ones, and give up the text encoders."""
-    drawn = prompts_of_run(len(prompts), s.prompts_per_epoch, s.seed, s.epochs)
+    drawn = list_prompts_of_run(len(prompts), s.prompts_per_epoch, s.seed, s.epochs)
     cache = Path(s.cache).expanduser() if s.cache else None
     both = [*prompts, *held_out]
     # In one go, so that the text encoders are loaded once.
@@ -103,7 +103,7 @@ def make_policy(s: Settings, model: FlowModel, device: torch.device) -> Policy:
         lora_rank=s.lora_rank,
         lora_alpha=s.lora_alpha,
         lora_targets=s.lora_targets,
-        ema_decay=s.ema_decay,
+        keep_ema=s.ema_decay > 0,
         autocast=None if native else dtype,
         keep_reference=s.kl_weight > 0,
         offload=s.offload,

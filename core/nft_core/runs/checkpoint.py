@@ -22,7 +22,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from ..errors import CheckpointError, NftError, SaveError, disk_advice
+from ..errors import CheckpointError, NftError, SaveError, advise_on_disk
 from ..parallel.processes import rank
 from ..training.optimizers import collect_moments, load_moments
 from ..training.policy import Policy
@@ -101,7 +101,7 @@ def save_checkpoint(
         there = list_checkpoints(folder.parent.parent)
         goes_on = "goes on from the checkpoint before, which is as it was" if there else "begins anew"
         raise SaveError(
-            f"Cannot write the checkpoint {folder}: {error}. {disk_advice(error)}, then `nft resume "
+            f"Cannot write the checkpoint {folder}: {error}. {advise_on_disk(error)}, then `nft resume "
             f"{shlex.quote(str(folder.parent.parent))}` {goes_on}."
         ) from error
 

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
 
-from ..errors import NftError, disk_advice
+from ..errors import NftError, advise_on_disk
 from ..host.local import is_reference
 from ..settings import Settings, make_settings
 from .fingerprint import find_source_files
@@ -77,7 +77,7 @@ def copy_inputs(
         changed = change_paths(settings.model_dump(), copy_one)
     except OSError as error:
         raise NftError(
-            f"Cannot copy what the run was given to {folder / FOLDER}: {error}. {disk_advice(error)}, then "
+            f"Cannot copy what the run was given to {folder / FOLDER}: {error}. {advise_on_disk(error)}, then "
             "give the command again."
         ) from error
     return make_settings(changed), list(copies.values())

@@ -11,7 +11,7 @@ from typing import Any
 
 import tomli_w
 
-from ..errors import CheckpointError, NftError, UsageError, disk_advice
+from ..errors import CheckpointError, NftError, UsageError, advise_on_disk
 from ..settings import RECORD, Settings, make_settings, read_tables, read_toml, to_toml
 from .copies import read_copies, use_copies
 from .places import find_places, name_places
@@ -94,7 +94,7 @@ def make_folder(folder: Path, new: bool = False) -> bool:
     except OSError as error:
         if new and isinstance(error, FileExistsError):
             return False
-        advice = f"{disk_advice(error)}, or choose another --out"
+        advice = f"{advise_on_disk(error)}, or choose another --out"
         raise NftError(f"Cannot write to {folder}: {error}. {advice}.") from error
     return True
 
@@ -125,5 +125,5 @@ def write_settings(
                 write(before, former)
         write(file, text)
     except OSError as error:
-        advice = f"{disk_advice(error)}, then give the command again"
+        advice = f"{advise_on_disk(error)}, then give the command again"
         raise NftError(f"Cannot write to {folder}: {error}. {advice}.") from error

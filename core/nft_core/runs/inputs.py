@@ -13,7 +13,7 @@ from nft_plugins import Run, Solver
 from ..errors import CheckpointError, NftError, UsageError, unknown_name
 from ..host.host import Host
 from ..host.specs import RewardSpec, parse_observer, parse_reward
-from ..prompts import Prompt, read_prompts, refusal_of, scorable
+from ..prompts import Prompt, find_refusal, keep_scorable, read_prompts
 from ..settings import Settings, make_settings
 from .places import shorten_paths
 from .resume import FREE
@@ -134,10 +134,10 @@ def drop_unscorable(
 
     everything = [*inputs.prompts, *inputs.held_out]
     with keep_state("the check of prompts"):
-        prompts = scorable(inputs.prompts, check, policy)
-        held_out = scorable(inputs.held_out, check, policy) if inputs.held_out else []
+        prompts = keep_scorable(inputs.prompts, check, policy)
+        held_out = keep_scorable(inputs.held_out, check, policy) if inputs.held_out else []
         if lost := len(everything) - len(prompts) - len(held_out):
-            example = next(filter(None, (refusal_of(prompt, check) for prompt in everything)))
+            example = next(filter(None, (find_refusal(prompt, check) for prompt in everything)))
             tell(
                 f"{lost} of {len(everything)} prompts are left out: not every reward can score them, such as "
                 f"{example}"

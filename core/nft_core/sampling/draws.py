@@ -13,7 +13,7 @@ from nft_plugins import Batch
 
 from ..parallel.devices import copy_to_device
 from ..prompts import Prompt
-from ..seeds import generator
+from ..seeds import make_generator
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,7 @@ class Draws:
 
     def generator(self, n: int, purpose: str = "") -> torch.Generator:
         position, image = divmod(n, self.images)
-        return generator(self.seed, purpose or self.purpose, self.epoch, self.indices[position], image)
+        return make_generator(self.seed, purpose or self.purpose, self.epoch, self.indices[position], image)
 
     def batch(self, rows: Tensor, images: Tensor) -> Batch:
         """Images n in `rows` with what they were made for."""

@@ -21,7 +21,7 @@ from ..parallel.sharding import InStep
 from ..parallel.workers import Worker
 from ..scoring.composer import Composed
 from ..scoring.failures import Tally
-from ..scoring.scores import concatenate, everyones_names, filled, gather_scores, withheld
+from ..scoring.scores import concatenate_scores, fill_details, gather_names, gather_scores, withhold_scores
 from .conditions import Encoded
 from .draws import Draws
 
@@ -156,14 +156,14 @@ def roll_out(
             for future in pending:
                 scores.append(await_scores(future, stop))
                 progress("reward", sum(map(len, scores)), len(index))
-        mine = concatenate(scores)
+        mine = concatenate_scores(scores)
     tallies = sum_tallies(take_tallies(reward), sampler.device)
     if any(t.masked for t in tallies.values()):  # Where a reward failed it gave no details: fill them with NaN.
-        mine = filled(mine, everyones_names(mine, sampler.device))
+        mine = fill_details(mine, gather_names(mine, sampler.device))
     everyones = gather_scores(mine, index, len(draws), sampler.device)
     # A latent that is NaN may get a score all the same, since its picture is merely black. Do not train on it.
     sound = gather_rows(torch.cat(finite).float(), index, len(draws), sampler.device).bool()
-    everyones, skipped = finish_scores(withheld(everyones, sound), groups, reward, tallies, draws)
+    everyones, skipped = finish_scores(withhold_scores(everyones, sound), groups, reward, tallies, draws)
     x_0 = torch.cat(latents) if latents else torch.empty(0, dtype=torch.float32, device="cpu")
     return Rollout(draws, index, x_0, everyones, groups, tallies, skipped)
 

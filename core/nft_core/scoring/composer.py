@@ -21,13 +21,13 @@ from ..host.host import Host, load_host
 from ..host.lending import keep_process_state, lend_batch
 from ..host.local import FunctionReward, importing
 from ..host.specs import FailurePolicy, RewardSpec, parse_reward, parse_weight
-from .contract import call_checked, check_prompt, regroup_checked
+from .contract import call_checked, check_prompt, regroup_scores
 from .failures import Failed, Guarded, Tally, add_tallies, guard_reward
 
 
 @dataclass(frozen=True)
 class Named:
-    """A reward that a file names while a run imports it, and that is not loaded yet.
+    """Names a reward that is not loaded yet, since the file that names it is only being imported by a run.
 
     The run loads it on its own device, with its preset's options, and once for all that name it.
     host, device: as the file has given them; None where it leaves them to the run.
@@ -42,7 +42,7 @@ class Named:
 
 
 class Term(NamedTuple):
-    """A member of a sum."""
+    """A member of a sum: its weight and its reward, under the name that figures have."""
 
     name: str
     weight: float
@@ -62,7 +62,7 @@ class Composed:
     constant: float = 0.0
 
     def __call__(self, batch: Batch) -> Scores:
-        """Scores on the CPU. Raises NftError for a member that fails or returns something else."""
+        """Score a batch, on the CPU. Raises NftError where a member fails or breaks the contract."""
         scored: dict[int, Scores] = {}
         for term in self.members:
             # Equal entries hold the same object, which scores a batch once.
@@ -72,7 +72,7 @@ class Composed:
 
     @cached_property
     def members(self) -> tuple[Term, ...]:
-        """The terms, with each reward loaded."""
+        """Give the terms, with each reward loaded."""
         # A run has loaded them all; the rest are those of a file that is used without a run.
         return self.terms if is_loaded(self) else compose([self]).terms
 
@@ -82,7 +82,7 @@ class Composed:
         for term in self.members:
             if hasattr(term.reward, "regroup"):
                 part = parts[term.name].scores
-                parts[term.name] = Part(term.weight, regroup_checked(term.name, term.reward, part, groups))
+                parts[term.name] = Part(term.weight, regroup_scores(term.name, term.reward, part, groups))
         return self.total(parts, len(groups))
 
     def total(self, parts: Mapping[str, Part], size: int) -> Scores:
@@ -133,7 +133,7 @@ class Composed:
         return tallies
 
     def check_prompt(self, prompt: str, metadata: Mapping[str, Any]) -> None:
-        """Raises PromptError for a prompt that one of the members can never score."""
+        """Raise PromptError for a prompt that one of the members can never score."""
         for term in self.members:
             check_prompt(term.reward, term.name, prompt, metadata)
 
@@ -168,13 +168,14 @@ class Composed:
         return self * (1 / divisor)
 
     def clip(self, low: float | None = None, high: float | None = None) -> Composed:
-        """The reward with its values held within [low, high]. Raises ValueError where low is above high."""
+        """Make a reward whose values are held within [low, high]. Raises ValueError where low is above high."""
         if low is not None and high is not None and not low <= high:
             raise ValueError(f"clip needs low <= high, got {low} and {high}")
         return self.map(lambda values: values.clamp(low, high))
 
     def map(self, f: Callable[[Tensor], Tensor]) -> Composed:
-        """The reward with `f` applied to its values `[B]`."""
+        """Make a reward with `f` applied to its values, `[B]` float32."""
+        # f of a sum is no sum, so the whole becomes one term.
         return Composed((Term("+".join(t.name for t in self.terms), 1.0, Mapped(self, f)),))
 
 
@@ -217,14 +218,14 @@ def merge_terms(terms: Iterable[Term]) -> tuple[Term, ...]:
 
 
 def is_same(one: Reward | Named, other: Reward | Named) -> bool:
-    """Whether two members are the same reward, with the same done where it fails."""
+    """Tell whether two members are the same reward under the same failure policy."""
     if isinstance(one, Guarded) and isinstance(other, Guarded):
         return one.reward is other.reward and one.policy == other.policy
     return one is other or (isinstance(one, Named) and one == other)
 
 
 def is_loaded(composed: Composed) -> bool:
-    """Whether every reward of a composition is loaded."""
+    """Tell whether every reward of a composition is loaded."""
     return not any(
         isinstance(t.reward, Named) or (isinstance(t.reward, Mapped) and not is_loaded(t.reward.inner))
         for t in composed.terms
@@ -255,7 +256,8 @@ Given: TypeAlias = "str | Mapping[str, Any] | RewardSpec | Callable[..., Any] | 
 
 
 def reward(given: Given, *, host: Host | None = None, device: str | None = None, **options: Any) -> Composed:
-    """A reward with options: `reward("ocr", upscale=4)`, `reward("my_rewards.py:cat")`, `reward(cat, scale=2)`.
+    """Make a reward with options: `reward("ocr", upscale=4)`, `reward("my_rewards.py:cat")`, `reward(cat,
+    scale=2)`.
 
     A function takes what it needs of `images`, `prompts`, `metadata`, `groups`, `uint8`, `pil` and `batch` by
     name, and returns a number for each image, None where it cannot score one; its other parameters are options.
@@ -273,7 +275,7 @@ def compose(
     device: str | None = None,
     defaults: Mapping[str, Mapping[str, Any]] | None = None,
 ) -> Composed:
-    """A weighted sum: `compose({"pickscore": 1.0, cat: 0.5})`, or a list of what `reward` takes.
+    """Make a weighted sum: `compose({"pickscore": 1.0, cat: 0.5})`, or a list of what `reward` takes.
 
     Entries with equal names and options share one loaded reward, and their weights add up where what is done
     on a failure is equal too. An entry that is itself a composition, such as `FILE.py:NAME` of one, brings
@@ -305,7 +307,7 @@ class Loader:
         self.given, self.device, self.defaults = host, device or "cpu", defaults
         self.loaded: MutableMapping[tuple[Any, str], Reward] = {}
         if host is None:
-            # A path means another file in another folder.
+            # By folder, since a path such as my.py means another file in another folder.
             self.loaded = shared.setdefault((Path.cwd(), self.device), Shared())
         self.under: dict[tuple[int, FailurePolicy], Reward] = {}
 
@@ -314,7 +316,7 @@ class Loader:
         return self.given or load_host()
 
     def load(self, composed: Composed, inside: tuple[Any, ...] = ()) -> Composed:
-        """The composition with each reward loaded. inside: names of the compositions that this one is in."""
+        """Load each reward of a composition. inside: names of the compositions that this one is in."""
         total = Composed((), composed.constant)
         for term in composed.terms:
             part = Composed((term,))
@@ -327,7 +329,7 @@ class Loader:
         return total
 
     def load_named(self, named: Named, inside: tuple[Any, ...]) -> Composed:
-        """The reward, or the members of the composition, that a name stands for."""
+        """Load the reward, or the members of the composition, that a name stands for."""
         if inside and (named.host or named.device):  # The file says more than the run.
             other = Loader(named.host or self.host, named.device or self.device, self.defaults)
             return other.load_named(replace(named, host=None, device=None), inside)
@@ -337,6 +339,7 @@ class Loader:
         made = self.host.make_reward(spec.name, spec.options, self.device, self.defaults, self.loaded)
         composed = made.function if isinstance(made, FunctionReward) else made
         if isinstance(composed, Composed):
+            # Its members have policies of their own, and one around them all would hide which of them failed.
             if spec.guard != FailurePolicy():
                 raise UsageError(
                     f"The reward {spec.title!r} is composed of {', '.join(t.name for t in composed.terms)}: "
@@ -350,7 +353,7 @@ class Loader:
         return Composed((Term(spec.title, 1.0, self.under[key]),))
 
     def with_defaults(self, spec: RewardSpec) -> RewardSpec:
-        """The spec with the run's options for this reward where the file gives none."""
+        """Add the run's options for this reward where the file gives none."""
         defaults = self.defaults.get(spec.name) if isinstance(spec.name, str) else None
         if not defaults:
             return spec
@@ -359,7 +362,7 @@ class Loader:
 
 
 class Shared(WeakValueDictionary[tuple[Any, str], Reward]):
-    """Loaded rewards by name and options, as long as somebody holds them."""
+    """Keeps loaded rewards by name and options, as long as somebody else holds them."""
 
     def __setitem__(self, key: tuple[Any, str], reward: Reward) -> None:
         with suppress(TypeError):  # An object with __slots__ cannot be held so, and is not shared.

@@ -1,4 +1,4 @@
-"""What a reward must return, and what it may raise: its calls are held to that here."""
+"""Checks what a reward returns and raises. Whatever goes wrong becomes an NftError that names the reward."""
 
 from __future__ import annotations
 
@@ -25,6 +25,7 @@ def check_prompt(member: Any, name: str, prompt: str, metadata: Mapping[str, Any
         check(prompt, copy_for_plugin(metadata))
     except PromptError as error:
         message = str(error)
+        # A composed reward may have named its member already.
         raise PromptError(message if message.startswith(name) else f"{name}: {message}") from error
     except (NftError, KeyboardInterrupt):
         raise
@@ -35,14 +36,20 @@ def check_prompt(member: Any, name: str, prompt: str, metadata: Mapping[str, Any
         ) from error
 
 
-def regroup_checked(name: str, reward: Any, scores: Scores, groups: Tensor) -> Scores:
-    """Let a reward compare the images of each group, held to the contract as in its call; its new scores."""
+def regroup_scores(name: str, reward: Any, scores: Scores, groups: Tensor) -> Scores:
+    """Let a reward compare the images of each group; returns its new scores, checked as those of its call.
+
+    groups: `[B]` int64, equal for images of the same prompt.
+    """
     with keep_process_state(f"the call of the reward {name!r}"):
         return call_checked(name, lambda: reward.regroup(copy_for_plugin(scores), groups.clone()), len(groups))
 
 
 def call_checked(name: str, score: Callable[[], Scores], size: int) -> Scores:
-    """Call `score()`; its scores on the CPU. Raises NftError, with the reward's name, for any error."""
+    """Call `score()` and check the result; returns `size` scores on the CPU.
+
+    Raises NftError, with the reward's name, for whatever it raises.
+    """
     try:
         # Each thread has its own switch for gradients, so it is set here, where the reward runs.
         with torch.no_grad():
@@ -65,7 +72,10 @@ def call_checked(name: str, score: Callable[[], Scores], size: int) -> Scores:
 
 
 def check_scores(name: str, scores: Any, size: int) -> Scores:
-    """Copy scores to the CPU, 0 where they are not valid. Raises NftError where they break the contract."""
+    """Copy scores to the CPU as float32 `[size]`, 0 where they are not valid.
+
+    Raises NftError where they break the contract.
+    """
     if not isinstance(scores, Scores):
         raise NftError(f"The reward {name!r} must return Scores, got {type(scores).__name__}.")
     figures = {"values": scores.values, **{f"detail {key}": d for key, d in scores.details.items()}}
@@ -91,6 +101,7 @@ def check_scores(name: str, scores: Any, size: int) -> Scores:
     parts = {
         key: Part(p.weight, check_scores(f"{name}/{key}", p.scores, size)) for key, p in scores.parts.items()
     }
+    # A value that is not valid may be NaN, and NaN times a weight of 0 is NaN: it becomes 0.
     return Scores(values.where(valid, 0), valid, details, parts)
 
 

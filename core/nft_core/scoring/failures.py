@@ -1,4 +1,4 @@
-"""Calls of rewards under a failure policy: further attempts, deadlines, and counts of what was lost."""
+"""Calls rewards under a failure policy: tries again, waits no longer than allowed, and counts what was lost."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from ..parallel.devices import free_memory, is_out_of_memory, wrap_in_side_strea
 from ..parallel.workers import Worker
 from .contract import call_checked, check_prompt
 
-#: Seconds before the second attempt, twice as long before each further one, and at most.
+#: Seconds of the pause before the second attempt, and of the longest; each pause is twice the one before.
 BACKOFF, LONGEST = 0.5, 30.0
 ADVICE = (
     "To go on without the scores of images whose call fails, give the reward on_error=mask; to leave it out of "
@@ -44,7 +44,7 @@ class Busy(NftError):
 
 
 class Tally(NamedTuple):
-    """Counts what failures of a reward have cost.
+    """Counts what the failures of a reward have cost.
 
     retried: calls that were tried again. masked: images without a score. skipped: failures for which the
     reward is to be left out of the epoch.
@@ -61,7 +61,11 @@ def add_tallies(tallies: Iterable[Tally]) -> Tally:
 
 
 class Guarded:
-    """A reward whose calls are made under its failure policy, and whose failures are counted."""
+    """Calls a reward under its failure policy, and counts its failures; itself a reward.
+
+    details: names of the details of the first batch. overdue: a call that took too long and may still run.
+    hopeless: whether a batch has already waited for that call in vain.
+    """
 
     def __init__(self, reward: Reward, policy: FailurePolicy, name: str) -> None:
         self.reward, self.policy, self.name = reward, policy, name
@@ -81,13 +85,13 @@ class Guarded:
         """
         size = len(batch)
         if self.tally.skipped:  # The reward is out of the epoch already.
-            return self.no_scores(size)
+            return self.lose_images(size)
         if self.hopeless and self.is_running():
             # One batch has waited for this call in vain. If every other did too, an epoch would take for ever.
-            return self.give_up(self.busy_error(), 1, size)
+            return self.give_up(self.make_busy_error(), 1, size)
         for attempt in range(1, self.policy.retry + 2):
             try:
-                return self.attempt(batch)
+                return self.call_once(batch)
             except UsageError:
                 raise
             except NftError as error:
@@ -99,7 +103,7 @@ class Guarded:
             if full:
                 free_memory()
             self.tally = add_tallies([self.tally, Tally(retried=1)])
-            sleep(seconds_before_retry(attempt))
+            sleep(compute_pause(attempt))
         raise AssertionError("the last attempt returns or raises")
 
     def regroup_where_scored(
@@ -113,7 +117,7 @@ class Guarded:
         """Raise PromptError for a prompt that the reward can never score."""
         check_prompt(self.reward, self.name, prompt, metadata)
 
-    def attempt(self, batch: Batch) -> Scores:
+    def call_once(self, batch: Batch) -> Scores:
         """Call the reward once. Raises NftError where it fails, takes too long or gives other details."""
 
         def score() -> Scores:
@@ -133,8 +137,8 @@ class Guarded:
         if self.overdue:
             wait([self.overdue], limit)
             if self.is_running():
-                raise self.busy_error()
-        self.overdue = None
+                raise self.make_busy_error()
+        self.overdue = None  # Its scores are of another batch.
         self.worker = self.worker or Worker(f"reward {self.name}")
         future = self.worker.submit(wrap_in_side_stream(device, score))
         if not wait([future], limit).done:
@@ -146,7 +150,7 @@ class Guarded:
         """Whether a call that took too long is still at work."""
         return self.overdue is not None and not self.overdue.done()
 
-    def busy_error(self) -> Busy:
+    def make_busy_error(self) -> Busy:
         """Make the error for a call that cannot start, since the one before it is still at work."""
         return Busy(
             f"The reward {self.name!r} failed: a call that took longer than max_seconds = "
@@ -168,7 +172,7 @@ class Guarded:
         """Return scores of which none is valid, with a warning at the first; under `stop` raise Failed."""
         if self.policy.on_error == "stop":
             raise Failed.after(error, attempts) from error.__cause__
-        if not self.tally.masked:
+        if not self.tally.masked:  # The first failure since the tally was taken.
             what = (
                 "its images have no score" if self.policy.on_error == "mask" else "it is left out of the epoch"
             )
@@ -177,9 +181,9 @@ class Guarded:
                 "further failures are counted, not shown.",
                 file=sys.stderr,
             )
-        return self.no_scores(size)
+        return self.lose_images(size)
 
-    def no_scores(self, size: int) -> Scores:
+    def lose_images(self, size: int) -> Scores:
         """Count the images as lost, and make scores of which none is valid."""
         lost = Tally(masked=size, skipped=int(self.policy.on_error == "skip"))
         self.tally = add_tallies([self.tally, lost])
@@ -194,8 +198,8 @@ def join_names(names: Iterable[str]) -> str:
     return ", ".join(sorted(names)) or "none"
 
 
-def seconds_before_retry(attempt: int) -> float:
-    """Tell how long to wait, in seconds, after an attempt; the first attempt is 1."""
+def compute_pause(attempt: int) -> float:
+    """Compute the pause after an attempt, in seconds; the first attempt is 1."""
     return min(BACKOFF * 2.0 ** min(attempt - 1, 64), LONGEST)
 
 

@@ -1,8 +1,9 @@
-"""Image files: found in folders, and decoded.
+"""Finds image files in folders, and decodes them.
 
-Decoding: PNG, JPEG, WebP, GIF, BMP, TIFF or AVIF, whatever the file is called; the first frame; turned as EXIF
-says; alpha is composited on white; no colour management; more pixels than Pillow's limit against decompression
-bombs, or more than 8 bits a channel, is an error.
+What is decoded is a PNG, JPEG, WebP, GIF, BMP, TIFF or AVIF, whatever the file is called, of an animation the
+first frame. It is turned as EXIF says, and laid on white where it is transparent; colour profiles are not
+applied. More pixels than Pillow's limit against decompression bombs, or more than 8 bits a channel, are an
+error.
 """
 
 from __future__ import annotations
@@ -20,78 +21,82 @@ from torch import Tensor
 
 from ..errors import UsageError
 
-#: No others: Pillow would hand some formats to programs of their own.
+#: The formats that Pillow may try. No others, since for some it starts programs, such as Ghostscript for EPS.
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", *(("AVIF",) if features.check("avif") else ()))
 KINDS = "PNG, JPEG, WebP, GIF, BMP, TIFF" + (", AVIF" if "AVIF" in FORMATS else "")
 SUFFIXES = (
     *(".png", ".jpg", ".jpeg", ".jpe", ".jfif", ".webp", ".gif", ".bmp", ".tif", ".tiff"),
     *((".avif",) if "AVIF" in FORMATS else ()),
 )
-#: Of images that are not read. A folder's are named, so that nobody thinks that they were scored.
+#: Suffixes of images that are not read. Those of a folder are named, so that nobody thinks they were scored.
 OTHER_SUFFIXES = (
     *(".avif", ".heic", ".heif", ".jxl", ".jp2", ".j2k", ".svg", ".psd", ".ico", ".tga", ".qoi", ".dds"),
     *(".ppm", ".pgm", ".pbm", ".pnm", ".exr", ".hdr", ".eps", ".dng", ".cr2", ".cr3", ".nef", ".arw", ".raw"),
     *(".orf", ".rw2", ".raf", ".hif", ".jxr", ".icns", ".pcx", ".dib", ".sgi", ".rgb", ".xbm", ".xpm", ".xcf"),
     *(".kra", ".svgz", ".avifs", ".bpg", ".dcm", ".fits", ".ras", ".im", ".jxs"),
 )
-#: What stands beside images, and is none.
+#: Suffixes of what often lies beside images and is none: prompts and metadata.
 BESIDE = (".txt", ".json", ".jsonl", ".csv")
-#: Files that are named one by one.
+#: How many files that were left out are named one by one.
 NAMED = 20
+#: EXIF's tag that says how an image is turned; 5 to 8 are quarter turns, which swap height and width.
 ORIENTATION = 0x0112
 #: The size of an image that cannot be read.
 UNREADABLE = (0, 0)
 
 
 def find_images(paths: Iterable[Path], tell: Callable[[str], None] = lambda text: None) -> list[Path]:
-    """Image files as given, and those in folders, at any depth and sorted, each once.
+    """Find image files: those given, and those in given folders at any depth, sorted; each file once.
 
-    Hidden files and folders inside a folder are left out. What else of a folder is left out and seems to be
-    an image, `tell` is told. Raises UsageError for a path that is not there or is no image, and for a folder
+    Hidden files and folders inside a folder are left out.
+    tell: called with a warning about what else was left out and seems to be an image.
+    Raises UsageError for a path that is not there or is no image, and for a folder
     without images.
     """
     found: dict[Path, Path] = {}
     left: dict[Path, str] = {}
     for path in map(Path, paths):
         if path.is_dir():
-            files = sorted(walk(path, left))
+            files = sorted(walk_folder(path, left))
             if not files:
-                raise UsageError(f"The folder {path} holds no image: expected {listed(SUFFIXES)}.{names(left)}")
+                omitted = describe_omissions(left)
+                raise UsageError(f"The folder {path} holds no image: expected {', '.join(SUFFIXES)}.{omitted}")
         elif not path.exists():
             raise UsageError(f"There is no {path}: expected image files or folders of them.")
-        elif not path.is_file() or (path.suffix.lower() not in SUFFIXES and size_of(path) == UNREADABLE):
-            raise UsageError(f"{path} is no image that can be read: expected {listed(SUFFIXES)}.")
+        elif not path.is_file() or (path.suffix.lower() not in SUFFIXES and read_size(path) == UNREADABLE):
+            raise UsageError(f"{path} is no image that can be read: expected {', '.join(SUFFIXES)}.")
         else:
             files = [path]
         for file in files:
             found.setdefault(file.resolve(), file)
     if left:
-        tell(f"Warning:{names(left)}")
+        tell(f"Warning:{describe_omissions(left)}")
     return list(found.values())
 
 
-def walk(folder: Path, left: dict[Path, str]) -> Iterator[Path]:
-    """The images of a folder at any depth; `left` is given what is left out, and why."""
+def walk_folder(folder: Path, left: dict[Path, str]) -> Iterator[Path]:
+    """Yield the images of a folder at any depth; writes into `left` what is left out, and why."""
 
     def refused(error: OSError) -> None:
         left[Path(error.filename)] = "a folder that cannot be read"
 
     for place, folders, files in os.walk(folder, onerror=refused):
         here = Path(place)
+        # In place: os.walk goes on into the folders that are left in its list.
         folders[:] = sorted(name for name in folders if not name.startswith("."))
         left.update((here / name, "a link to a folder") for name in folders if (here / name).is_symlink())
         for name in sorted(files):
-            reason = why_left(here / name)
+            reason = explain_omission(here / name)
             if reason:
                 left[here / name] = reason
             elif reason is None:
                 yield here / name
 
 
-def why_left(file: Path) -> str | None:
-    """None for an image that is read, the reason for one that is not, and "" for what is no image."""
+def explain_omission(file: Path) -> str | None:
+    """Say why a file of a folder is left out: None if it is not, "" if it is no image and not worth a word."""
     suffix = file.suffix.lower()
-    # A pipe would be waited for.
+    # What is no file is not opened: a pipe would be waited for.
     if file.name.startswith(".") or suffix in BESIDE or (suffix not in SUFFIXES and not file.is_file()):
         return ""
     if suffix in SUFFIXES:
@@ -100,11 +105,11 @@ def why_left(file: Path) -> str | None:
         return None if file.is_file() else "a link to nothing, or no file"
     if suffix in OTHER_SUFFIXES:
         return "a kind that is not read; convert it to PNG"
-    return "" if size_of(file) == UNREADABLE else "another suffix; give its path to score it"
+    return "" if read_size(file) == UNREADABLE else "another suffix; give its path to score it"
 
 
-def names(left: dict[Path, str]) -> str:
-    """A sentence with what was left out; nothing where nothing was."""
+def describe_omissions(left: dict[Path, str]) -> str:
+    """Write a sentence that names what was left out; empty where nothing was."""
     if not left:
         return ""
     said = [f"{path} ({reason})" for path, reason in list(left.items())[:NAMED]]
@@ -112,18 +117,14 @@ def names(left: dict[Path, str]) -> str:
     return f" Not scored: {', '.join(said)}{more}."
 
 
-def listed(suffixes: Iterable[str]) -> str:
-    return ", ".join(suffixes)
-
-
 @contextmanager
-def opened(source: Path | Image.Image, name: Path) -> Iterator[Image.Image]:
-    """An image whose header was read. Raises UsageError, which names it, for whatever a decoder raises."""
+def open_image(source: Path | Image.Image, name: Path) -> Iterator[Image.Image]:
+    """Open an image and read its header. Errors of decoders inside become a UsageError."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # such as odd EXIF
             warnings.simplefilter("error", Image.DecompressionBombWarning)
-            # Whoever gave an image goes on with it.
+            # An image that was given stays open, since its owner goes on with it.
             given = source if isinstance(source, Image.Image) else Image.open(source, formats=FORMATS)
             with nullcontext(given) if given is source else given as image:
                 if is_deep(image):
@@ -138,19 +139,23 @@ def opened(source: Path | Image.Image, name: Path) -> Iterator[Image.Image]:
 
 
 def is_deep(image: Image.Image) -> bool:
-    """Whether an image has more than 8 bits a channel.
+    """Tell whether an image has more than 8 bits a channel.
 
-    Pillow opens 48-bit PNGs and TIFFs as RGB and cuts them; what it decodes them by says so.
+    Pillow opens PNGs and TIFFs of 48 bits a pixel as RGB and cuts them to 24. Only the name of the raw format,
+    which its tiles hold, tells them apart.
     """
-    # BGR;16 has 5 or 6 bits a channel.
+    # BGR;16 is 16 bits a pixel, so 5 or 6 a channel.
     raw = [str(tile[3]) for tile in getattr(image, "tile", ())]
     return image.mode.startswith(("I", "F")) or any(";16" in r and "BGR;16" not in r for r in raw)
 
 
-def size_of(source: Path | Image.Image) -> tuple[int, int]:
-    """Height and width as the image is shown, from what stands before its pixels."""
+def read_size(source: Path | Image.Image) -> tuple[int, int]:
+    """Read height and width of an image as it is shown, without decoding its pixels.
+
+    Returns UNREADABLE where the file cannot be read.
+    """
     try:
-        with opened(source, Path()) as image:
+        with open_image(source, Path()) as image:
             width, height = image.size
             # A PNG may have EXIF behind its pixels, which Pillow would decode; a TIFF's size is turned already.
             early = image.format != "TIFF" and (image.format != "PNG" or "exif" in image.info)
@@ -160,9 +165,9 @@ def size_of(source: Path | Image.Image) -> tuple[int, int]:
         return UNREADABLE
 
 
-def decode(source: Path | Image.Image, name: Path | None = None) -> Tensor:
-    """`[3, H, W]` float32 in [0, 1]. name: what errors call it."""
-    with opened(source, name or Path(str(source))) as image:
+def decode_image(source: Path | Image.Image, name: Path | None = None) -> Tensor:
+    """Decode an image to `[3, H, W]` float32 in [0, 1]. name: what errors call it."""
+    with open_image(source, name or Path(str(source))) as image:
         upright = ImageOps.exif_transpose(image)
         if upright.has_transparency_data:
             layer = upright.convert("RGBA")

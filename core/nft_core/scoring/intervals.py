@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..seeds import generator
+from ..seeds import make_generator
 
 #: How often the prompts are drawn anew. The ends of an interval then vary by about 3 % of its width.
 RESAMPLES = 4000
@@ -78,7 +78,7 @@ def bootstrap_mean(
     prompts = min(len(counts) for _, counts in parts)
     if prompts < LEAST_PROMPTS:
         return Interval(mean)
-    source = generator(0, "bootstrap")
+    source = make_generator(0, "bootstrap")
     drawn = torch.stack([_draw_means(*part, source) for part in parts]).mean(0)
     # Of the whole, the error is that of the drawn means, but for the same (n - 1) / n.
     stretch = sqrt(prompts / (prompts - 1))

@@ -1,4 +1,4 @@
-"""Scores of many batches and processes as those of all images, and what is told of them."""
+"""Joins the scores of batches and of processes, and changes scores image by image."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from ..parallel.processes import gather_rows, gather_texts, is_same_everywhere
 
 
 def map_scores(scores: Scores, f: Callable[[Tensor], Tensor]) -> Scores:
-    """f applied to every tensor of the scores and of their parts."""
+    """Apply f to every tensor of the scores and of their parts."""
     return Scores(
         f(scores.values),
         f(scores.valid),
@@ -26,66 +26,77 @@ def map_scores(scores: Scores, f: Callable[[Tensor], Tensor]) -> Scores:
 
 
 class Names(NamedTuple):
-    """Names of the details of scores, and of those of their parts."""
+    """Holds the names of the details of scores, and of those of their parts."""
 
     details: tuple[str, ...]
     parts: Mapping[str, Names]
 
 
-def names_of(scores: Scores) -> Names:
-    return Names(tuple(scores.details), {name: names_of(p.scores) for name, p in scores.parts.items()})
+def list_names(scores: Scores) -> Names:
+    """List the names of the details of scores and of their parts."""
+    return Names(tuple(scores.details), {name: list_names(p.scores) for name, p in scores.parts.items()})
 
 
-def joined(names: Sequence[Names]) -> Names:
-    """All the names, in the order in which they come."""
+def merge_names(names: Sequence[Names]) -> Names:
+    """Merge names: each once, in the order in which they come first."""
     parts = dict.fromkeys(name for n in names for name in n.parts)
     return Names(
         tuple(dict.fromkeys(name for n in names for name in n.details)),
-        {part: joined([n.parts[part] for n in names if part in n.parts]) for part in parts},
+        {part: merge_names([n.parts[part] for n in names if part in n.parts]) for part in parts},
     )
 
 
-def everyones_names(scores: Scores, device: torch.device) -> Names:
-    """The names in all processes."""
-    return joined([as_names(json.loads(t)) for t in gather_texts(json.dumps(names_of(scores)), device)])
+def gather_names(scores: Scores, device: torch.device) -> Names:
+    """Gather the names that details have in any of the processes."""
+    return merge_names(
+        [parse_names(json.loads(t)) for t in gather_texts(json.dumps(list_names(scores)), device)]
+    )
 
 
-def as_names(read: Any) -> Names:
+def parse_names(read: Any) -> Names:
+    """Parse names that were sent as JSON, which has lists for tuples."""
     details, parts = read
-    return Names(tuple(details), {name: as_names(part) for name, part in parts.items()})
+    return Names(tuple(details), {name: parse_names(part) for name, part in parts.items()})
 
 
-def lacking(scores: Scores) -> bool:
-    """Whether a reward, or one that it is composed of, has no score for any sample, and so no details."""
+def lacks_scores(scores: Scores) -> bool:
+    """Tell whether a reward, or one that it is composed of, has no score for any sample, and so no details."""
     if scores.parts:
-        return any(lacking(p.scores) for p in scores.parts.values())
+        return any(lacks_scores(p.scores) for p in scores.parts.values())
     return not scores.details and not scores.valid.any()
 
 
-def filled(scores: Scores, names: Names) -> Scores:
-    """The scores with their details in the order of `names`, NaN where a reward has no score for any sample.
+def fill_details(scores: Scores, names: Names) -> Scores:
+    """Put details into the order of `names`, and fill with NaN those of a reward that has no score at all.
 
-    Other scores with other details stay as they are: that is a mistake, which is told where they are joined.
+    A reward that gave scores with other details stays as it is: that is its mistake, and joining them says so.
     """
     details = scores.details
-    if lacking(scores) or set(details) == set(names.details):
+    if lacks_scores(scores) or set(details) == set(names.details):
         nothing = torch.full_like(scores.values, torch.nan)
         details = {name: details.get(name, nothing) for name in names.details}
-    parts = {name: Part(w, filled(part, names.parts[name])) for name, (w, part) in scores.parts.items()}
+    parts = {name: Part(w, fill_details(part, names.parts[name])) for name, (w, part) in scores.parts.items()}
     return Scores(scores.values, scores.valid, details, parts)
 
 
-def concatenate(scores: Sequence[Scores]) -> Scores:
-    """The scores of consecutive batches of the same reward as one, details NaN in batches without a score."""
-    names = joined([names_of(s) for s in scores])
+def concatenate_scores(scores: Sequence[Scores]) -> Scores:
+    """Join the scores of consecutive batches of a reward; details are NaN in a batch that has no score.
+
+    Raises NftError where the details of batches differ otherwise.
+    """
+    names = merge_names([list_names(s) for s in scores])
     try:
-        return Scores.cat([filled(s, names) for s in scores])
+        return Scores.cat([fill_details(s, names) for s in scores])
     except ValueError as error:
         raise NftError(f"A reward does not keep the contract: {error}.") from error
 
 
 def gather_scores(scores: Scores, index: Tensor, count: int, device: torch.device) -> Scores:
-    """`[count]` scores of all processes' images, in order. Raises NftError where processes' details differ."""
+    """Gather the scores of all processes' images, `[count]` in their order.
+
+    index: which of the images this process's scores are for.
+    Raises NftError where processes' details differ.
+    """
     names = ", ".join(scores.details) or "none"
     if not is_same_everywhere(names, device):
         raise NftError(
@@ -94,20 +105,21 @@ def gather_scores(scores: Scores, index: Tensor, count: int, device: torch.devic
         )
 
     def gather(x: Tensor) -> Tensor:
+        # As float32, since processes add up what they send, and booleans cannot be added.
         rows = gather_rows(x.float() if x.dtype == torch.bool else x, index, count, device)
         return rows.bool() if x.dtype == torch.bool else rows
 
     return map_scores(scores, gather)
 
 
-def withheld(scores: Scores, kept: Tensor) -> Scores:
-    """The scores, none of which is valid, with all its parts, where `kept` `[N]` is False."""
-    parts = {name: Part(w, withheld(part, kept)) for name, (w, part) in scores.parts.items()}
+def withhold_scores(scores: Scores, kept: Tensor) -> Scores:
+    """Make scores invalid, in all their parts, where `kept`, `[N]` bool, is False."""
+    parts = {name: Part(w, withhold_scores(part, kept)) for name, (w, part) in scores.parts.items()}
     return Scores(scores.values.where(kept, 0), scores.valid & kept, scores.details, parts)
 
 
-def shuffled_within_groups(scores: Scores, groups: Tensor, source: torch.Generator) -> Scores:
-    """Scores that have changed places within each group, whole samples at a time."""
+def shuffle_within_groups(scores: Scores, groups: Tensor, source: torch.Generator) -> Scores:
+    """Shuffle scores within each group. A sample moves as a whole, with its details and parts."""
     order = torch.arange(len(groups), device="cpu")
     for g in groups.unique():
         members = (groups == g).nonzero().flatten()

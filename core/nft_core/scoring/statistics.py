@@ -1,4 +1,4 @@
-"""Means and deviations of scores, for the lines of `metrics.jsonl`."""
+"""Computes means and deviations of scores, for the lines of `metrics.jsonl`."""
 
 from __future__ import annotations
 
@@ -12,34 +12,47 @@ from torch import Tensor
 from nft_plugins import Scores
 
 from .failures import Tally, add_tallies
+from .intervals import bootstrap_mean
 
 
-def statistics(
+def summarize_scores(
     scores: Scores,
     metadata: Sequence[Mapping[str, Any]] = (),
     tallies: Mapping[str, Tally] | None = None,
+    groups: Tensor | None = None,
 ) -> dict[str, Any]:
-    """Means over valid samples for a line of `metrics.jsonl`: rewards, details, and rewards by tag.
+    """Compute means over valid samples for a line of `metrics.jsonl`: of rewards, of details, and of both by
+    tag.
 
     A detail counts where the reward that gave it is valid and the figure is finite.
-    tallies: what failures have cost, by reward; of the total, their sum is told.
+    tallies: what failures have cost, by reward; the total has their sum.
+    groups: `[N]`, the index of each image's prompt; with it, rewards get a standard error and a 95 % interval.
     """
-    everything, finite = collect_figures(scores)
+    everything, finite = list_figures(scores)
     lost = {**(tallies or {}), "total": add_tallies((tallies or {}).values())}
-    rewards = {name: _summary(*figure, lost.get(name, Tally())) for name, figure in everything.items()}
-    details = {name: _mean(*figure) for name, figure in finite.items()}
-    # None as well where files say null, and NaN, which is unlike itself.
+    rewards = {name: _summarize_reward(*figure, lost.get(name, Tally())) for name, figure in everything.items()}
+    if groups is not None:
+        for name, (values, valid) in everything.items():
+            found = bootstrap_mean(values, groups, valid)
+            rewards[name] |= {part: found and getattr(found, part) for part in ("error", "low", "high")}
+    details = {name: _average_valid(*figure) for name, figure in finite.items()}
+    # A tag that is null or NaN counts as none. NaN alone is unlike itself.
     tags = [None if (tag := m.get("tag")) is None or tag != tag else str(tag) for m in metadata]
     by_tag = {}
     for tag in sorted({tag for tag in tags if tag is not None}):
         members = torch.tensor([t == tag for t in tags], dtype=torch.bool, device="cpu")
-        by_tag[tag] = {n: _mean(v, valid & members) for n, (v, valid) in {**everything, **finite}.items()}
+        by_tag[tag] = {
+            n: _average_valid(v, valid & members) for n, (v, valid) in {**everything, **finite}.items()
+        }
     return {"rewards": rewards, "details": details, **({"tags": by_tag} if by_tag else {})}
 
 
-def which(scores: Scores) -> dict[str, str]:
-    """By figure, a digest of which samples have it, where not all have: means over others are not compared."""
-    everything, finite = collect_figures(scores)
+def digest_valid_samples(scores: Scores) -> dict[str, str]:
+    """Digest which samples have each figure, where not all have it.
+
+    Means over different samples cannot be compared, and different digests tell that they are different.
+    """
+    everything, finite = list_figures(scores)
     masks = {name: valid.numpy() for name, (_, valid) in {**everything, **finite}.items()}
     return {name: sha256(mask.tobytes()).hexdigest()[:12] for name, mask in masks.items() if not mask.all()}
 
@@ -47,20 +60,22 @@ def which(scores: Scores) -> dict[str, str]:
 Figures = dict[str, tuple[Tensor, Tensor]]
 
 
-def collect_figures(scores: Scores) -> tuple[Figures, Figures]:
-    """Collect values and where they count, `[N]` each: of each reward and the total, and of each detail."""
+def list_figures(scores: Scores) -> tuple[Figures, Figures]:
+    """List values and where they count, both `[N]`: first of rewards and the total, then of details."""
     rewards = {name: (part.scores.values, part.scores.valid) for name, part in scores.parts.items()}
     valid = {f"{n}/{d}": part.scores.valid for n, part in scores.parts.items() for d in part.scores.details}
     details = {n: (d, valid.get(n, scores.valid) & d.isfinite()) for n, d in scores.details.items()}
     return rewards | {"total": (scores.values, scores.valid)}, details
 
 
-def _mean(values: Tensor, valid: Tensor) -> float | None:
+def _average_valid(values: Tensor, valid: Tensor) -> float | None:
+    """Average the valid values, in float64; None where there are none."""
     return float(values[valid].double().mean()) if valid.any() else None
 
 
-def _summary(values: Tensor, valid: Tensor, lost: Tally) -> dict[str, float | int | None]:
+def _summarize_reward(values: Tensor, valid: Tensor, lost: Tally) -> dict[str, float | int | None]:
+    """Summarize a reward: mean, population deviation, and counts."""
     v = values[valid].double()
     std = float(v.std(correction=0)) if len(v) else None
     counts = {"valid": len(v), "invalid": len(valid) - len(v), "masked": lost.masked, "retried": lost.retried}
-    return {"mean": _mean(values, valid), "std": std, **counts}
+    return {"mean": _average_valid(values, valid), "std": std, **counts}

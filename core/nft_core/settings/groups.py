@@ -282,7 +282,8 @@ class Optimizer(Group):
     ema_decay: BelowOne = Field(
         0.9,
         description="Decay per gradient step of the averaged weights (EMA) that are evaluated and saved. A "
-        "higher value averages over more steps. 0 turns averaging off.",
+        "higher value averages over more steps; at step n it is at most (1 + n) / (10 + n). 0 turns averaging "
+        "off.",
     )
 
 

@@ -13,9 +13,10 @@ from ..objective.advantages import flat_groups
 from ..objective.schedules import next_kl_weight, old_decay
 from ..parallel import processes
 from ..sampling.rollout import Rollout
-from ..scoring.statistics import statistics
+from ..scoring.statistics import summarize_scores
 from .evaluation import evaluate
 from .state import Progress, Training, count_compiled_graphs
+from .totals import set_total
 from .watch import warnings
 
 
@@ -34,7 +35,9 @@ def finish_epoch(training: Training, rollout: Rollout, seconds: float) -> None:
         epoch_seconds=seconds,
         images=len(scores),
         images_per_second=len(scores) / seconds,
-        **statistics(scores, rollout.draws.metadata(), rollout.tallies),
+        **summarize_scores(
+            set_total(scores, s.combine, at.baseline), rollout.draws.metadata(), rollout.tallies
+        ),
         **means,
         kl_weight=at.kl_weight,
         lr=at.lr,

@@ -5,10 +5,11 @@ from __future__ import annotations
 from ..parallel import processes
 from ..sampling.draws import Draws
 from ..sampling.rollout import roll_out
-from ..scoring.statistics import statistics, which
+from ..scoring.statistics import digest_valid_samples, summarize_scores
 from ..seeds import reseed
 from .gallery import Gallery
 from .state import Training
+from .totals import set_total
 from .watch import warnings
 
 
@@ -32,13 +33,14 @@ def evaluate(run: Training) -> dict[str, str]:
             look=gallery.add,
         )
     run.phases.clear()
-    batch, scores = gallery.collect(rollout.scores, run.policy.device)
-    figures = statistics(rollout.scores, draws.metadata(), rollout.tallies)
-    known = {"which": which(rollout.scores), "evaluation": run.evaluation}
+    everyones = set_total(rollout.scores, s.combine, at.baseline)
+    batch, scores = gallery.collect(everyones, run.policy.device)
+    figures = summarize_scores(everyones, draws.metadata(), rollout.tallies, rollout.groups)
+    known = {"which": digest_valid_samples(everyones), "evaluation": run.evaluation}
     record = run.record("eval", at.epoch, images=len(draws), **figures, **known)
     total = record["rewards"]["total"]
     if rollout.skipped:  # Without one of its rewards a total is another.
-        total["mean"] = total["std"] = None
+        total |= {"mean": None, "std": None, "error": None, "low": None, "high": None}
     mean, std = total["mean"], total["std"]
     if mean is not None and std is not None:
         at.baseline.setdefault("reward", mean)

@@ -12,11 +12,11 @@ from ..errors import NftError
 from ..objective.advantages import combined_advantages, optimality
 from ..objective.loss import kl_loss, nft_loss
 from ..parallel import processes
-from ..prompts import prompts_of_epoch
+from ..prompts import draw_prompts_of_epoch
 from ..sampling.draws import Draws
 from ..sampling.rollout import Rollout, roll_out
-from ..scoring.scores import shuffled_within_groups
-from ..seeds import generator, reseed
+from ..scoring.scores import shuffle_within_groups
+from ..seeds import make_generator, reseed
 from .epochs import evaluate_and_save, finish_epoch
 from .microbatches import make_microbatches, split_valid_images
 from .state import Training
@@ -76,7 +76,7 @@ def sample_images(training: Training, epoch: int) -> Rollout:
     """
     s = training.settings
     reseed(s.seed, "epoch", epoch, processes.rank())
-    indices = prompts_of_epoch(len(training.prompts), s.prompts_per_epoch, s.seed, epoch)
+    indices = draw_prompts_of_epoch(len(training.prompts), s.prompts_per_epoch, s.seed, epoch)
     draws = Draws(training.prompts, indices, s.group_size, s.seed, "rollout", epoch)
     rollout = roll_out(
         training.sampler,
@@ -92,8 +92,8 @@ def sample_images(training: Training, epoch: int) -> Rollout:
             f"Epoch {epoch}: not one of {len(draws)} images could be scored. {explain_no_scores(rollout)}"
         )
     if s.shuffle_rewards:
-        source = generator(s.seed, "shuffle", epoch)
-        scores = shuffled_within_groups(rollout.scores, rollout.groups, source)
+        source = make_generator(s.seed, "shuffle", epoch)
+        scores = shuffle_within_groups(rollout.scores, rollout.groups, source)
         rollout = replace(rollout, scores=scores)
     return rollout
 

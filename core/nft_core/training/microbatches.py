@@ -16,7 +16,7 @@ from ..objective.train_times import draw_times
 from ..parallel import processes
 from ..parallel.devices import copy_to_device
 from ..sampling.rollout import Rollout
-from ..seeds import generator
+from ..seeds import make_generator
 from ..settings import Settings
 from .state import Training
 
@@ -37,7 +37,7 @@ def split_images(count: int, steps: int, seed: int, epoch: int) -> Tensor:
     same number of images in each step and none waits for another. The split does not depend on that number.
     """
     each = count // steps
-    source = generator(seed, "updates", epoch)
+    source = make_generator(seed, "updates", epoch)
     order = torch.rand(each, steps, dtype=torch.float64, device="cpu", generator=source).argsort(1)
     return torch.arange(each, dtype=torch.int64, device="cpu") + each * order.T
 

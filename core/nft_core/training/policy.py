@@ -43,7 +43,7 @@ class Policy:
 
     lora_rank: 0 trains the whole transformer.
     lora_targets: names of linear layers; `all-linear` for every one of them.
-    ema_decay: 0 keeps no EMA, and `use_ema()` is the live policy.
+    keep_ema: keep averaged weights; without them `use_ema()` is the live policy.
     autocast: dtype of torch.autocast around the transformer, or None for its own dtype.
     offload: keep the copies in host memory, pinned where there is a GPU; they visit the device when in place.
     merge: let `merge_lora()` do what it says; with `fsdp` it does nothing.
@@ -57,7 +57,7 @@ class Policy:
         lora_rank: int = 32,
         lora_alpha: float = 64,
         lora_targets: Sequence[str] | str = (),
-        ema_decay: float = 0.0,
+        keep_ema: bool = False,
         autocast: torch.dtype | None = None,
         keep_reference: bool = True,
         offload: bool = False,
@@ -85,7 +85,6 @@ class Policy:
         self.names = [name for name, _ in named]
         self.parameters: list[Parameter] = [p for _, p in named]
         self.device = self.parameters[0].device
-        self.ema_decay = ema_decay
         self.offload, self.merge = offload, merge and not fsdp
         #: The live weights; of sharded ones a copy, while others stand in FSDP's own memory in their place.
         self._live: Weights | None = None if self.sharded else [p.data for p in self.parameters]
@@ -93,7 +92,7 @@ class Policy:
         self._placed: Weights | None = None
         self._old = self._copy_live()
         self._reference = self._copy_live() if keep_reference and not self.lora else None
-        self._ema = self._copy_live() if ema_decay else None
+        self._ema = self._copy_live() if keep_ema else None
         self._keep_reference = keep_reference
 
     def velocity(self, x_t: Tensor, t: Tensor, condition: Condition) -> Tensor:
@@ -190,9 +189,10 @@ class Policy:
         self._move_towards_live(self._old, 1 - d)
 
     @torch.no_grad()
-    def move_ema(self) -> None:
+    def move_ema(self, d: float) -> None:
+        """`ema <- d ema + (1 - d) theta`, where there is an EMA."""
         if self._ema is not None:
-            self._move_towards_live(self._ema, 1 - self.ema_decay)
+            self._move_towards_live(self._ema, 1 - d)
 
     def _move_towards_live(self, weights: Weights, share: float) -> None:
         """`weights <- weights + share (theta - weights)`."""

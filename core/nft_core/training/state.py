@@ -41,7 +41,8 @@ class Progress(BaseModel):
         changed.
     nonfinite, nonfinite_steps: gradient steps left out since the last good one, and in this epoch.
     skips: epochs in which a reward was left out.
-    baseline: of the first epoch and the first evaluation, what the watch compares with.
+    baseline: of the first epoch and the first evaluation, what the watch compares with, and what a normalised
+        total is divided by.
     seconds: spent on the run so far.
     prompts: a digest of the training prompts and the held-out ones.
     evaluation: a digest of the evaluation's fingerprint.

@@ -13,7 +13,7 @@ from torch.nn import Parameter
 from nft_plugins import Condition
 
 from ..errors import NftError, Stopped
-from ..objective.schedules import lr_decay, warmup
+from ..objective.schedules import compute_ema_decay, lr_decay, warmup
 from ..parallel import processes
 from ..parallel.sharding import clip_gradients, take_local_part
 from .optimizers import GROWTH
@@ -103,7 +103,7 @@ def update_weights(training: Training) -> None:
     if s.precision == "fp16":
         unscale_gradients(policy.parameters, at)
     training.optimizer.step()
-    policy.move_ema()
+    policy.move_ema(compute_ema_decay(s.ema_decay, at.step + 1))
 
 
 def leave_step_out(training: Training, norm: float) -> None:

@@ -18,12 +18,12 @@ import click
 import torch
 import torch.distributed as dist
 
-from ..captions import write
+from ..captions import write_sets
 
 PICTURES = 120_000
 
 
-def logger(out: Path, what: str, **constant: Any) -> Callable[..., None]:
+def make_logger(out: Path, what: str, **constant: Any) -> Callable[..., None]:
     """Prints figures and appends them to `training.jsonl`, with the seconds so far."""
     start = perf_counter()
 
@@ -37,7 +37,7 @@ def logger(out: Path, what: str, **constant: Any) -> Callable[..., None]:
     return log
 
 
-def options(command: Callable[..., None]) -> Callable[..., None]:
+def add_options(command: Callable[..., None]) -> Callable[..., None]:
     out = click.option("--out", type=click.Path(path_type=Path), required=True, help="Folder to write to.")
     seed = click.option("--seed", default=0, show_default=True)
     threads = click.option("--threads", default=os.cpu_count(), show_default=True)
@@ -49,37 +49,37 @@ def main() -> None:
     """Make the embedded world's weights."""
 
 
-@main.command()
+@main.command("prompts")
 @click.option("--out", type=click.Path(path_type=Path), required=True)
-def prompts(out: Path) -> None:
+def write_prompts(out: Path) -> None:
     """Write the prompt files."""
-    write(out)
+    write_sets(out)
 
 
-@main.command()
+@main.command("vae")
 @click.option("--steps", default=1500, show_default=True)
-@options
-def vae(steps: int, out: Path, seed: int, threads: int) -> None:
+@add_options
+def train_autoencoder(steps: int, out: Path, seed: int, threads: int) -> None:
     """Train the autoencoder."""
-    from .data import dataset
+    from .data import make_dataset
     from .vae import train_vae
 
     torch.set_num_threads(threads)
     out.mkdir(parents=True, exist_ok=True)
-    pictures, _ = dataset(PICTURES, seed)
-    log = logger(out, "vae", seed=seed)
+    pictures, _ = make_dataset(PICTURES, seed)
+    log = make_logger(out, "vae", seed=seed)
     train_vae(pictures, steps=steps, seed=seed, batch=64, lr=4e-3, log=log).save_pretrained(out / "vae")
 
 
-@main.command()
+@main.command("flow")
 @click.option("--steps", default=10_000, show_default=True)
 @click.option("--batch", default=96, show_default=True, help="Pictures a step, of all processes.")
 @click.option("--lr", default=1.5e-3, show_default=True)
 @click.option("--text-share", default=0.006, show_default=True, help="Share of pictures that show a word.")
 @click.option("--snapshot-every", default=1000, show_default=True, help="Steps.")
 @click.option("--init", type=click.Path(path_type=Path), help="A snapshot to go on from; take another seed.")
-@options
-def flow(
+@add_options
+def train_base_model(
     steps: int,
     batch: int,
     lr: float,
@@ -93,10 +93,10 @@ def flow(
     """Train the base model on --out/vae, and write its snapshots to --out/snapshots."""
     from diffusers import AutoencoderTiny
 
-    from .data import dataset
-    from .evaluate import evaluate
+    from .data import make_dataset
+    from .evaluate import evaluate_pipeline
     from .flow import load_pipeline, make_pipeline, train_flow
-    from .vae import latents
+    from .vae import encode_latents
 
     torch.set_num_threads(threads)
     if os.environ.get("WORLD_SIZE", "1") not in ("", "1"):
@@ -104,16 +104,16 @@ def flow(
     torch.manual_seed(seed)
     autoencoder = AutoencoderTiny.from_pretrained(out / "vae").eval()
     pipeline = load_pipeline(init) if init else make_pipeline(autoencoder)
-    pictures, captions = dataset(PICTURES, seed)
-    log = logger(out, "flow", seed=seed, processes=dist.get_world_size() if dist.is_initialized() else 1)
+    pictures, captions = make_dataset(PICTURES, seed)
+    log = make_logger(out, "flow", seed=seed, processes=dist.get_world_size() if dist.is_initialized() else 1)
 
-    def snapshot(step: int, **figures: Any) -> None:
-        log(step=step, **figures, **evaluate(pipeline, images=8, seed=seed))
+    def save_snapshot(step: int, **figures: Any) -> None:
+        log(step=step, **figures, **evaluate_pipeline(pipeline, images=8, seed=seed))
         pipeline.save_pretrained(out / "snapshots" / f"seed{seed}-{step:06d}")
 
     train_flow(
         pipeline,
-        latents(autoencoder, pictures),
+        encode_latents(autoencoder, pictures),
         [c["prompt"] for c in captions],
         steps=steps,
         seed=seed,
@@ -121,37 +121,37 @@ def flow(
         lr=lr,
         text_share=text_share,
         snapshot_every=snapshot_every,
-        snapshot=snapshot,
+        snapshot=save_snapshot,
         log=log,
     )
 
 
-@main.command()
+@main.command("clip")
 @click.option("--steps", default=3000, show_default=True)
-@options
-def clip(steps: int, out: Path, seed: int, threads: int) -> None:
+@add_options
+def train_world_clip(steps: int, out: Path, seed: int, threads: int) -> None:
     """Train the world's CLIP."""
     from .clip import train_clip
-    from .data import dataset
+    from .data import make_dataset
 
     torch.set_num_threads(threads)
     out.mkdir(parents=True, exist_ok=True)
-    pictures, captions = dataset(PICTURES, seed)
-    log = logger(out, "clip", seed=seed)
+    pictures, captions = make_dataset(PICTURES, seed)
+    log = make_logger(out, "clip", seed=seed)
     model, processor = train_clip(pictures, captions, steps=steps, seed=seed, lr=1.5e-3, log=log)
     model.save_pretrained(out / "clip")
     processor.save_pretrained(out / "clip")
 
 
-@main.command()
+@main.command("export")
 @click.argument("snapshot", type=click.Path(path_type=Path, exists=True))
 @click.option("--images", default=24, show_default=True, help="Pictures of each prompt.")
 @click.option("--set", "name", default="select", show_default=True, help="select, train or eval.")
 @click.option("--seed", default=0, show_default=True)
 @click.option("--out", type=click.Path(path_type=Path), help="Write it here in half precision.")
-def export(snapshot: Path, images: int, name: str, seed: int, out: Path | None) -> None:
+def export_snapshot(snapshot: Path, images: int, name: str, seed: int, out: Path | None) -> None:
     """Evaluate a snapshot, and make it the base model."""
-    from .evaluate import evaluate
+    from .evaluate import evaluate_pipeline
     from .flow import load_pipeline
 
     pipeline = load_pipeline(snapshot)
@@ -160,23 +160,23 @@ def export(snapshot: Path, images: int, name: str, seed: int, out: Path | None) 
         shutil.rmtree(out, ignore_errors=True)
         pipeline.save_pretrained(out)
         for path in out.rglob("*.json"):
-            without_path(path)
+            remove_paths(path)
         pipeline.to(dtype=torch.float32)
-    click.echo(json.dumps(evaluate(pipeline, images, seed, name)))
+    click.echo(json.dumps(evaluate_pipeline(pipeline, images, seed, name)))
 
 
-@main.command()
+@main.command("curves")
 @click.argument("figures", type=click.Path(path_type=Path, exists=True))
 @click.argument("picture", type=click.Path(path_type=Path))
-def curves(figures: Path, picture: Path) -> None:
+def draw_curves(figures: Path, picture: Path) -> None:
     """Draw the curves of a training.jsonl as an SVG picture."""
-    from .curves import picture as draw
+    from .curves import draw_picture
 
     lines = figures.read_text(encoding="utf-8").splitlines()
-    picture.write_text(draw([json.loads(line) for line in lines]), encoding="utf-8")
+    picture.write_text(draw_picture([json.loads(line) for line in lines]), encoding="utf-8")
 
 
-def without_path(path: Path) -> None:
+def remove_paths(path: Path) -> None:
     """diffusers writes where weights were read from into their config."""
     lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
     path.write_text("".join(line for line in lines if '"_name_or_path"' not in line), encoding="utf-8")

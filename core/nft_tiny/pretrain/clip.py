@@ -13,7 +13,7 @@ from transformers import CLIPConfig, CLIPModel, CLIPProcessor
 from transformers.models.clip import CLIPImageProcessor
 
 from ..captions import Caption
-from .flow import text_config, widen
+from .flow import make_text_config, widen_embeddings
 from .tokenizer import MAX_LENGTH, make_tokenizer
 
 #: Pictures of each tag in a batch; no two of them with captions that mean the same.
@@ -40,10 +40,9 @@ def make_clip() -> tuple[CLIPModel, CLIPProcessor]:
         "hidden_act": "gelu",
         "projection_dim": 64,
     }
-    model = CLIPModel(
-        CLIPConfig(text_config=text_config(len(tokenizer), layers=2), vision_config=vision, projection_dim=64)
-    )
-    widen(model.text_model)
+    text = make_text_config(len(tokenizer), layers=2)
+    model = CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=64))
+    widen_embeddings(model.text_model)
     nn.init.normal_(model.vision_model.embeddings.position_embedding.weight, std=0.15)
     nn.init.normal_(model.vision_model.embeddings.class_embedding, std=0.1)
     nn.init.constant_(model.logit_scale, math.log(14))
@@ -51,7 +50,7 @@ def make_clip() -> tuple[CLIPModel, CLIPProcessor]:
     return model, CLIPProcessor(images, tokenizer)
 
 
-def meaning(prompt: str) -> str:
+def simplify_prompt(prompt: str) -> str:
     """Equal for captions that ask for the same picture."""
     return prompt.removeprefix("a photo of ").replace("one ", "a ").replace("a single ", "a ")
 
@@ -77,11 +76,11 @@ def train_clip(
     )
     rows = {tag: [i for i, c in enumerate(captions) if c["tag"] == tag] for tag in BLOCKS}
 
-    def block(tag: str) -> list[int]:
+    def draw_block(tag: str) -> list[int]:
         chosen: dict[str, int] = {}
         while len(chosen) < BLOCKS[tag]:
             i = rows[tag][rng.integers(len(rows[tag]))]
-            chosen.setdefault(meaning(captions[i]["prompt"]), i)
+            chosen.setdefault(simplify_prompt(captions[i]["prompt"]), i)
         return list(chosen.values())
 
     optimizer = torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=0.02, betas=(0.9, 0.98))
@@ -89,11 +88,11 @@ def train_clip(
         for group in optimizer.param_groups:
             decay = 0.03 + 0.97 * 0.5 * (1 + math.cos(math.pi * step / steps))
             group["lr"] = lr * min((step + 1) / 100, 1) * decay
-        blocks = [block(tag) for tag in BLOCKS]
+        blocks = [draw_block(tag) for tag in BLOCKS]
         flat = [i for b in blocks for i in b]
         pixels = (torch.from_numpy(pictures[flat]).permute(0, 3, 1, 2).float() / 255 - mean) / std
         logits = model(input_ids=tokenized[flat], pixel_values=pixels).logits_per_image
-        loss, accuracy = contrast(logits, [len(b) for b in blocks])
+        loss, accuracy = compute_block_loss(logits, [len(b) for b in blocks])
         optimizer.zero_grad()
         loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -105,7 +104,7 @@ def train_clip(
     return model.eval(), processor
 
 
-def contrast(logits: Tensor, sizes: Sequence[int]) -> tuple[Tensor, list[float]]:
+def compute_block_loss(logits: Tensor, sizes: Sequence[int]) -> tuple[Tensor, list[float]]:
     """CLIP's loss within each block of the diagonal, and the share of pictures that find their caption."""
     total, accuracy, begin = logits.new_zeros(()), [], 0
     for size in sizes:

@@ -17,14 +17,14 @@ PANELS = (
 )
 
 
-def picture(records: Sequence[Mapping[str, Any]]) -> str:
+def draw_picture(records: Sequence[Mapping[str, Any]]) -> str:
     """An SVG document with a panel for each figure, over steps."""
     panels: list[str] = []
     for title, what, figure in PANELS:
-        points = series([r for r in records if r["what"] == what], figure)
+        points = collect_points([r for r in records if r["what"] == what], figure)
         x = MARGIN + len(panels) % 3 * (WIDTH + MARGIN)
         y = MARGIN + len(panels) // 3 * (HEIGHT + 2 * MARGIN)
-        panels.append(f'<g transform="translate({x} {y})">{panel(title, points)}</g>')
+        panels.append(f'<g transform="translate({x} {y})">{draw_panel(title, points)}</g>')
     width, height = 3 * (WIDTH + MARGIN) + MARGIN, 2 * (HEIGHT + 2 * MARGIN)
     return (
         f'<svg xmlns="http://www.w3.org/2000/svg" width="{width}" height="{height}" font-family="sans-serif" '
@@ -32,7 +32,7 @@ def picture(records: Sequence[Mapping[str, Any]]) -> str:
     )
 
 
-def series(records: Sequence[Mapping[str, Any]], figure: str) -> list[tuple[float, float]]:
+def collect_points(records: Sequence[Mapping[str, Any]], figure: str) -> list[tuple[float, float]]:
     """(step, figure), a second stage's steps counted on from the first's."""
     points, before, last = [], 0, 0
     for record in records:
@@ -44,7 +44,7 @@ def series(records: Sequence[Mapping[str, Any]], figure: str) -> list[tuple[floa
     return points
 
 
-def panel(title: str, points: Sequence[tuple[float, float]]) -> str:
+def draw_panel(title: str, points: Sequence[tuple[float, float]]) -> str:
     (x0, x1), (y0, y1) = ((min(v), max(v)) for v in zip(*points, strict=True))
     sx, sy = WIDTH / ((x1 - x0) or 1), HEIGHT / ((y1 - y0) or 1)
     line = " ".join(f"{(x - x0) * sx:.1f},{HEIGHT - (y - y0) * sy:.1f}" for x, y in points)

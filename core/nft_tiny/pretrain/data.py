@@ -8,8 +8,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..captions import TAGS, Caption, known_and_held_out_words, scene_captions, word_caption
-from ..scenes import render
+from ..captions import TAGS, Caption, make_scene_captions, make_word_caption, split_words
+from ..scenes import render_scene
 
 CHUNK = 1000
 
@@ -25,31 +25,31 @@ SHARES = {
 }
 
 
-def dataset(count: int, seed: int) -> tuple[np.ndarray, list[Caption]]:
+def make_dataset(count: int, seed: int) -> tuple[np.ndarray, list[Caption]]:
     """`count` pictures `[N, 32, 32, 3]` uint8 and their captions; no word that is held out."""
     if count % CHUNK:
         raise ValueError(f"count must be a multiple of {CHUNK}, got {count}")
     with Pool() as pool:
-        parts = pool.map(_chunk, [(seed, i) for i in range(count // CHUNK)])
+        parts = pool.map(_render_chunk, [(seed, i) for i in range(count // CHUNK)])
     return np.concatenate([pictures for pictures, _ in parts]), [c for _, part in parts for c in part]
 
 
-def _chunk(key: tuple[int, int]) -> tuple[np.ndarray, list[Caption]]:
+def _render_chunk(key: tuple[int, int]) -> tuple[np.ndarray, list[Caption]]:
     rng = np.random.default_rng(key)
-    scenes = list(scene_captions())
+    scenes = list(make_scene_captions())
     by_tag = {tag: [c for c in scenes if c["tag"] == tag] for tag in TAGS}
-    known, _ = known_and_held_out_words()
-    by_tag["text"] = [word_caption(w) for w in known]
+    known, _ = split_words()
+    by_tag["text"] = [make_word_caption(w) for w in known]
     tags = rng.choice(list(SHARES), size=CHUNK, p=list(SHARES.values()))
     captions = [by_tag[tag][rng.integers(len(by_tag[tag]))] for tag in tags]
-    return np.stack([render(c, rng) for c in captions]), captions
+    return np.stack([render_scene(c, rng) for c in captions]), captions
 
 
-def to_model(pictures: np.ndarray) -> Tensor:
+def scale_to_model(pictures: np.ndarray) -> Tensor:
     """`[B, 32, 32, 3]` uint8 to `[B, 3, 32, 32]` float32 in [-1, 1]."""
     return torch.from_numpy(pictures).permute(0, 3, 1, 2).float() / 127.5 - 1
 
 
-def to_pictures(images: Tensor) -> np.ndarray:
+def scale_to_bytes(images: Tensor) -> np.ndarray:
     """`[B, 3, 32, 32]` in [-1, 1] to `[B, 32, 32, 3]` uint8."""
     return ((images.clamp(-1, 1) + 1) * 127.5).round().byte().permute(0, 2, 3, 1).numpy()

@@ -12,15 +12,17 @@ from diffusers import StableDiffusion3Pipeline
 
 from ..captions import TAGS, Caption
 from ..detector import ShapeDetector
-from .flow import SHIFT, encode, tokens
+from .flow import SHIFT, encode_tokens, tokenize_prompts
 
 DATA = Path(__file__).parents[1] / "data"
 
 
 @torch.no_grad()
-def paint(pipeline: StableDiffusion3Pipeline, prompts: list[str], steps: int, seed: int) -> np.ndarray:
+def generate_pictures(
+    pipeline: StableDiffusion3Pipeline, prompts: list[str], steps: int, seed: int
+) -> np.ndarray:
     """`[B, 32, 32, 3]` uint8 by Euler's method on SD3's grid, without guidance."""
-    from .data import to_pictures
+    from .data import scale_to_bytes
 
     vae, transformer = pipeline.vae, pipeline.transformer
     generator = torch.Generator().manual_seed(seed)
@@ -33,16 +35,16 @@ def paint(pipeline: StableDiffusion3Pipeline, prompts: list[str], steps: int, se
         dtype=torch.float32,
         device="cpu",
     )
-    embeds, pooled = encode(pipeline, tokens(pipeline, prompts))
+    embeds, pooled = encode_tokens(pipeline, tokenize_prompts(pipeline, prompts))
     even = torch.linspace(1, 0, steps + 1, dtype=torch.float32, device="cpu")
     times = SHIFT * even / (1 + (SHIFT - 1) * even)
     for t, s in zip(times[:-1], times[1:], strict=True):
         x = x + (s - t) * transformer(x, embeds, pooled, t.expand(len(x)) * 1000, return_dict=False)[0]
     latents = x / vae.config.scaling_factor + vae.config.shift_factor
-    return to_pictures(vae.decode(latents).sample)
+    return scale_to_bytes(vae.decode(latents).sample)
 
 
-def evaluate(
+def evaluate_pipeline(
     pipeline: StableDiffusion3Pipeline, images: int, seed: int, name: str = "select"
 ) -> dict[str, Any]:
     """Shares of right pictures by tag, their mean `geneval`, and the mean OCR reward `ocr`.
@@ -62,7 +64,7 @@ def evaluate(
     for tag in (*TAGS, "text"):
         chosen = [c for c in captions if c["tag"] == tag for _ in range(images)]
         prompts = [c["prompt"] for c in chosen]
-        pictures = torch.from_numpy(paint(pipeline, prompts, steps=16, seed=seed))
+        pictures = torch.from_numpy(generate_pictures(pipeline, prompts, steps=16, seed=seed))
         batch = Batch(
             pictures.permute(0, 3, 1, 2).float() / 255, prompts, chosen, torch.arange(len(chosen), device="cpu")
         )

@@ -30,7 +30,7 @@ WIDTH, HEADS, LAYERS, TEXT = 96, 3, 4, 64
 SHIFT = 3.0
 
 
-def text_config(size: int, layers: int) -> dict[str, Any]:
+def make_text_config(size: int, layers: int) -> dict[str, Any]:
     return {
         "vocab_size": size,
         "hidden_size": TEXT,
@@ -46,7 +46,7 @@ def text_config(size: int, layers: int) -> dict[str, Any]:
     }
 
 
-def widen(text_model: Any) -> None:
+def widen_embeddings(text_model: Any) -> None:
     """CLIP's initial embeddings (0.02) are so small that captions begin indistinguishable."""
     nn.init.normal_(text_model.embeddings.token_embedding.weight, std=0.3)
     nn.init.normal_(text_model.embeddings.position_embedding.weight, std=0.15)
@@ -55,10 +55,10 @@ def widen(text_model: Any) -> None:
 def make_pipeline(vae: AutoencoderTiny) -> StableDiffusion3Pipeline:
     """A new pipeline around a trained autoencoder. SD3 reads the layer before its text encoders' last."""
     tokenizer = make_tokenizer()
-    config = CLIPTextConfig(**text_config(len(tokenizer), layers=3))
+    config = CLIPTextConfig(**make_text_config(len(tokenizer), layers=3))
     encoders = [CLIPTextModelWithProjection(config) for _ in range(2)]
     for encoder in encoders:
-        widen(encoder.text_model)
+        widen_embeddings(encoder.text_model)
     channels = vae.config.latent_channels
     transformer = SD3Transformer2DModel(
         sample_size=8,
@@ -93,13 +93,13 @@ def load_pipeline(folder: Path) -> StableDiffusion3Pipeline:
     return StableDiffusion3Pipeline.from_pretrained(folder, dtype=torch.float32, **absent)
 
 
-def encode(pipeline: StableDiffusion3Pipeline, ids: Tensor) -> tuple[Tensor, Tensor]:
+def encode_tokens(pipeline: StableDiffusion3Pipeline, ids: Tensor) -> tuple[Tensor, Tensor]:
     """Embeddings `[B, 12, 128]` and pooled `[B, 128]`, as `encode_prompt` makes them, with gradients."""
     outputs = [e(ids, output_hidden_states=True) for e in (pipeline.text_encoder, pipeline.text_encoder_2)]
     return torch.cat([o.hidden_states[-2] for o in outputs], -1), torch.cat([o[0] for o in outputs], -1)
 
 
-def tokens(pipeline: StableDiffusion3Pipeline, prompts: Sequence[str]) -> Tensor:
+def tokenize_prompts(pipeline: StableDiffusion3Pipeline, prompts: Sequence[str]) -> Tensor:
     options = {"padding": "max_length", "max_length": MAX_LENGTH, "return_tensors": "pt"}
     ids: Tensor = pipeline.tokenizer(list(prompts), **options).input_ids
     return ids
@@ -125,7 +125,7 @@ def train_flow(
     a sign with a word is drawn; words are learned from far fewer pictures than scenes.
     """
     rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-    ids = tokens(pipeline, prompts)
+    ids = tokenize_prompts(pipeline, prompts)
     is_text = torch.tensor(['"' in prompt for prompt in prompts], dtype=torch.bool, device="cpu")
     signs, scenes = is_text.nonzero().flatten(), (~is_text).nonzero().flatten()
     modules = (pipeline.transformer, pipeline.text_encoder, pipeline.text_encoder_2)
@@ -137,14 +137,14 @@ def train_flow(
     running = 0.0
     for step in range(1, steps + 1):
         for group in optimizer.param_groups:
-            group["lr"] = lr * min(step / 150, 1) * _decay(step / steps)
+            group["lr"] = lr * min(step / 150, 1) * _compute_decay(step / steps)
         of_text = int((torch.rand(batch, dtype=torch.float32, device="cpu") < text_share).sum())
-        rows = torch.cat([_draw(signs, of_text), _draw(scenes, batch - of_text)])
+        rows = torch.cat([_draw_rows(signs, of_text), _draw_rows(scenes, batch - of_text)])
         x_0 = latents[rows].float()
         t = torch.sigmoid(torch.randn(batch, dtype=torch.float32, device="cpu") + math.log(SHIFT))
         noise = torch.randn_like(x_0)
         at = t.view(-1, 1, 1, 1)
-        embeds, pooled = encode(pipeline, ids[rows])
+        embeds, pooled = encode_tokens(pipeline, ids[rows])
         (v,) = transformer((1 - at) * x_0 + at * noise, embeds, pooled, t * 1000, return_dict=False)
         loss = mse_loss(v, noise - x_0)
         optimizer.zero_grad()
@@ -158,18 +158,18 @@ def train_flow(
             log(step=step, images=step * batch * world, loss=running)
         if rank == 0 and (step % snapshot_every == 0 or step == steps):
             live = [p.data for p in parameters]
-            _put(modules, parameters, average, training=False)
+            _put_weights(modules, parameters, average, training=False)
             snapshot(step=step, images=step * batch * world, loss=running)
-            _put(modules, parameters, live, training=True)
-    _put(modules, parameters, average, training=False)
+            _put_weights(modules, parameters, live, training=True)
+    _put_weights(modules, parameters, average, training=False)
 
 
-def _decay(share: float) -> float:
+def _compute_decay(share: float) -> float:
     """Constant for three tenths of the steps, then down to a twentieth by a cosine."""
     return 1.0 if share < 0.3 else 0.05 + 0.95 * 0.5 * (1 + math.cos(math.pi * (share - 0.3) / 0.7))
 
 
-def _draw(rows: Tensor, count: int) -> Tensor:
+def _draw_rows(rows: Tensor, count: int) -> Tensor:
     return rows[torch.randint(len(rows), (count,), device="cpu")]
 
 
@@ -183,7 +183,7 @@ def _average_gradients(parameters: Sequence[nn.Parameter], world: int) -> None:
         p.grad = part.view_as(p)
 
 
-def _put(
+def _put_weights(
     modules: Sequence[nn.Module], parameters: Sequence[nn.Parameter], weights: list[Tensor], training: bool
 ) -> None:
     for p, w in zip(parameters, weights, strict=True):

@@ -6,14 +6,14 @@ import string
 
 from transformers import CLIPTokenizer
 
-from ..captions import scene_captions
+from ..captions import make_scene_captions
 
 MAX_LENGTH = 12
 
 
 def make_tokenizer() -> CLIPTokenizer:
     """Words of captions merge from their end, so that only endings meet; other words stay letters."""
-    words = {word for c in scene_captions() for word in c["prompt"].split()} | {"the", "word"}
+    words = {word for c in make_scene_captions() for word in c["prompt"].split()} | {"the", "word"}
     vocabulary = ["<|startoftext|>", "<|endoftext|>", '"', '"</w>', '""', '""</w>']
     vocabulary += [letter + end for end in ("", "</w>") for letter in string.ascii_lowercase]
     merges: list[tuple[str, str]] = []

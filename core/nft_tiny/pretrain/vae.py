@@ -10,7 +10,7 @@ import torch
 from diffusers import AutoencoderTiny
 from torch.nn.functional import mse_loss
 
-from .data import to_model
+from .data import scale_to_model
 
 WIDTH, LATENTS = 24, 12
 #: Noise added to latents in training, as a share of their deviation: decoding must forgive small errors.
@@ -36,7 +36,7 @@ def train_vae(
     optimizer = torch.optim.AdamW(vae.parameters(), lr=lr, weight_decay=0)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, total_steps=steps, pct_start=0.1)
     for step in range(steps):
-        x = to_model(pictures[torch.randint(len(pictures), (batch,), device="cpu").numpy()])
+        x = scale_to_model(pictures[torch.randint(len(pictures), (batch,), device="cpu").numpy()])
         z = vae.encode(x.to(memory_format=torch.channels_last)).latents
         noise = NOISE * z.detach().std() * torch.randn_like(z)
         # Channels near mean 0 and deviation 1 stay within the squashing that the decoder begins with.
@@ -50,14 +50,14 @@ def train_vae(
         if step % 100 == 0 or step == steps - 1:
             log(step=step, error=error.item())
     vae.eval().requires_grad_(False)
-    z = torch.cat([vae.encode(to_model(part)).latents for part in np.array_split(pictures[:8000], 8)])
+    z = torch.cat([vae.encode(scale_to_model(part)).latents for part in np.array_split(pictures[:8000], 8)])
     vae.register_to_config(scaling_factor=1 / z.std().item(), shift_factor=z.mean().item())
     return vae
 
 
 @torch.no_grad()
-def latents(vae: AutoencoderTiny, pictures: np.ndarray) -> torch.Tensor:
+def encode_latents(vae: AutoencoderTiny, pictures: np.ndarray) -> torch.Tensor:
     """`[N, 12, 8, 8]` float16 of unit deviation."""
     shift, scale = vae.config.shift_factor, vae.config.scaling_factor
     parts = np.array_split(pictures, max(len(pictures) // 2000, 1))
-    return torch.cat([((vae.encode(to_model(p)).latents - shift) * scale).half() for p in parts])
+    return torch.cat([((vae.encode(scale_to_model(p)).latents - shift) * scale).half() for p in parts])

@@ -10,7 +10,7 @@ import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from ...errors import NftError, disk_advice
+from ...errors import NftError, advise_on_disk
 
 if TYPE_CHECKING:
     import torch
@@ -40,9 +40,9 @@ def save_scores(folder: Path, epoch: int, scores: Scores, groups: torch.Tensor) 
     from safetensors import SafetensorError
     from safetensors.numpy import save_file
 
-    from ...scoring.statistics import collect_figures
+    from ...scoring.statistics import list_figures
 
-    rewards, details = collect_figures(scores)
+    rewards, details = list_figures(scores)
     arrays = {"prompt": groups.numpy().astype(np.int32)}
     for name, figure in {"total": rewards["total"], **rewards, **details}.items():
         values, valid = (tensor.numpy() for tensor in figure)
@@ -56,7 +56,9 @@ def save_scores(folder: Path, epoch: int, scores: Scores, groups: torch.Tensor) 
         save_file(arrays, aside)
         aside.replace(path)
     except (OSError, SafetensorError) as error:
-        raise NftError(f"Cannot write {path}: {error}. {disk_advice(error)}, then resume the run.") from error
+        raise NftError(
+            f"Cannot write {path}: {error}. {advise_on_disk(error)}, then resume the run."
+        ) from error
 
 
 def list_scores(folder: Path) -> dict[int, Path]:

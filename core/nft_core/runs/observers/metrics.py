@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from nft_plugins import Run, hookimpl
 
-from ...errors import NftError, disk_advice
+from ...errors import NftError, advise_on_disk
 from .evaluations import list_scores
 
 if TYPE_CHECKING:
@@ -44,7 +44,7 @@ def append_record(folder: Path, record: Mapping[str, Any]) -> None:
 
 
 def say_unwritable(path: Path, error: OSError) -> NftError:
-    return NftError(f"Cannot write {path}: {error}. {disk_advice(error)}, then resume the run.")
+    return NftError(f"Cannot write {path}: {error}. {advise_on_disk(error)}, then resume the run.")
 
 
 def to_line(record: Mapping[str, Any]) -> str:

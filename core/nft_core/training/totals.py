@@ -1,0 +1,33 @@
+"""The total that figures show: it follows what is trained, so that the best checkpoint is the best at that."""
+
+from __future__ import annotations
+
+from collections.abc import MutableMapping
+from dataclasses import replace
+
+import torch
+
+from nft_plugins import Scores
+
+from ..objective.advantages import EPSILON
+from ..objective.choices import Combine
+
+
+def set_total(scores: Scores, combine: Combine, baseline: MutableMapping[str, float]) -> Scores:
+    """Replace the scores' total by what `combine` trains.
+
+    `sum` trains the weighted sum of the rewards, which the total is already. `normalized` trains their weighted
+    sum in standard deviations: each reward is divided by its deviation in the run's first evaluation, which
+    stays the same for the whole run so that totals can be compared.
+
+    baseline: gets `std NAME` of each reward where it has none yet.
+    """
+    if combine == "sum" or not scores.parts or not scores.valid.any():
+        return scores
+    total = torch.zeros(len(scores), dtype=torch.float64, device="cpu")
+    for name, (weight, part) in scores.parts.items():
+        if weight:  # The value of a reward that is only watched may be NaN.
+            values = part.values.double()
+            deviation = baseline.setdefault(f"std {name}", float(values[scores.valid].std(correction=0)))
+            total += weight * values / (deviation + EPSILON)
+    return replace(scores, values=total.where(scores.valid, 0).float())
