@@ -35,9 +35,9 @@ from peft import LoraConfig, get_peft_model
 from torch import Tensor
 
 from nft_core.models.sd3 import SD3
-from nft_core.objective.advantages import combined_advantages, optimality
+from nft_core.objective.advantages import compute_advantages, compute_optimality
 from nft_core.objective.loss import add_noise, kl_loss, nft_loss
-from nft_core.objective.schedules import lr_decay, next_kl_weight, old_decay, warmup
+from nft_core.objective.schedules import adapt_kl_weight, compute_lr_decay, compute_old_decay, compute_warmup
 from nft_core.objective.train_times import draw_times
 from nft_core.prompts import Prompt, draw_prompts_of_epoch
 from nft_core.sampling.draws import Draws
@@ -190,15 +190,15 @@ class Published:
         trajectories, conditions, futures = [], [], []
         for rows in torch.arange(len(draws)).split(self.settings.rollout_batch):
             with self.clock.phase("encode"):
-                c = self.encode([draws.prompt(int(n)).text for n in rows])
+                c = self.encode([draws.find_prompt(int(n)).text for n in rows])
             with self.clock.phase(NOT_COUNTED):
-                generators = [draws.generator(int(n)) for n in rows]
+                generators = [draws.make_generator(int(n)) for n in rows]
                 noise = randn_like(torch.empty(len(rows), *self.shape, device=self.device), generators)
             with self.clock.phase("rollout"):
                 latents = self.trajectory(noise, c, generators)
             with self.clock.phase("decode"):
                 images = self.decode(latents[:, -1])
-            futures.append(self.pool.submit(self.score, draws.batch(rows, images)))
+            futures.append(self.pool.submit(self.score, draws.make_batch(rows, images)))
             trajectories.append(latents)
             conditions.append(c)
         with self.clock.phase("reward"):
@@ -215,7 +215,7 @@ class Published:
         s = self.settings
         times, noise = [], []
         for n in rows.tolist():
-            source = draws.generator(n, "train")
+            source = draws.make_generator(n, "train")
             times.append(draw_times(s.train_times, s.train_times_count, self.times, s.time_shift, source))
             noise.append(torch.randn(s.train_times_count, *self.shape, generator=source))
         return torch.stack(times, 1), torch.stack(noise, 1)
@@ -230,8 +230,8 @@ class Published:
         indices = draw_prompts_of_epoch(len(self.prompts), s.prompts_per_epoch, s.seed, number)
         draws = Draws(self.prompts, indices, s.group_size, s.seed, "rollout", number)
         x_0, condition, scores = self.sample(draws)
-        advantages = combined_advantages(scores, draws.groups(), s.combine, s.std)
-        r = optimality(advantages, s.advantage_clip, s.advantage_mode).to(self.device)
+        advantages = compute_advantages(scores, draws.list_groups(), s.combine, s.std)
+        r = compute_optimality(advantages, s.advantage_clip, s.advantage_mode).to(self.device)
         sums, norms = torch.zeros(3, device=self.device), []
         with self.clock.phase("train"):
             for images in split_images(len(draws), s.updates_per_epoch, s.seed, number):
@@ -248,10 +248,10 @@ class Published:
                 if samples:
                     norms.append(self.update(number))
         with torch.no_grad():
-            torch._foreach_lerp_(self.old, self.parameters, 1 - old_decay(s.old_decay, self.step))
+            torch._foreach_lerp_(self.old, self.parameters, 1 - compute_old_decay(s.old_decay, self.step))
         policy_loss, kl, count = sums.tolist()
         loss = (policy_loss + self.kl_weight * kl) / count
-        self.kl_weight = next_kl_weight(self.kl_weight, kl / count, s.kl_target, s.kl_weight)
+        self.kl_weight = adapt_kl_weight(self.kl_weight, kl / count, s.kl_target, s.kl_weight)
         return {
             "loss": loss,
             "policy_loss": policy_loss / count,
@@ -280,9 +280,9 @@ class Published:
         s = self.settings
         self.scaler.unscale_(self.optimizer)
         norm = torch.nn.utils.clip_grad_norm_(self.parameters, s.max_grad_norm)
-        decay = lr_decay(s.lr_schedule, (number - 1) / s.epochs, s.warmup, self.step)
+        decay = compute_lr_decay(s.lr_schedule, (number - 1) / s.epochs, s.warmup, self.step)
         for group in self.optimizer.param_groups:
-            group["lr"] = s.lr * warmup(s.warmup, self.step) * decay
+            group["lr"] = s.lr * compute_warmup(s.warmup, self.step) * decay
         self.scaler.step(self.optimizer)
         self.scaler.update()
         self.optimizer.zero_grad(set_to_none=True)

@@ -93,6 +93,8 @@ class FlowModel(Protocol):
       `encode` after it loads that again.
     - `decode_in(dtype)`, after which `decode` computes in that dtype; its images stay float32.
     - `needs_autocast = False`, where `velocity` works on a transformer of bfloat16 without `torch.autocast`.
+    - `can_guide = False`, an attribute of the class, where classifier-free guidance means nothing to the model,
+      as where guidance is distilled into its weights: generation with guidance is then refused.
     """
 
     name: str

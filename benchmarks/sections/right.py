@@ -172,9 +172,11 @@ def solvers(report: Report) -> tuple[str, dict[str, Any]]:
             for run in runs:
                 run.sampler.solver = host.make_solver(name, {})
                 draws = Draws(run.prompts, [0, 1], 2, 0, "rollout", 1)
-                c = run.condition.of(draws.groups(), run.sampler.device)
+                c = run.condition.take_rows(draws.list_groups(), run.sampler.device)
                 with torch.no_grad():
-                    latents.append(run.sampler.sample_latents(c, [draws.generator(n) for n in range(4)]).cpu())
+                    latents.append(
+                        run.sampler.sample_latents(c, [draws.make_generator(n) for n in range(4)]).cpu()
+                    )
             found[name] = float((latents[0] - latents[1]).norm() / latents[1].norm())
     text = ", ".join(f"{name} {value:.0e}" for name, value in found.items())
     if not all(value < LATENTS for value in found.values()):

@@ -4,7 +4,12 @@ import pytest
 import torch
 
 from nft_core.errors import UsageError
-from nft_core.objective.advantages import combined_advantages, flat_groups, group_advantages, optimality
+from nft_core.objective.advantages import (
+    compute_advantages,
+    compute_optimality,
+    measure_flat_groups,
+    normalize_groups,
+)
 from nft_plugins import Part, Scores
 
 T = torch.tensor
@@ -15,13 +20,13 @@ ALL = T([True] * 4)
 
 def test_global_std_golden():
     # Group means 2 and 6: centred -1, 1, -2, 2. All of 1, 3, 4, 8: mean 4, variance (9+1+0+16)/4 = 6.5.
-    a = group_advantages(T([1.0, 3.0, 4.0, 8.0]), ALL, GROUPS, "global")
+    a = normalize_groups(T([1.0, 3.0, 4.0, 8.0]), ALL, GROUPS, "global")
     torch.testing.assert_close(a, T([-1.0, 1.0, -2.0, 2.0]) / (6.5**0.5 + EPS))
 
 
 def test_group_std_golden():
     # Deviations of the groups: 1 and 2.
-    a = group_advantages(T([1.0, 3.0, 4.0, 8.0]), ALL, GROUPS, "group")
+    a = normalize_groups(T([1.0, 3.0, 4.0, 8.0]), ALL, GROUPS, "group")
     torch.testing.assert_close(a, T([-1 / (1 + EPS), 1 / (1 + EPS), -2 / (2 + EPS), 2 / (2 + EPS)]))
 
 
@@ -29,20 +34,20 @@ def test_invalid_samples_take_no_part():
     # Without the invalid 1000: group 3 is 4 alone, so its advantage is 0; std of 1, 3, 4: mean 8/3.
     values, valid = T([1.0, 3.0, 4.0, 1000.0]), T([True, True, True, False])
     std = (((1 - 8 / 3) ** 2 + (3 - 8 / 3) ** 2 + (4 - 8 / 3) ** 2) / 3) ** 0.5
-    a = group_advantages(values, valid, GROUPS, "global")
+    a = normalize_groups(values, valid, GROUPS, "global")
     torch.testing.assert_close(a, T([-1.0, 1.0, 0.0, 0.0]) / (std + EPS))
     nan = values.clone()
     nan[3] = float("nan")
-    torch.testing.assert_close(group_advantages(nan, valid, GROUPS, "global"), a)
+    torch.testing.assert_close(normalize_groups(nan, valid, GROUPS, "global"), a)
 
 
 def test_nothing_valid_gives_zeros():
     none = T([False] * 4)
-    assert group_advantages(T([float("nan")] * 4), none, GROUPS).tolist() == [0.0] * 4
+    assert normalize_groups(T([float("nan")] * 4), none, GROUPS).tolist() == [0.0] * 4
 
 
 def test_equal_scores_give_zero_advantage():
-    assert group_advantages(T([5.0] * 4), ALL, GROUPS, "group").tolist() == [0.0] * 4
+    assert normalize_groups(T([5.0] * 4), ALL, GROUPS, "group").tolist() == [0.0] * 4
 
 
 def test_normalized_is_blind_to_spread_and_sum_is_not():
@@ -55,27 +60,27 @@ def test_normalized_is_blind_to_spread_and_sum_is_not():
             "large": Part(1.0, Scores(large, ALL)),
         },
     )
-    assert combined_advantages(scores, GROUPS, "sum")[0] > 0.9
+    assert compute_advantages(scores, GROUPS, "sum")[0] > 0.9
     torch.testing.assert_close(
-        combined_advantages(scores, GROUPS, "normalized"), torch.zeros(4), atol=1e-3, rtol=0
+        compute_advantages(scores, GROUPS, "normalized"), torch.zeros(4), atol=1e-3, rtol=0
     )
 
 
 def test_optimality_golden():
     a = T([-10.0, -2.5, 0.0, 2.5, 10.0])
-    assert optimality(a, 5.0).tolist() == [0.0, 0.25, 0.5, 0.75, 1.0]
-    assert optimality(a, 5.0, "positive_only").tolist() == [0.5, 0.5, 0.5, 0.75, 1.0]
-    assert optimality(a, 5.0, "negative_only").tolist() == [0.0, 0.25, 0.5, 0.5, 0.5]
+    assert compute_optimality(a, 5.0).tolist() == [0.0, 0.25, 0.5, 0.75, 1.0]
+    assert compute_optimality(a, 5.0, "positive_only").tolist() == [0.5, 0.5, 0.5, 0.75, 1.0]
+    assert compute_optimality(a, 5.0, "negative_only").tolist() == [0.0, 0.25, 0.5, 0.5, 0.5]
     # As published: 1 and 0 (one_only), -1, 0 and 1 (binary), in units of the clip.
-    torch.testing.assert_close(optimality(a, 5.0, "one_only"), T([0.5, 0.5, 0.5, 0.6, 0.6]))
-    torch.testing.assert_close(optimality(a, 5.0, "binary"), T([0.4, 0.4, 0.5, 0.6, 0.6]))
+    torch.testing.assert_close(compute_optimality(a, 5.0, "one_only"), T([0.5, 0.5, 0.5, 0.6, 0.6]))
+    torch.testing.assert_close(compute_optimality(a, 5.0, "binary"), T([0.4, 0.4, 0.5, 0.6, 0.6]))
     # A clip below 1 leaves these no room: still probabilities.
-    assert optimality(a, 0.25, "binary").tolist() == [0.0, 0.0, 0.5, 1.0, 1.0]
-    assert optimality(a, 0.25, "one_only").tolist() == [0.5, 0.5, 0.5, 1.0, 1.0]
+    assert compute_optimality(a, 0.25, "binary").tolist() == [0.0, 0.0, 0.5, 1.0, 1.0]
+    assert compute_optimality(a, 0.25, "one_only").tolist() == [0.5, 0.5, 0.5, 1.0, 1.0]
     with pytest.raises(UsageError, match="advantage_mode"):
-        optimality(a, 5.0, "most")
+        compute_optimality(a, 5.0, "most")
 
 
 def test_flat_groups():
-    assert flat_groups(T([1.0, 1.0, 2.0, 3.0]), ALL, GROUPS) == 0.5
-    assert flat_groups(T([1.0, 1.0, 2.0, 3.0]), T([True, True, True, False]), GROUPS) == 1.0
+    assert measure_flat_groups(T([1.0, 1.0, 2.0, 3.0]), ALL, GROUPS) == 0.5
+    assert measure_flat_groups(T([1.0, 1.0, 2.0, 3.0]), T([True, True, True, False]), GROUPS) == 1.0

@@ -241,8 +241,8 @@ def test_encodings_are_read_from_the_cache(tmp_path, monkeypatch):
     assert len(model.encoded) == 5
     everything = torch.arange(6)
     for found in (first, second):
-        for name, rows in found.of(everything, torch.device("cpu")).items():
-            assert torch.equal(rows, plain.of(everything, torch.device("cpu"))[name]), name
+        for name, rows in found.take_rows(everything, torch.device("cpu")).items():
+            assert torch.equal(rows, plain.take_rows(everything, torch.device("cpu"))[name]), name
     assert len(list((tmp_path / "cache").iterdir())) == 1
     encode_prompts(model, TEXTS[:2], range(2), tmp_path / "cache")
     model.scale = 2.0  # another option of the model
@@ -261,8 +261,8 @@ def test_many_encodings_go_to_a_file_that_goes_with_the_run(tmp_path, monkeypatc
     )
     found = encode_prompts(Counting(), TEXTS, range(6))
     everything, device = torch.arange(6), torch.device("cpu")
-    for name, rows in found.of(everything, device).items():
-        assert torch.equal(rows, plain.of(everything, device)[name]), name
+    for name, rows in found.take_rows(everything, device).items():
+        assert torch.equal(rows, plain.take_rows(everything, device)[name]), name
     assert seen[0].is_relative_to(tmp_path) and list(tmp_path.iterdir()) == []
 
 

@@ -2,7 +2,13 @@ import pytest
 import torch
 
 from nft_core.errors import UsageError
-from nft_core.objective.schedules import compute_ema_decay, lr_decay, next_kl_weight, old_decay, warmup
+from nft_core.objective.schedules import (
+    adapt_kl_weight,
+    compute_ema_decay,
+    compute_lr_decay,
+    compute_old_decay,
+    compute_warmup,
+)
 from nft_core.objective.train_times import draw_times
 from nft_core.seeds import make_generator
 
@@ -21,19 +27,19 @@ from nft_core.seeds import make_generator
     ],
 )
 def test_old_decay_golden(schedule, step, expected):
-    assert old_decay(schedule, step) == pytest.approx(expected)
+    assert compute_old_decay(schedule, step) == pytest.approx(expected)
 
 
 def test_old_decay_refuses_what_never_moves():
     with pytest.raises(UsageError, match="never move"):
-        old_decay(1.0, 0)
+        compute_old_decay(1.0, 0)
     with pytest.raises(UsageError, match="Did you mean 'ramp'"):
-        old_decay("ramps", 0)
+        compute_old_decay("ramps", 0)
 
 
 def test_warmup_golden():
-    assert [warmup(4, step) for step in range(6)] == [0.25, 0.5, 0.75, 1.0, 1.0, 1.0]
-    assert warmup(0, 0) == 1.0
+    assert [compute_warmup(4, step) for step in range(6)] == [0.25, 0.5, 0.75, 1.0, 1.0, 1.0]
+    assert compute_warmup(0, 0) == 1.0
 
 
 GRID = (1.0, 0.75, 0.5, 0.25, 0.0)
@@ -87,7 +93,7 @@ def test_generators_differ_by_every_part_of_the_key():
     ],
 )
 def test_lr_decay(schedule, share, expected):
-    assert lr_decay(schedule, share, warmup=20, step=1000) == pytest.approx(expected, abs=1e-12)
+    assert compute_lr_decay(schedule, share, warmup=20, step=1000) == pytest.approx(expected, abs=1e-12)
 
 
 @pytest.mark.parametrize(
@@ -95,7 +101,7 @@ def test_lr_decay(schedule, share, expected):
     [(20, 0, 1), (20, 19, 1), (20, 79, 0.5), (20, 179, 1 / 3), (0, 0, 1), (0, 3, 0.5)],
 )
 def test_inverse_sqrt(warmup, step, expected):
-    assert lr_decay("inverse_sqrt", 0.9, warmup, step) == pytest.approx(expected, abs=1e-12)
+    assert compute_lr_decay("inverse_sqrt", 0.9, warmup, step) == pytest.approx(expected, abs=1e-12)
 
 
 @pytest.mark.parametrize(
@@ -109,8 +115,8 @@ def test_inverse_sqrt(warmup, step, expected):
         (0.105, 0.0, 0.02, 0.1, 0.1),  # and not below the setting
     ],
 )
-def test_next_kl_weight(weight, kl, target, least, expected):
-    assert next_kl_weight(weight, kl, target, least) == pytest.approx(expected)
+def test_adapt_kl_weight(weight, kl, target, least, expected):
+    assert adapt_kl_weight(weight, kl, target, least) == pytest.approx(expected)
 
 
 def test_the_average_warms_up_as_published():

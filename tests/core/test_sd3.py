@@ -22,7 +22,7 @@ def test_each_text_that_is_drawn_is_encoded_once(sd3_folder):
     prompts = [Prompt(text, {}) for text in ("a", "b", "a", "c")]
     encoded = encode_prompts(model, prompts, [2, 0, 1])
     assert encoded.row.tolist() == [0, 1, 0, -1]
-    ours = encoded.of(torch.tensor([1, 2, 0]), torch.device("cpu"))
+    ours = encoded.take_rows(torch.tensor([1, 2, 0]), torch.device("cpu"))
     for name, rows in model.encode(["b", "a", "a"]).items():
         torch.testing.assert_close(ours[name], rows)
 

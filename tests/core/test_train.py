@@ -283,3 +283,17 @@ def test_a_process_without_images_of_an_update_has_no_samples(tmp_path):
     rollout = sample_images(run, epoch=1)
     elsewhere = replace(rollout, index=rollout.index[:2], x_0=rollout.x_0[:2])
     assert list(make_microbatches(run, elsewhere, torch.tensor([5, 6]), torch.zeros(8))) == []
+
+
+def test_evaluations_have_a_solver_steps_and_guidance_of_their_own(tmp_path):
+    plain = make(tmp_path)
+    run = make(tmp_path, eval_steps=7, eval_guidance=2.0)
+    assert (len(run.sampler.times), len(run.eval_sampler.times)) == (5, 8)
+    assert (run.sampler.guidance, run.eval_sampler.guidance) == (1.0, 2.0)
+    negative = run.policy.model.encode([""])
+    assert torch.equal(run.eval_sampler.negative["c"], negative["c"])
+    x_t, condition = torch.ones(2, 3, 1, 1), run.eval_condition.of(torch.tensor([0, 2]), torch.device("cpu"))
+    v, v_neg = (plain.sampler.predict(x_t, 0.5, c) for c in (condition, {"c": negative["c"].expand(2, 1)}))
+    torch.testing.assert_close(run.eval_sampler.predict(x_t, 0.5, condition), 2 * v - v_neg)
+    # Training stays without guidance.
+    torch.testing.assert_close(run.sampler.predict(x_t, 0.5, condition), v)

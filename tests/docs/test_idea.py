@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from nft_core.objective import loss, schedules
-from nft_core.objective.advantages import group_advantages, optimality
+from nft_core.objective.advantages import compute_optimality, normalize_groups
 
 PAGE = (Path(__file__).parents[2] / "docs/idea.md").read_text(encoding="utf-8")
 
@@ -55,20 +55,20 @@ def test_beta_plays_no_part_where_the_policies_agree(samples):
 def test_advantages_and_r():
     values = torch.tensor([1.0, 3.0, 10.0, 10.0])
     groups = torch.tensor([0, 0, 1, 1])
-    a = group_advantages(values, torch.ones(4, dtype=torch.bool), groups)
+    a = normalize_groups(values, torch.ones(4, dtype=torch.bool), groups)
     deviation = values.double().std(correction=0).item() + 1e-4
     assert a.tolist() == pytest.approx([-1 / deviation, 1 / deviation, 0, 0])
     c = 5.0
-    assert optimality(a, c).tolist() == pytest.approx([0.5 + x / (2 * c) for x in a.tolist()])
-    assert optimality(a, c, "binary").tolist() == pytest.approx([0.5 - 0.1, 0.5 + 0.1, 0.5, 0.5])
-    assert optimality(a, c, "one_only").tolist() == pytest.approx([0.5, 0.5 + 0.1, 0.5, 0.5])
+    assert compute_optimality(a, c).tolist() == pytest.approx([0.5 + x / (2 * c) for x in a.tolist()])
+    assert compute_optimality(a, c, "binary").tolist() == pytest.approx([0.5 - 0.1, 0.5 + 0.1, 0.5, 0.5])
+    assert compute_optimality(a, c, "one_only").tolist() == pytest.approx([0.5, 0.5 + 0.1, 0.5, 0.5])
 
 
 def test_schedules_of_the_old_policy():
     """The table has every schedule by name, and its numbers."""
     assert all(f"| `{name}`" in PAGE for name in schedules.OLD_DECAY)
     for n in (0, 10, 75, 80, 400, 1000):
-        assert schedules.old_decay("on_policy", n) == 0
-        assert schedules.old_decay("ramp", n) == pytest.approx(min(0.001 * n, 0.5))
-        assert schedules.old_decay("slow", n) == pytest.approx(min(0.0075 * max(n - 75, 0), 0.999))
+        assert schedules.compute_old_decay("on_policy", n) == 0
+        assert schedules.compute_old_decay("ramp", n) == pytest.approx(min(0.001 * n, 0.5))
+        assert schedules.compute_old_decay("slow", n) == pytest.approx(min(0.0075 * max(n - 75, 0), 0.999))
     assert "0.001 n, 0.5 at most" in PAGE and "then 0.0075 (n - 75), 0.999 at most" in PAGE

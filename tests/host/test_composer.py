@@ -9,7 +9,7 @@ from nft_core.errors import NftError, UsageError
 from nft_core.host.host import load_host
 from nft_core.host.local import load_object
 from nft_core.host.specs import FailurePolicy, RewardSpec, parse_reward
-from nft_core.objective.advantages import combined_advantages
+from nft_core.objective.advantages import compute_advantages
 from nft_core.scoring.composer import Composed, Guarded, Term, compose, merge_terms, reward
 from nft_core.scoring.failures import Tally
 from nft_plugins import Batch, PromptError, Scores
@@ -379,7 +379,7 @@ def test_a_composed_reward_of_a_file_stays_itself(mine, name, given):
     assert composed.tallies() == by_name.tallies()
     groups = torch.zeros(3, dtype=torch.int64)
     left, right = (
-        combined_advantages(c.without(s, {"Fails"}), groups, "normalized")
+        compute_advantages(c.without(s, {"Fails"}), groups, "normalized")
         for c, s in ((composed, scores), (by_name, expected))
     )
     assert left.any() and left.equal(right)

@@ -195,7 +195,7 @@ def test_a_wrapper_that_was_asked_for_and_cannot_start_ends_the_run(hooks):
             raise RuntimeError("no account")
             yield
 
-    hooks.ask(Broken(), "logger")
+    hooks.register_asked(Broken(), "logger")
     with pytest.raises(NftError, match="The observer logger cannot start: RuntimeError: no account"):
         hooks.notify("nft_run_started", run=RUN)
 

@@ -528,7 +528,7 @@ def test_observers_of_a_run_leave_with_it():
 
     told, host = [], load_host()
     for run in ("first", "second"):
-        with host.hooks.guests():
+        with host.hooks.unregister_afterwards():
             host.hooks.register(Observer(), "observer")
             host.hooks.notify("nft_run_started", run=run)
     host.hooks.notify("nft_run_started", run="third")

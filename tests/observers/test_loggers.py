@@ -50,7 +50,7 @@ def training():
 @pytest.fixture
 def host():
     host = load_host()
-    with host.hooks.guests():
+    with host.hooks.unregister_afterwards():
         yield host
 
 

@@ -30,7 +30,7 @@ NAMES = [
 @pytest.fixture
 def host():
     host = load_host()
-    with host.hooks.guests():
+    with host.hooks.unregister_afterwards():
         yield host
 
 

@@ -47,7 +47,7 @@ def show_plan(s: Settings, host: Host, card: float | None, rate: float | None) -
     rate: speed in TFLOP/s, for the shortest time that an epoch can take; None gives no time.
     """
     silence_libraries("diffusers", "transformers")
-    specs, _, prompts, held_out = prepare_inputs(s, host)
+    specs, _, prompts, held_out, _ = prepare_inputs(s, host)
     # The plan of a GPU is made without a GPU too, such as on a laptop.
     there = s.device == "cpu" or torch.cuda.is_available()
     device = pick_device(s.device) if there else torch.device("cuda")
@@ -230,7 +230,7 @@ def count_reward_bytes(
     for spec in specs:
         name = spec.title
         files = [f for value in spec.options.values() for f in find_local_files(value)]
-        said = str(getattr(host.reward(spec.name).info, "memory", ""))
+        said = str(getattr(host.find_reward(spec.name).info, "memory", ""))
         if files:
             known[name] = sum(f.stat().st_size for f in files)
         elif said and not any(isinstance(v, str) and is_reference(v) for v in spec.options.values()):

@@ -68,7 +68,7 @@ def describe_reward(host: Host, name: str) -> dict[str, Any]:
 
     `options` is the error's text if the factory cannot be imported.
     """
-    card = host.reward(name)
+    card = host.find_reward(name)
     (row,) = describe_cards({name: card})
     row |= {"distribution": card.distribution, "factory": card.info.factory if card.owners else name}
     row |= describe_readiness(card)

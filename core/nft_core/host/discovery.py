@@ -1,4 +1,4 @@
-"""Find entry points, load each in its own guard, classify what they offer."""
+"""Finds entry points, loads each in its own guard, and classifies what they offer."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ Info = TypeVar("Info", RewardInfo, SolverInfo, ModelInfo, ObserverInfo, Preset)
 
 
 class Found(NamedTuple):
-    """An entry point and the distribution that brings it. Without `entry`, `problem` says why."""
+    """Holds an entry point and the distribution that brings it. Without `entry`, `problem` says why."""
 
     entry: EntryPoint | None
     distribution: str
@@ -69,11 +69,13 @@ class Found(NamedTuple):
 
 @dataclass
 class Plugin:
-    """A row of `nft plugins`: where a plug-in comes from, whether it works, and if not, why and what to do.
+    """Describes a plug-in as a row of `nft plugins`: where it comes from, and whether it works or why not.
 
-    contract: the version it was written for, where it says so.
-    notes: what works with it, but not for ever or not without something else.
-    traceback: of what it raised, for its author.
+    status: `ok`, `broken` or `off`. cause, mend: why it is broken, and what helps.
+    offers: names on its cards.
+    contract: the version of the contract that it was written for, where it says so.
+    notes: what its user should know although it works, such as a package that is missing.
+    traceback: of the error that it raised, for its author.
     """
 
     name: str
@@ -100,14 +102,14 @@ class Plugin:
 
 @dataclass(frozen=True)
 class Registered(Generic[Info]):
-    """A card and the plug-ins that claim its name: one, unless they conflict; none where it is a user's own."""
+    """Holds a card and the plug-ins that claim its name: several in a conflict, none for a user's own file."""
 
     info: Info
     owners: tuple[str, ...]
 
     @property
     def distribution(self) -> str:
-        """What pip calls the package that brings it."""
+        """Give the name by which pip knows the package that brings it."""
         return self.owners[0].partition(" ")[0] if self.owners else ""
 
     @property
@@ -154,22 +156,24 @@ def discover(hooks: Hooks, cards: Cards) -> list[Plugin]:
 
 @contextmanager
 def isolate_plugin(row: Plugin, what: str) -> Iterator[Callable[[Any], Any]]:
-    """Code of a plug-in that runs inside breaks its row alone. what: is being done.
+    """Let code of a plug-in run inside: what it raises breaks its own row and nothing else.
 
-    Yields what ties the `register` of a hook to the plug-in.
+    what: is being done, in words for the cause.
+    Yields a function that ties the `register` of a hook to the plug-in's row.
     """
     with catch_ctrl_c(), note_deprecations(row), redirect_prints(), keep_python_state(), break_alone(row, what):
         yield lambda register: partial(register, row)
 
 
 def find_entry_points() -> list[Found]:
-    """The entry points of the group; the built-ins first, then by name.
+    """Find the entry points of the group; the built-ins come first, then the others by name.
 
-    Of several distributions of a name Python imports from the first, and so only its entry points count.
+    Where several distributions have one name, Python imports the first of them, so only its entry points count.
     """
     unique: dict[tuple[str, str], Found] = {}
     taken = set()
     for distribution in distributions():
+        # As pip compares names: My_Package and my-package are one.
         key = re.sub("[-_.]+", "-", read_name_of_folder(distribution)[0]).lower()
         if key in taken:
             continue
@@ -185,6 +189,7 @@ def find_entry_points() -> list[Found]:
 def read_entries(distribution: Distribution) -> tuple[list[EntryPoint], str]:
     """Read a distribution's entry points of the group, or say why they cannot be read."""
     try:
+        # A look at the text is quick. Parsing that of every installed package would slow down each command.
         if ENTRY_POINT_GROUP not in (distribution.read_text("entry_points.txt") or ""):
             return [], ""
         return [e for e in distribution.entry_points if e.group == ENTRY_POINT_GROUP], ""
@@ -257,7 +262,7 @@ def break_alone(row: Plugin, what: str) -> Iterator[None]:
 
 
 def check_imported_contract() -> list[Plugin]:
-    """A broken row where the contract that was imported is not the one that is installed; else none.
+    """Check that the contract that was imported is the installed one; returns a broken row if not, else none.
 
     Two copies come of a checkout as the current folder, of PYTHONPATH, and of one package upgraded without the
     other. Their classes differ: a card of one copy is no card to a host with the other.
@@ -269,7 +274,7 @@ def check_imported_contract() -> list[Plugin]:
 
 
 def compare_contract(row: Plugin) -> None:
-    """Break the row where the imported contract is another copy, or of another version, than it should be."""
+    """Mark the row as broken where the imported contract is another copy or version than it should be."""
     imported = Path(nft_plugins.__file__).resolve().parent
     again = f"in {OWN}'s folder, pip install -e nft_plugins -e ."
     try:
@@ -282,15 +287,15 @@ def compare_contract(row: Plugin) -> None:
     if row.version != own:
         cause = f"{OWN} {own} needs {CONTRACT_PACKAGE} of the same version, and {row.version} is installed"
         row.mark_broken(cause, f"pip install {CONTRACT_PACKAGE}=={own}, or {again}")
-    elif imported != (installed := folder_of(package)):
+    elif imported != (installed := find_contract_folder(package)):
         row.mark_broken(
             f"the contract was imported from {imported}, and {CONTRACT_PACKAGE} is installed in {installed}",
             f"take {imported.parent} off PYTHONPATH and do not start nft there; to use that copy, {again}",
         )
 
 
-def folder_of(package: Distribution) -> Path:
-    """The folder of the contract's modules that its distribution speaks of."""
+def find_contract_folder(package: Distribution) -> Path:
+    """Find the folder that the contract's distribution has put its modules into."""
     origin = json.loads(package.read_text("direct_url.json") or "{}")
     if origin.get("dir_info", {}).get("editable"):  # Its pyproject.toml lies beside the modules.
         return Path(unquote(urlsplit(origin["url"]).path)).resolve()
@@ -353,7 +358,7 @@ def _claim_name(
 ) -> None:
     """Put a card under its name, or mark its plug-in as broken where it cannot stand there."""
     owner = f"{row.distribution} ({row.name})"
-    # In this order: a later check reads what the ones before it have looked at.
+    # In this order, since each check reads fields that the ones before it have found well.
     if not isinstance(info, kind):
         row.mark_broken(f"{hook} registered a {type(info).__name__}, not a {kind.__name__}")
     elif not is_name(info.name, kind):

@@ -1,4 +1,4 @@
-"""Factories, which cards name, and the options that users give them."""
+"""Imports the factories that cards name, and calls them with the options that users give."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from ..errors import NftError, UsageError, describe_error, locate_error, missing
 
 
 def is_installed(module: str) -> bool:
-    """Whether a module could be imported; it is not imported for that, since it may be heavy."""
+    """Tell whether a module is installed, without importing it, which may take long."""
     try:
         return importlib.util.find_spec(module) is not None
     except (ImportError, ValueError):
@@ -40,6 +40,7 @@ def call_factory(
 ) -> Any:
     """Call a factory with the user's options, and with those of `offered` that it takes.
 
+    what: the thing to be made, in words for errors. arguments: come first, without names.
     Raises UsageError for an option that is not in its signature or has a value of another type.
     """
     call = import_factory(factory)

@@ -1,4 +1,4 @@
-"""pluggy calls the hooks. A plug-in that fails in one of them fails alone."""
+"""Calls the hooks of plug-ins and observers through pluggy. One that fails in a hook fails alone."""
 
 from __future__ import annotations
 
@@ -23,10 +23,12 @@ Guard: TypeAlias = "Callable[[str], AbstractContextManager[Callable[[Any], Any]]
 
 
 class Hooks:
-    """The hooks of all plug-ins and of a run's observers.
+    """Holds the hooks of all plug-ins and of a run's observers.
 
-    manager: pluggy's. It knows a stand-in of each plug-in, whose functions raise nothing, since pluggy itself
-        tells nobody more once one of them has raised.
+    manager: pluggy's. Where a hook raises, pluggy calls none of the others; so what it is given is a stand-in
+    for
+        each plug-in, whose functions raise nothing.
+    asked: names of the observers that the user has asked for. ending: the error that is to end the run.
     """
 
     def __init__(self) -> None:
@@ -49,14 +51,14 @@ class Hooks:
 
         self.manager.register(make_stand_in(observer, name, self.manager, guard), name)
 
-    def ask(self, observer: object, name: str) -> None:
+    def register_asked(self, observer: object, name: str) -> None:
         """Add an observer that the user has asked for: where it cannot even start, the run does not."""
         self.register(observer, name)
         self.asked.add(name)
 
     @contextmanager
-    def guests(self) -> Iterator[None]:
-        """Observers registered inside leave at the end: the next run finds the host as it was."""
+    def unregister_afterwards(self) -> Iterator[None]:
+        """Remove at the end the observers that are registered inside: the next run finds the host as it was."""
         before = self.manager.get_plugins()
         try:
             yield
@@ -66,10 +68,10 @@ class Hooks:
             self.asked.clear()
 
     def notify(self, hook: str, **arguments: Any) -> None:
-        """Tell every observer. One that raises, be it SystemExit, is reported and dropped.
+        """Call a hook of every observer. One that raises, be it SystemExit, is reported and dropped.
 
-        Only an NftError, Ctrl-C, and what an observer that was asked for raises before anything is trained end
-        the run, when the other observers have been told.
+        Three errors end the run, once the other observers have been called: an NftError, Ctrl-C, and what an
+        observer that was asked for raises when the run starts.
         """
         getattr(self.manager.hook, hook)(**arguments)
         if error := self.ending:
@@ -97,7 +99,7 @@ class Hooks:
 
 
 def make_stand_in(plugin: object, name: str, manager: pluggy.PluginManager, guard: Guard) -> ModuleType:
-    """A module with the plug-in's hooks, each with its options for pluggy and inside `guard`."""
+    """Make a module with the plug-in's hooks, each inside `guard` and with its options for pluggy."""
     stand = ModuleType(name)
     for attribute in dir(plugin):
         options = manager.parse_hookimpl_opts(plugin, attribute)

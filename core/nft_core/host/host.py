@@ -1,4 +1,4 @@
-"""The plug-in host: what all plug-ins of this environment offer, by name, and what is made of it."""
+"""Keeps what all plug-ins of this environment offer, by name, and makes rewards, solvers and models of it."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ from .specs import FailurePolicy, ObserverSpec, parse_reward, split_options
 
 @dataclass
 class Host:
-    """What all plug-ins offer, by name."""
+    """Holds what all plug-ins offer, by name."""
 
     hooks: Hooks
     plugins: list[Plugin] = field(default_factory=list)
@@ -44,7 +44,7 @@ class Host:
 
     @property
     def cards(self) -> Cards:
-        """All cards, by the hook that registers them."""
+        """Give all cards, by the hook that registers them."""
         return {
             "nft_register_rewards": self.rewards,
             "nft_register_solvers": self.solvers,
@@ -53,11 +53,11 @@ class Host:
             "nft_register_presets": self.presets,
         }
 
-    def reward(self, name: str | Callable[..., Any]) -> Registered[RewardInfo]:
-        """The card of a reward by name, `FILE.py:NAME` or `MODULE:NAME`, or of a Python function or object."""
+    def find_reward(self, name: str | Callable[..., Any]) -> Registered[RewardInfo]:
+        """Find the card of a reward by its name, or make one for `FILE.py:NAME`, `MODULE:NAME` or an object."""
         if not isinstance(name, str) or is_reference(name):
             return make_local_card(name)
-        return self._one("reward", name, self.rewards)
+        return self._find_card("reward", name, self.rewards)
 
     def make_reward(
         self,
@@ -70,7 +70,7 @@ class Host:
     ) -> Reward:
         """Load a reward. Raises UsageError for the name or an option, NftError where it cannot be loaded.
 
-        name: as of `reward`.
+        name: as for `find_reward`.
         defaults: options, by name, of the rewards that this one is made of.
         loaded: rewards by name and options; one that is there is not loaded again.
         inside: names of the rewards that this one is made for.
@@ -80,7 +80,7 @@ class Host:
         key = (name if isinstance(name, str) else id(name), repr(sorted(options.items())))
         if key in loaded:
             return loaded[key]
-        card = self.reward(name)
+        card = self.find_reward(name)
         name, what = card.info.name, name_card("reward", card)
         require_modules(card, what)
 
@@ -109,7 +109,7 @@ class Host:
         return made
 
     def make_solver(self, name: str, options: Mapping[str, Any]) -> Solver:
-        """A solver by name, or by `FILE.py:NAME`; `diffusers:CLASS` is made by the family `diffusers:`."""
+        """Make a solver by name, or by `FILE.py:NAME`; the family `diffusers:` makes `diffusers:CLASS`."""
         family, colon, member = name.partition(":")
         if is_reference(name) and family + colon not in self.solvers:
             arguments: tuple[str, ...] = ()
@@ -117,7 +117,7 @@ class Host:
             if isinstance(factory, Solver) and not inspect.isclass(factory) and not options:
                 return factory
         else:
-            card = self._one("solver", family + colon, self.solvers)
+            card = self._find_card("solver", family + colon, self.solvers)
             if colon and not member:
                 raise UsageError(f"The solver {name!r} is a family: name one of its members, as {name}CLASS.")
             what, factory, arguments = name_card("solver", card), card.info.factory, (member,) if colon else ()
@@ -127,8 +127,8 @@ class Host:
         return made
 
     def make_observer(self, spec: ObserverSpec) -> object:
-        """An observer by name. Raises UsageError and NftError as `make_reward` does."""
-        card = self._one("observer", spec.name, self.observers)
+        """Make an observer by name. Raises UsageError and NftError as `make_reward` does."""
+        card = self._find_card("observer", spec.name, self.observers)
         what = name_card("observer", card)
         require_modules(card, what)
         made = call_factory(what, card.info.factory, (), spec.options, {})
@@ -137,11 +137,12 @@ class Host:
         return typing.cast(object, made)
 
     def make_model(self, family: str, checkpoint: str, options: Mapping[str, Any], **offered: Any) -> FlowModel:
-        """A base model of a family, with the user's options, and with what is offered that its factory takes.
+        """Make a base model of a family, with the user's options, and with what is offered that its factory
+        takes.
 
         Raises UsageError for an option that is not in its signature or has a value of another type.
         """
-        card = self._one("model family", family, self.models)
+        card = self._find_card("model family", family, self.models)
         factory = import_factory(card.info.factory)
         known = dict(inspect.signature(factory).parameters)
         every = any(p.kind is p.VAR_KEYWORD for p in known.values())
@@ -159,14 +160,14 @@ class Host:
         return made
 
     def choose_family(self, pipeline: str, chosen: str = "") -> str | None:
-        """The name of the family that handles a pipeline's class; None where there is none.
+        """Choose the family that handles a pipeline's class; returns its name, or None where there is none.
 
         chosen: by the user. Raises UsageError where it does not handle the class, and where nothing is chosen
         and several families do: none stands silently in another's place.
         """
         handling = [name for name, card in self.models.items() if pipeline in card.info.pipelines]
         if chosen:
-            card = self._one("model family", chosen, self.models)
+            card = self._find_card("model family", chosen, self.models)
             if chosen not in handling:
                 raise UsageError(
                     f"family = {chosen!r} handles {', '.join(card.info.pipelines)}, and the model is a "
@@ -181,9 +182,10 @@ class Host:
             )
         return handling[0] if handling else None
 
-    def _one(self, kind: str, name: str, cards: Mapping[str, Registered[Info]]) -> Registered[Info]:
+    def _find_card(self, kind: str, name: str, cards: Mapping[str, Registered[Info]]) -> Registered[Info]:
+        """Find a card by name. Raises UsageError where there is none or several plug-ins claim the name."""
         if name not in cards:
-            raise unknown_name(kind, name, cards, self._hint(), lists=f"nft {kind.split()[0]}s")
+            raise unknown_name(kind, name, cards, self._list_suspects(), lists=f"nft {kind.split()[0]}s")
         if len(owners := cards[name].owners) > 1:
             raise UsageError(
                 f"The {kind} {name!r} is claimed by {' and '.join(owners)}: uninstall one of them, or "
@@ -201,7 +203,7 @@ class Host:
         ]
 
     def try_all(self) -> None:
-        """Make everything that strangers offer, with default options; what cannot be made breaks its row."""
+        """Make everything that strangers offer, with default options; mark rows as broken where that fails."""
         makers: list[tuple[Mapping[str, Registered[Any]], Callable[[str], object]]] = [
             (self.rewards, lambda name: self.make_reward(name, {})),
             (self.solvers, lambda name: self.make_solver(name, {})),
@@ -220,7 +222,7 @@ class Host:
                     for owner in card.owners:
                         rows[owner].mark_broken(str(error), mend, error.__cause__)
 
-    def _hint(self) -> str:
+    def _list_suspects(self) -> str:
         """Say which plug-ins might have brought an unknown name: those that are broken or switched off."""
         broken = [f"{p.name} is broken: {p.cause}" for p in self.plugins if p.status == "broken"]
         off = [p.name for p in self.plugins if p.status == "off"]

@@ -1,4 +1,4 @@
-"""What a reward or an observer is given, and the state of the process: neither can be spoiled for others."""
+"""Lends rewards and observers what they may change, and puts back what they changed of the process."""
 
 from __future__ import annotations
 
@@ -32,9 +32,9 @@ T = TypeVar("T")
 
 #: Types of which nothing can be changed; most of what metadata holds.
 PLAIN = frozenset({str, int, float, bool, type(None)})
-#: To make a tensor lazy changes it, which two threads must not do at once.
+#: A lazy copy changes the tensor that is copied, and two threads must not do that at once.
 lazily = Lock()
-#: Rewards, with what of the process they changed, of which the user was told.
+#: Rewards, each with what it changed of the process, that the user was warned of already.
 told: set[tuple[str, str]] = set()
 
 
@@ -63,7 +63,10 @@ class Lent(Batch):
 
 
 def lend_batch(batch: Batch) -> Batch:
-    """The batch for one reward. Images are copied when it writes to them; on a GPU, which is quick, at once."""
+    """Lend a batch to one reward.
+
+    Images are copied when it writes to them; on a GPU, where copies are quick, at once.
+    """
     lent = Lent(
         copy_arrays(batch.images),
         copy_for_plugin(batch.prompts),
@@ -99,7 +102,7 @@ def copy_arrays(value: T) -> T:
 
 
 def copy_lazily(tensor: Tensor) -> Tensor:
-    """A copy whose memory is the other's until one of the two is written to, in whatever way.
+    """Copy a tensor such that both share their memory until one of the two is written to, in whatever way.
 
     On a GPU torch would make the copy on another stream than the one that writes.
     """
@@ -115,7 +118,7 @@ def copy_lazily(tensor: Tensor) -> Tensor:
 
 
 def lend_picture(image: Image) -> Image:
-    """The picture with the same pixels, which Pillow copies before something is drawn in it."""
+    """Lend a picture with the same pixels, which Pillow copies before something is drawn in it."""
     view = image._new(image.im)
     view.readonly = 1
     return view
@@ -146,7 +149,7 @@ def copy_for_plugin(value: Any) -> Any:
 
 
 class Inside:
-    """A reward of which another one is made: it has a batch of its own too."""
+    """Wraps a reward that another one calls, so that it is lent a batch of its own too."""
 
     def __init__(self, reward: Reward) -> None:
         self.reward = reward
@@ -169,9 +172,10 @@ trusted: Noted = []
 
 @contextmanager
 def trust_main_thread() -> Iterator[None]:
-    """Let other threads take the state of OF_MOMENTS as it is now for the one to put back, while inside.
+    """Note OF_MOMENTS as they are now; inside, other threads put these back, and not what they find.
 
-    To be entered while no model and no reward is at work: what the main thread changes later is not theirs.
+    Enter it while no model and no reward is at work. Later the main thread may change these for a moment, and a
+    reward that starts in that moment must not take the change for the rule.
     """
     global trusted
     outer, trusted = trusted, [(p, value) for p, value in noted(shared_places()) if p.name in OF_MOMENTS]
@@ -183,7 +187,7 @@ def trust_main_thread() -> Iterator[None]:
 
 @contextmanager
 def keep_process_state(who: str, making: bool = False) -> Iterator[None]:
-    """Put back what is run inside changes of the process, and warn where numbers of other threads may be wrong.
+    """Put back what code inside changes of the process, and warn where others' numbers may be wrong.
 
     who: a call of a reward, in words.
     making: it is imported or made, where libraries are imported, whose settings stay.
@@ -208,7 +212,7 @@ def keep_process_state(who: str, making: bool = False) -> Iterator[None]:
 
 @contextmanager
 def keep_python_state() -> Iterator[None]:
-    """Put back what is run inside changes of Python's own state, where nothing else is imported yet."""
+    """Put back what code inside changes of Python's own state, where nothing else is imported yet."""
     before = noted(python_places(), BY_IMPORTS)
     try:
         yield
@@ -218,7 +222,7 @@ def keep_python_state() -> Iterator[None]:
 
 @contextmanager
 def keep_thread_state() -> Iterator[None]:
-    """Put back what is run inside changes of this thread."""
+    """Put back what code inside changes of this thread."""
     import torch
 
     before = noted(of_a_thread())
@@ -232,6 +236,6 @@ def keep_thread_state() -> Iterator[None]:
 
 @contextmanager
 def keep_state(who: str, making: bool = False) -> Iterator[None]:
-    """Put back what is run inside changes of the process and of this thread."""
+    """Put back what code inside changes of the process and of this thread."""
     with keep_process_state(who, making), keep_thread_state():
         yield

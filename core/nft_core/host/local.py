@@ -1,4 +1,4 @@
-"""Without a package: objects by `FILE.py:NAME` or `MODULE:NAME`, and plain functions as rewards."""
+"""Loads objects by `FILE.py:NAME` or `MODULE:NAME`, and makes rewards of plain functions."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ importing: ContextVar[bool] = ContextVar("importing", default=False)
 
 
 def is_reference(name: str) -> bool:
-    """Whether a name is `FILE.py:NAME` or `MODULE:NAME`."""
+    """Tell whether a name is `FILE.py:NAME` or `MODULE:NAME`."""
     location, colon, attribute = name.rpartition(":")
     return bool(colon) and location != "" and attribute.isidentifier()
 
@@ -189,7 +189,8 @@ def adapt_reward(made: Any, title: str) -> Any:
 
 @dataclass(frozen=True, eq=False)
 class FunctionReward:
-    """A function or object that takes fields of the batch and returns a number for each image.
+    """Makes a reward of a function or object that takes fields of the batch and returns a number for each
+    image.
 
     takes: the fields that it is given by name; without any, it is given the batch.
     """

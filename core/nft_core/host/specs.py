@@ -1,4 +1,4 @@
-"""Rewards and observers by name: `NAME[=WEIGHT][,KEY=VALUE...]`, on the command line, in TOML and in Python."""
+"""Reads what users write of rewards and observers: `NAME[=WEIGHT][,KEY=VALUE...]`, TOML tables, or Python."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ MOST_RETRIES, MOST_SECONDS, MOST_WEIGHT = 1000, 1e6, 1e30
 
 @dataclass(frozen=True)
 class FailurePolicy:
-    """What is done where a reward fails; the names are words of its spec, which its factory never sees.
+    """Says what is done where a reward fails. The fields are words of its spec that its factory never sees.
 
-    on_error: `stop` ends the run, `mask` leaves the samples out, `skip` the reward for the epoch.
-    retry: attempts after the first.
-    max_seconds: that a call may take; 0: any time.
+    on_error: `stop` ends the run, `mask` leaves out the images of the call, `skip` the reward for the epoch.
+    retry: number of attempts after the first.
+    max_seconds: how long a call may take, in seconds; 0 sets no limit.
     """
 
     on_error: OnError = "stop"
@@ -38,9 +38,9 @@ class FailurePolicy:
 
 @dataclass(frozen=True)
 class RewardSpec:
-    """A reward's name, or a Python function or object that is one, its weight in the sum, and its options.
+    """Holds what a user said of a reward: its name, its weight in the sum and its options.
 
-    guard: what is done where it fails.
+    name: or a Python function or object that is the reward. guard: what is done where it fails.
     """
 
     name: str | Callable[..., Any]
@@ -53,14 +53,14 @@ class RewardSpec:
         return f"{self.name}={self.weight!r}" + "".join(f",{key}={value}" for key, value in words.items())
 
     def with_options(self, options: Mapping[str, Any]) -> RewardSpec:
-        """The spec with further options, the guard's words among them; they come before its own."""
+        """Add options, the guard's words among them; where both give one, the added one counts."""
         words, rest = split_options(options)
         guard = parse_failure_policy(words, self.title, self.guard)
         return replace(self, options={**self.options, **rest}, guard=guard)
 
     @property
     def title(self) -> str:
-        """What figures are called: the name, or the last part of `FILE.py:NAME`."""
+        """Give the name that figures have: the reward's, or the last part of `FILE.py:NAME`."""
         if isinstance(self.name, str):
             return self.name.rpartition(":")[2]
         return str(getattr(self.name, "__name__", type(self.name).__name__))
@@ -68,7 +68,7 @@ class RewardSpec:
 
 @dataclass(frozen=True)
 class ObserverSpec:
-    """An observer's name and the options that its factory is given."""
+    """Holds an observer's name and the options that its factory is given."""
 
     name: str
     options: Mapping[str, Any] = field(default_factory=dict)
@@ -136,7 +136,7 @@ def _shorten_value(value: Any) -> str:
 
 
 def _parse_number(value: Any) -> float:
-    """Convert to a number; NaN, which is in no range, for what is none."""
+    """Convert to a number; what is none becomes NaN, which no range contains."""
     try:
         return math.nan if isinstance(value, bool) else float(value)
     except (TypeError, ValueError, OverflowError):

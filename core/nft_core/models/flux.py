@@ -24,6 +24,7 @@ class Flux(PipelineModel):
 
     pipeline_class = "FluxPipeline"
     lora_targets = SD3.lora_targets
+    can_guide = False  # Both dev and schnell are distilled.
 
     def __init__(
         self,

@@ -52,6 +52,8 @@ class PipelineModel:
     default_side: ClassVar[int] = 512
     #: diffusers' pipelines run in 16 bits without torch.autocast.
     needs_autocast: ClassVar[bool] = False
+    #: Whether classifier-free guidance means something to it: not where guidance is distilled into its weights.
+    can_guide: ClassVar[bool] = True
     #: Whether its folder must hold weights: the benchmarks' models make their own.
     has_weights: ClassVar[bool] = True
     #: Whether the pipeline hands its scheduler evenly spaced sigmas. Others hand it the number of steps.

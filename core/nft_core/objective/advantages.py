@@ -1,4 +1,4 @@
-"""From rewards to optimality probabilities: group-normalised advantages, as pure functions of tensors."""
+"""Turns rewards into advantages, and these into optimality probabilities, with pure functions of tensors."""
 
 from __future__ import annotations
 
@@ -16,8 +16,9 @@ from .choices import AdvantageMode, Combine, Std
 EPSILON = 1e-4
 
 
-def group_mean(values: Tensor, valid: Tensor, groups: Tensor) -> Tensor:
-    """The mean over the valid members of each sample's group, `[N]`; 0 where a group has none."""
+def average_groups(values: Tensor, valid: Tensor, groups: Tensor) -> Tensor:
+    """Average the valid members of each sample's group, `[N]`; 0 where a group has none."""
+    # Numbers of prompts may have gaps, such as 3 and 7; index counts the groups from 0.
     _, index = torch.unique(groups, return_inverse=True)
     size = int(index.max()) + 1
     zeros = values.new_zeros(size)
@@ -26,8 +27,8 @@ def group_mean(values: Tensor, valid: Tensor, groups: Tensor) -> Tensor:
     return (total / count.clamp_min(1))[index]
 
 
-def group_advantages(values: Tensor, valid: Tensor, groups: Tensor, std: Std = "global") -> Tensor:
-    """`(R - mean of the group) / (std + 1e-4)`, `[N]` float32; 0 for samples that are not valid.
+def normalize_groups(values: Tensor, valid: Tensor, groups: Tensor, std: Std = "global") -> Tensor:
+    """Compute `(R - mean of the group) / (std + 1e-4)`, `[N]` float32; 0 for samples that are not valid.
 
     values: `[N]`; valid: `[N]` bool; groups: `[N]` int, equal for images of the same prompt.
     std: `global`, of all valid values together (the published default), or `group`, of each group.
@@ -35,35 +36,36 @@ def group_advantages(values: Tensor, valid: Tensor, groups: Tensor, std: Std = "
     """
     if not valid.any():
         return torch.zeros(len(values), dtype=torch.float32, device="cpu")
+    # In float64: a group's differences may be small beside its mean.
     values = values.double()
-    centred = values - group_mean(values, valid, groups)
+    centred = values - average_groups(values, valid, groups)
     if std == "group":
-        deviation = group_mean(centred.square(), valid, groups).sqrt()
+        deviation = average_groups(centred.square(), valid, groups).sqrt()
     else:
         deviation = values[valid].std(correction=0)
     return (centred / (deviation + EPSILON)).where(valid, 0).float()
 
 
-def combined_advantages(
-    scores: Scores, groups: Tensor, combine: Combine = "sum", std: Std = "global"
-) -> Tensor:
-    """Advantages of a composed reward, `[N]`.
+def compute_advantages(scores: Scores, groups: Tensor, combine: Combine = "sum", std: Std = "global") -> Tensor:
+    """Compute the advantages of a composed reward, `[N]` float32.
 
     `sum` normalises the weighted sum (the paper's). `normalized` normalises each part first and
     then takes the weighted sum, so that a reward's spread does not decide how much it counts.
     """
     if combine == "sum" or not scores.parts:
-        return group_advantages(scores.values, scores.valid, groups, std)
+        return normalize_groups(scores.values, scores.valid, groups, std)
     if combine != "normalized":
         raise unknown_name("rule to combine rewards", combine, get_args(Combine))
     total = torch.zeros(len(scores), dtype=torch.float32, device="cpu")
     for weight, part in scores.parts.values():
-        total += weight * group_advantages(part.values, scores.valid, groups, std)
+        # A sample counts where all members that have a weight have scored it, so that all look at the same
+        # samples.
+        total += weight * normalize_groups(part.values, scores.valid, groups, std)
     return total
 
 
-def optimality(advantages: Tensor, clip: float, mode: AdvantageMode = "all") -> Tensor:
-    """Optimality probabilities r in [0, 1]: `1/2 + clamp(A, -clip, clip) / (2 clip)`.
+def compute_optimality(advantages: Tensor, clip: float, mode: AdvantageMode = "all") -> Tensor:
+    """Compute the optimality probabilities r in [0, 1]: `1/2 + clamp(A, -clip, clip) / (2 clip)`.
 
     mode: which advantages count, after the published code: `all`; `positive_only` and
     `negative_only` replace the others by 0; `one_only` keeps 1 for the positive and 0 for the rest;
@@ -86,8 +88,8 @@ def optimality(advantages: Tensor, clip: float, mode: AdvantageMode = "all") -> 
     return (a / (2 * clip) + 0.5).clamp(0, 1)
 
 
-def flat_groups(values: Tensor, valid: Tensor, groups: Tensor) -> float:
-    """Share of the groups whose valid values are all equal, and so teach nothing."""
+def measure_flat_groups(values: Tensor, valid: Tensor, groups: Tensor) -> float:
+    """Measure the share of the groups, in [0, 1], whose valid values are all equal, and so teach nothing."""
     ids = torch.unique(groups)
     flat = [bool((v := values[valid & (groups == g)]).numel() < 2 or v.min() == v.max()) for g in ids]
     return sum(flat) / len(flat)

@@ -1,4 +1,4 @@
-"""The named choices of the objective. They stand apart so that settings can be read without importing torch."""
+"""Names the choices of the objective. They have a file of their own since settings are read without torch."""
 
 from typing import Literal
 

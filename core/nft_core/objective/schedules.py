@@ -1,5 +1,4 @@
-"""How the old policy follows the live one, `old <- d old + (1 - d) theta`, and how the learning rate and the KL
-weight move, and how fast the averaged weights do."""
+"""Moves d of the old policy, `old <- d old + (1 - d) theta`, the EMA's, the learning rate and the KL weight."""
 
 from __future__ import annotations
 
@@ -19,8 +18,8 @@ OLD_DECAY: dict[str, Callable[[int], float]] = {
 }
 
 
-def old_decay(schedule: str | float, step: int) -> float:
-    """d in [0, 1) after `step` gradient steps.
+def compute_old_decay(schedule: str | float, step: int) -> float:
+    """Compute the old policy's decay d in [0, 1) after `step` gradient steps.
 
     schedule: a number for a constant d; `on_policy` (0: the old policy is the live one of an epoch
     ago); `ramp` (0.001 a step up to 0.5); `slow` (0 for 75 steps, then 0.0075 a step up to 0.999).
@@ -42,15 +41,18 @@ def compute_ema_decay(limit: float, step: int) -> float:
     return min((1 + step) / (10 + step), limit)
 
 
-def warmup(steps: int, step: int) -> float:
-    """The learning rate's factor at gradient step `step` (from 0): linear up to 1 over `steps`."""
+def compute_warmup(steps: int, step: int) -> float:
+    """Compute the factor of the learning rate's warm-up at gradient step `step` (from 0).
+
+    It rises linearly to 1 over `steps` steps.
+    """
     return min((step + 1) / steps, 1.0) if steps > 0 else 1.0
 
 
-def lr_decay(schedule: LrSchedule, share: float, warmup: int, step: int) -> float:
-    """The learning rate's factor at gradient step `step` (from 0), when `share` in [0, 1) of the run's epochs
-    is over.
+def compute_lr_decay(schedule: LrSchedule, share: float, warmup: int, step: int) -> float:
+    """Compute the factor of the learning rate's decay at gradient step `step` (from 0).
 
+    share: of the run's epochs that is over, in [0, 1).
     `constant`: 1 (the published runs'). `cosine`: `(1 + cos(pi share)) / 2`, from 1 down to 0.
     `inverse_sqrt`: `sqrt(warmup / (step + 1))` after the warm-up, whatever the run's length.
     """
@@ -63,10 +65,10 @@ def lr_decay(schedule: LrSchedule, share: float, warmup: int, step: int) -> floa
             return 1.0
 
 
-def next_kl_weight(weight: float, kl: float, target: float, least: float) -> float:
-    """The next epoch's KL weight: times `kl / target`, a fifth up or a tenth down at most, never below `least`.
+def adapt_kl_weight(weight: float, kl: float, target: float, least: float) -> float:
+    """Adapt the KL weight for the next epoch: times `kl / target`, at most a fifth up or a tenth down.
 
-    kl: of the epoch that ended. target: 0 leaves the weight alone.
+    kl: of the epoch that ended. target: 0 leaves the weight alone. least: the weight never falls below it.
     After Ziegler et al., arXiv 1909.08593, section 2.2, whose controller moves by a fiftieth and has no floor.
     Here a KL that runs away is caught sooner than it is let go: within ten epochs it can be too late.
     """

@@ -1,4 +1,4 @@
-"""The times that an image is trained at."""
+"""Draws the times that an image is trained at."""
 
 from __future__ import annotations
 
@@ -11,22 +11,26 @@ from .choices import TrainTimes
 
 
 def shift_times(t: Tensor, shift: float) -> Tensor:
-    """`shift t / (1 + (shift - 1) t)`: more time near the noise for shift > 1 (SD3, arXiv 2403.03206)."""
+    """Shift times to `shift t / (1 + (shift - 1) t)` (SD3, arXiv 2403.03206).
+
+    With shift > 1 more of them are near the noise.
+    """
     return shift * t / (1 + (shift - 1) * t)
 
 
 def draw_times(
     kind: TrainTimes, count: int, grid: Sequence[float], shift: float, generator: torch.Generator
 ) -> Tensor:
-    """`count` training times for one image, `[count]` float32 in (0, 1].
+    """Draw `count` training times for one image, `[count]` float32 in (0, 1].
 
-    `grid` takes them from the solver's grid without the last time before 0, where little is left to
-    learn, each at most once more often than another (the published script takes 9 of 10 at random);
-    `uniform` and `logit_normal` draw them, then shift them.
+    kind: `grid` takes them from the solver's grid, none of them twice before all have come once. It leaves out
+    the last time before 0, where little is left to learn; the published script takes 9 of 10 at random.
+    `uniform` and `logit_normal` draw them from that distribution and shift them.
     """
     if kind == "grid":
+        # A grid of one step has no other time than its first.
         inner = torch.tensor(list(grid[:-2]) or list(grid[:1]), dtype=torch.float32, device="cpu")
-        rounds = -(-count // len(inner))
+        rounds = -(-count // len(inner))  # rounded up
         order = torch.cat(
             [torch.randperm(len(inner), generator=generator, device="cpu") for _ in range(rounds)]
         )

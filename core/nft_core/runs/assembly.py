@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from nft_plugins import FlowModel, Reward, Solver
+from nft_plugins import Condition, FlowModel, Reward, Solver
 
 from ..parallel.devices import free_memory
 from ..parallel.processes import rank, world_size
 from ..parallel.sharding import InStep
 from ..prompts import Prompt, list_prompts_of_run
-from ..sampling.conditions import Encoded, encode_prompts
+from ..sampling.conditions import Encoded, encode_negative, encode_prompts
 from ..sampling.rollout import Sampler
-from ..settings import Settings
+from ..settings import Settings, for_evaluation
 from ..training.compiling import compile_blocks
 from ..training.memory import checkpoint_activations
 from ..training.optimizers import LOSS_SCALE, make_optimizer
@@ -38,12 +39,14 @@ def assemble_training(
     device: torch.device,
     folder: Path,
     compiled: bool = False,
+    eval_solver: Solver | None = None,
 ) -> Training:
     """Put the loop's parts together, for a run that begins.
 
     compiled: whether the transformer's blocks are to be compiled.
+    eval_solver: for evaluations; None: the same.
     """
-    condition, eval_condition = encode_both(s, model, prompts, held_out, device)
+    condition, eval_condition, negative = encode_all(s, model, prompts, held_out, device)
     torch.manual_seed(s.seed)  # A LoRA's weights are drawn from torch's own generator.
     policy = make_policy(s, model, device)
     if s.gradient_checkpointing:
@@ -57,8 +60,12 @@ def assemble_training(
         settings=s,
         policy=policy,
         reward=reward,
-        sampler=make_sampler(s, s.steps, policy, solver, in_step),
-        eval_sampler=make_sampler(s, s.eval_steps or s.steps, policy, solver, in_step),
+        sampler=make_sampler(s, policy, solver, in_step),
+        eval_sampler=replace(
+            make_sampler(for_evaluation(s), policy, eval_solver or solver, in_step),
+            guidance=s.eval_guidance,
+            negative=negative,
+        ),
         prompts=prompts,
         eval_prompts=held_out,
         condition=condition,
@@ -75,20 +82,22 @@ def assemble_training(
     return training
 
 
-def encode_both(
+def encode_all(
     s: Settings, model: FlowModel, prompts: list[Prompt], held_out: list[Prompt], device: torch.device
-) -> tuple[Encoded, Encoded]:
-    """Encode the prompts that the run will draw, and all held-out ones, and give up the text encoders."""
+) -> tuple[Encoded, Encoded, Condition | None]:
+    """Encode the prompts that the run will draw, all held-out ones, and where evaluations are guided the empty
+    negative prompt. Gives up the text encoders."""
     drawn = list_prompts_of_run(len(prompts), s.prompts_per_epoch, s.seed, s.epochs)
     cache = Path(s.cache).expanduser() if s.cache else None
     both = [*prompts, *held_out]
     # In one go, so that the text encoders are loaded once.
+    negative = encode_negative(model, "", cache, device) if s.eval_guidance != 1 else None
     encoded = encode_prompts(model, both, [*drawn, *range(len(prompts), len(both))], cache, device)
     if hasattr(model, "release"):
         model.release()
         free_memory()  # What the encoders took is for any stream from here on.
     rows, eval_rows = torch.split(encoded.row, [len(prompts), len(held_out)])
-    return Encoded(encoded.condition, rows), Encoded(encoded.condition, eval_rows)
+    return Encoded(encoded.condition, rows), Encoded(encoded.condition, eval_rows), negative
 
 
 def make_policy(s: Settings, model: FlowModel, device: torch.device) -> Policy:
@@ -114,11 +123,11 @@ def make_policy(s: Settings, model: FlowModel, device: torch.device) -> Policy:
     )
 
 
-def make_sampler(s: Settings, steps: int, policy: Policy, solver: Solver, in_step: InStep | None) -> Sampler:
-    """Make what generates images with the policy, in this many steps."""
+def make_sampler(s: Settings, policy: Policy, solver: Solver, in_step: InStep | None) -> Sampler:
+    """Make what generates images with the policy, without guidance."""
     model: Any = policy.model
     height, width, shape = image_shape(s, model)
-    times = model.times(steps, height, width)
+    times = model.times(s.steps, height, width)
     velocity, device = policy.velocity, policy.device
     return Sampler(model, velocity, solver, times, shape, s.rollout_batch, s.decode_batch, device, in_step)
 

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..host.local import is_reference
 from ..host.specs import RewardSpec, split_options
-from ..settings import Settings
+from ..settings import Settings, for_evaluation
 from .places import find_packages, shorten_path, shorten_paths
 
 if TYPE_CHECKING:
@@ -21,9 +21,9 @@ if TYPE_CHECKING:
     from ..host.host import Host
     from ..prompts import Prompt
 
-#: Settings that an evaluation's pictures depend on; `steps` are its own.
+#: Settings that an evaluation's pictures depend on.
 OF_PICTURES = (
-    *("seed", "eval_images", "solver", "solver_options", "resolution", "model_options", "family"),
+    *("seed", "eval_images", "solver", "solver_options", "steps", "resolution", "model_options", "family"),
     *("max_sequence_length", "precision", "decode_precision"),
 )
 #: Parts of an evaluation's fingerprint that depend on rewards alone.
@@ -48,13 +48,15 @@ def fingerprint_evaluation(
     sources: of `collect_sources`.
     resolved: settings of OF_PICTURES that leave the choice to the machine, as chosen.
     """
-    values = shorten_paths(settings.model_dump(mode="json")) | resolved
-    chosen = {name: values[name] for name in OF_PICTURES}
-    chosen |= {"steps": settings.eval_steps or settings.steps, "model": digest_model(settings.model)}
-    group, colon, _ = settings.solver.partition(":")
+    its = for_evaluation(settings)
+    values = shorten_paths(its.model_dump(mode="json")) | resolved
+    chosen = {name: values[name] for name in OF_PICTURES} | {"model": digest_model(settings.model)}
+    if its.eval_guidance != 1:  # Lines of older versions have no guidance.
+        chosen["guidance"] = its.eval_guidance
+    group, colon, _ = its.solver.partition(":")
     chosen["solver"] = [
         chosen["solver"],
-        identify_source(settings.solver, host.solvers.get(group + colon), sources),
+        identify_source(its.solver, host.solvers.get(group + colon), sources),
     ]
     chosen["family"] = [chosen["family"], identify_source("", host.models.get(chosen["family"]), sources)]
     by_title: dict[str, list[Any]] = {}

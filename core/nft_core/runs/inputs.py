@@ -14,7 +14,7 @@ from ..errors import CheckpointError, NftError, UsageError, unknown_name
 from ..host.host import Host
 from ..host.specs import RewardSpec, parse_observer, parse_reward
 from ..prompts import Prompt, find_refusal, keep_scorable, read_prompts
-from ..settings import Settings, make_settings
+from ..settings import Settings, for_evaluation, make_settings
 from .places import shorten_paths
 from .resume import FREE
 
@@ -54,6 +54,7 @@ class Inputs(NamedTuple):
     solver: Solver
     prompts: list[Prompt]
     held_out: list[Prompt]
+    eval_solver: Solver
 
 
 def prepare_inputs(settings: Settings, host: Host) -> Inputs:
@@ -61,7 +62,9 @@ def prepare_inputs(settings: Settings, host: Host) -> Inputs:
     solver = host.make_solver(settings.solver, settings.solver_options)
     specs = parse_rewards(settings, host)
     check_any_weight(spec.weight for spec in specs)
-    return Inputs(specs, solver, *read_prompt_files(settings))
+    its = for_evaluation(settings)
+    eval_solver = host.make_solver(its.solver, its.solver_options)
+    return Inputs(specs, solver, *read_prompt_files(settings), eval_solver)
 
 
 def check_any_weight(weights: Iterable[float]) -> None:
@@ -79,7 +82,7 @@ def parse_rewards(settings: Settings, host: Host) -> list[RewardSpec]:
         )
     specs = [parse_reward(given, settings.reward_defaults) for given in settings.rewards]
     for spec in specs:
-        host.reward(spec.name)
+        host.find_reward(spec.name)
     return specs
 
 
@@ -223,5 +226,5 @@ def register_observers(host: Host, described: Run, asked: Mapping[str, object]) 
     for observer in make_builtin_observers():
         host.hooks.register(observer, f"nft_core.{type(observer).__name__.lower()}")
     for name, observer in asked.items():
-        host.hooks.ask(observer, name)
+        host.hooks.register_asked(observer, name)
     return lambda hook, **arguments: host.hooks.notify(hook, run=described, **arguments)

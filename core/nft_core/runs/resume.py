@@ -26,8 +26,9 @@ if TYPE_CHECKING:
 FREE = {
     *("epochs", "device", "processes", "parallel", "rollout_batch", "decode_batch", "microbatch", "observers"),
     *("join_timeout", "peer_timeout", "merge_lora", "cache", "gradient_checkpointing", "offload", "compile"),
-    *("attention",),
-    *("eval_every", "eval_images", "eval_steps", "checkpoint_every", "keep_last", "keep_best"),
+    *("attention", "eval_resolution"),
+    *("eval_every", "eval_images", "eval_steps", "eval_solver", "eval_solver_options", "eval_guidance"),
+    *("checkpoint_every", "keep_last", "keep_best"),
     *("prompts", "eval_prompts"),  # What is in these files is compared.
     *("max_nonfinite", "max_skips", "strict", "watch_x0", "watch_gap", "watch_flat_groups", "watch_reward"),
 }

@@ -34,7 +34,15 @@ from .observers.evaluations import save_scores
 from .observers.metrics import trim_metrics
 from .record import add_start, describe_start
 from .resume import choose_checkpoint, digest_prompts, restore_training
-from .setup import autocast_dtype, check_model, decode_dtype, find_family, load_model, pick_device
+from .setup import (
+    autocast_dtype,
+    check_guidance,
+    check_model,
+    decode_dtype,
+    find_family,
+    load_model,
+    pick_device,
+)
 
 if TYPE_CHECKING:
     import torch
@@ -137,7 +145,7 @@ def enter_surroundings(
         tell(warning)
     stack.enter_context(explain_memory_errors())
     stack.enter_context(attention_kernel(settings.attention))
-    stack.enter_context(host.hooks.guests())
+    stack.enter_context(host.hooks.unregister_afterwards())
 
 
 def agree_on_checkpoint(folder: Path, found: Path | None, device: torch.device) -> Path | None:
@@ -163,6 +171,7 @@ def load_training(
     from .assembly import assemble_training
 
     check_model(settings, host)
+    check_guidance(settings, host, settings.eval_guidance)
     # Rewards come first: what they refuse is told before the model is loaded.
     reward = load_rewards(inputs.rewards, host, device, settings.reward_defaults)
     # A reward that a file composes tells its members' weights only now.
@@ -175,9 +184,8 @@ def load_training(
     counts = count_operations if device.type == "cuda" else None
     operations = counts(settings, host, device, tell) if counts else None
     compiled = should_compile(settings.compile, device, operations)
-    training = assemble_training(
-        settings, model, reward, inputs.solver, prompts, held_out, device, folder, compiled
-    )
+    parts = settings, model, reward, inputs.solver, prompts, held_out, device, folder
+    training = assemble_training(*parts, compiled, inputs.eval_solver)
     named = [text for spec in inputs.rewards for text in (spec.name, *spec.options.values())]
     training.at.sources = collect_sources(host, [settings.solver, *map(str, named)])
     training.evaluation = fingerprint_evaluation(

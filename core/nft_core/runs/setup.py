@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
+from math import isfinite
 from pathlib import Path
 from typing import Any
 
@@ -90,6 +91,29 @@ def check_model(settings: Settings, host: Host) -> None:
             check_pipeline(Path(settings.model), index)
         except Exception as error:
             raise say_unloadable(settings.model, error) from error
+
+
+def check_guidance(settings: Settings, host: Host, guidance: float) -> None:
+    """Raise UsageError for a guidance that is no possible number, or that the model does not know.
+
+    Nothing is loaded: the model's family says whether it can be guided, or the model's own index says that
+    guidance is distilled into it.
+    """
+    if not isfinite(guidance) or guidance < 0:
+        raise UsageError(f"guidance = {guidance}: expected a number from 0 up; 1 is without guidance.")
+    if guidance == 1:
+        return
+    from ..host.factories import import_factory
+
+    family, index = find_family(settings, host)
+    factory = import_factory(host.models[family].info.factory)
+    if getattr(factory, "can_guide", True) and not index.get("is_distilled"):
+        return
+    raise UsageError(
+        f"guidance = {guidance:g}: the model {settings.model!r} has learned without a negative prompt, so that "
+        "classifier-free guidance means nothing to it; use guidance 1. Guidance that is distilled into a model "
+        "is an option of its family: --set model_options={guidance=3.5}."
+    )
 
 
 def say_unloadable(model: str, error: Exception) -> NftError:

@@ -1,4 +1,4 @@
-"""Conditions of prompts: encoded once, kept in memory or in a file of the cache, and handed out by rows."""
+"""Encodes prompts once, keeps their conditions in memory or in a file, and hands out rows of them."""
 
 from __future__ import annotations
 
@@ -46,16 +46,19 @@ DTYPES = {
 
 @dataclass(frozen=True)
 class Encoded:
-    """Conditions of the prompts of a file. Equal texts share a row, and what is never drawn has none.
+    """Holds the conditions of a file's prompts. Equal texts share a row, and prompts never drawn have none.
 
-    condition: tensors with a row a text. row: `[prompts]`, each prompt's row, or -1.
+    condition: tensors with a row for each text. row: `[prompts]` int64, each prompt's row, or -1.
     """
 
     condition: Condition
     row: Tensor
 
-    def of(self, prompts: Tensor, device: torch.device) -> Condition:
-        """A row for each of the prompts' indices, on `device`, each different row copied there once."""
+    def take_rows(self, prompts: Tensor, device: torch.device) -> Condition:
+        """Take the row of each prompt, `prompts [B]` being their indices; copies each different row once.
+
+        A group's images have one prompt, so there are fewer rows than images.
+        """
         rows, places = torch.unique(self.row[prompts], return_inverse=True)
         places = copy_to_device(places, device)
         return {
@@ -76,7 +79,7 @@ def encode_prompts(
     than MOST_HELD bytes go to such a file without a cache too: 25,000 prompts of a model with a T5 are 40 GB,
     which each process would hold. Once all have mapped that file its name is removed: it goes with the run.
 
-    device: by which processes speak to one another.
+    device: the one that processes use to send things to one another.
     """
     texts = list(dict.fromkeys(prompts[i].text for i in drawn))
     row = {text: i for i, text in enumerate(texts)}
@@ -98,8 +101,14 @@ def encode_prompts(
     return Encoded(condition, rows)
 
 
+def encode_negative(model: FlowModel, text: str, cache: Path | None, device: torch.device) -> Condition:
+    """Encode the negative prompt of guidance: one row, on `device`."""
+    row = encode_prompts(model, [Prompt(text, {})], [0], cache, device).condition
+    return {name: copy_to_device(c, device) for name, c in row.items()}
+
+
 def encode_to_file(model: FlowModel, texts: Sequence[str], folder: Path) -> Condition:
-    """The encodings in a file of the folder, mapped; in memory where the file could not be written."""
+    """Encode texts to a file of the folder and map it; returns them in memory where it cannot be written."""
     file = folder / f"{digest_encodings(model, texts)}.safetensors"
     if is_first_on_machine() and not is_readable(file):
         write_encodings(model, texts, file)
@@ -108,7 +117,7 @@ def encode_to_file(model: FlowModel, texts: Sequence[str], folder: Path) -> Cond
 
 
 def is_readable(file: Path) -> bool:
-    """Whether a file of the cache can be read; one that was cut short, as by a full disk, is made anew."""
+    """Tell whether a file of the cache can be read; one that was cut short, as by a full disk, cannot."""
     if not file.is_file():
         return False
     try:
@@ -119,28 +128,29 @@ def is_readable(file: Path) -> bool:
 
 
 def is_first_on_machine() -> bool:
-    """Whether this is the first process of its machine."""
+    """Tell whether this is the first process of its machine."""
     return read_number("LOCAL_RANK", 0) == 0
 
 
 def make_scratch(device: torch.device) -> Path:
-    """A new folder among the machine's temporary files, the same for all processes of a machine."""
+    """Make a folder among the machine's temporary files, the same for all processes of a machine."""
     folder = tempfile.mkdtemp(prefix="nft-encoded-") if is_first_on_machine() else ""
     mine = json.dumps([socket.gethostname(), folder])
     everyones = [json.loads(text) for text in processes.gather_texts(mine, device)]
+    # Only processes of one machine see the same folder, and hosts' names tell machines apart.
     here = [path for host, path in everyones if host == socket.gethostname() and path]
     return Path(here[0] if here else tempfile.gettempdir())
 
 
 def digest_encodings(model: FlowModel, texts: Sequence[str]) -> str:
-    """A name for encodings: another model, file, option, library or text makes another."""
+    """Digest all that encodings depend on: another model, file, option, library or text gives another name."""
     plain = (int, float, str, torch.dtype)
     options = {n: repr(v) for n, v in sorted(vars(model).items()) if isinstance(v, plain)}
     files = sorted(f for f in Path(model.name).rglob("*") if f.is_file()) if Path(model.name).is_dir() else []
     parts: list[Any] = [
         type(model).__qualname__,
         options,
-        # Of a hub id, the folder of the revision.
+        # For a model of the hub this is the folder of its revision, whose name changes with its files.
         str(getattr(getattr(model.transformer, "config", None), "_name_or_path", "")),
         [(str(f.resolve()), f.stat().st_size, f.stat().st_mtime_ns) for f in files],
         str(getattr(model, "device", "")).partition(":")[0],
@@ -153,8 +163,9 @@ def digest_encodings(model: FlowModel, texts: Sequence[str]) -> str:
 def write_encodings(model: FlowModel, texts: Sequence[str], file: Path) -> None:
     """Encode texts into a file, a part at a time, so that it may be larger than the memory.
 
-    A cache is a convenience: where it cannot be written, that is told, and the run goes on without.
+    A cache is a convenience: where it cannot be written, the user is told, and the run goes on without.
     """
+    # Written aside and renamed, so that a run that is cut off leaves no half of a file under the final name.
     aside = file.with_name(f".{uuid4().hex}")
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
@@ -168,14 +179,16 @@ def write_encodings(model: FlowModel, texts: Sequence[str], file: Path) -> None:
     except OSError as error:
         print(f"Encoded prompts are not kept in {file.parent}: {error}.", file=sys.stderr)
     finally:
-        with suppress(OSError):  # Of an interrupt, too.
+        with suppress(OSError):  # It is there only after an error or an interrupt.
             aside.unlink()
 
 
 def map_new_file(file: Path, condition: Condition, count: int) -> dict[str, Tensor]:
-    """A safetensors file for `count` rows of each tensor, mapped: what is written to them is in the file.
+    """Make a safetensors file for `count` rows of each tensor, and map it: writing to a tensor writes to the
+    file.
 
-    Raises OSError where the disk has not the room, since writing to a map beyond it would end the process.
+    Raises OSError where the disk is too small: to write into a map without room behind it would kill the
+    process.
     """
     header: dict[str, Any] = {}
     end = 0
@@ -185,7 +198,7 @@ def map_new_file(file: Path, condition: Condition, count: int) -> dict[str, Tens
         shape = [count, *rows.shape[1:]]
         header[name] = {"dtype": DTYPES[rows.dtype], "shape": shape, "data_offsets": [start, end]}
     text = json.dumps(header).encode()
-    text += b" " * (-len(text) % 64 + 56)  # So that the numbers begin at a multiple of 64 bytes.
+    text += b" " * (-len(text) % 64 + 56)  # With 8 bytes of length before it: a multiple of 64.
     free = shutil.disk_usage(file.parent).free
     if end > free:
         raise OSError(f"they take {end / 1e9:.1f} GB, and the disk has {free / 1e9:.1f} GB left")
@@ -193,7 +206,7 @@ def map_new_file(file: Path, condition: Condition, count: int) -> dict[str, Tens
         opened.write(len(text).to_bytes(8, "little") + text)
         begin = opened.tell()
         opened.truncate(begin + end)
-        if hasattr(os, "posix_fallocate") and end:  # The room is ours from here on.
+        if hasattr(os, "posix_fallocate") and end:  # Reserves the room, which another program might take.
             os.posix_fallocate(opened.fileno(), begin, end)
     whole = torch.from_file(str(file), shared=True, size=begin + end, dtype=torch.uint8)[begin:]
     views = {}

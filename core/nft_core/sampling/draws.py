@@ -1,4 +1,4 @@
-"""Which images a rollout makes: of which prompts, and from which noise."""
+"""Numbers the images of a rollout, and says of which prompt and from which noise each is made."""
 
 from __future__ import annotations
 
@@ -18,10 +18,11 @@ from ..seeds import make_generator
 
 @dataclass(frozen=True)
 class Draws:
-    """The images to make: `images` of each of some prompts, image n of prompt `n // images`.
+    """Lists the N images to make: `images` of each prompt, so that image n is of prompt `n // images`.
 
-    Their noise depends on (seed, purpose, epoch), the prompt's index in its file and the image's
-    index in its group, and on nothing else.
+    prompts: of the whole file. indices: which of them are drawn.
+    An image's noise depends on (seed, purpose, epoch), the prompt's index in its file and the image's index in
+    its group, and on nothing else.
     """
 
     prompts: Sequence[Prompt]
@@ -34,22 +35,25 @@ class Draws:
     def __len__(self) -> int:
         return len(self.indices) * self.images
 
-    def prompt(self, n: int) -> Prompt:
+    def find_prompt(self, n: int) -> Prompt:
+        """Find the prompt of image n."""
         return self.prompts[self.indices[n // self.images]]
 
-    def generator(self, n: int, purpose: str = "") -> torch.Generator:
+    def make_generator(self, n: int, purpose: str = "") -> torch.Generator:
+        """Make the generator of image n, for its noise or for another purpose."""
         position, image = divmod(n, self.images)
         return make_generator(self.seed, purpose or self.purpose, self.epoch, self.indices[position], image)
 
-    def batch(self, rows: Tensor, images: Tensor) -> Batch:
-        """Images n in `rows` with what they were made for."""
-        prompts = [self.prompt(int(n)) for n in rows]
-        groups = copy_to_device(self.groups()[rows], images.device)
+    def make_batch(self, rows: Tensor, images: Tensor) -> Batch:
+        """Make a batch of the images n in `rows`, whose pixels are `images`, with what they were made for."""
+        prompts = [self.find_prompt(int(n)) for n in rows]
+        groups = copy_to_device(self.list_groups()[rows], images.device)
         return Batch(images, [p.text for p in prompts], [p.metadata for p in prompts], groups)
 
-    def metadata(self) -> list[Mapping[str, Any]]:
-        return [self.prompt(n).metadata for n in range(len(self))]
+    def list_metadata(self) -> list[Mapping[str, Any]]:
+        """List the metadata of each image's prompt."""
+        return [self.find_prompt(n).metadata for n in range(len(self))]
 
-    def groups(self) -> Tensor:
-        """`[N]` int64: the index of each image's prompt in its file."""
+    def list_groups(self) -> Tensor:
+        """List the index of each image's prompt in its file, `[N]` int64."""
         return torch.tensor(self.indices, dtype=torch.int64, device="cpu").repeat_interleave(self.images)

@@ -1,4 +1,4 @@
-"""A rollout: generate images with a solver and score them, both at the same time."""
+"""Generates images with a solver and scores them, both at the same time."""
 
 from __future__ import annotations
 
@@ -33,6 +33,8 @@ class Sampler:
     times: from 1 (noise) down to 0 (an image). shape: of one image's latents, `(C, h, w)`.
     batch, decode_batch: images sampled and decoded at once; halved where the device's memory is full.
     in_step: keeps the processes' passes together where they share the transformer, or None.
+    guidance: g of classifier-free guidance, `v = v_neg + g (v_pos - v_neg)`; 1 is v_pos alone, in one pass.
+    negative: the encoded negative prompt, one row on the device; None: guidance is always 1.
     """
 
     model: FlowModel
@@ -44,10 +46,12 @@ class Sampler:
     decode_batch: int
     device: torch.device
     in_step: InStep | None = None
+    guidance: float = 1.0
+    negative: Condition | None = None
 
     def generate(self, draws: Draws, rows: Tensor, condition: Condition) -> tuple[Tensor, Tensor]:
         """Generate the images n in `rows`: x_0 `[B, C, h, w]` and pixels `[B, 3, H, W]` in [0, 1]."""
-        x_0 = self.sample_latents(condition, [draws.generator(int(n)) for n in rows])
+        x_0 = self.sample_latents(condition, [draws.make_generator(int(n)) for n in rows])
         # A decoder at full resolution needs more memory for an image than the transformer, so it has smaller
         # batches.
         parts = torch.split(x_0, self.decode_batch)
@@ -65,15 +69,24 @@ class Sampler:
         """Solve one batch from noise to x_0, `[B, *shape]` float32; each image has a generator of its own."""
         size = len(generators)
         noise = randn_like(torch.empty(size, *self.shape, device=self.device, dtype=torch.float32), generators)
-        predict = self.in_step.velocity if self.in_step else self.velocity
 
         def velocity(x_t: Tensor, t: float) -> Tensor:
-            return predict(x_t, torch.full((size,), t, device=self.device, dtype=torch.float32), condition)
+            return self.predict(x_t, t, condition)
 
-        return self.solver.solve(_in_float32(velocity), noise, self.times, generators).float()
+        return self.solver.solve(_call_in_float32(velocity), noise, self.times, generators).float()
+
+    def predict(self, x_t: Tensor, t: float, condition: Condition) -> Tensor:
+        """Predict the velocity of a batch at one time, under guidance; `[B, C, h, w]` float32."""
+        predict = self.in_step.velocity if self.in_step else self.velocity
+        times = torch.full((len(x_t),), t, device=self.device, dtype=torch.float32)
+        v = predict(x_t, times, condition)
+        if self.guidance == 1 or self.negative is None:
+            return v
+        v_neg = predict(x_t, times, {n: c.expand(len(x_t), *c.shape[1:]) for n, c in self.negative.items()})
+        return v_neg + self.guidance * (v - v_neg)
 
 
-def _in_float32(velocity: Velocity) -> Velocity:
+def _call_in_float32(velocity: Velocity) -> Velocity:
     """Call a velocity in float32 and give its result the solver's dtype, such as float64."""
     return lambda x_t, t: velocity(x_t.float(), float(t)).to(x_t.dtype)
 
@@ -100,7 +113,7 @@ class Rollout:
 
 #: Batches that may wait for the reward: enough to keep it busy, few enough to fit beside the model.
 AHEAD = 2
-#: Seconds between two checks of whether the run was told to end.
+#: Seconds between two looks at whether the run was told to end: soon enough for a person who waits.
 GLANCE = 0.2
 
 
@@ -117,14 +130,13 @@ def roll_out(
 ) -> Rollout:
     """Generate this process's share of the images, and score each batch while the next is generated.
 
-    condition: of `draws.prompts`. progress: told (phase, images done, images in all).
+    condition: of `draws.prompts`. progress: called with (phase, images done, images in all).
     phase: times what runs inside it: `rollout`, and `reward`, the waits for scores.
-    stop: called every now and then; what it raises ends the rollout, and no score is waited for.
-    stop: raises Stopped where the run was told to end.
+    stop: called every now and then; raises Stopped where the run was told to end, and no score is waited for.
     look: called with each batch and which images are in it; latents are not kept then.
     Raises what a reward raises, in all processes if in one.
     """
-    index, groups = list_owned(len(draws)), draws.groups()
+    index, groups = list_owned(len(draws)), draws.list_groups()
     take_tallies(reward)  # A rollout that was cut off may have left some.
     latents: list[Tensor] = []
     finite: list[Tensor] = []
@@ -140,7 +152,7 @@ def roll_out(
             with phase("rollout"):
                 rows, x_0, images = generate_batch(sampler, draws, todo, condition, groups)
             todo = todo[len(rows) :]
-            batch = draws.batch(rows, images)
+            batch = draws.make_batch(rows, images)
             finite.append(x_0.isfinite().flatten(1).all(1))
             if look:
                 look(rows, batch)
@@ -175,7 +187,7 @@ def generate_batch(
     while True:
         rows = todo[: sampler.batch]
         try:
-            return rows, *sampler.generate(draws, rows, condition.of(groups[rows], sampler.device))
+            return rows, *sampler.generate(draws, rows, condition.take_rows(groups[rows], sampler.device))
         except torch.OutOfMemoryError:
             if not sampler.halve_batches():
                 raise
@@ -190,7 +202,7 @@ def join_passes(sampler: Sampler, condition: Encoded, groups: Tensor) -> None:
         device = sampler.device
         x_t = torch.zeros(1, *sampler.shape, device=device, dtype=torch.float32)
         t = torch.ones(1, device=device, dtype=torch.float32)
-        sampler.in_step.finish(x_t, t, condition.of(groups[:1], device))
+        sampler.in_step.finish(x_t, t, condition.take_rows(groups[:1], device))
 
 
 def finish_scores(

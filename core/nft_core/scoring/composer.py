@@ -168,13 +168,13 @@ class Composed:
         return self * (1 / divisor)
 
     def clip(self, low: float | None = None, high: float | None = None) -> Composed:
-        """Make a reward whose values are held within [low, high]. Raises ValueError where low is above high."""
+        """Clamp the values to [low, high]. Raises ValueError where low is above high."""
         if low is not None and high is not None and not low <= high:
             raise ValueError(f"clip needs low <= high, got {low} and {high}")
         return self.map(lambda values: values.clamp(low, high))
 
     def map(self, f: Callable[[Tensor], Tensor]) -> Composed:
-        """Make a reward with `f` applied to its values, `[B]` float32."""
+        """Apply `f` to the values, `[B]` float32."""
         # f of a sum is no sum, so the whole becomes one term.
         return Composed((Term("+".join(t.name for t in self.terms), 1.0, Mapped(self, f)),))
 
@@ -256,8 +256,7 @@ Given: TypeAlias = "str | Mapping[str, Any] | RewardSpec | Callable[..., Any] | 
 
 
 def reward(given: Given, *, host: Host | None = None, device: str | None = None, **options: Any) -> Composed:
-    """Make a reward with options: `reward("ocr", upscale=4)`, `reward("my_rewards.py:cat")`, `reward(cat,
-    scale=2)`.
+    """Make a reward: `reward("ocr", upscale=4)`, `reward("my_rewards.py:cat")`, `reward(cat, scale=2)`.
 
     A function takes what it needs of `images`, `prompts`, `metadata`, `groups`, `uint8`, `pil` and `batch` by
     name, and returns a number for each image, None where it cannot score one; its other parameters are options.

@@ -1,7 +1,7 @@
 """Finds image files in folders, and decodes them.
 
-What is decoded is a PNG, JPEG, WebP, GIF, BMP, TIFF or AVIF, whatever the file is called, of an animation the
-first frame. It is turned as EXIF says, and laid on white where it is transparent; colour profiles are not
+PNG, JPEG, WebP, GIF, BMP, TIFF and AVIF are decoded, whatever the file is called, and of an animation the first
+frame. An image is turned as EXIF says, and laid on white where it is transparent; colour profiles are not
 applied. More pixels than Pillow's limit against decompression bombs, or more than 8 bits a channel, are an
 error.
 """
@@ -50,8 +50,7 @@ def find_images(paths: Iterable[Path], tell: Callable[[str], None] = lambda text
 
     Hidden files and folders inside a folder are left out.
     tell: called with a warning about what else was left out and seems to be an image.
-    Raises UsageError for a path that is not there or is no image, and for a folder
-    without images.
+    Raises UsageError for a path that is not there or is no image, and for a folder without images.
     """
     found: dict[Path, Path] = {}
     left: dict[Path, str] = {}

@@ -21,8 +21,7 @@ def summarize_scores(
     tallies: Mapping[str, Tally] | None = None,
     groups: Tensor | None = None,
 ) -> dict[str, Any]:
-    """Compute means over valid samples for a line of `metrics.jsonl`: of rewards, of details, and of both by
-    tag.
+    """Compute means over valid samples for a line of `metrics.jsonl`: of rewards and details, and both by tag.
 
     A detail counts where the reward that gave it is valid and the figure is finite.
     tallies: what failures have cost, by reward; the total has their sum.

@@ -2,7 +2,7 @@
 
 from .files import RECORD, parse_assignment, read_tables, read_toml, to_toml
 from .groups import GROUP_OF, GROUPS, Attention
-from .settings import Settings, make_settings, nearest_divisor, shorten_value
+from .settings import Settings, for_evaluation, make_settings, nearest_divisor, shorten_value
 
 __all__ = [
     "GROUPS",
@@ -10,6 +10,7 @@ __all__ = [
     "RECORD",
     "Attention",
     "Settings",
+    "for_evaluation",
     "make_settings",
     "nearest_divisor",
     "parse_assignment",

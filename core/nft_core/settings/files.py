@@ -1,4 +1,4 @@
-"""Settings as text: run files in TOML, and `KEY=VALUE` of the command line."""
+"""Reads settings from text, run files in TOML and `KEY=VALUE` of the command line, and writes run files."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from ..errors import UsageError
 from .settings import Settings
 from .tables import find_setting, flatten_tables, make_tables
 
-#: Beside a TOMLDecodeError, which is a ValueError too, those of integers too long and of tables too deep.
+#: A TOMLDecodeError is a ValueError, as is the error of an integer too long; tables too deep raise the other.
 TOML_ERRORS = (ValueError, RecursionError)
 
 

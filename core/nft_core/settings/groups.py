@@ -157,8 +157,8 @@ class Rollout(Group):
 
     solver: str = Field(
         "dpm2",
-        description="Solver that generates the images of rollouts and of evaluations. `nft solvers` lists "
-        "them.",
+        description="Solver that generates the images of rollouts, and those of evaluations unless eval_solver "
+        "is given. `nft solvers` lists them.",
     )
     solver_options: dict[str, Any] = Field(
         {}, description="Options of the solver, by name. docs/solvers.md names them."
@@ -389,6 +389,22 @@ class Evaluation(Group):
         0,
         description="Solver steps for each image of an evaluation. More steps make better images and take "
         "longer. 0 takes as many as rollouts have.",
+    )
+    eval_solver: str = Field(
+        "", description="Solver that generates the images of evaluations. Empty takes that of rollouts."
+    )
+    eval_solver_options: dict[str, Any] = Field(
+        {}, description="Options of `eval_solver`, by name. They are not used where that is empty."
+    )
+    eval_guidance: NotNegative = Field(
+        1.0,
+        description="Strength of classifier-free guidance in evaluations, as published models are often used. "
+        "A higher value follows the prompt more closely, and any other than 1 takes a second pass. 1 is "
+        "without guidance, as in training.",
+    )
+    eval_resolution: CountOrZero = Field(
+        0,
+        description="Width and height of the images of evaluations, in pixels. 0 takes those of rollouts.",
     )
 
 

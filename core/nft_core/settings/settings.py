@@ -1,4 +1,4 @@
-"""A run's settings: all groups together, checked by pydantic."""
+"""Joins all groups of settings into one class, which pydantic checks."""
 
 from __future__ import annotations
 
@@ -32,12 +32,12 @@ from .tables import flatten_tables
 class Settings(
     Watch, Checkpoint, Evaluation, Parallel, Memory, Optimizer, Loss, Rollout, Rewards, Prompts, Model, Run
 ):
-    """All settings of a run under their flat names, such as `settings.lr`. `groups.py` declares each."""
+    """Holds all settings of a run under their flat names, such as `settings.lr`. `groups.py` declares each."""
 
     @field_validator("rewards", "reward_defaults", "observers", "solver_options", "model_options")
     @classmethod
     def _finite(cls, value: Any) -> Any:
-        """TOML knows inf and nan; a checkpoint's JSON does not."""
+        """Refuse inf and nan at any depth: TOML has them, and the JSON of a checkpoint does not."""
         rest = [value]
         while rest:
             one = rest.pop()
@@ -51,6 +51,7 @@ class Settings(
     @field_validator("old_decay")
     @classmethod
     def _known_schedule(cls, value: float | str) -> float | str:
+        """Refuse a schedule that has no such name, or a constant outside [0, 1)."""
         if isinstance(value, str) and value not in OLD_DECAY:
             raise ValueError(f"expected a number in [0, 1) or one of {', '.join(OLD_DECAY)}")
         if isinstance(value, float) and not 0 <= value < 1:
@@ -59,12 +60,14 @@ class Settings(
 
     @model_validator(mode="after")
     def _kl_is_measured(self) -> Settings:
+        """Refuse a target for the KL without a weight that could be raised."""
         if self.kl_target and not self.kl_weight:
             raise ValueError("kl_target raises kl_weight, and 0 stays 0: give a kl_weight, or set kl_target=0")
         return self
 
     @model_validator(mode="after")
     def _moments_can_be_shared(self) -> Settings:
+        """Refuse 8-bit moments for weights that processes share."""
         if self.parallel == "fsdp" and self.optimizer == "adamw8bit" and not self.lora_rank:
             raise ValueError(
                 "bitsandbytes cannot train weights that processes share: with parallel=fsdp and lora_rank=0 "
@@ -74,6 +77,7 @@ class Settings(
 
     @model_validator(mode="after")
     def _possible_sizes(self) -> Settings:
+        """Refuse an epoch that cannot be split into equal updates."""
         images = self.prompts_per_epoch * self.group_size
         if images % self.updates_per_epoch:
             raise ValueError(
@@ -85,7 +89,7 @@ class Settings(
 
 
 def nearest_divisor(number: int, wanted: int) -> int:
-    """The divisor of `number` nearest to `wanted`, the smaller of two; 1 where none is near."""
+    """Find the divisor of `number` nearest to `wanted`, the smaller of two; 1 where none is near."""
     wanted = min(wanted, number)
     # A bound, since nobody waits for the divisors of a mistyped 10^18.
     for distance in range(min(wanted, 100_000)):
@@ -95,9 +99,23 @@ def nearest_divisor(number: int, wanted: int) -> int:
     return 1
 
 
-def make_settings(*layers: Mapping[str, Any]) -> Settings:
-    """Settings from mappings, later ones first in rank; the defaults of different rewards are put together.
+def for_evaluation(settings: Settings) -> Settings:
+    """Give settings whose solver, steps and resolution are those of evaluations."""
+    s = settings
+    changes: dict[str, Any] = {
+        "steps": s.eval_steps or s.steps,
+        "resolution": s.eval_resolution or s.resolution,
+    }
+    if s.eval_solver:
+        changes |= {"solver": s.eval_solver, "solver_options": s.eval_solver_options}
+    return s.model_copy(update=changes)
 
+
+def make_settings(*layers: Mapping[str, Any]) -> Settings:
+    """Make settings of several mappings, of which a later one overrides those before it.
+
+    The tables of `reward_defaults` are put together, so that one layer may give options of one reward and
+    another layer those of another.
     Raises UsageError with every mistake on one line.
     """
     merged: dict[str, Any] = {}
@@ -115,11 +133,13 @@ def make_settings(*layers: Mapping[str, Any]) -> Settings:
         raise UsageError("; ".join(explain_error(e) for e in error.errors())) from error
 
 
-#: pydantic names which part of a union has refused a value.
+#: For a setting that takes several types pydantic adds to its name the type that was tried; users need not see
+#: it.
 UNION_PART = re.compile(r"float|str|int|constrained-\w+|(literal|dict|list)\[.*")
 
 
 def explain_error(error: Any) -> str:
+    """Explain one of pydantic's errors in a sentence with the setting's name and its value."""
     name = ".".join(part for part in map(str, error["loc"]) if not UNION_PART.fullmatch(part))
     message = error["msg"].removeprefix("Value error, ")
     if not name:

@@ -1,4 +1,4 @@
-"""Settings in tables, as run files have them, and under their flat names, as the code reads them."""
+"""Converts settings between tables, as run files have them, and flat names, as the code reads them."""
 
 from __future__ import annotations
 

@@ -75,7 +75,7 @@ def make_passes(run: Training) -> None:
     def velocity(images: int) -> Tensor:
         x_t = torch.zeros(images, *run.sampler.shape, dtype=torch.float32, device=device)
         t = torch.full((images,), 0.5, dtype=torch.float32, device=device)
-        return policy.velocity(x_t, t, run.condition.of(drawn.repeat(images), device))
+        return policy.velocity(x_t, t, run.condition.take_rows(drawn.repeat(images), device))
 
     several = max(run.sampler.batch // s.microbatch, 1)
     with torch.no_grad():

@@ -9,8 +9,8 @@ import torch
 from nft_plugins import EpochRecord
 
 from ..errors import NftError
-from ..objective.advantages import flat_groups
-from ..objective.schedules import next_kl_weight, old_decay
+from ..objective.advantages import measure_flat_groups
+from ..objective.schedules import adapt_kl_weight, compute_old_decay
 from ..parallel import processes
 from ..sampling.rollout import Rollout
 from ..scoring.statistics import summarize_scores
@@ -36,15 +36,15 @@ def finish_epoch(training: Training, rollout: Rollout, seconds: float) -> None:
         images=len(scores),
         images_per_second=len(scores) / seconds,
         **summarize_scores(
-            set_total(scores, s.combine, at.baseline), rollout.draws.metadata(), rollout.tallies
+            set_total(scores, s.combine, at.baseline), rollout.draws.list_metadata(), rollout.tallies
         ),
         **means,
         kl_weight=at.kl_weight,
         lr=at.lr,
-        old_decay=old_decay(s.old_decay, at.step),
+        old_decay=compute_old_decay(s.old_decay, at.step),
         drift=policy.drift(),
         x0_rms=(square / count) ** 0.5 if isfinite(square) else None,
-        flat_groups=flat_groups(scores.values, scores.valid, rollout.groups),
+        flat_groups=measure_flat_groups(scores.values, scores.valid, rollout.groups),
         nonfinite_steps=at.nonfinite_steps,
         **({"loss_scale": at.loss_scale} if s.precision == "fp16" else {}),
         **({"compiled_graphs": graphs} if (graphs := count_compiled_graphs() - training.graphs_before) else {}),
@@ -58,9 +58,9 @@ def finish_epoch(training: Training, rollout: Rollout, seconds: float) -> None:
     training.observe("nft_epoch_finished", record=record)
     # Weights and counters change together here; no checkpoint is taken in between.
     with training.change_together():
-        policy.move_old(old_decay(s.old_decay, at.step))
+        policy.move_old(compute_old_decay(s.old_decay, at.step))
         if means["kl"] is not None:
-            at.kl_weight = next_kl_weight(at.kl_weight, means["kl"], s.kl_target, s.kl_weight)
+            at.kl_weight = adapt_kl_weight(at.kl_weight, means["kl"], s.kl_target, s.kl_weight)
         at.epoch, at.update, at.evaluated = epoch, 0, False
         at.sums, at.grad_norms, at.nonfinite_steps = [0.0] * len(at.sums), [], 0
         at.skips += bool(rollout.skipped)

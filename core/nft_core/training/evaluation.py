@@ -35,7 +35,7 @@ def evaluate(run: Training) -> dict[str, str]:
     run.phases.clear()
     everyones = set_total(rollout.scores, s.combine, at.baseline)
     batch, scores = gallery.collect(everyones, run.policy.device)
-    figures = summarize_scores(everyones, draws.metadata(), rollout.tallies, rollout.groups)
+    figures = summarize_scores(everyones, draws.list_metadata(), rollout.tallies, rollout.groups)
     known = {"which": digest_valid_samples(everyones), "evaluation": run.evaluation}
     record = run.record("eval", at.epoch, images=len(draws), **figures, **known)
     total = record["rewards"]["total"]

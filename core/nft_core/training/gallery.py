@@ -41,7 +41,7 @@ class Gallery:
         index = torch.searchsorted(self.chosen, torch.cat(self.rows))
         pictures = gather_rows(torch.cat(self.parts), index, len(self.chosen), device)
         self.parts.clear()
-        batch = self.draws.batch(self.chosen, pictures.float().div_(255))
+        batch = self.draws.make_batch(self.chosen, pictures.float().div_(255))
         return batch, map_scores(scores, lambda x: x[self.chosen])
 
 

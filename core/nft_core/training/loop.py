@@ -9,7 +9,7 @@ from time import perf_counter
 import torch
 
 from ..errors import NftError
-from ..objective.advantages import combined_advantages, optimality
+from ..objective.advantages import compute_advantages, compute_optimality
 from ..objective.loss import kl_loss, nft_loss
 from ..parallel import processes
 from ..prompts import draw_prompts_of_epoch
@@ -43,8 +43,8 @@ def train_epoch(training: Training) -> None:
     with policy.use_old(), policy.merge_lora():
         rollout = sample_images(training, at.epoch + 1)
     # r in [0, 1]: how much better an image did than the others of its prompt; 1/2 is as good as they did.
-    advantages = combined_advantages(rollout.scores, rollout.groups, s.combine, s.std)
-    r = optimality(advantages, s.advantage_clip, s.advantage_mode)
+    advantages = compute_advantages(rollout.scores, rollout.groups, s.combine, s.std)
+    r = compute_optimality(advantages, s.advantage_clip, s.advantage_mode)
     with training.phase("train"):
         for images in islice(split_valid_images(rollout, s, at.epoch + 1), at.update, None):
             # A plug-in's random numbers must not depend on whether the run was resumed before this step.

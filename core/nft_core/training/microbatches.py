@@ -72,7 +72,7 @@ def make_microbatches(training: Training, rollout: Rollout, images: Tensor, r: T
         t, noise = draw_times_and_noise(training, rollout, index)
         t, noise = copy_to_device(t, device), copy_to_device(noise, device)
         x_t = torch.stack([add_noise(x_0, e, at) for e, at in zip(noise, t, strict=True)])
-        condition = training.condition.of(rollout.groups[index], device)
+        condition = training.condition.take_rows(rollout.groups[index], device)
         yield Microbatch(x_0, x_t, t, condition, copy_to_device(r[index], device), weight)
         training.progress("train", min((done + 1) * s.microbatch, len(mine)), len(mine))
 
@@ -97,7 +97,7 @@ def draw_times_and_noise(training: Training, rollout: Rollout, index: Tensor) ->
     s, grid, shape = training.settings, training.sampler.times, rollout.x_0.shape[1:]
     times, noise = [], []
     for n in index.tolist():
-        source = rollout.draws.generator(n, "train")
+        source = rollout.draws.make_generator(n, "train")
         times.append(draw_times(s.train_times, s.train_times_count, grid, s.time_shift, source))
         size = (s.train_times_count, *shape)
         noise.append(torch.randn(size, generator=source, dtype=torch.float32, device="cpu"))

@@ -13,7 +13,7 @@ from torch.nn import Parameter
 from nft_plugins import Condition
 
 from ..errors import NftError, Stopped
-from ..objective.schedules import compute_ema_decay, lr_decay, warmup
+from ..objective.schedules import compute_ema_decay, compute_lr_decay, compute_warmup
 from ..parallel import processes
 from ..parallel.sharding import clip_gradients, take_local_part
 from .optimizers import GROWTH
@@ -96,8 +96,8 @@ def take_step(training: Training, sums: Tensor) -> None:
 def update_weights(training: Training) -> None:
     """Let the optimizer take a step at the learning rate of now, and the averaged weights follow."""
     s, policy, at = training.settings, training.policy, training.at
-    decay = lr_decay(s.lr_schedule, at.epoch / s.epochs, s.warmup, at.step)
-    at.lr = s.lr * warmup(s.warmup, at.step) * decay
+    decay = compute_lr_decay(s.lr_schedule, at.epoch / s.epochs, s.warmup, at.step)
+    at.lr = s.lr * compute_warmup(s.warmup, at.step) * decay
     for group in training.optimizer.param_groups:
         group["lr"] = at.lr
     if s.precision == "fp16":

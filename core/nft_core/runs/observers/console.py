@@ -32,6 +32,8 @@ class Console:
     @hookimpl
     def nft_run_started(self, run: Run) -> None:
         self.say(f"Writing to {run.folder}")
+        if differences := describe_evaluation(run.settings):
+            self.say(f"Evaluations are not generated as rollouts are: {differences}.")
         for record in read_records(run.folder):
             if is_evaluation(record):
                 self.find_base(record)
@@ -116,6 +118,21 @@ class Console:
 
     def say(self, text: str) -> None:
         self.terminal.print(text)
+
+
+def describe_evaluation(settings: Mapping[str, Any]) -> str:
+    """Describe in what evaluations' images differ from rollouts'; empty where in nothing."""
+    own = "the model's own"
+    parts = [
+        f"{settings['eval_' + name]} {unit} instead of {settings[name] or own}"
+        for name, unit in (("steps", "steps"), ("resolution", "pixels"))
+        if settings.get(f"eval_{name}") and settings[f"eval_{name}"] != settings[name]
+    ]
+    if (solver := settings.get("eval_solver")) and solver != settings["solver"]:
+        parts.append(f"solver {solver} instead of {settings['solver']}")
+    if settings.get("eval_guidance", 1) != 1:
+        parts.append(f"guidance {settings['eval_guidance']:g} instead of none")
+    return ", ".join(parts)
 
 
 def describe_failures(record: Mapping[str, Any]) -> dict[str, str]:
