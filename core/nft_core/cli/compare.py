@@ -54,10 +54,7 @@ def describe_comparison(found: Comparison) -> dict[str, Any]:
     names = [run.name for run in found.runs]
     figures = {
         run: {
-            name: {
-                **{key: getattr(summary, key)._asdict() for key in ("start", "best", "end")},
-                "change": summary.change._asdict() if summary.change else None,
-            }
+            name: {key: part._asdict() if part else None for key, part in summary._asdict().items()}
             for name, summary in summaries.items()
         }
         for run, summaries in found.summaries.items()

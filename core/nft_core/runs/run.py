@@ -187,7 +187,7 @@ def load_training(
     parts = settings, model, reward, inputs.solver, prompts, held_out, device, folder
     training = assemble_training(*parts, compiled, inputs.eval_solver)
     named = [text for spec in inputs.rewards for text in (spec.name, *spec.options.values())]
-    training.at.sources = collect_sources(host, [settings.solver, *map(str, named)])
+    training.at.sources = collect_sources(host, [settings.solver, settings.eval_solver, *map(str, named)])
     training.evaluation = fingerprint_evaluation(
         settings,
         held_out,

@@ -35,10 +35,13 @@ class Paired(NamedTuple):
 
 
 class Summary(NamedTuple):
-    """A figure of a run: first, best and last mean among evaluations of the same pictures, and the change."""
+    """A figure of a run: first, best and last mean among evaluations of the same pictures, and the change.
+
+    best: None for a detail of a reward, of which nobody says whether a higher value is better.
+    """
 
     start: Point
-    best: Point
+    best: Point | None
     end: Point
     change: Paired | None
 
@@ -59,7 +62,8 @@ def summarize(run: RunFigures) -> dict[str, Summary]:
             continue
         (start, first), (end, _) = points[0], points[-1]
         change = pair_evaluations((run, first), (run, last), name) if len(points) > 1 else None
-        best = max((point for point, _ in points), key=lambda point: point.mean)  # of equal ones the first
+        # Of equal ones the first.
+        best = max((point for point, _ in points), key=lambda p: p.mean) if name in last["rewards"] else None
         found[name] = Summary(start, best, end, change)
     return found
 

@@ -21,7 +21,7 @@ COLOURS = ("#0072b2", "#e69f00", "#009e73", "#cc79a7", "#d55e00", "#56b4e9", "#9
 #: How the lines of further runs are broken, which have the same colours again.
 DASHES = ("none", "6 3", "2 2")
 EXTRA = """
-td, th { text-align: left; padding: 0 1.5rem 0.2rem 0; vertical-align: top; overflow-wrap: anywhere; }
+td, th { text-align: left; padding: 0 1.5rem 0.2rem 0; vertical-align: top; overflow-wrap: break-word; }
 .pictures td { max-width: 180px; font-size: 12px; } tr.first td { border-top: 1px solid #8884; }
 """
 
@@ -99,8 +99,8 @@ def list_figures(found: Comparison) -> tuple[list[str], list[list[str]]]:
     return titles, rows
 
 
-def write_point(point: Point) -> str:
-    return f"{point.mean:.4g} (epoch {point.epoch})"
+def write_point(point: Point | None) -> str:
+    return f"{point.mean:.4g} (epoch {point.epoch})" if point else ""
 
 
 def write_pair(pair: Paired | None) -> str:
