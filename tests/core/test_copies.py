@@ -82,9 +82,9 @@ def test_a_run_goes_on_in_another_place(given, host, tmp_path):
     assert moved.model == given.model and moved.reward_defaults == given.reward_defaults
     for name in ("beside_mine", *(n for n in sys.modules if n.startswith("nft_local:"))):
         sys.modules.pop(name, None)
-    rewards, _, prompts, held_out = prepare_inputs(moved, host)
-    assert [p.text for p in (*prompts, *held_out)] == ["a cat", "a cat"]
-    assert rewards[0].name == f"{tmp_path}/moved/inputs/code/mine.py:warmth"
+    inputs = prepare_inputs(moved, host)
+    assert [p.text for p in (*inputs.prompts, *inputs.held_out)] == ["a cat", "a cat"]
+    assert inputs.rewards[0].name == f"{tmp_path}/moved/inputs/code/mine.py:warmth"
     assert Path(sys.modules["beside_mine"].__file__).is_relative_to(tmp_path / "moved")
     # Nothing that is learned has changed by the move, and nothing is said.
     assert describe_changes(read_run_file(tmp_path / "moved" / "run.toml"), moved) == ([], [])

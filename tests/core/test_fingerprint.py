@@ -44,7 +44,12 @@ def taken(host, prompts=PROMPTS, rewards=REWARDS, versions=None, **settings):
         ({"eval_steps": 40}, ["steps"], set()),
         ({"solver": "euler"}, ["solver"], set()),
         ({"resolution": 768}, ["resolution"], set()),
-        ({"rewards": ["ocr", "pickscore=2"]}, ["weights of rewards"], {"ocr", "ocr/strict", "pickscore"}),
+        (
+            {"rewards": ["ocr", "pickscore=2"]},
+            ["weights of rewards, or combine"],
+            {"ocr", "ocr/strict", "pickscore"},
+        ),
+        ({"combine": "normalized"}, ["weights of rewards, or combine"], {"ocr", "ocr/strict", "pickscore"}),
         ({"rewards": ["ocr,upscale=4", "pickscore=0.5"]}, ["reward ocr"], {"pickscore"}),
         ({"rewards": ["ocr"]}, ["reward pickscore"], {"ocr", "ocr/strict"}),
         ({"rewards": ["ocr,on_error=mask", "pickscore=0.5"]}, [], {"ocr", "ocr/strict", "pickscore", "total"}),

@@ -30,12 +30,13 @@ def test_as_many_as_the_grids_have_of_any_size():
 
 
 def test_observers_get_some_pictures_with_their_scores_and_figures_of_all(tmp_path, monkeypatch):
-    seen = []
+    seen, kept = [], []
     for bytes_, least in ((2**30, 12), (24, 2)):
         monkeypatch.setattr(gallery, "MOST_BYTES", bytes_)
         monkeypatch.setattr(gallery, "LEAST", least)
         run = make(tmp_path, eval_images=2, rollout_batch=4)
         run.observe = lambda hook, **told: "batch" in told and seen.append(told)
+        run.keep_scores = lambda *given: kept.append(given)
         evaluate(run)
     every, some = seen
     assert every["record"]["images"] == some["record"]["images"] == len(every["batch"]) == 6
@@ -44,3 +45,6 @@ def test_observers_get_some_pictures_with_their_scores_and_figures_of_all(tmp_pa
     assert some["batch"].prompts == [PROMPTS[0].text, PROMPTS[1].text]
     assert torch.equal(some["batch"].images, every["batch"].images[[0, 2]])
     assert torch.equal(some["scores"].values, every["scores"].values[[0, 2]])
+    # What is kept for comparisons is of all.
+    for epoch, scores, groups in kept:
+        assert (epoch, len(scores), groups.tolist()) == (0, 6, [0, 0, 1, 1, 2, 2])

@@ -92,8 +92,8 @@ def test_a_run_goes_on_from_another_folder(project, tmp_path, monkeypatch):
         assert done.exit_code == 0, done.output
     assert [settings for settings, _ in seen] == [seen[0][0]] * 3
     assert [folder for _, folder in seen] == [project / "r", project / "r", tmp_path / "elsewhere" / "new"]
-    specs, _, prompts, _ = prepare_inputs(seen[1][0], load_host())
-    assert specs[0].title == "warmth" and [p.text for p in prompts] == ["a cat"]
+    inputs = prepare_inputs(seen[1][0], load_host())
+    assert inputs.rewards[0].title == "warmth" and [p.text for p in inputs.prompts] == ["a cat"]
 
 
 def test_a_file_that_changes_the_folder_when_it_is_imported(project):

@@ -17,6 +17,7 @@ from .. import environment
 from ..errors import MEMORY_FULL, NftError, Stopped, UsageError, is_memory_full
 from ..objective.choices import Combine
 from ..output import keep_output_alive
+from .compare import compare_runs
 from .doctor import diagnose, explain_broken_torchvision
 from .listing import list_models, list_observers, list_plugins, list_rewards, list_solvers
 from .new import begin_package
@@ -79,6 +80,7 @@ def main() -> None:
 
 for command in (
     score_files,
+    compare_runs,
     diagnose,
     list_plugins,
     list_rewards,

@@ -74,7 +74,8 @@ def fingerprint_evaluation(
         "prompts": digest_value([[p.text, p.metadata] for p in held_out]),
         **{name: v if isinstance(v, str) else json.dumps(v, default=str) for name, v in chosen.items()},
         "rewards": {title: digest_value(given) for title, given in by_title.items()},
-        "total": digest_value([by_title, [spec.weight for spec in specs]]),
+        # A sum is a sum in runs of older versions too.
+        "total": digest_value([by_title, [spec.weight for spec in specs], *({settings.combine} - {"sum"})]),
     }
 
 
@@ -135,8 +136,9 @@ def list_changes(before: Any, now: Any) -> list[str]:
         for e in (before, now)
     )
     names = [name for name in {**a, **b} if a.get(name) != b.get(name)]
-    # A total of other rewards is another one in any case.
-    return names or (["weights of rewards"] if read_total_digest(before) != read_total_digest(now) else [])
+    if not names and read_total_digest(before) != read_total_digest(now):
+        return ["weights of rewards, or combine"]
+    return names  # A total of other rewards is another one in any case.
 
 
 def is_comparable(before: Any, now: Any, name: str) -> bool:

@@ -157,10 +157,10 @@ def change_paths(values: Mapping[str, Any], change: Callable[[str, str], str]) -
         return given if new == spec.options else {"name": spec.name, **new}
 
     changed = dict(values)
-    for name in ("model", "lora", "solver", *PATHS):
+    for name in ("model", "lora", "solver", "eval_solver", *PATHS):
         if isinstance(values.get(name), str):
             changed[name] = change(name, values[name])
-    for name in ("model_options", "solver_options"):
+    for name in ("model_options", "solver_options", "eval_solver_options"):
         if isinstance(values.get(name), Mapping):
             changed[name] = options(values[name])
     defaults = values.get("reward_defaults")

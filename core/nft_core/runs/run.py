@@ -5,6 +5,7 @@ from __future__ import annotations
 import shlex
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -29,6 +30,7 @@ from .inputs import (
     prepare_inputs,
     register_observers,
 )
+from .observers.evaluations import save_scores
 from .observers.metrics import trim_metrics
 from .record import add_start, describe_start
 from .resume import choose_checkpoint, digest_prompts, restore_training
@@ -107,6 +109,7 @@ def run_training(
             training.settings = settings = record_start(folder, settings, host, training.at.step, tell)
             run = Run(folder, settings.model_dump(), settings.epochs, training.at.epoch)
             training.observe = register_observers(host, run, asked)
+            training.keep_scores = partial(save_scores, folder)
             trim_metrics(folder, training.at, tell)
         if other:  # What was allowed holds from here on, whatever comes.
             training.save()
@@ -187,7 +190,7 @@ def load_training(
     parts = settings, model, reward, inputs.solver, prompts, held_out, device, folder
     training = assemble_training(*parts, compiled, inputs.eval_solver)
     named = [text for spec in inputs.rewards for text in (spec.name, *spec.options.values())]
-    training.at.sources = collect_sources(host, [settings.solver, *map(str, named)])
+    training.at.sources = collect_sources(host, [settings.solver, settings.eval_solver, *map(str, named)])
     training.at.origin = digest_origin(find_model(settings))
     training.evaluation = fingerprint_evaluation(
         settings,

@@ -27,7 +27,7 @@ def summarize_scores(
     tallies: what failures have cost, by reward; the total has their sum.
     groups: `[N]`, the index of each image's prompt; with it, rewards get a standard error and a 95 % interval.
     """
-    everything, finite = _list_figures(scores)
+    everything, finite = list_figures(scores)
     lost = {**(tallies or {}), "total": add_tallies((tallies or {}).values())}
     rewards = {name: _summarize_reward(*figure, lost.get(name, Tally())) for name, figure in everything.items()}
     if groups is not None:
@@ -51,7 +51,7 @@ def digest_valid_samples(scores: Scores) -> dict[str, str]:
 
     Means over different samples cannot be compared, and different digests tell that they are different.
     """
-    everything, finite = _list_figures(scores)
+    everything, finite = list_figures(scores)
     masks = {name: valid.numpy() for name, (_, valid) in {**everything, **finite}.items()}
     return {name: sha256(mask.tobytes()).hexdigest()[:12] for name, mask in masks.items() if not mask.all()}
 
@@ -59,7 +59,7 @@ def digest_valid_samples(scores: Scores) -> dict[str, str]:
 Figures = dict[str, tuple[Tensor, Tensor]]
 
 
-def _list_figures(scores: Scores) -> tuple[Figures, Figures]:
+def list_figures(scores: Scores) -> tuple[Figures, Figures]:
     """List values and where they count, both `[N]`: first of rewards and the total, then of details."""
     rewards = {name: (part.scores.values, part.scores.valid) for name, part in scores.parts.items()}
     valid = {f"{n}/{d}": part.scores.valid for n, part in scores.parts.items() for d in part.scores.details}

@@ -48,6 +48,7 @@ def evaluate(run: Training) -> dict[str, str]:
     record["skipped"] = list(rollout.skipped)
     record["warnings"] = found = warnings(record, at.baseline, s) if mean is not None else {}
     if processes.rank() == 0:  # Observers are there alone.
+        run.keep_scores(at.epoch, everyones, rollout.groups)
         run.observe("nft_eval_finished", record=record, batch=batch, scores=scores)
     if mean is not None:
         at.evaluations[at.step] = mean

@@ -16,7 +16,7 @@ from typing import Annotated, Any, Literal, overload
 import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from nft_plugins import EpochRecord, EvalRecord, Reward
+from nft_plugins import EpochRecord, EvalRecord, Reward, Scores
 
 from ..errors import CheckpointError, Stopped
 from ..prompts import Prompt
@@ -98,6 +98,7 @@ class Training:
     """Everything the loop needs, and where it stands.
 
     observe: `(hook, **arguments)`, tells the run's observers; save: writes a checkpoint.
+    keep_scores: keeps the scores of all images of an evaluation, and which prompt each image is of.
     evaluation: the fingerprint of the evaluations.
     stop_signal: gives the number of the signal that told this process to end, or 0.
     is_inconsistent: whether weights, moments and progress do not belong together. It is so during a change, and
@@ -117,6 +118,7 @@ class Training:
     observe: Callable[..., None]
     save: Callable[[], None]
     at: Progress
+    keep_scores: Callable[[int, Scores, torch.Tensor], None] = lambda epoch, scores, groups: None
     evaluation: Mapping[str, Any] = field(default_factory=dict)
     stop_signal: Callable[[], int] = lambda: 0
     is_inconsistent: bool = False

@@ -6,12 +6,15 @@ import json
 import os
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from nft_plugins import Run, hookimpl
 
 from ...errors import NftError, advise_on_disk
-from ...training.state import Progress, replace_nonfinite
+from .evaluations import list_scores
+
+if TYPE_CHECKING:
+    from ...training.state import Progress
 
 FILE = "metrics.jsonl"
 
@@ -45,15 +48,20 @@ def say_unwritable(path: Path, error: OSError) -> NftError:
 
 
 def to_line(record: Mapping[str, Any]) -> str:
+    from ...training.state import replace_nonfinite  # The module imports torch, and who only reads needs none.
+
     return json.dumps(replace_nonfinite(record), allow_nan=False) + "\n"
 
 
 def trim_metrics(folder: Path, at: Progress, tell: Callable[[str], None]) -> None:
-    """Leave only the lines of before a checkpoint: the run that goes on from it writes the others again.
+    """Leave only lines, and scores, of before a checkpoint: the run that goes on writes the others again.
 
     Raises NftError where the disk will not take it.
     """
     path, aside = folder / FILE, folder / f".{FILE}"
+    for epoch, scores in list_scores(folder).items():
+        if not comes_before({"event": "eval", "epoch": epoch}, at):
+            scores.unlink(missing_ok=True)
     if not path.exists():
         return
     damaged: list[int] = []

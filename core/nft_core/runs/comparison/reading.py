@@ -1,0 +1,113 @@
+"""What is read of a run's folder to compare it; nothing in it is trusted, and no line of it is run."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ...errors import UsageError
+from ...host.local import is_reference
+from ...settings import GROUPS, RECORD, read_tables
+from ..copies import read_copies
+from ..observers.console import is_evaluation
+from ..observers.metrics import read_records
+from ..observers.report import Report
+from ..places import change_paths, shorten_path
+
+
+@dataclass(frozen=True)
+class RunFigures:
+    """A run as its folder tells it.
+
+    settings: by flat name, with a digest in place of a path to a copy. record: how the run was made.
+    evaluations: lines of `metrics.jsonl`. curves: what the report draws of these and of epochs.
+    """
+
+    name: str
+    folder: Path
+    settings: Mapping[str, Any]
+    record: Mapping[str, Any]
+    evaluations: Sequence[Mapping[str, Any]]
+    curves: Report
+
+
+def read_runs(folders: Sequence[Path]) -> list[RunFigures]:
+    """Read two or more runs. Raises UsageError for fewer, for one given twice, and for what is no run."""
+    if len(folders) < 2:
+        raise UsageError("Comparing takes two runs or more: give their folders, such as runs/A runs/B.")
+    whole = [folder.resolve() for folder in folders]
+    for i, folder in enumerate(whole):
+        if folder in whole[:i]:
+            raise UsageError(f"The run {folders[i]} is given twice: give another run's folder.")
+        if not (folder / "run.toml").is_file():
+            raise UsageError(
+                f"{folders[i]} is no run's folder: expected run.toml in it. Give the folder that `nft run` "
+                "wrote to, such as runs/NAME."
+            )
+    # The last part of a path is its name, where it tells the runs apart.
+    names = [folder.name for folder in whole]
+    return [
+        read_run(folder, name if names.count(name) == 1 else str(given))
+        for folder, name, given in zip(whole, names, folders, strict=True)
+    ]
+
+
+def read_run(folder: Path, name: str) -> RunFigures:
+    """Read a run's folder, of any version. Raises UsageError for a run.toml that is no TOML."""
+    tables = read_tables(folder / "run.toml")
+    record = tables.pop(RECORD, None)
+    record = record if isinstance(record, dict) else {}
+    curves, evaluations = Report(), []
+    for line in read_records(folder):
+        curves.add(line)
+        if is_whole(line):
+            evaluations.append(line)
+    return RunFigures(name, folder, read_loosely(tables, record), record, evaluations, curves)
+
+
+def is_whole(line: Mapping[str, Any]) -> bool:
+    """Say whether a line is an evaluation with all that is compared: others may have written the file."""
+    inside = [line.get(name, {}) for name in ("details", "which")]
+    if not is_evaluation(line) or not all(isinstance(one, Mapping) for one in inside):
+        return False
+    return all("mean" in reward for reward in line["rewards"].values())
+
+
+def read_loosely(tables: Mapping[str, Any], record: Mapping[str, Any]) -> dict[str, Any]:
+    """Read settings from a run file's tables, those too that this version does not know.
+
+    A path becomes its last part, and one to a copy in the run's folder has its digest too.
+    """
+    flat: dict[str, Any] = {}
+    for name, value in tables.items():
+        flat |= value if name in GROUPS and isinstance(value, dict) else {name: value}
+    digests = {f"{{run}}/{copy.file}": copy.sha256[:8] for copy in read_copies(record)}
+
+    def shorten(_: str, text: str) -> str:
+        location, colon, attribute = text.rpartition(":") if is_reference(text) else (text, "", "")
+        digest = f" ({digests[location]})" if location in digests else ""
+        return f"{shorten_path(location)}{digest}{colon}{attribute}"
+
+    try:
+        return change_paths(flat, shorten)
+    except UsageError:  # Rewards in a form that this version cannot read are shown as they are.
+        return flat
+
+
+def list_differences(runs: Sequence[RunFigures]) -> dict[str, list[Any]]:
+    """List settings, versions and commits that differ: a value for each run, None where it has none."""
+    found = {}
+    for name in dict.fromkeys(name for run in runs for name in run.settings):
+        found[name] = [run.settings.get(name) for run in runs]
+    for name in dict.fromkeys(name for run in runs for name in read_versions(run)):
+        found[f"version of {name}"] = [read_versions(run).get(name) for run in runs]
+    found["commit"] = [run.record.get("commit") for run in runs]
+    return {name: values for name, values in found.items() if any(v != values[0] for v in values)}
+
+
+def read_versions(run: RunFigures) -> Mapping[str, Any]:
+    """Read the versions that a run began with; there are none in a folder of an older version."""
+    found = run.record.get("versions")
+    return found if isinstance(found, Mapping) else {}

@@ -1,0 +1,93 @@
+"""`evaluations/`: the scores of every image of each evaluation, from which intervals of differences are made.
+
+`evaluations/NNNNNN.safetensors`, by epoch, has `prompt`, the index of each image's prompt among the held-out
+ones, and for each figure `values/NAME` and `valid/NAME`, whether the image has it.
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from ...errors import NftError, advise_on_disk
+
+if TYPE_CHECKING:
+    import torch
+
+    from nft_plugins import Scores
+
+FOLDER = "evaluations"
+NAME = re.compile(r"(\d{6,18})\.safetensors")
+#: Bytes of a file. Where all figures take more, details are left out, and then rewards.
+MOST_BYTES = 16 * 2**20
+
+
+class Scored(NamedTuple):
+    """Scores of an evaluation's images, as NumPy's arrays: the prompt of each image, then by figure values and
+    whether they count."""
+
+    prompt: Any
+    figures: dict[str, tuple[Any, Any]]
+
+
+def save_scores(folder: Path, epoch: int, scores: Scores, groups: torch.Tensor) -> None:
+    """Write the scores of all images of an evaluation. Raises NftError where the disk will not take them.
+
+    groups: `[N]`, the index of each image's prompt.
+    """
+    import numpy as np
+    from safetensors import SafetensorError
+    from safetensors.numpy import save_file
+
+    from ...scoring.statistics import list_figures
+
+    rewards, details = list_figures(scores)
+    arrays = {"prompt": groups.numpy().astype(np.int32)}
+    for name, figure in {"total": rewards["total"], **rewards, **details}.items():
+        values, valid = (tensor.numpy() for tensor in figure)
+        pair = {f"values/{name}": np.where(valid, values, 0).astype(np.float32), f"valid/{name}": valid}
+        if sum(a.nbytes for a in (*arrays.values(), *pair.values())) <= MOST_BYTES:
+            arrays |= pair
+    path = folder / FOLDER / f"{epoch:06d}.safetensors"
+    aside = path.with_name(f".{path.name}")
+    try:
+        path.parent.mkdir(exist_ok=True)
+        save_file(arrays, aside)
+        aside.replace(path)
+    except (OSError, SafetensorError) as error:
+        raise NftError(
+            f"Cannot write {path}: {error}. {advise_on_disk(error)}, then resume the run."
+        ) from error
+
+
+def list_scores(folder: Path) -> dict[int, Path]:
+    """List the files of a run's evaluations by epoch."""
+    found = {path: NAME.fullmatch(path.name) for path in (folder / FOLDER).glob("*.safetensors")}
+    return {int(match[1]): path for path, match in sorted(found.items()) if match}
+
+
+def read_scores(folder: Path, epoch: int) -> Scored | None:
+    """Read the scores of an evaluation; None where there are none, or what stands there is something else."""
+    import numpy as np
+    from safetensors import SafetensorError, safe_open
+
+    path = folder / FOLDER / f"{epoch:06d}.safetensors"
+    try:
+        if path.stat().st_size > MOST_BYTES + 2**20:  # with its header
+            return None
+        with safe_open(path, "np") as file:
+            arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except (OSError, ValueError, SafetensorError):
+        return None
+    prompt = arrays.get("prompt")
+    if prompt is None or prompt.ndim != 1 or prompt.dtype != np.int32:
+        return None
+    found = {}
+    for name in (n.removeprefix("values/") for n in arrays if n.startswith("values/")):
+        values, valid = arrays[f"values/{name}"], arrays.get(f"valid/{name}")
+        if valid is None or not values.shape == valid.shape == prompt.shape:
+            return None
+        if (values.dtype, valid.dtype) == (np.float32, np.bool_):
+            found[name] = values, valid
+    return Scored(prompt, found)
