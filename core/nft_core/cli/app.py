@@ -18,6 +18,7 @@ from ..errors import MEMORY_FULL, NftError, Stopped, UsageError, is_memory_full
 from ..objective.choices import Combine
 from ..output import lasting_output
 from .doctor import doctor, explain
+from .evaluate import evaluate
 from .listing import models, observers, plugins, rewards, solvers
 from .new import new
 from .rewards import check, info
@@ -76,7 +77,7 @@ def main() -> None:
     """
 
 
-for command in (score, doctor, plugins, rewards, solvers, models, observers, list_settings, new):
+for command in (evaluate, score, doctor, plugins, rewards, solvers, models, observers, list_settings, new):
     main.add_command(command)
 for command in (info, check):
     rewards.add_command(command)

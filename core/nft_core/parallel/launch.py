@@ -61,14 +61,21 @@ def launch_processes(settings: str, out: Path, processes: int, more: Sequence[st
     """Run `nft run` with these settings, TOML, in each process; returns the exit code of what failed, or 0.
 
     more: arguments of `nft run`.
+    """
+    with tempfile.TemporaryDirectory(prefix="nft-") as folder:
+        file = Path(folder) / "run.toml"
+        file.write_text(settings, encoding="utf-8")
+        return launch_command(["run", "--config", str(file), "--out", str(out), *more], processes)
+
+
+def launch_command(arguments: Sequence[str], processes: int) -> int:
+    """Run `nft` with these arguments in each process; returns the exit code of what failed, or 0.
 
     The first process has the terminal. What the others write to standard error is shown only where
     the first one's own does not tell the cause.
     """
     with ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="nft-")))
-        (folder / "run.toml").write_text(settings, encoding="utf-8")
-        arguments = ["run", "--config", str(folder / "run.toml"), "--out", str(out), *more]
         said = [stack.enter_context(tempfile.TemporaryFile("w+")) for _ in range(processes)]
         children = [
             start_process(arguments, r, processes, folder / "rendezvous", said[r]) for r in range(processes)

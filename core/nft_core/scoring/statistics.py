@@ -24,7 +24,7 @@ def statistics(
     A detail counts where the reward that gave it is valid and the figure is finite.
     tallies: what failures have cost, by reward; of the total, their sum is told.
     """
-    everything, finite = _figures(scores)
+    everything, finite = split_figures(scores)
     lost = {**(tallies or {}), "total": add_tallies((tallies or {}).values())}
     rewards = {name: _summary(*figure, lost.get(name, Tally())) for name, figure in everything.items()}
     details = {name: _mean(*figure) for name, figure in finite.items()}
@@ -39,7 +39,7 @@ def statistics(
 
 def which(scores: Scores) -> dict[str, str]:
     """By figure, a digest of which samples have it, where not all have: means over others are not compared."""
-    everything, finite = _figures(scores)
+    everything, finite = split_figures(scores)
     masks = {name: valid.numpy() for name, (_, valid) in {**everything, **finite}.items()}
     return {name: sha256(mask.tobytes()).hexdigest()[:12] for name, mask in masks.items() if not mask.all()}
 
@@ -47,7 +47,7 @@ def which(scores: Scores) -> dict[str, str]:
 Figures = dict[str, tuple[Tensor, Tensor]]
 
 
-def _figures(scores: Scores) -> tuple[Figures, Figures]:
+def split_figures(scores: Scores) -> tuple[Figures, Figures]:
     """Values and where they count, `[N]` each: of each reward and the total, and of each detail."""
     rewards = {name: (part.scores.values, part.scores.valid) for name, part in scores.parts.items()}
     valid = {f"{n}/{d}": part.scores.valid for n, part in scores.parts.items() for d in part.scores.details}
