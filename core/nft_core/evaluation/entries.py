@@ -88,13 +88,11 @@ def list_entries(models: Sequence[Model], guidances: Sequence[float]) -> list[En
         digest = " ".join(filter(None, map(digest_files, (model.model, model.lora))))
         for g in guidances:
             called = f"{name}, guidance {g:g}" if len(guidances) > 1 else name
+            if any(e.name == called and (e.model, e.lora) == (model.model, model.lora) for e in entries):
+                raise UsageError(f"{called!r} is given twice: leave one of them out.")
             taken = [e.name for e in entries]
             unique = next(n for n in (called, *(f"{called} ({i})" for i in range(2, 10**6))) if n not in taken)
-            entry = Entry(unique, model.model, model.lora, float(g), digest)
-            same = [e for e in entries if (e.model, e.lora, e.guidance) == (entry.model, entry.lora, float(g))]
-            if same:
-                raise UsageError(f"{same[0].name!r} is given twice: leave one of them out.")
-            entries.append(entry)
+            entries.append(Entry(unique, model.model, model.lora, float(g), digest))
     return entries
 
 

@@ -88,7 +88,8 @@ def is_complete(folder: Path) -> bool:
 
 def name_folder(entries: Sequence[Entry]) -> Path:
     """Name a new folder, such as `evaluations/mine-20260131-235959`."""
-    name = re.sub(r"[^\w.-]+", "-", entries[0].name).strip("-.")[:60] or "model"
+    model = entries[0].name.partition(", guidance ")[0]
+    name = re.sub(r"[^\w.-]+", "-", model).strip("-.")[:60] or "model"
     wanted = RESULTS / f"{name}-{datetime.now():%Y%m%d-%H%M%S}"
     folder, number = wanted, 1
     while folder.exists():

@@ -151,6 +151,8 @@ def write_interval(interval: Interval | None) -> list[str]:
         return ["none valid", "", ""]
     if interval.error is None or interval.low is None or interval.high is None:
         return [f"{interval.mean:.4g}", "", ""]
+    if not interval.error:  # All images score the same.
+        return [f"{interval.mean:.4g}", "± 0", f"{interval.low:.4g} to {interval.high:.4g}"]
     digits = count_digits(interval.error)
     low, high = f"{interval.low:.{digits}f}", f"{interval.high:.{digits}f}"
     return [f"{interval.mean:.{digits}f}", f"± {interval.error:.{digits}f}", f"{low} to {high}"]

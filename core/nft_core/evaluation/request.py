@@ -9,9 +9,11 @@ from typing import Any, Literal
 
 import torch
 
-from ..errors import NftError, UsageError
+from ..errors import UsageError
+from ..host.factories import import_factory
 from ..host.host import Host
 from ..host.specs import RewardSpec
+from ..models.pipeline import PipelineModel
 from ..prompts import Prompt, read_prompts
 from ..quiet import silence_libraries
 from ..runs.fingerprint import BENEATH, collect_sources
@@ -151,15 +153,14 @@ def find_resolution(settings: Settings, host: Host, entries: Sequence[Entry]) ->
     Raises UsageError for a size that is impossible, and for models whose own sizes differ.
     """
     sizes: dict[str, tuple[int, int]] = {}
-    for model, lora in dict.fromkeys((e.model, e.lora) for e in entries):
-        entry = next(e for e in entries if (e.model, e.lora) == (model, lora))
+    for model in dict.fromkeys((e.model, e.lora) for e in entries):
+        entry = next(e for e in entries if (e.model, e.lora) == model)
         s = use_model(settings, entry)
-        try:
-            sizes[entry.name] = image_shape(s, load_model(s, host, META))[:2]
-        except NftError:
-            raise
-        except Exception:  # A family of a plug-in may need more than configs: it is seen when it is loaded.
+        factory = import_factory(host.models[find_family(s, host)[0]].info.factory)
+        # A family of a plug-in may need more than configs: its size is seen when it is loaded.
+        if not (isinstance(factory, type) and issubclass(factory, PipelineModel)):
             return settings.resolution
+        sizes[entry.name] = image_shape(s, load_model(s, host, META))[:2]
     check_sizes(sizes)
     height, width = next(iter(sizes.values()))
     return height if height == width else settings.resolution

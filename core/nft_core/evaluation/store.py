@@ -27,6 +27,8 @@ from .entries import Entry
 from .protocol import FILE, PROMPTS, Protocol, read_protocol, write_prompts, write_protocol
 
 ENTRIES, RESULTS_JSON, RESULTS_MD = "entries.json", "results.json", "results.md"
+#: In the metadata of a part's file, what is no tensor.
+META = "evaluation"
 
 
 @dataclass(frozen=True)
@@ -141,15 +143,15 @@ def write_part(folder: Path, entry: Entry, part: Stored, fingerprint: str) -> No
     for kind in ("rewards", "details"):
         for name, (values, valid) in getattr(part, kind).items():
             tensors |= {f"{kind}/{name}": values, f"{kind}/{name} is valid": valid}
-    words = {"tallies": part.tallies, "skipped": sorted(part.skipped)}
+    words = {"fingerprint": fingerprint, "tallies": part.tallies, "skipped": sorted(part.skipped)}
     file = folder / "scores" / entry.folder / f"part-{int(part.prompt[0]):06d}.safetensors"
     aside = file.with_name(f".{file.name}.part")
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
         save_file(
-            {name: x.contiguous() for name, x in tensors.items()},
+            {name: x.clone() for name, x in tensors.items()},  # Two that share memory would be refused.
             aside,
-            {"fingerprint": fingerprint, "counts": json.dumps(words)},
+            {META: json.dumps(words)},  # One word: the order of several is not always the same.
         )
         aside.replace(file)
     except (OSError, SafetensorError) as error:
@@ -165,7 +167,7 @@ def read_parts(folder: Path, entry: Entry, fingerprint: str) -> list[Stored]:
     for file in sorted((folder / "scores" / entry.folder).glob("part-*.safetensors")):
         try:
             with safe_open(file, framework="pt") as opened:
-                words = opened.metadata() or {}
+                words = json.loads((opened.metadata() or {}).get(META, "{}"))
                 tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
         except (OSError, SafetensorError):
             continue
@@ -174,7 +176,7 @@ def read_parts(folder: Path, entry: Entry, fingerprint: str) -> list[Stored]:
                 f"{file} is of the protocol {words.get('fingerprint')}, and the evaluation has {fingerprint}: "
                 "figures of different protocols are not compared. Remove the file, or choose another --out."
             )
-        parts.append(make_stored(tensors, json.loads(words["counts"])))
+        parts.append(make_stored(tensors, words))
     return parts
 
 
