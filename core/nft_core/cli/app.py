@@ -19,6 +19,7 @@ from ..objective.choices import Combine
 from ..output import keep_output_alive
 from .compare import compare_runs
 from .doctor import diagnose, explain_broken_torchvision
+from .evaluate import evaluate
 from .listing import list_models, list_observers, list_plugins, list_rewards, list_solvers
 from .new import begin_package
 from .rewards import check_contract, show_reward
@@ -79,6 +80,7 @@ def main() -> None:
 
 
 for command in (
+    evaluate,
     score_files,
     compare_runs,
     diagnose,

@@ -61,14 +61,21 @@ def launch_processes(settings: str, out: Path, processes: int, more: Sequence[st
     """Run `nft run` in each process, and return the exit code of the one that failed, or 0.
 
     settings: as TOML. more: further arguments of `nft run`.
+    """
+    with tempfile.TemporaryDirectory(prefix="nft-") as folder:
+        file = Path(folder) / "run.toml"
+        file.write_text(settings, encoding="utf-8")
+        return launch_command(["run", "--config", str(file), "--out", str(out), *more], processes)
+
+
+def launch_command(arguments: Sequence[str], processes: int) -> int:
+    """Run `nft` with these arguments in each process, and return the exit code of the one that failed, or 0.
 
     The first process writes to the terminal. What another writes to standard error is shown only if it is the
     one that failed.
     """
     with ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="nft-")))
-        (folder / "run.toml").write_text(settings, encoding="utf-8")
-        arguments = ["run", "--config", str(folder / "run.toml"), "--out", str(out), *more]
         said = [stack.enter_context(tempfile.TemporaryFile("w+")) for _ in range(processes)]
         children = [
             start_process(arguments, r, processes, folder / "rendezvous", said[r]) for r in range(processes)
