@@ -232,7 +232,7 @@ def start_run(
 ) -> None:
     """Train a model on rewards.
 
-    What is said later wins: preset, --config, --set, then the other options.
+    If a setting is given more than once, the last one counts: preset, --config, --set, then the other options.
     """
     if profile:  # torch reads it when it is imported, and its profiler would say when it starts and stops.
         os.environ.setdefault("KINETO_LOG_LEVEL", "6")

@@ -76,9 +76,9 @@ def launch_command(arguments: Sequence[str], processes: int) -> int:
     """
     with ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="nft-")))
-        said = [stack.enter_context(tempfile.TemporaryFile("w+")) for _ in range(processes)]
+        errors = [stack.enter_context(tempfile.TemporaryFile("w+")) for _ in range(processes)]
         children = [
-            start_process(arguments, r, processes, folder / "rendezvous", said[r]) for r in range(processes)
+            start_process(arguments, r, processes, folder / "rendezvous", errors[r]) for r in range(processes)
         ]
         try:
             failed = wait_for_children(children)
@@ -99,15 +99,17 @@ def launch_command(arguments: Sequence[str], processes: int) -> int:
             return choose_exit_code(failed)
         if failed is not children[0]:
             rank = children.index(failed)
-            said[rank].seek(0)
-            sys.stderr.write(said[rank].read() or f"Error: process {rank} of the run {describe_end(failed)}.\n")
+            errors[rank].seek(0)
+            sys.stderr.write(
+                errors[rank].read() or f"Error: process {rank} of the run {describe_end(failed)}.\n"
+            )
         elif failed.returncode < 0:
             sys.stderr.write(f"Error: the run {describe_end(failed)}.\n")
         return choose_exit_code(failed)
 
 
 def start_process(
-    arguments: Sequence[str], rank: int, processes: int, rendezvous: Path, said: IO[str]
+    arguments: Sequence[str], rank: int, processes: int, rendezvous: Path, errors: IO[str]
 ) -> subprocess.Popen[bytes]:
     """Start one process. Its standard input is a pipe that closes when this process ends: then it ends too."""
     environment = os.environ | {
@@ -127,7 +129,7 @@ def start_process(
         env=environment,
         stdin=subprocess.PIPE,
         stdout=None if rank == 0 else subprocess.DEVNULL,
-        stderr=None if rank == 0 else said,
+        stderr=None if rank == 0 else errors,
     )
 
 

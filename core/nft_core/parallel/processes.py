@@ -150,7 +150,7 @@ def gather_texts(text: str, device: torch.device) -> list[str]:
     dist.all_reduce(longest, dist.ReduceOp.MAX)
     padded = torch.zeros(1, int(longest), dtype=torch.uint8, device="cpu")
     padded[0, : len(own)] = own
-    rows = gather_rows(padded, torch.tensor([rank()], device="cpu"), world_size(), device)
+    rows = gather_rows(padded, torch.tensor([rank()], dtype=torch.int64, device="cpu"), world_size(), device)
     return [bytes(row.tolist()).rstrip(b"\0").decode() for row in rows]
 
 

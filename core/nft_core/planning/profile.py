@@ -103,7 +103,7 @@ class Probe:
         kind = LIVE if torch.is_grad_enabled() else FROZEN
         if self.made and kind == LIVE:
             # A stretch begins where training's forward passes do, so that whole training times are in it. It
-            # ends with the epoch, or with the trace: what follows is then measured anew, without the profiler.
+            # ends with the epoch, or with the trace: what follows is then measured again, without the profiler.
             if self.times in (0, TIMES):
                 self.trace(self.times == 0)
                 self.trained, self.start = Stretch(self.tracing, Counter()), read_clock(self.device)
