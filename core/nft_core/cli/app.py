@@ -145,7 +145,8 @@ for command in (info, check):
     "observers",
     metavar="SPEC",
     multiple=True,
-    help="An observer to add, NAME[,KEY=VALUE...], such as tensorboard; see `nft observers`. Repeatable.",
+    help="An observer to add, as NAME[,KEY=VALUE...], such as tensorboard. FILE.py:CLASS or MODULE:CLASS is "
+    "one of yours. Repeatable; `nft observers` lists them.",
 )
 @click.option(
     "--config",

@@ -25,7 +25,7 @@ from .discovery import Cards, Info, Plugin, Registered, discover, find_hook_prob
 from .factories import call_factory, convert_option, find_annotation, import_factory, is_installed
 from .hooks import Hooks
 from .lending import Inside, keep_state
-from .local import is_reference, load_object, make_local_card
+from .local import is_reference, load_object, make_local_card, make_observer_card
 from .specs import RESERVED, FailurePolicy, ObserverSpec, parse_reward, split_options
 
 
@@ -126,8 +126,12 @@ class Host:
         return made
 
     def make_observer(self, spec: ObserverSpec) -> object:
-        """An observer by name. Raises UsageError and NftError as `make_reward` does."""
-        card = self._one("observer", spec.name, self.observers)
+        """An observer by name, or by `FILE.py:CLASS`. Raises UsageError and NftError as `make_reward` does."""
+        card = (
+            make_observer_card(spec.name)
+            if is_reference(spec.name)
+            else self._one("observer", spec.name, self.observers)
+        )
         what = name_card("observer", card)
         require_modules(card, what)
         made = call_factory(what, card.info.factory, (), spec.options, {})

@@ -10,7 +10,7 @@ from typing import Any, Literal, TypeAlias, get_args
 from ..errors import UsageError
 
 FORM = "NAME[=WEIGHT][,KEY=VALUE...], such as pickscore, ocr=0.5 or ocr=0.5,upscale=4"
-OBSERVER_FORM = "NAME[,KEY=VALUE...], such as tensorboard or wandb,project=ocr"
+OBSERVER_FORM = "NAME[,KEY=VALUE...], such as tensorboard, wandb,project=ocr or FILE.py:CLASS"
 OnError: TypeAlias = Literal["stop", "mask", "skip"]
 #: No run needs more than these, so a larger number is a typing error, which is reported at once.
 MOST_RETRIES, MOST_SECONDS, MOST_WEIGHT = 1000, 1e6, 1e30
