@@ -22,7 +22,15 @@ from nft_plugins import (
 from ..errors import NftError, UsageError, unknown_name
 from ..quiet import redirect_prints
 from .discovery import Cards, Info, Plugin, Registered, discover, find_hook_problem
-from .factories import call_factory, convert_option, find_annotation, import_factory, is_installed
+from .factories import (
+    OFFERED,
+    call_factory,
+    convert_option,
+    find_annotation,
+    fit_options,
+    import_factory,
+    is_installed,
+)
 from .hooks import Hooks
 from .lending import Inside, keep_state
 from .local import is_reference, load_object, make_local_card, make_observer_card
@@ -106,6 +114,13 @@ class Host:
             raise NftError(f"The factory of the {what} gave {type(made).__name__}, not a reward.")
         loaded[key] = made
         return made
+
+    def check_reward(self, name: str, options: Mapping[str, Any]) -> None:
+        """Raise what `make_reward` raises for a name, an option or a missing module, and load nothing."""
+        card = self.reward(name)
+        what = name_card("reward", card)
+        require_modules(card, what)
+        fit_options(what, import_factory(card.info.factory), (), options, dict.fromkeys(OFFERED))
 
     def make_solver(self, name: str, options: Mapping[str, Any]) -> Solver:
         """A solver by name, or by `FILE.py:NAME`; `diffusers:CLASS` is made by the family `diffusers:`."""

@@ -233,7 +233,7 @@ def score_images(
     items = [make_item(*row) for row in zip(range(len(given)), given, texts, extras, strict=True)]
     one = isinstance(reward, str | Mapping | RewardSpec) or callable(reward)
     rewards = cast(Iterable[Given], [reward] if one else reward)
-    return score(items, compose(rewards, device=device), batch=batch, device=device)
+    return score(items, compose(rewards, device=device).load(device=device), batch=batch, device=device)
 
 
 def make_item(number: int, image: Any, prompt: str | None, metadata: Mapping[str, Any]) -> Item:
