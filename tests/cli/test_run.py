@@ -10,7 +10,8 @@ import forks
 import pytest
 from click.testing import CliRunner
 
-from nft_core.cli.app import main, new_folder
+from nft_core.cli.app import main
+from nft_core.runs.folder import new_folder
 from nft_core.settings import read_toml
 
 SMALL = [
@@ -299,7 +300,7 @@ def test_bad_input_of_a_real_process(case, processes, tmp_path, ours):
 
 def test_runs_of_the_same_second_have_folders_of_their_own(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("nft_core.cli.app.default_folder", lambda rewards: Path("runs/ocr-20260131-235959"))
+    monkeypatch.setattr("nft_core.runs.folder.default_folder", lambda rewards: Path("runs/ocr-20260131-235959"))
     with new_folder(["ocr"]) as first, new_folder(["ocr"]) as second, new_folder(["ocr"]) as third:
         names = [folder.name for folder in (first, second, third)]
         assert all(folder.is_dir() for folder in (first, second, third))

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
-from datetime import datetime
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from signal import Signals
 from typing import TYPE_CHECKING, Any, get_args
@@ -238,6 +236,8 @@ def run(
         raise UsageError("--card and --peak-tflops belong to --plan, which trains nothing: give that too.")
     if resume == "auto" and not out:
         raise UsageError("--resume auto needs --out, the folder of the run to go on with.")
+    from ..runs.folder import new_folder
+
     chosen_folder = nullcontext(out) if out else new_folder([parse_reward(r).title for r in settings.rewards])
     with chosen_folder as folder:
         start(settings, folder, host, resume == "auto", allow_changes, profile)
@@ -342,30 +342,3 @@ def profiled(*given: Any) -> AbstractContextManager[None]:
     from ..planning.profile import profile_run
 
     return profile_run(*given)
-
-
-@contextmanager
-def new_folder(rewards: list[str]) -> Iterator[Path]:
-    """A run's folder that no other run has; gone again where nothing was written to it.
-
-    It is `default_folder`'s, with a number behind it where another run has begun in the same second.
-    """
-    from ..runs.folder import make_folder
-
-    wanted = default_folder(rewards)
-    folder, number = wanted, 1
-    while environment.is_first_process() and not make_folder(folder, new=True):
-        number += 1
-        folder = wanted.with_name(f"{wanted.name}-{number}")
-    try:
-        yield folder
-    finally:
-        with suppress(OSError):  # Something is in them.
-            folder.rmdir()
-            folder.parent.rmdir()
-
-
-def default_folder(rewards: list[str]) -> Path:
-    """`runs/pickscore+ocr-20260131-235959`, in the folder the command is called from."""
-    names = "+".join("".join(c for c in r if c.isalnum() or c in "_-") for r in rewards)
-    return Path("runs") / f"{names[:60] or 'run'}-{datetime.now():%Y%m%d-%H%M%S}"

@@ -34,6 +34,7 @@ from .factories import (
 from .hooks import Hooks
 from .lending import Inside, keep_state
 from .local import is_reference, load_object, make_local_card, make_observer_card
+from .objects import is_object_name, missing_object
 from .specs import RESERVED, FailurePolicy, ObserverSpec, parse_reward, split_options
 
 
@@ -64,6 +65,8 @@ class Host:
         """The card of a reward by name, `FILE.py:NAME` or `MODULE:NAME`, or of a Python function or object."""
         if not isinstance(name, str) or is_reference(name):
             return make_local_card(name)
+        if is_object_name(name) and name not in self.rewards:
+            raise missing_object("reward", name)
         return self._one("reward", name, self.rewards)
 
     def make_reward(
@@ -142,6 +145,8 @@ class Host:
 
     def make_observer(self, spec: ObserverSpec) -> object:
         """An observer by name, or by `FILE.py:CLASS`. Raises UsageError and NftError as `make_reward` does."""
+        if is_object_name(spec.name) and spec.name not in self.observers:
+            raise missing_object("observer", spec.name)
         card = (
             make_observer_card(spec.name)
             if is_reference(spec.name)

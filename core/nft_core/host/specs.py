@@ -8,6 +8,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any, Literal, TypeAlias, get_args
 
 from ..errors import UsageError
+from .objects import is_object_name, read_title
 
 FORM = "NAME[=WEIGHT][,KEY=VALUE...], such as pickscore, ocr=0.5 or ocr=0.5,upscale=4"
 OBSERVER_FORM = "NAME[,KEY=VALUE...], such as tensorboard, wandb,project=ocr or FILE.py:CLASS"
@@ -63,6 +64,8 @@ class RewardSpec:
     @property
     def title(self) -> str:
         """What figures are called: the name, or the last part of `FILE.py:NAME`."""
+        if is_object_name(self.name):
+            return read_title(str(self.name))
         if isinstance(self.name, str):
             return self.name.rpartition(":")[2]
         return str(getattr(self.name, "__name__", type(self.name).__name__))

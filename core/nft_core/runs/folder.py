@@ -6,10 +6,12 @@ import os
 import shlex
 import tomllib
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
+from .. import environment
 from ..errors import CheckpointError, NftError, UsageError, disk_advice
 from ..settings import Settings, read_toml, to_toml
 from ..settings.tables import flatten_tables
@@ -83,6 +85,31 @@ def make_folder(folder: Path, new: bool = False) -> bool:
         advice = f"{disk_advice(error)}, or choose another --out"
         raise NftError(f"Cannot write to {folder}: {error}. {advice}.") from error
     return True
+
+
+@contextmanager
+def new_folder(rewards: list[str]) -> Iterator[Path]:
+    """A run's folder that no other run has; gone again where nothing was written to it.
+
+    It is `default_folder`'s, with a number behind it where another run has begun in the same second.
+    """
+    wanted = default_folder(rewards)
+    folder, number = wanted, 1
+    while environment.is_first_process() and not make_folder(folder, new=True):
+        number += 1
+        folder = wanted.with_name(f"{wanted.name}-{number}")
+    try:
+        yield folder
+    finally:
+        with suppress(OSError):  # Something is in them.
+            folder.rmdir()
+            folder.parent.rmdir()
+
+
+def default_folder(rewards: list[str]) -> Path:
+    """`runs/pickscore+ocr-20260131-235959`, in the current folder."""
+    names = "+".join("".join(c for c in r if c.isalnum() or c in "_-") for r in rewards)
+    return Path("runs") / f"{names[:60] or 'run'}-{datetime.now():%Y%m%d-%H%M%S}"
 
 
 def write_settings(folder: Path, settings: Settings, step: int) -> None:

@@ -101,7 +101,7 @@ class Composed:
         scored = [self(batch) for batch in batches]
         if len(scored) == 1:
             return scored[0]
-        order = torch.tensor([i for part in places for i in part], device="cpu").argsort()
+        order = torch.tensor([i for part in places for i in part], dtype=torch.int64, device="cpu").argsort()
         groups = torch.cat([batch.groups.cpu() for batch in batches])[order]
         # Images of one prompt may be of several sizes.
         return self.regroup(map_scores(concatenate(scored), lambda figures: figures[order]), groups)
