@@ -81,8 +81,7 @@ def read_version(tensor: Tensor) -> tuple[int, bool]:
     """Read a version of the tensor that changes when something is written to it."""
     import torch
 
-    return 0 if tensor.is_inference() else tensor._version, torch._C._is_cow_tensor(tensor)  # type:
-    ignore[attr - defined]
+    return 0 if tensor.is_inference() else tensor._version, torch._C._is_cow_tensor(tensor)  # type: ignore[attr-defined]
 
 
 def copy_arrays(value: T) -> T:
