@@ -54,6 +54,7 @@ def make_stricter(
 
 
 def main() -> None:
+    """Measure the checkpoints of the run that the command line names."""
     folder = Path(sys.argv[1])
     settings = make_settings(read_toml(folder / "run.toml"), {"processes": 1, "device": "cpu"})
     host = load_host()
