@@ -84,7 +84,8 @@ class Velocity:
                 return v
             rows = {name: c.expand(len(x_t), *c.shape[1:]) for name, c in self.negative.items()}
             v_neg = self.model.velocity(x_t, t, rows).float()
-        return v_neg + self.guidance * (v - v_neg)
+        guide = getattr(self.model, "guide", None)
+        return guide(v, v_neg, self.guidance) if guide else v_neg + self.guidance * (v - v_neg)
 
 
 def prepare_generation(
