@@ -108,7 +108,7 @@ def prepare_generation(
     cache = Path(settings.cache).expanduser() if settings.cache else None
     negative = None
     if guided:
-        row = encode_prompts(model, [Prompt(negative_prompt, {})], [0], cache, device).condition
+        row = getattr(model, "encode_negative", model.encode)([negative_prompt])
         negative = {name: copy_to_device(c, device) for name, c in row.items()}
     condition = encode_prompts(model, prompts, range(len(prompts)), cache, device)
     if hasattr(model, "release"):
