@@ -2,6 +2,7 @@
 
 import json
 import os
+import shlex
 import shutil
 import signal
 import subprocess
@@ -187,6 +188,32 @@ def test_a_checkpoint_that_is_not_whole_is_named_and_a_finished_run_has_nothing_
     assert code == 0, err
     assert "epoch 3 of 3" in out
     same(folder, peaceful)
+
+
+def test_a_finished_run_that_was_moved_goes_on_with_the_command_that_it_prints(prompts, tmp_path):
+    """Its prompts and its reward are gone, and its learning rate has fallen to 0."""
+    project = tmp_path / "project"
+    project.mkdir()
+    (project / "light.py").write_text(
+        "import scale\ndef light(images): return scale.N * images.mean((1, 2, 3))\n"
+    )
+    (project / "scale.py").write_text("N = 2\n")
+    own = shutil.copy(prompts, project / "own.txt")
+    reward = f"{project / 'light.py'}:light"
+    code, _, err = nft(*new(tmp_path / "run", own, 1, reward=reward, lr_schedule="cosine"))
+    assert code == 0, err
+    shutil.rmtree(project)
+    moved = shutil.move(tmp_path / "run", tmp_path / "a moved run")
+    code, out, err = nft("resume", moved)
+    assert code == 0, err
+    command = out[out.index("nft resume") :].splitlines()[0]
+    assert command == f"nft resume '{moved}' --epochs 2"
+    code, out, err = nft(*shlex.split(command)[1:])
+    assert code == 0, err
+    assert "the learning rate rises again" in out and "is another" not in out and "Not as when" not in out
+    first, second = (line["lr"] for line in figures(moved) if line["event"] == "epoch")
+    # Half of a cosine of two epochs is over, and of the warm-up four steps in place of two.
+    assert second == pytest.approx(first * 0.5 * 4 / 2)
 
 
 BAD = {

@@ -3,6 +3,8 @@
 import json
 import re
 import shutil
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -249,6 +251,16 @@ def test_bad_input(arguments, said, runs, tmp_path, monkeypatch):
     done = compare(*arguments)
     assert done.exit_code == 2, done.output
     assert said in " ".join(done.stderr.split())
+
+
+def test_settings_alone_are_compared_without_torch(runs):
+    for folder in runs:
+        (folder / "metrics.jsonl").unlink()
+    arguments = ["compare", *map(str, runs)]
+    code = f"import sys; from nft_core.cli import main; main({arguments!r}, standalone_mode=False);"
+    code += "assert not {'torch', 'diffusers', 'transformers'} & set(sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
 
 
 def test_runs_of_the_same_name_are_called_by_their_paths(runs, tmp_path, monkeypatch):

@@ -63,8 +63,8 @@ def test_guidance_is_the_published_formula(host):
     generation = prepare_generation(
         settings, host, CPU, prompts, guided=True, negative_prompt="two blue squares"
     )
-    condition = generation.condition.of(torch.tensor([0, 0]), CPU)
-    negative = generation.condition.of(torch.tensor([1, 1]), CPU)
+    condition = generation.condition.take_rows(torch.tensor([0, 0]), CPU)
+    negative = generation.condition.take_rows(torch.tensor([1, 1]), CPU)
     x_t = torch.randn(2, *generation.make_sampler().shape, generator=torch.Generator().manual_seed(0))
     t = torch.tensor([0.7, 0.7])
     with torch.no_grad():
@@ -127,7 +127,7 @@ def test_guided_images_are_those_of_the_pipeline(host, family_folder, name):
     generation = prepare_generation(tiny_settings(host, **given), host, CPU, prompts, guided=True)
     model = generation.model
     sampler = generation.make_sampler(3.0)
-    condition = generation.condition.of(torch.tensor([0, 1]), CPU)
+    condition = generation.condition.take_rows(torch.tensor([0, 1]), CPU)
     noise = torch.randn(2, *model.latent_shape(height, width), generator=torch.Generator().manual_seed(0))
     x, times = noise, model.times(4, height, width)
     for t, s in zip(times[:-1], times[1:], strict=True):

@@ -363,6 +363,9 @@ def test_other_settings(saved):
     cosine = {**before, "lr_schedule": "cosine"}
     with pytest.raises(UsageError, match="epochs"):
         check_changes(cosine, make_settings(cosine, {"epochs": 9}), False, pytest.fail)
+    # After its end it is a new stretch.
+    check_changes(cosine, make_settings(cosine, {"epochs": 9}), False, said.append, finished=True)
+    assert "epochs (3 before, 9 now)" in said[-1] and "the learning rate rises again" in said[-1]
 
 
 def test_more_epochs(saved, tmp_path_factory):
