@@ -15,7 +15,7 @@ import torch
 
 def generator(seed: int, purpose: str, *key: int) -> torch.Generator:
     """A CPU generator for one purpose (`rollout`, `train`, `eval`, `prompts`, ...) and one key."""
-    return torch.Generator().manual_seed(_hashed(seed, purpose, *key))
+    return torch.Generator().manual_seed(number_of(seed, purpose, *key))
 
 
 def reseed(seed: int, purpose: str, *key: int) -> None:
@@ -23,13 +23,16 @@ def reseed(seed: int, purpose: str, *key: int) -> None:
 
     So a run that goes on from a checkpoint needs no generator's state, in however many processes.
     """
-    number = _hashed(seed, purpose, *key)
+    number = number_of(seed, purpose, *key)
     torch.manual_seed(number)
     np.random.seed(number % 2**32)
     random.seed(number)
 
 
-def _hashed(*key: int | str) -> int:
-    """64 bits, signed. Hashed, since neighbouring integers would make neighbouring, correlated seeds."""
+def number_of(*key: int | str) -> int:
+    """Make a generator's seed, of 64 bits, signed.
+
+    It is hashed, since neighbouring integers would make neighbouring, correlated seeds.
+    """
     digest = hashlib.blake2b("/".join(map(str, key)).encode(), digest_size=8).digest()
     return int.from_bytes(digest, "big", signed=True)

@@ -54,6 +54,8 @@ class PipelineModel:
     needs_autocast: ClassVar[bool] = False
     #: Whether its folder must hold weights: the benchmarks' models make their own.
     has_weights: ClassVar[bool] = True
+    #: Whether the pipeline's call takes its first latents as tokens.
+    takes_tokens: ClassVar[bool] = False
     #: Whether the pipeline hands its scheduler evenly spaced sigmas. Others hand it the number of steps.
     even_sigmas: ClassVar[bool] = True
 
@@ -232,6 +234,11 @@ class PipelineModel:
         vae = self.pipeline.vae.config
         shift = getattr(vae, "shift_factor", None) or 0.0
         return cast(Tensor, x_0 / vae.scaling_factor + shift)
+
+    @property
+    def unguided(self) -> Mapping[str, Any]:
+        """What switches guidance off in a call of the pipeline."""
+        return {"guidance_scale": 1.0}
 
     @property
     def multiple(self) -> int:

@@ -101,6 +101,10 @@ def run_training(
             training.save()
         traced = profile(training, folder / "profile", host) if profile and first else nullcontext()
         train_and_save(training, folder, traced, tell)
+        from .usage import explain_use
+
+        if first and (use := explain_use(training, folder)):
+            tell(use)
 
 
 def enter_surroundings(
