@@ -26,6 +26,8 @@ from .sources import read_index
 
 log = logging.getLogger(__name__)
 
+#: Variants of weights that the hub's repositories may have alone.
+VARIANTS = ("fp16", "bf16")
 #: Prompts a pass of the text encoders.
 ENCODED_AT_ONCE = 32
 #: Starts of the names of parts that are there for the prompts alone.
@@ -75,7 +77,7 @@ class PipelineModel:
         check_parts(self.index)
         self.source = checkpoint
         if self.device.type != "meta" and not Path(checkpoint).is_dir():
-            self.source = str(self._class().download(checkpoint, use_safetensors=True, trust_remote_code=False))
+            self.source = self._download()
         if Path(self.source).is_dir():
             weights = self.has_weights and self.device.type != "meta"
             check_pipeline(Path(self.source), self.index, weights=weights)
@@ -89,6 +91,28 @@ class PipelineModel:
 
     def _class(self) -> Any:
         return getattr(diffusers, self.pipeline_class)
+
+    def _download(self) -> str:
+        """Download a pipeline from the hub, or find it in the cache; returns its folder.
+
+        Files of a variant, such as fp16, are taken where the repository has no others.
+        """
+        options = {"use_safetensors": True, "trust_remote_code": False}
+        refused: OSError | None = None
+        for variant in (None, *VARIANTS):
+            try:
+                folder = Path(self._class().download(self.name, variant=variant, **options))
+            except OSError as error:
+                refused = refused or error
+                if "safetensors" not in str(error):  # The hub cannot be read; asking again helps nothing.
+                    raise
+                continue
+            modules = [name for name in self._parts() if self._is_module(name)]
+            if not self.has_weights or all([*(folder / name).glob("*.safetensors")] for name in modules):
+                return str(folder)
+        if refused:
+            raise refused
+        return str(folder)  # Whose check says what is missing.
 
     def _parts(self) -> dict[str, tuple[str, str]]:
         return list_parts(self.index)
