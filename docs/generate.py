@@ -298,8 +298,8 @@ def python() -> str:
     def blocks() -> Iterator[str]:
         yield "# Python"
         yield (
-            "What `nft_core` offers. [Use it from Python](../python.md) says how it is used, with examples. The "
-            "types `Batch` and `Scores`, which rewards work with, are in [Hooks and contract](hooks.md#data)."
+            "What `nft_core` offers. [Use it from Python](../python.md) says how it is used, with examples. "
+            "The types `Batch` and `Scores`, which rewards work with, are in [Hooks and contract](hooks.md#data)."
         )
         yield "## Functions"
         for name, function in offered.items():
