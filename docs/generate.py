@@ -299,7 +299,8 @@ def python() -> str:
         yield "# Python"
         yield (
             "What `nft_core` offers. [Use it from Python](../python.md) says how it is used, with examples. "
-            "The types `Batch` and `Scores`, which rewards work with, are in [Hooks and contract](hooks.md#data)."
+            "The types `Batch` and `Scores`, which rewards work with, are in "
+            "[Hooks and contract](hooks.md#data)."
         )
         yield "## Functions"
         for name, function in offered.items():

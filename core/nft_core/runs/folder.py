@@ -20,18 +20,27 @@ from ..settings.tables import flatten_tables
 def read_settings(folder: Path) -> dict[str, Any]:
     """Read a run's settings from its run.toml, or else from its newest checkpoint. Raises UsageError."""
     if (folder / "run.toml").exists():
-        return read_toml(folder / "run.toml")
+        return find_own_prompts(folder, read_toml(folder / "run.toml"))
     from .checkpoint import list_checkpoints, read_state
 
     for path in list_checkpoints(folder):
         try:
-            return read_state(path)[1]
+            return find_own_prompts(folder, read_state(path)[1])
         except CheckpointError:
             continue
     raise UsageError(
         f"{folder} is no run's folder: expected run.toml and checkpoints/ in it. Give the folder that "
         "`nft run` wrote to, such as runs/NAME."
     )
+
+
+def find_own_prompts(folder: Path, settings: dict[str, Any]) -> dict[str, Any]:
+    """Find the prompts that a run of Python has in its own folder, where that has been moved since."""
+    for name in ("prompts", "eval_prompts"):
+        own = folder / Path(str(settings.get(name, ""))).name
+        if own.suffix == ".jsonl" and own.is_file() and not Path(settings[name]).exists():
+            settings[name] = str(own)
+    return settings
 
 
 def holds_a_run(folder: Path) -> bool:
