@@ -3,6 +3,7 @@
 - `settings.md` from the settings' groups, defaults and descriptions,
 - `reference/cli.md` from click's commands,
 - `reference/hooks.md` from `nft_plugins`: the hooks, and what they hand over and are handed,
+- `reference/python.md` from what `nft_core` offers to Python programs,
 - `reference/rewards.md` from the built-in rewards' cards and the signatures of their factories.
 
 Nothing here depends on the machine: no paths, and nothing of what is installed.
@@ -22,11 +23,13 @@ from typing import Any
 
 import click
 
+import nft_core
 import nft_plugins
 from nft_core.cli.app import main
 from nft_core.cli.rewards import describe_reward, write_option
 from nft_core.cli.settings import describe_settings
 from nft_core.host.host import load_host
+from nft_core.scoring.composer import Composed
 from nft_core.settings import GROUPS
 from nft_plugins import hookspecs, records
 
@@ -44,6 +47,8 @@ RECORDS = (
     "RewardFigures",
     "IntervalFigures",
 )
+#: Methods of a composition that are for everybody; the others are for runs.
+CALLED = ("__call__", "clip", "map", "load")
 INTERFACES = ("Reward", "Solver", "SteppedSolver", "FlowModel")
 
 
@@ -53,6 +58,7 @@ def pages() -> dict[str, str]:
         "settings.md": NOTE + settings(),
         "reference/cli.md": NOTE + cli(),
         "reference/hooks.md": NOTE + hooks(),
+        "reference/python.md": NOTE + python(),
         "reference/rewards.md": NOTE + rewards(),
     }
 
@@ -215,11 +221,12 @@ def described_class(cls: type) -> Iterator[str]:
         yield fenced("\n".join([f"class {cls.__name__}:", *(f"    {line}" for line in fields)]), "python")
     yield docstring(cls)
     for name, member in vars(cls).items():
-        function = getattr(member, "__func__", None) or getattr(member, "func", None) or member
+        read = getattr(member, "func", None) or getattr(member, "fget", None)
+        function = getattr(member, "__func__", None) or read or member
         if inspect.isfunction(function) and (not name.startswith("_") or name == "__call__"):
             yield f"#### `{cls.__name__}.{name}`"
-            # A cached property is read, not called.
-            yield signature(function) if function is not getattr(member, "func", None) else ""
+            # A property is read, not called.
+            yield signature(function) if function is not read else ""
             yield docstring(function)
 
 
@@ -249,7 +256,11 @@ def literal(value: Any) -> str:
 
 def signature(function: Callable[..., Any]) -> str:
     """`def name(...)` on a line, or with a line for each parameter where that is long; types as written."""
-    parameters = [parameter(p) for p in inspect.signature(function).parameters.values()]
+    given = list(inspect.signature(function).parameters.values())
+    parameters = [parameter(p) for p in given]
+    by_name = [i for i, p in enumerate(given) if p.kind is p.KEYWORD_ONLY]
+    if by_name and not any(p.kind is p.VAR_POSITIONAL for p in given):
+        parameters.insert(by_name[0], "*")
     returns = inspect.signature(function).return_annotation
     end = f") -> {returns}" if isinstance(returns, str) else ")"
     line = f"def {function.__name__}({', '.join(parameters)}{end}"
@@ -284,6 +295,37 @@ def docstring(of: Any) -> str:
             lines.append(line)
         listed = bool(entry) or (listed and line.startswith("    "))
     return "\n".join(lines)
+
+
+# The Python interface.
+
+
+def python() -> str:
+    offered = {name: getattr(nft_core, name) for name in nft_core.__all__}
+
+    def blocks() -> Iterator[str]:
+        yield "# Python"
+        yield (
+            "What `nft_core` offers. [Use it from Python](../python.md) says how it is used, with examples. "
+            "The types `Batch` and `Scores`, which rewards work with, are in "
+            "[Hooks and contract](hooks.md#data)."
+        )
+        yield "## Functions"
+        for name, function in offered.items():
+            if inspect.isfunction(function):
+                yield f"### `{name}`\n\n{signature(function)}"
+                yield docstring(function)
+        yield "## Classes"
+        for cls in offered.values():
+            if inspect.isclass(cls):
+                yield from described_class(cls)
+        yield "### `Composed`"
+        yield "What `reward`, `compose` and arithmetic with what they return make: a reward that can be called."
+        for name in CALLED:
+            yield f"#### `Composed.{name}`\n\n{signature(getattr(Composed, name))}"
+            yield docstring(getattr(Composed, name))
+
+    return joined(blocks())
 
 
 # The rewards.

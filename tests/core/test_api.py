@@ -4,6 +4,7 @@ import json
 import logging
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -20,6 +21,7 @@ from nft_core.api.given import list_observers, list_rewards, read_prompt_list
 from nft_core.cli.app import main
 from nft_core.errors import UsageError
 from nft_core.host.host import load_host
+from nft_core.runs.folder import read_settings
 from nft_core.settings import read_toml
 from nft_plugins import Scores, hookimpl
 
@@ -194,6 +196,16 @@ def test_bad_input_is_said_in_a_sentence_before_anything_is_loaded(given, messag
         nft_core.train(**({"rewards": warmth} | given))
     assert "\n" not in str(caught.value)
     assert [path.name for path in tmp_path.iterdir()] == ["full"]
+
+
+def test_a_folder_that_was_moved_has_its_prompts(trained, tmp_path):
+    moved = tmp_path / "moved"
+    shutil.copytree(trained[0].folder, moved)
+    text = (moved / "run.toml").read_text().replace(str(trained[0].folder), "/gone")
+    (moved / "run.toml").write_text(text)
+    assert read_toml(moved / "run.toml")["prompts"] == "/gone/prompts.jsonl"
+    assert read_settings(moved)["prompts"] == str(moved / "prompts.jsonl")
+    assert read_settings(moved)["eval_prompts"] == str(moved / "eval-prompts.jsonl")
 
 
 def test_resume_says_what_is_no_run(tmp_path):

@@ -64,7 +64,8 @@ generate = load_generator()
 
 
 @pytest.mark.parametrize(
-    "page", ["settings.md", "reference/cli.md", "reference/hooks.md", "reference/rewards.md"]
+    "page",
+    ["settings.md", "reference/cli.md", "reference/hooks.md", "reference/python.md", "reference/rewards.md"],
 )
 def test_generated_pages_are_what_the_code_gives(page, monkeypatch):
     """A hook, an argument, a command or an option that is new or changed is not in the page yet."""

@@ -170,7 +170,7 @@ def list_code(target: Any) -> list[str]:
     inner = getattr(target, "function", target)  # of a FunctionReward
     try:
         return [inspect.getsource(inner if inspect.isroutine(inner) or inspect.isclass(inner) else type(inner))]
-    except (OSError, TypeError):  # It was not read from a file.
+    except Exception:  # It was not read from a file, or that is another file by now.
         return []
 
 
