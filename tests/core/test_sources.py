@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from pathlib import Path
 
 import diffusers
 import pytest
@@ -19,6 +20,7 @@ from checkpoints import (
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
+import nft_tiny
 from nft_core.errors import NftError, UsageError
 from nft_core.host.host import load_host
 from nft_core.models.sd3 import SD3
@@ -212,6 +214,19 @@ def test_what_is_no_model_and_no_lora(lora_run, whole_run, sd3_folder, tmp_path)
     refuse("pickled weights", sd3_folder, tmp_path / "a.bin")
     (tmp_path / "run.toml").write_text("")
     refuse("a run that has no whole checkpoint yet. `nft resume", tmp_path)
+
+
+def test_a_pipeline_of_a_package_that_lies_elsewhere_now(lora_run, tmp_path):
+    """As that of --tiny does where a checkpoint was copied from another machine."""
+    copy = shutil.copytree(lora_run, tmp_path / "copy")
+    state = json.loads((copy / "state.json").read_text())
+    state["settings"]["model"] = "/elsewhere/site-packages/nft_tiny/data/pipeline"
+    text = json.dumps(state)
+    (copy / "state.json").write_text(text)
+    manifest = json.loads((copy / "manifest.json").read_text())
+    manifest["files"]["state.json"]["size"] = len(text)
+    (copy / "manifest.json").write_text(json.dumps(manifest))
+    assert find_source(str(copy)).base == str(Path(nft_tiny.__file__).parent / "data/pipeline")
 
 
 def test_a_run_whose_newest_checkpoint_is_not_whole(lora_run, tmp_path):

@@ -10,6 +10,7 @@ import re
 import shlex
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -83,7 +84,10 @@ def trace_source(model: str, lora: str, runs: int = 0) -> tuple[ModelSource, tup
     on_top = (lora,) if lora else ()
     path = Path(model).expanduser()
     if not path.exists() and (path.is_absolute() or model.startswith(".")):
-        raise UsageError(f"--model {model}: there is no such file or folder.")
+        moved = find_in_package(path)
+        if moved is None:
+            raise UsageError(f"--model {model}: there is no such file or folder.")
+        model, path = str(moved), moved
     checkpoint = find_checkpoint(path)
     if checkpoint is None:
         if path.is_file() and path.name.endswith(".safetensors"):
@@ -113,6 +117,17 @@ def trace_source(model: str, lora: str, runs: int = 0) -> tuple[ModelSource, tup
     if whole.is_dir():
         return replace(found, transformer=whole), on_top
     return found, (*kept, str(checkpoint / DIFFUSERS_FILE), *on_top)
+
+
+def find_in_package(path: Path) -> Path | None:
+    """Find a pipeline that comes with a package, as the embedded one, and lay elsewhere when a run used it."""
+    for number, name in enumerate(path.parts):
+        spec = find_spec(name) if name.isidentifier() else None
+        for folder in (spec.submodule_search_locations if spec else None) or ():
+            found = Path(folder, *path.parts[number + 1 :])
+            if number + 1 < len(path.parts) and (found / INDEX).is_file():
+                return found
+    return None
 
 
 def trace_single_file(file: Path) -> ModelSource:
