@@ -683,6 +683,7 @@ def test_images_sorted_and_as_csv(folder, plugin):
     assert float(written[0]["total"]) == pytest.approx(180 / 255)
     for wrong, said in (
         (["--sort", "maen"], "Unknown column to sort by 'maen'. Did you mean 'mean'"),
+        (["--sort", "total"], "Unknown column to sort by 'total'"),  # No weight was given.
         (["--csv", "none/out.csv"], "there is no folder none; make it first"),
     ):
         result = nft(folder, "--reward", "mean", *wrong)

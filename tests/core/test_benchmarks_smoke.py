@@ -101,6 +101,14 @@ def test_a_killed_run_comes_to_the_same_end(tmp_path):
     assert told["kills"] == 1 and told["runs_compared"] >= 1 and told["differences"] == []
 
 
+@pytest.mark.slow
+def test_a_killed_evaluation_comes_to_the_same_end():
+    command = [sys.executable, BENCHMARKS / "eval_kills.py", "--count", "1"]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    told = json.loads(done.stdout[done.stdout.index("{") :])
+    assert told["kills"] == 1 and told["evaluations_compared"] >= 1 and told["differences"] == []
+
+
 @pytest.mark.parametrize("name", ["reward specs", "prompts .jsonl", "run TOML", "--set"])
 def test_fuzz_counts_what_was_accepted_and_refused(load, name):
     fuzz = load("fuzz")

@@ -131,7 +131,7 @@ def score_files(
         )
         specs = parse_rewards(settings, host)
         if sort is not None and not any(is_reference(str(spec.name)) for spec in specs):
-            check_sort(sort, [spec.title for spec in specs])
+            check_sort(sort, [*(spec.title for spec in specs), "total"])
         if table is not None and not table.absolute().parent.is_dir():
             raise UsageError(f"--csv {table}: there is no folder {table.parent}; make it first.")
         from ..scoring.image_files import find_images
@@ -146,12 +146,7 @@ def score_files(
         with show_progress(len(items)) as advance:
             results = score_items(items, reward, batch=batch, device=place, progress=advance)
     if sort is not None:
-        columns = list_columns(results, reward)
-        check_sort(sort, columns)
-        # The best first; those without a score last.
-        values = [-inf if value is None else value for value in columns[sort]]
-        order = sorted(range(len(results)), key=values.__getitem__, reverse=True)
-        results = [results[i] for i in order]
+        results = sort_images(results, reward, sort)
     if table is not None:
         write_csv(table, results, reward)
     if as_json:
@@ -209,8 +204,16 @@ def list_columns(results: Sequence[Scored], reward: Composed) -> dict[str, list[
 
 def check_sort(name: str, known: Iterable[str]) -> None:
     """Raise UsageError for a column that images cannot be sorted by."""
-    if name not in {*known, "total"}:
-        raise unknown_name("column to sort by", name, known)
+    if name not in (columns := list(known)):
+        raise unknown_name("column to sort by", name, columns)
+
+
+def sort_images(results: Sequence[Scored], reward: Composed, name: str) -> list[Scored]:
+    """Sort images by a reward, the best first and those without a score last. Raises UsageError."""
+    columns = list_columns(results, reward)
+    check_sort(name, columns)
+    values = [-inf if value is None else value for value in columns[name]]
+    return [results[i] for i in sorted(range(len(results)), key=values.__getitem__, reverse=True)]
 
 
 def write_csv(file: Path, results: Sequence[Scored], reward: Composed) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shlex
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, replace
@@ -143,10 +142,7 @@ def say_how_to_go_on(folder: Path, tell: Callable[[str], None]) -> Iterator[None
         yield
     except BaseException:
         if rank() == 0:
-            tell(
-                f"What is scored so far is kept in {shlex.quote(str(folder))}: the same command, with --out "
-                f"{shlex.quote(str(folder))} where you gave another or none, goes on from there."
-            )
+            tell(f"What is scored so far is kept in {folder}: the same command goes on from there.")
         raise
 
 
