@@ -44,7 +44,7 @@ def measure_margin(pixels: np.ndarray, contrast: np.ndarray, background: np.ndar
 def make_stricter(
     margin: float, recognise: Callable[..., Shape | None] = detector.recognise_shape
 ) -> Callable[..., Shape | None]:
-    """Return a `recognise` that knows a shape only where it keeps the margin."""
+    """Return a `recognise_shape` that knows a shape only where it keeps the margin."""
 
     def by_margin(pixels: np.ndarray, contrast: np.ndarray, background: np.ndarray) -> Shape | None:
         shape = recognise(pixels, contrast, background)

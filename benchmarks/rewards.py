@@ -37,7 +37,8 @@ from nft_plugins import Batch
 from nft_rewards import hpsv2 as hpsv2_module
 from nft_rewards.clipscore import CLIPScore
 from nft_rewards.colours import COLORS, GREY, TEMPLATES
-from nft_rewards.geneval import GenEval, evaluate_image, find_objects_to_color
+from nft_rewards.geneval import GenEval
+from nft_rewards.geneval_rules import evaluate_image, find_objects_to_color
 from nft_rewards.imagereward import ImageReward
 from nft_rewards.mask2former import CLASSES, COCO, find_objects
 from nft_rewards.pickscore import PickScore

@@ -115,67 +115,14 @@ def settings_of(
 
 def write_configs(folder: Path, size: str) -> str:
     """Write a pipeline of SD3.5-medium's shape, configs and tokenizers and no weights; returns the folder."""
-    from diffusers import (
-        AutoencoderKL,
-        FlowMatchEulerDiscreteScheduler,
-        SD3Transformer2DModel,
-        StableDiffusion3Pipeline,
-    )
-    from transformers import (
-        CLIPTextConfig,
-        CLIPTextModelWithProjection,
-        CLIPTokenizer,
-        T5Config,
-        T5EncoderModel,
-        T5Tokenizer,
-    )
+    from diffusers import FlowMatchEulerDiscreteScheduler, StableDiffusion3Pipeline
 
     silence_libraries("diffusers", "transformers")
     shapes = SHAPES[size]
-    parts: dict[str, Any] = {"scheduler": FlowMatchEulerDiscreteScheduler(shift=3.0)}
-    letters = [c + end for c in "abcdefghijklmnopqrstuvwxyz" for end in ("", "</w>")]
-    vocabulary = {token: i for i, token in enumerate(["<|startoftext|>", "<|endoftext|>", *letters])}
-    t5 = T5Config(vocab_size=32128, d_kv=64, feed_forward_proj="gated-gelu", **shapes["text_encoder_3"])
-    pieces = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), ("▁", -1.0)]
-    pieces += [(c, -2.0) for c in "abcdefghijklmnopqrstuvwxyz"]
+    scheduler = FlowMatchEulerDiscreteScheduler(shift=3.0)
     with torch.device("meta"):
-        parts["transformer"] = SD3Transformer2DModel(
-            patch_size=2,
-            in_channels=16,
-            out_channels=16,
-            attention_head_dim=64,
-            pos_embed_max_size=384,
-            qk_norm="rms_norm",
-            **shapes["transformer"],
-        )
-        parts["vae"] = AutoencoderKL(
-            down_block_types=("DownEncoderBlock2D",) * 4,
-            up_block_types=("UpDecoderBlock2D",) * 4,
-            layers_per_block=2,
-            latent_channels=16,
-            sample_size=1024,
-            scaling_factor=1.5305,
-            shift_factor=0.0609,
-            use_quant_conv=False,
-            use_post_quant_conv=False,
-            **shapes["vae"],
-        )
-        for number in ("", "_2"):
-            shape = shapes[f"text_encoder{number}"]
-            width = shape["hidden_size"]
-            config = CLIPTextConfig(
-                vocab_size=49408,
-                intermediate_size=4 * width,
-                projection_dim=width,
-                bos_token_id=0,
-                eos_token_id=1,
-                **shape,
-            )
-            parts[f"text_encoder{number}"] = CLIPTextModelWithProjection(config)
-        parts["text_encoder_3"] = T5EncoderModel(t5)
-    for number in ("", "_2"):
-        parts[f"tokenizer{number}"] = CLIPTokenizer(vocab=vocabulary, merges=[], model_max_length=77)
-    parts["tokenizer_3"] = T5Tokenizer(vocab=pieces, extra_ids=0)
+        parts = {"scheduler": scheduler, **make_networks(shapes), **make_text_encoders(shapes)}
+    parts |= make_tokenizers()
     pipeline: Any = StableDiffusion3Pipeline(**parts)
     pipeline.save_config(folder)
     for name, part in parts.items():
@@ -184,6 +131,69 @@ def write_configs(folder: Path, size: str) -> str:
         else:
             part.save_config(folder / name)
     return str(folder)
+
+
+def make_networks(shapes: Mapping[str, Any]) -> dict[str, Any]:
+    """Make the transformer and the VAE, by name."""
+    from diffusers import AutoencoderKL, SD3Transformer2DModel
+
+    transformer = SD3Transformer2DModel(
+        patch_size=2,
+        in_channels=16,
+        out_channels=16,
+        attention_head_dim=64,
+        pos_embed_max_size=384,
+        qk_norm="rms_norm",
+        **shapes["transformer"],
+    )
+    vae = AutoencoderKL(
+        down_block_types=("DownEncoderBlock2D",) * 4,
+        up_block_types=("UpDecoderBlock2D",) * 4,
+        layers_per_block=2,
+        latent_channels=16,
+        sample_size=1024,
+        scaling_factor=1.5305,
+        shift_factor=0.0609,
+        use_quant_conv=False,
+        use_post_quant_conv=False,
+        **shapes["vae"],
+    )
+    return {"transformer": transformer, "vae": vae}
+
+
+def make_text_encoders(shapes: Mapping[str, Any]) -> dict[str, Any]:
+    """Make both CLIPs and the T5, by name."""
+    from transformers import CLIPTextConfig, CLIPTextModelWithProjection, T5Config, T5EncoderModel
+
+    parts: dict[str, Any] = {}
+    for name in ("text_encoder", "text_encoder_2"):
+        width = shapes[name]["hidden_size"]
+        config = CLIPTextConfig(
+            vocab_size=49408,
+            intermediate_size=4 * width,
+            projection_dim=width,
+            bos_token_id=0,
+            eos_token_id=1,
+            **shapes[name],
+        )
+        parts[name] = CLIPTextModelWithProjection(config)
+    t5 = T5Config(vocab_size=32128, d_kv=64, feed_forward_proj="gated-gelu", **shapes["text_encoder_3"])
+    return {**parts, "text_encoder_3": T5EncoderModel(t5)}
+
+
+def make_tokenizers() -> dict[str, Any]:
+    """Make tokenizers that know single letters, by name."""
+    from transformers import CLIPTokenizer, T5Tokenizer
+
+    letters = "abcdefghijklmnopqrstuvwxyz"
+    tokens = ["<|startoftext|>", "<|endoftext|>", *(c + end for c in letters for end in ("", "</w>"))]
+    vocabulary = {token: i for i, token in enumerate(tokens)}
+    pieces = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), ("▁", -1.0), *((c, -2.0) for c in letters)]
+    parts: dict[str, Any] = {
+        name: CLIPTokenizer(vocab=vocabulary, merges=[], model_max_length=77)
+        for name in ("tokenizer", "tokenizer_2")
+    }
+    return {**parts, "tokenizer_3": T5Tokenizer(vocab=pieces, extra_ids=0)}
 
 
 class RandomSD3(SD3):

@@ -7,6 +7,15 @@ from pathlib import Path
 import pytest
 from hypothesis import HealthCheck, settings
 
+#: Files that take longest. They begin first, so that at the end no process is left alone with one of them.
+LONGEST = (
+    *("docs/test_tutorials.py", "core/test_benchmarks.py", "cli/test_torchrun.py", "cli/test_failures.py"),
+    *("cli/test_run.py", "cli/test_processes.py", "core/test_benchmarks_smoke.py", "core/test_sharding.py"),
+    *("core/test_economies.py", "cli/test_new.py", "cli/test_resume.py", "pins/test_pins.py"),
+    *("core/test_compiling.py", "core/test_invariance.py", "cli/test_nodes.py", "host/test_host.py"),
+    *("rewards/test_vlm_judge.py", "core/test_plan.py", "cli/test_plan.py", "core/test_quiet.py"),
+)
+
 sys.path.append(str(Path(__file__).parent))  # for forks.py: pytest's importlib mode does not put it there
 
 # A busy machine is slow, and nothing is wrong.
@@ -15,6 +24,11 @@ settings.load_profile("patient")
 
 if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+
+def pytest_collection_modifyitems(items):
+    places = {Path(__file__).parent / file: place for place, file in enumerate(LONGEST)}
+    items.sort(key=lambda item: places.get(item.path, len(places)))
 
 
 @pytest.fixture(scope="session")

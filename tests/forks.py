@@ -3,7 +3,7 @@
 A server imports them once and computes nothing. Each process is a fork of the server and then becomes what
 Python would have made of the same command: it has its own arguments, environment, folder, streams, session and
 exit code, and it is a child of the test, which can signal it and wait for it. What such a process starts with
-`python -m` is forked too, as long as the process has one thread.
+`python -m` or `python FILE.py` is forked too, as long as the process has one thread.
 
     forks.run([sys.executable, "-m", "nft_core", ...], ...)   like subprocess.run
     forks.Popen(...)                                          like subprocess.Popen
@@ -239,7 +239,9 @@ def become(arguments, environment, folder, session, limit):
     import importlib
     import resource
     import signal
+    import weakref
 
+    weakref.finalize._registry.clear()  # Such as the temporary folders of the process that it is forked from.
     if session:
         os.setsid()
     os.chdir(folder)
@@ -323,16 +325,17 @@ def end(work):
 
 
 def patch_popen():
-    """Fork what this process starts with `python -m MODULE`, where it has no other thread."""
+    """Fork what this process starts with `python -m` or `python FILE.py`, where it has no other thread."""
     start = subprocess.Popen._execute_child
 
     def execute(self, args, executable, preexec_fn, close_fds, pass_fds, cwd, env, *rest):
         _, _, _, p2cread, p2cwrite, c2pread, c2pwrite, errread, errwrite, *_, session, _ = rest
-        python = isinstance(args, (list, tuple)) and args[0] == sys.executable and "-m" in args[1:3]
-        if not python or preexec_fn or threads() > 1:
+        words = [str(word) for word in args] if isinstance(args, (list, tuple)) else [args]
+        forked = words[0] == sys.executable and ("-m" in words[1:3] or words[1].endswith(".py"))
+        if not forked or preexec_fn or threads() > 1:
             return start(self, args, executable, preexec_fn, close_fds, pass_fds, cwd, env, *rest)
         request = {
-            "arguments": [str(a) for a in args[1:]],
+            "arguments": words[1:],
             "environment": dict(os.environ if env is None else env),
             "folder": str(cwd or Path.cwd()),
             "session": session,

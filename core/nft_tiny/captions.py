@@ -1,7 +1,7 @@
-"""The embedded world's captions with GenEval's metadata, and which of them are for what.
+"""Makes the embedded world's captions with GenEval's metadata, and splits them into three sets.
 
-Three sets share no prompt: `train` and `eval` for reinforcement learning, and `select`, by which a
-snapshot of the pretrained model was chosen. The words of `eval` and `select` were not in pretraining.
+The sets share no prompt: `train` and `eval` are for reinforcement learning, and with `select` a snapshot of the
+pretrained model was chosen. The words of `eval` and `select` were not in pretraining.
 """
 
 from __future__ import annotations
@@ -19,13 +19,14 @@ Caption = dict[str, Any]
 
 TAGS = ("single_object", "two_object", "counting", "colors", "position", "color_attr")
 
-#: English words of three letters that OCR reads from their clean renders.
+#: English words of three letters that OCR can read when they are drawn as a sign.
 WORDS = tuple((Path(__file__).parent / "data" / "words.txt").read_text(encoding="utf-8").split())
 
-#: Kept out of pretraining, so that OCR on held-out prompts is not recall of pictures.
+#: This many words are kept out of pretraining, so that a model cannot have learned the pictures of their signs.
 HELD_OUT_WORDS = 36
 
-#: Not used: words that end as a token of the tokenizer does ("cow", "yellow"). The rest are spelled by letters.
+#: These words are not used, since the tokenizer would not spell them by letters: they end as one of its tokens
+#: does ("cow" as "yellow").
 NOT_SPELLED = frozenset(
     """and ate bed bee bow cow cot den due end eve fee fur hen how low men now one ore our pen red row see
     she ten the two yes""".split()  # noqa: SIM905 - thirty quoted strings read worse
@@ -33,11 +34,12 @@ NOT_SPELLED = frozenset(
 
 
 def make_plural(shape: str) -> str:
+    """Make the plural of a shape's name."""
     return shape + ("es" if shape == "cross" else "s")
 
 
 def make_scene_captions() -> Iterator[Caption]:
-    """Every caption of shapes, tag by tag."""
+    """Make every caption of shapes, each with its tag and the objects that it asks for."""
 
     def make_caption(tag: str, prompt: str, *include: dict[str, Any]) -> Caption:
         return {"tag": tag, "prompt": prompt, "include": list(include)}
@@ -55,6 +57,7 @@ def make_scene_captions() -> Iterator[Caption]:
         for start in ("a", "a photo of a"):
             yield make_caption("two_object", f"{start} {a} and a {b}", first, second)
             for r in RELATIONS:
+                # A position refers to an earlier clause, so the second object's clause comes first.
                 yield make_caption("position", f"{start} {a} {r} a {b}", second, first | {"position": [r, 0]})
         for c, d in itertools.permutations(COLORS, 2):
             prompt = f"a {c} {a} and a {d} {b}"
@@ -62,7 +65,7 @@ def make_scene_captions() -> Iterator[Caption]:
 
 
 def make_more_captions() -> Iterator[Caption]:
-    """For reinforcement learning alone: pairs in other words, since few captions of two objects are left."""
+    """Make more captions of two objects, in other words, for `train`: few of them are left for it."""
     for a, b in itertools.permutations(SHAPES, 2):
         for start in ("one", "a photo of one"):
             prompt, include = f"{start} {a} and one {b}", [{"class": a, "count": 1}, {"class": b, "count": 1}]
@@ -70,16 +73,19 @@ def make_more_captions() -> Iterator[Caption]:
 
 
 def make_word_caption(word: str) -> Caption:
+    """Make the caption of a sign with a word."""
     return {"tag": "text", "prompt": f'the word "{word.upper()}"', "text": word.upper()}
 
 
 def split_words() -> tuple[list[str], list[str]]:
+    """Split the words into those of pretraining and those that are held out, always in the same way."""
     words = [w for w in WORDS if w not in NOT_SPELLED]
     random.Random(1).shuffle(words)
     return words[HELD_OUT_WORDS:], words[:HELD_OUT_WORDS]
 
 
-#: Captions of each set and tag. `eval` has as many of each tag, so that its mean is the mean over tags.
+#: Number of captions of each set and tag. `eval` has the same number of each tag, so that the mean over its
+#: captions is the mean over tags.
 SIZES = {
     "eval": dict.fromkeys(TAGS, 8),
     "select": dict.fromkeys(TAGS, 4),
@@ -94,12 +100,12 @@ SIZES = {
 }
 
 
-#: How often these captions stand in `train`: there are few of them, or they are hard.
+#: How often each caption of these tags stands in `train`: there are few of them, or they are hard.
 REPEATED = {"single_object": 3, "two_object": 4, "counting": 10}
 
 
 def make_sets() -> dict[str, list[Caption]]:
-    """The three sets, split tag by tag."""
+    """Make the three sets. Each tag is split by itself, always in the same way."""
     result: dict[str, list[Caption]] = {name: [] for name in SIZES}
     for tag in TAGS:
         captions = [c for c in make_scene_captions() if c["tag"] == tag]
@@ -116,7 +122,7 @@ def make_sets() -> dict[str, list[Caption]]:
 
 
 def write_sets(folder: Path) -> None:
-    """`train.jsonl`, `eval.jsonl` and `select.jsonl`."""
+    """Write the sets to `train.jsonl`, `eval.jsonl` and `select.jsonl` in a folder."""
     for name, captions in make_sets().items():
         lines = [json.dumps(c) + "\n" for c in captions]
         (folder / f"{name}.jsonl").write_text("".join(lines), encoding="utf-8")

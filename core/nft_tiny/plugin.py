@@ -1,4 +1,4 @@
-"""The preset `tiny`: the embedded world, registered as any plug-in could register its own."""
+"""Registers the preset `tiny`, the embedded world, as any plug-in could register its own."""
 
 from __future__ import annotations
 
@@ -22,32 +22,33 @@ def nft_register_presets(register: Callable[[Preset], None]) -> None:
                 "model": str(DATA / "pipeline"),
                 "prompts": str(DATA / "train.jsonl"),
                 "eval_prompts": str(DATA / "eval.jsonl"),
-                # Shapes and words are different prompts: each run takes those that its rewards can score.
+                # Shapes and words are different prompts. Each run takes those that its rewards can score.
                 "unscorable": "drop",
+                # There is no T5, so a caption has no tokens of it.
                 "max_sequence_length": 0,
                 "lora_rank": 0,
                 "lr": 5e-4,
                 "warmup": 20,
                 "lr_schedule": "cosine",
-                # Far beyond this distance a small model that is trained as a whole forgets what it learned;
-                # it is held near it, in longer runs too. docs/tiny.md has the figures.
+                # A small model that is trained as a whole forgets what it learned when it gets far from the
+                # base model. These two hold it near, in longer runs too. docs/tiny.md has the figures.
                 "kl_weight": 0.05,
                 "kl_target": 0.07,
-                # PickScore varies by several points and OCR by less than one: in a sum it is not heard.
+                # PickScore varies by several points and OCR by less than one, so in a sum OCR hardly counts.
                 "combine": "normalized",
                 "steps": 8,
                 "group_size": 12,
                 "prompts_per_epoch": 16,
                 "updates_per_epoch": 2,
-                # Most of the gradient's noise is that of the times and noises.
+                # Most of the gradient's noise comes from the times and noises drawn, so draw several an image.
                 "train_times_count": 4,
-                # Small batches in processes of one thread: the cores share little but the caches.
+                # A process of one thread for each core, with small batches: cores share little but caches.
                 "processes": "auto",
                 "microbatch": 24,
                 "rollout_batch": 24,
                 "decode_batch": 24,
                 "eval_images": 11,
-                # Four times a rollout's, as in published runs.
+                # Four times a rollout's steps, as in published runs.
                 "eval_steps": 32,
                 "eval_every": 20,
                 "checkpoint_every": 0,
@@ -57,7 +58,7 @@ def nft_register_presets(register: Callable[[Preset], None]) -> None:
                 "pickscore": CLIP,
                 "clipscore": CLIP,
                 "geneval": {"detector": "nft_tiny.detector:ShapeDetector"},
-                # Letters 12 px high are too small for the engine.
+                # Letters 12 px high are too small for the OCR engine.
                 "ocr": {"upscale": 4},
             },
         )

@@ -1,4 +1,4 @@
-"""The embedded world: 32 x 32 px scenes of flat coloured shapes, and signs with three-letter words."""
+"""Draws the embedded world: 32 x 32 px scenes of flat coloured shapes, and signs with three-letter words."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ COLORS = {
 }
 RELATIONS = ("left of", "right of", "above", "below")
 NUMBERS = {2: "two", 3: "three", 4: "four"}
-#: Pixels between the outlines of two shapes, at least.
+#: Pixels between two shapes, at least.
 GAP = 2.0
-#: Drawn larger and then averaged, for smooth edges.
+#: Pictures are drawn larger by this factor and then averaged, for smooth edges.
 OVERSAMPLE = 4
 
 
 class Shape(NamedTuple):
-    """One shape of a scene: its centre and half-size in pixels."""
+    """Holds one shape of a scene. x, y: its centre; radius: half of its size; all in pixels."""
 
     kind: str
     color: str
@@ -38,7 +38,10 @@ class Shape(NamedTuple):
 
 
 def make_outline(kind: str, x: float, y: float, r: float, arm: float = 1 / 3) -> list[tuple[float, float]]:
-    """The polygon of a shape; a circle has none. arm: half the width of a cross's arms, as a share of r."""
+    """Make the polygon of a square, triangle or cross around (x, y).
+
+    r: half of its size, in pixels. arm: half of the width of a cross's arms, as a share of r.
+    """
     if kind == "square":
         return [(x - r, y - r), (x + r, y - r), (x + r, y + r), (x - r, y + r)]
     if kind == "triangle":
@@ -53,7 +56,7 @@ def make_outline(kind: str, x: float, y: float, r: float, arm: float = 1 / 3) ->
 
 
 def draw_shapes(shapes: list[Shape]) -> np.ndarray:
-    """`[32, 32, 3]` uint8."""
+    """Draw shapes on the background: `[32, 32, 3]` uint8 RGB."""
     image = Image.new("RGB", (SIDE * OVERSAMPLE,) * 2, BACKGROUND)
     pen = ImageDraw.Draw(image)
     for shape in shapes:
@@ -67,11 +70,12 @@ def draw_shapes(shapes: list[Shape]) -> np.ndarray:
 
 @lru_cache(maxsize=1)
 def _load_font() -> Any:
+    """Load the signs' font once: Pillow's own, which needs no file."""
     return ImageFont.load_default(size=14)
 
 
 def draw_word(word: str) -> np.ndarray:
-    """`[32, 32, 3]` uint8: white letters in three fixed cells across the middle."""
+    """Draw white letters in three fixed cells across the middle: `[32, 32, 3]` uint8 RGB."""
     image = Image.new("RGB", (SIDE, SIDE), BACKGROUND)
     pen = ImageDraw.Draw(image)
     for i, letter in enumerate(word):
@@ -80,8 +84,9 @@ def draw_word(word: str) -> np.ndarray:
 
 
 def _place_shapes(rng: np.random.Generator, radii: list[float]) -> list[tuple[float, float]]:
-    """Centres of shapes that do not touch one another or the edge."""
+    """Draw centres at random until no shape touches another one or the edge."""
     while True:
+        # From the beginning after each failure: moving only the last shape would favour some layouts.
         centres: list[tuple[float, float]] = []
         for r in radii:
             x, y = rng.uniform(r + 1, SIDE - r - 1, 2)
@@ -96,25 +101,27 @@ def _place_shapes(rng: np.random.Generator, radii: list[float]) -> list[tuple[fl
 
 
 def _place_related(rng: np.random.Generator, radii: list[float], relation: str) -> list[tuple[float, float]]:
-    """Two centres of which the second is clearly `relation` the first."""
+    """Draw two centres at random until the second is clearly `relation` the first."""
     while True:
         (x0, y0), (x1, y1) = centres = _place_shapes(rng, radii)
         along, across = (x1 - x0, y1 - y0) if relation in ("left of", "right of") else (y1 - y0, x1 - x0)
         sign = -1 if relation in ("left of", "above") else 1
+        # Far apart in the direction, and little across it, so that nobody could call it another relation.
         if along * sign >= 11 and abs(across) <= 8:
             return centres
 
 
 def render_scene(metadata: dict[str, Any], rng: np.random.Generator) -> np.ndarray:
-    """A scene that meets GenEval-style metadata; what the metadata leaves open is drawn at random."""
+    """Render a picture that fits the metadata, `[32, 32, 3]` uint8 RGB. What that leaves open is random."""
     if "text" in metadata:
         return draw_word(metadata["text"])
-    wanted: list[tuple[str, str]] = []
+    things: list[tuple[str, str]] = []
     for clause in metadata["include"]:
         color = clause.get("color") or str(rng.choice(list(COLORS)))
-        wanted += [(clause["class"], color)] * clause["count"]
-    low, high = {1: (6, 9.5), 2: (4.5, 6.5)}.get(len(wanted), (4, 5.2))
-    radii = [float(r) for r in rng.uniform(low, high, len(wanted))]
+        things += [(clause["class"], color)] * clause["count"]
+    # The more shapes, the smaller they are, so that they have room.
+    low, high = {1: (6, 9.5), 2: (4.5, 6.5)}.get(len(things), (4, 5.2))
+    radii = [float(r) for r in rng.uniform(low, high, len(things))]
     relation = next((c["position"][0] for c in metadata["include"] if "position" in c), None)
     centres = _place_related(rng, radii, relation) if relation else _place_shapes(rng, radii)
-    return draw_shapes([Shape(k, c, x, y, r) for (k, c), (x, y), r in zip(wanted, centres, radii, strict=True)])
+    return draw_shapes([Shape(k, c, x, y, r) for (k, c), (x, y), r in zip(things, centres, radii, strict=True)])

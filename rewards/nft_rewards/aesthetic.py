@@ -59,6 +59,7 @@ class Aesthetic:
         precision: Precision = "auto",
         device: str = "cpu",
     ) -> None:
+        # The head first: it is small, and if it is missing nothing large has been loaded.
         path = find_file(checkpoint, FILE)
         head = make_head()
         load_weights(head, read_tensors(path), path)

@@ -88,6 +88,7 @@ class CLIP:
         """Compute features `[B, D]` from pixels `[B, 3, *crop]` in 0..255, bytes or floats."""
         t = self.towers
 
+        # Normalised chunk by chunk: the floats take four times the memory of the bytes.
         def encode_chunk(x: Tensor) -> Tensor:
             return normalise_embedding(t.encode_images(normalise_pixels(x.float(), t.mean, t.std).to(t.dtype)))
 
@@ -96,6 +97,7 @@ class CLIP:
     def encode_images(self, batch: Batch) -> Tensor:
         """Compute the features `[B, D]` of a batch's images, once for all rewards on these towers."""
         t = self.towers
+        # The key is this CLIP: rewards on other towers have features of their own.
         return batch.shared(
             (CLIP.encode_images, self),
             lambda: self.encode_pixels(share_crop(batch, t.size, t.crop, t.device, t.rounded)),
@@ -144,9 +146,11 @@ def load_clip(checkpoint: str, device: str, precision: Precision = "auto", proce
     dtype = choose_dtype(precision, place)
     path, processor = resolve_path(checkpoint), resolve_path(processor or checkpoint)
     key = (path, processor, place, dtype)
+    # Two rewards of one run often name the same checkpoint, and a ViT-H takes 4 GB.
     clip = _loaded.get(key)
     if clip is None:
         if checkpoint.startswith("open_clip:"):
+            # Imported here, since open_clip is an extra that most installations lack.
             from .open_clip_towers import load_towers
 
             parts = load_towers(path.removeprefix("open_clip:"), place, dtype)

@@ -28,6 +28,7 @@ GREY = 0x99
 
 def cut_out_object(image: Tensor, mask: Tensor, box: tuple[float, float, float, float]) -> Tensor:
     """Cut the box out of `image [H, W, 3]` uint8, grey where `mask [H, W]` is false: `[3, h, w]` uint8."""
+    # Boxes may be floats, and pixels are whole.
     x0, y0, x1, y1 = (round(side) for side in box)
     pixels, inside = image[y0:y1, x0:x1], mask[y0:y1, x0:x1]
     return pixels.where(inside[..., None].to(pixels.device), GREY).permute(2, 0, 1)

@@ -67,7 +67,7 @@ def read_tensors(path: Path) -> dict[str, Any]:
     tensors and plain values.
     """
     if path.suffix != ".safetensors":
-        check_archive(path)
+        check_archive(path)  # Before torch.load, which may allocate as much as the file claims.
     try:
         if path.suffix == ".safetensors":
             from safetensors.torch import load_file
@@ -109,6 +109,7 @@ def check_archive(path: Path) -> None:
             entries = archive.infolist()
     except (zipfile.BadZipFile, NotImplementedError, ValueError) as error:
         raise OSError(f"{said}{error}. {CUT}") from error
+    # A compressed entry can unpack to a thousand times its size.
     packed = any(e.compress_type != zipfile.ZIP_STORED for e in entries)
     if packed or sum(e.file_size for e in entries) > path.stat().st_size:
         raise OSError(f"{said}it unpacks to more than its own size, which torch.save never writes. {CUT}")
@@ -180,6 +181,7 @@ def read_checked_config(cls: Any, checkpoint: str) -> Any:
     Raises OSError for a config that names code, or that is of another or a larger model than the files hold.
     transformers would allocate the larger model first, and then fill it with random numbers.
     """
+    # In the cache of huggingface_hub files are links, whose targets may have been removed.
     for file in Path(checkpoint).glob("*"):
         if file.suffix in (".json", ".safetensors") and not file.is_file():
             raise OSError(f"{file} is no file, or a link to one that is not there.")
@@ -196,6 +198,7 @@ def read_checked_config(cls: Any, checkpoint: str) -> Any:
     headers = [read_header(file) for file in files]
     for header in headers:
         check_dtypes(header)
+    # On the meta device a model of any size can be made and counted without memory for its weights.
     with torch.device("meta"), limit_tensors(sum(map(len, headers))):
         model = cls(config)
     needed = sum(t.numel() for t in (*model.parameters(), *model.buffers()))
@@ -236,6 +239,7 @@ def load_pretrained(cls: Any, checkpoint: str, unused: Callable[[str], bool]) ->
     Raises OSError where there is no such file, and where it lacks a weight or holds one too many.
     """
     folder = Path(checkpoint)
+    # Without this transformers would only say that there are no safetensors.
     pickles = sorted(folder.glob("pytorch_model*.bin"))
     if pickles and not any(folder.glob("*.safetensors")):
         raise explain_pickles(pickles, folder / "model.safetensors")

@@ -41,7 +41,8 @@ def fit_into_square(images: Tensor, side: int, antialias: bool) -> Tensor:
 class HPSv2:
     """Scores an image by the cosine of its embedding with that of its prompt, about 0.2 to 0.35.
 
-    checkpoint: hub id, folder or file. version: `2.1` or `2.0`, which are two checkpoints.
+    checkpoint: hub id, folder or file.
+    version: `2.1` or `2.0`, which are two checkpoints.
     antialias: whether the resize smooths as it shrinks. The published code takes torchvision's default, which
         was off before 0.17 and is on since.
     precision: number format of the towers; products are float32. `auto`: bf16 on CUDA, fp32 elsewhere.

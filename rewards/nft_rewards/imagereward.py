@@ -102,7 +102,7 @@ class BLIPEngine:
         def score_pairs(i: Tensor) -> Tensor:
             pixels = normalise_pixels(crop[i].float()).to(self.dtype)
             raw: Tensor = self.model(pixels, ids[i], mask[i])
-            return (raw - MEAN) / STD
+            return (raw - MEAN) / STD  # So scores on the validation set have mean 0 and deviation 1.
 
         return run_in_chunks(score_pairs, torch.arange(len(batch), device=self.device))
 
@@ -147,6 +147,7 @@ class PackageEngine:
 
     @torch.no_grad()
     def score_batch(self, batch: Batch) -> Tensor:
+        # The package reads PIL images, one at a time.
         pairs = zip(batch.prompts, batch.pil, strict=True)
         return torch.tensor(
             [self.model.score(prompt, image) for prompt, image in pairs], dtype=torch.float32, device="cpu"

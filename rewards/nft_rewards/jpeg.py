@@ -23,7 +23,7 @@ SCALE = {"nft": 1 / 500, "ddpo": 1.0}
 
 def measure_kilobytes(image: Image) -> float:
     """Measure the size of an image's JPEG file of quality 95, in units of 1000 bytes."""
-    buffer = BytesIO()
+    buffer = BytesIO()  # No file: only the size is needed.
     image.save(buffer, format="JPEG", quality=95)
     return buffer.tell() / 1000
 

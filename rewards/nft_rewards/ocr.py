@@ -46,6 +46,7 @@ def match_texts(read: str, target: str, *, contains: bool = True, spam_penalty: 
     from rapidfuzz.distance import Levenshtein
 
     n = len(target)
+    # More than n edits count as n: however much else was read, the score is not below 0.
     distance = 0 if contains and target in read else min(Levenshtein.distance(read, target), n)
     value = 1 - distance / n - spam_penalty * max(len(read) - n, 0) / n
     return Match(max(value, 0.0), float(distance), float(read == target))
@@ -97,6 +98,7 @@ class OCR:
         self.known = (
             None if one.letters is None else frozenset(c for a in one.letters for c in fold_text(a, normalise))
         )
+        # One thread for each engine, so that none waits for another's.
         self.pool = ThreadPoolExecutor(self.workers, "ocr")
 
     def check_prompt(self, prompt: str, metadata: Mapping[str, Any]) -> None:

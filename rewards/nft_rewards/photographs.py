@@ -40,5 +40,6 @@ class PhotoDetector:
 
     def name_colors(self, images: Tensor, objects: Sequence[tuple[int, Instance]]) -> list[str]:
         """Name the colour of each object, which comes with the index of its image."""
+        # CLIP sees the object alone, since the colours beside it would influence the answer.
         crops = [cut_out_object(images[i], found.mask, found.box) for i, found in objects]
         return self.classify(crops, [found.label for _, found in objects])

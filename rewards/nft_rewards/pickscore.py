@@ -35,6 +35,7 @@ class PickScore:
     ) -> None:
         processor = PROCESSOR if checkpoint == CHECKPOINT else checkpoint
         self.clip = load_clip(checkpoint, device, precision, processor)
+        # As published; it brings values near 1.
         self.scale = self.clip.logit_scale / (26 if variant == "nft" else 1)
 
     def __call__(self, batch: Batch) -> Scores:

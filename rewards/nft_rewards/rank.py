@@ -45,6 +45,7 @@ class Rank:
     def __call__(self, batch: Batch) -> Scores:
         scores = self.inner(batch)
         values = scores.values.float()
+        # A value that is no number has no rank, whatever the other reward says of it.
         valid = scores.valid & values.isfinite()
         return self.regroup(Scores(values, valid, {**scores.details, "value": values}), batch.groups)
 

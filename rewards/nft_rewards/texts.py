@@ -39,6 +39,7 @@ class Texts:
 
     def __call__(self, prompts: Sequence[str]) -> Tensor:
         """Return the rows `[B, ...]` of B prompts, at least one."""
+        # Rewards may run side by side on several threads, and share a CLIP.
         with self.lock:
             kept = {p: self.kept.get(p) for p in prompts}
             rows = {p: row for p, row in kept.items() if row is not None}
@@ -53,7 +54,7 @@ class Texts:
     def warn_of_cut_prompts(self, prompts: list[str]) -> None:
         """Warn once, with an example, that prompts are longer than the model reads."""
         if self.has_warned:
-            return
+            return  # Counting tokens takes time, and the user knows by now.
         counts = self.count_tokens(prompts)
         longest = max(range(len(prompts)), key=counts.__getitem__)
         if counts[longest] > self.length:

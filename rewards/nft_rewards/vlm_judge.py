@@ -62,17 +62,20 @@ class VLMJudge:
 
     Details: `score`, the number as the reply gives it; for `yes_no` `mass`, P(yes) + P(no).
     preset: `unified` or `yes_no`, the question and how its answer is read.
-    url: address of the server. model: its name there; only `unified` has a default.
+    url: address of the server.
+    model: the model's name there; only `unified` has a default.
     template: another question than the preset's: a text with `{prompt}`, or a text file with one.
     pattern: a regular expression whose first group is the number. Its last match outside the thinking counts.
-        Empty: the number after `Final Score:`. low, high: where the number must lie; the value is the
-        number / high. These three are not for `yes_no`.
+        Empty: the number after `Final Score:`. Not for `yes_no`.
+    low, high: where the number must lie; the value is the number / high. Not for `yes_no`.
     api_key_env: name of an environment variable with the key.
-    concurrency: requests at once. timeout: seconds for a request. deadline: seconds for a whole batch.
+    concurrency: requests at once.
+    timeout: seconds for a request.
+    deadline: seconds for all the requests of a batch.
     retries: further tries after a lost connection, HTTP 429 or 5xx. Each waits longer than the one before, and
         as long as the server's Retry-After asks for.
     max_tokens: length of the reply at most; 0: 1024, or 1 for `yes_no`.
-    image_format: of the files that are sent.
+    image_format: format of the picture files that are sent.
     image_size: pixels of the longest side that images are resized to (bicubic); 0: images are sent as they are.
     A sample is invalid where the reply has no number in range or the request failed; one warning a batch counts
     these by cause. Raises ValueError for bad options. Raises ConnectionError where no image of a batch was
@@ -98,6 +101,7 @@ class VLMJudge:
         image_format: ImageFormat = "png",
         image_size: int = 512,
     ) -> None:
+        # All options are checked here, so that a wrong one is an error before the run starts.
         yes_no = preset == "yes_no"
         if not model and (yes_no or template):
             raise ValueError(f"model=NAME is needed, one of those that {url}/models lists")
@@ -115,12 +119,13 @@ class VLMJudge:
         if not yes_no:
             self.read = partial(read_last_number, find=make_finder(pattern), low=low, high=high)
         self.options: dict[str, Any] = {"temperature": 0, "max_tokens": max_tokens or (1 if yes_no else 1024)}
-        if yes_no:
+        if yes_no:  # The answer is the first token, and how likely it and its alternatives were.
             self.options |= {"logprobs": True, "top_logprobs": TOP}
         self.image_format, self.image_size = image_format, image_size
 
     def __call__(self, batch: Batch) -> Scores:
         whole = find_finite_images(batch).tolist()
+        # PIL images are made only if any will be sent.
         images = batch.pil if any(whole) else []
         # Images with NaN are not sent: as files they would look like any other picture.
         asked = [i for i, ok in enumerate(whole) if ok]

@@ -1,15 +1,15 @@
 """Coefficients-preserving sampling (Flow-CPS).
 
-Stochastic. One velocity a step; one draw of noise in each but the last, which ends at E[x_0].
+It is stochastic. Each step takes one velocity and one draw of noise; the last draws none and ends at E[x_0].
 
   x_s = (1 - s) E[x_0] + s cos(eta pi/2) E[noise] + s sin(eta pi/2) z
 
-The coefficients of image and of noise (old and new together) are those of x_s, at any step size:
-where E[x_0] and E[noise] are right, as for a point mass, x_s has its marginal exactly. eta = 0 is
-Euler's method and draws nothing; eta = 1 takes all noise afresh.
-Limits: eta is a share of the noise a step, not a rate. For spread-out data the prediction is a mean,
-so every step loses a little variance whatever its size: more steps at the same eta do not converge
-to the data's distribution (they do if eta shrinks like 1/sqrt(steps)).
+At any step size the image and the noise (old and new together) have the coefficients that they have in x_s.
+Where E[x_0] and E[noise] are exact, as for a point mass, x_s therefore has exactly its marginal. eta = 0 is
+Euler's method and draws nothing; with eta = 1 all noise is new.
+Limits: eta is a share of the noise for each step, and not a rate. For data that spread out, the prediction is
+a mean, so every step loses a little variance, whatever its size: more steps at the same eta do not converge to
+the data's distribution (they do if eta shrinks like 1/sqrt(steps)).
 Source: Wang and Yu, Coefficients-Preserving Sampling, arXiv 2509.05952; its `noise_level` is our eta.
 """
 
@@ -29,6 +29,8 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class CPS(SteppedSolver):
+    """Replaces a part of the noise in each step. eta: the share, in [0, 1]."""
+
     eta: float = 0.7
 
     def __post_init__(self) -> None:
@@ -40,6 +42,7 @@ class CPS(SteppedSolver):
     ) -> tuple[Tensor, None]:
         v = velocity(x, t)
         x_0, noise = x - t * v, x + (1 - t) * v
+        # cos² + sin² = 1: what the old noise loses in variance, the new noise adds.
         std = s * sin(self.eta * pi / 2)
         x = (1 - s) * x_0 + s * cos(self.eta * pi / 2) * noise
         return (x + std * randn_like(x, generator) if std > 0 else x), None

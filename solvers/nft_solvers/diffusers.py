@@ -1,12 +1,11 @@
-"""Any scheduler of diffusers that predicts flow, by its class's name.
+"""Makes a solver of any scheduler of diffusers that predicts flow, by its class's name.
 
-Order, noise and limits are the scheduler's own. Ours are the times: they become its sigmas, with every
-shift and respacing of its config switched off, so that none is applied twice; sigmas that differ from
-them by more than 1e-5 are an error. Schedulers that work in log-SNR and divide by zero at an end get
-that end moved by 1e-6. The velocity is always given the exact times. Each solve makes a scheduler of
-its own.
-Source: diffusers, `schedulers/`. What fits is found by inspection and by a trial run on a point mass,
-which every sound flow scheduler solves exactly, not by a list of names.
+Order, noise and limits are the scheduler's own. The times are the run's: they become the scheduler's sigmas.
+Every shift and respacing in its config is switched off, so that none is applied twice, and sigmas that differ
+from the times by more than 1e-5 are an error. A scheduler that works in log-SNR and divides by zero at an end
+gets that end moved by 1e-6. The velocity is always asked at the exact times. Each solve makes a new scheduler.
+Source: diffusers, `schedulers/`. There is no list of names: a scheduler fits if its options say so and if it
+passes a trial run on a point mass, which every sound flow scheduler solves exactly.
 """
 
 from __future__ import annotations
@@ -30,7 +29,7 @@ if TYPE_CHECKING:
     from nft_plugins.interfaces import Generator
 
 FLOW: dict[str, Any] = {"prediction_type": "flow_prediction", "use_flow_sigmas": True}
-#: Whatever would change the times that we set.
+#: All options that would change the times, each with the value that switches it off.
 GRID: dict[str, Any] = {
     "shift": 1.0,
     "flow_shift": 1.0,
@@ -43,27 +42,36 @@ GRID: dict[str, Any] = {
     "use_lu_lambdas": False,
     "final_sigmas_type": "zero",
 }
+#: How far a sigma may be from its time; float32 rounds by less.
 TOLERANCE = 1e-5
-#: (first, last) sigma in the order they are tried: log-SNR is infinite at either end.
+#: The (first, last) sigmas, in the order in which they are tried: log-SNR is infinite at 1 and at 0.
 ENDS = ((1.0, 0.0), (1 - 1e-6, 0.0), (1 - 1e-6, 1e-6))
 
 
 def predicts_flow(scheduler: type) -> bool:
-    """By its config's options, or by the forward process that only flow matching's schedulers have."""
-    if not issubclass(scheduler, diffusers.SchedulerMixin):  # A stand-in for one whose packages are missing.
+    """Tell whether a scheduler predicts flow."""
+    # diffusers puts a stand-in where the packages that a scheduler needs are missing.
+    if not issubclass(scheduler, diffusers.SchedulerMixin):
         return False
-    if "Inverse" in scheduler.__name__:  # From image to noise.
+    if "Inverse" in scheduler.__name__:  # These run from image to noise.
         return False
+    # Only schedulers of flow matching have this method; others say by their options that they can.
     return hasattr(scheduler, "scale_noise") or set(FLOW) <= set(signature(scheduler).parameters)
 
 
 @dataclass(frozen=True)
 class DiffusersSolver:
+    """Solves with a scheduler of diffusers.
+
+    scheduler: its class. options: of its config. ends: its first and last sigma.
+    """
+
     scheduler: type
     options: Mapping[str, Any]
     ends: tuple[float, float] = ENDS[0]
 
     def solve(self, velocity: Velocity, noise: Tensor, times: Sequence[float], generator: Generator) -> Tensor:
+        """Solve from noise at times[0] to the image at times[-1], as the contract of solvers has it."""
         scheduler, calls = self.prepare_scheduler(times)
         drawn = {"generator": generator} if "generator" in signature(scheduler.step).parameters else {}
         x = noise
@@ -72,7 +80,7 @@ class DiffusersSolver:
         return x
 
     def prepare_scheduler(self, times: Sequence[float]) -> tuple[Any, list[float]]:
-        """A fresh scheduler set to our times, and the time of each call of the velocity."""
+        """Make a new scheduler set to our times, and list the time of each call of the velocity."""
         known = signature(self.scheduler).parameters
         fixed = {name: value for name, value in (FLOW | GRID).items() if name in known}
         scheduler: Any = self.scheduler(**fixed | dict(self.options))
@@ -81,7 +89,8 @@ class DiffusersSolver:
             scheduler.set_timesteps(sigmas=np.array(times[:-1]), **self._name_steps(scheduler, steps))
             index = self._match_sigmas(scheduler.sigmas, steps)
         else:
-            # Its own grid shows how it lays out sigmas: Heun's repeats the inner ones.
+            # It takes no sigmas, so they are written over its own. Those show how it lays them out: Heun's
+            # scheduler, for one, has each inner sigma twice.
             scheduler.set_timesteps(steps)
             index = self._match_sigmas(scheduler.sigmas, steps)
             first, last = self.ends
@@ -101,22 +110,24 @@ class DiffusersSolver:
                 "drop the option that respaces them"
             )
         if hasattr(scheduler, "set_begin_index"):
-            scheduler.set_begin_index(0)  # Else it looks a timestep up, by equality, among rounded ones.
+            # Otherwise it would look a timestep up, by equality, among rounded ones.
+            scheduler.set_begin_index(0)
         return scheduler, [times[i] for i in index[: len(scheduler.timesteps)]]
 
     @staticmethod
     def _name_steps(scheduler: Any, steps: int) -> dict[str, int]:
-        """`num_inference_steps`, for a `set_timesteps` that insists on it."""
+        """Give the argument `num_inference_steps` where `set_timesteps` cannot do without it."""
         count = signature(scheduler.set_timesteps).parameters.get("num_inference_steps")
         return {"num_inference_steps": steps} if count and count.default is count.empty else {}
 
     def _match_sigmas(self, sigmas: Tensor, steps: int) -> list[int]:
-        """Which of our times each of the scheduler's sigmas stands for."""
+        """Find for each of the scheduler's sigmas the index of the time that it stands for."""
         values = sigmas.tolist()
         if any(a < b for a, b in pairwise(values)):
             raise ValueError(f"diffusers:{self.scheduler.__name__} runs from image to noise")
         if len(values) == steps + 1:
             return list(range(steps + 1))
+        # Repeated sigmas stand for the same time.
         _, index = torch.unique_consecutive(sigmas, return_inverse=True)
         if index[-1] != steps:
             raise ValueError(
@@ -126,8 +137,9 @@ class DiffusersSolver:
         return [int(i) for i in index]
 
     def check_point_mass(self) -> None:
-        """Solve for a point mass in few steps and in many; raises ValueError if x_0 is missed."""
+        """Solve for a point mass in few steps and in many. Raises ValueError where the result is not x_0."""
         for steps in (1, 2, 4, 20):
+            # For a point mass at 0.5 the velocity is (x - 0.5) / t, and every order is exact.
             times = [1 - i / steps for i in range(steps)] + [0.0]
             noise = torch.tensor([[[[1.7]]]], dtype=torch.float32, device="cpu")
             with torch.random.fork_rng(devices=[]):
@@ -146,16 +158,16 @@ class DiffusersSolver:
 
 
 def fit_solver(scheduler: type, options: Mapping[str, Any]) -> DiffusersSolver:
-    """The solver with the first ends that pass the trial run; else the first failure."""
+    """Make the solver with the first ends that pass the trial run. Raises the first failure where none do."""
     failures: list[Exception] = []
     verbosity = logging.get_verbosity()
-    logging.set_verbosity_error()  # Some comment on each set_timesteps.
+    logging.set_verbosity_error()  # Some schedulers write a line for each set_timesteps.
     try:
         for ends in ENDS:
             solver = DiffusersSolver(scheduler, options, ends)
             try:
                 solver.check_point_mass()
-            except Exception as error:  # A scheduler's own can be of any kind.
+            except Exception as error:  # A scheduler may raise anything.
                 failures.append(error)
             else:
                 return solver
@@ -167,7 +179,7 @@ def fit_solver(scheduler: type, options: Mapping[str, Any]) -> DiffusersSolver:
 
 
 def list_flow_schedulers() -> list[str]:
-    """Names of the installed diffusers' schedulers that pass with their default options."""
+    """List the schedulers of the installed diffusers that pass the trial run with their default options."""
     names = []
     for name in sorted(dir(diffusers)):
         if not name.endswith("Scheduler") or name.startswith("Flax"):
@@ -183,7 +195,10 @@ def list_flow_schedulers() -> list[str]:
 
 
 def diffusers_solver(name: str, **options: Any) -> DiffusersSolver:
-    """The solver `diffusers:NAME`; options are those of the scheduler's config."""
+    """Make the solver `diffusers:NAME`. options: those of the scheduler's config.
+
+    Raises ValueError for an unknown scheduler or option, and for one that does not predict flow.
+    """
     scheduler = getattr(diffusers, name, None) if name.endswith("Scheduler") else None
     if not isclass(scheduler):
         raise ValueError(

@@ -1,7 +1,8 @@
 """Euler's method.
 
-Order 1: global error O(step). One velocity a step, none at t = 0; no noise, no state.
-Limits: on straight paths (a point-mass target) one step is exact; curved ones need the most steps.
+It has order 1: the error at the end is O(step). It takes one velocity a step, none at t = 0, and has no noise
+and no state.
+Limits: on straight paths (to a point mass) one step is exact; on curved ones it needs more steps than others.
 Source: Liu et al., Flow Straight and Fast, arXiv 2209.03003, section 2.1; diffusers'
 FlowMatchEulerDiscreteScheduler.
 """
@@ -21,6 +22,8 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Euler(SteppedSolver):
+    """Goes straight on with the velocity at the beginning of the step."""
+
     def step(
         self, velocity: Velocity, x: Tensor, t: float, s: float, state: None, generator: Generator
     ) -> tuple[Tensor, None]:

@@ -10,6 +10,7 @@ import sys
 import time
 from pathlib import Path
 
+import forks
 import pytest
 
 from nft_core.runs.checkpoint import verify_checkpoint
@@ -126,7 +127,7 @@ def test_slurm_saves_and_queues_the_run_again(arguments, tmp_path):
 
     one = tmp_path / "one"
     alone = [sys.executable, "-m", "nft_core", "run", *arguments, "--epochs", "2", "--out", str(one)]
-    subprocess.run(alone, env=os.environ | LOCAL, check=True, capture_output=True, timeout=900)
+    forks.run(alone, env=os.environ | LOCAL, check=True, capture_output=True, timeout=900)
     for ours, theirs in list(zip(records(folder), records(one), strict=False))[:3]:
         assert ours["rewards"]["total"]["mean"] == pytest.approx(theirs["rewards"]["total"]["mean"], rel=1e-4)
         for figure in {"loss", "grad_norm", "drift"} & theirs.keys():
@@ -138,7 +139,7 @@ def test_without_torchrun_a_node_dies(arguments, tmp_path):
     folder = tmp_path / "run"
     place = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
     processes = [
-        subprocess.Popen(
+        forks.Popen(
             [sys.executable, "-m", "nft_core", "run", *arguments, "--out", str(folder)],
             env=os.environ | LOCAL | place | {"RANK": str(rank), "LOCAL_RANK": "0"},
             stdout=subprocess.PIPE,

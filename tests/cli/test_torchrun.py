@@ -2,9 +2,9 @@
 
 import json
 import os
-import subprocess
 import sys
 
+import forks
 import pytest
 
 from nft_core.runs.checkpoint import find_newest_checkpoint
@@ -46,14 +46,13 @@ SETTINGS = {
 
 def nft(*arguments, processes):
     launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
-    done = subprocess.run(
+    return forks.run(
         [sys.executable, *(launcher if processes > 1 else ()), "-m", "nft_core", *map(str, arguments)],
         env=os.environ | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
         timeout=900,
     )
-    return done
 
 
 @pytest.mark.slow

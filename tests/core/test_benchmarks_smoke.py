@@ -2,10 +2,10 @@
 
 import importlib
 import json
-import subprocess
 import sys
 from pathlib import Path
 
+import forks
 import pytest
 import torch
 from click.testing import CliRunner
@@ -74,7 +74,7 @@ def test_overhead_tells_what_each_part_costs(load, capfd):
         "import sys; sys.path.insert(0, sys.argv[1]); import overhead; overhead.attributed(1, sys.argv[2:])"
     )
     # A process of its own: the parts stay timed for good.
-    done = subprocess.run(
+    done = forks.run(
         [sys.executable, "-c", command, str(BENCHMARKS), *words], capture_output=True, text=True, check=True
     )
     for _, name in load("overhead").PARTS:
@@ -90,7 +90,7 @@ def test_a_killed_run_comes_to_the_same_end(tmp_path):
         "print(json.dumps(kills.kill(pathlib.Path(sys.argv[2]), 1, 1, random.Random(0))))"
     )
     # A process of its own: it forks, which needs one without threads.
-    done = subprocess.run(
+    done = forks.run(
         [sys.executable, "-c", command, str(BENCHMARKS), str(tmp_path)],
         capture_output=True,
         text=True,

@@ -126,7 +126,10 @@ THINGS = {
     "lora": (lora, "is a LoRA, which changes a model and is none by itself"),
     "peft": (lambda f: (f / "adapter_config.json").write_text("{}"), "is a LoRA"),
     "file": (lambda f: save_file({"x": torch.zeros(1)}, f / "a.safetensors"), "from_single_file"),
-    "run": (lambda f: (f / "run.toml").write_text(""), "folder of a run: `nft resume"),
+    "run": (
+        lambda f: (f / "run.toml").write_text(""),
+        "folder of a run that has no whole checkpoint yet. `nft resume",
+    ),
     "part": (lambda f: (f / "config.json").write_text('{"_class_name": "VAE"}'), "of a VAE alone"),
     "cache": (lambda f: (f / "snapshots").mkdir(), "a folder of the hub's cache"),
     "nothing": (lambda f: None, "this folder is empty"),

@@ -430,7 +430,10 @@ def test_weights_are_not_needed(taken, host, tmp_path):
     bare = count_footprint(s, host, CUDA)
     for name in ("weights", "texts", "encode", "row", "trained", "others"):
         assert getattr(bare, name) == getattr(whole, name)
-    assert bare.step.peak(4) == whole.step.peak(4) and bare.step.flops == whole.step.flops
+    assert (
+        bare.steps[False].peak(4) == whole.steps[False].peak(4)
+        and bare.steps[False].flops == whole.steps[False].flops
+    )
     shutil.rmtree(tmp_path / "tokenizer")
     with pytest.raises(NftError, match="names tokenizer, and it has no such folder"):
         count_footprint(s, host, CUDA)
@@ -444,9 +447,9 @@ def test_every_family_can_be_planned_for(name, family_folder, host):
     f = count_footprint(s, host, CUDA)
     condition = load_model(s, host, CPU).encode(["a b c"])
     assert f.row == sum(count_bytes(rows) for rows in condition.values())
-    assert f.passes == 3 and f.encode > 0 and f.step is None
-    assert 0 < f.recomputed.held(4) < f.recomputed.peak(4)
-    assert 2 * f.forward.flops < f.recomputed.flops
+    assert f.passes == 3 and f.encode > 0 and list(f.steps) == [True]
+    assert 0 < f.steps[True].held(4) < f.steps[True].peak(4)
+    assert 2 * f.forward.flops < f.steps[True].flops
 
 
 # Plans.
@@ -478,9 +481,9 @@ def test_what_is_in_a_plan(taken):
     assert table["train"]["reference"] == 0  # The base itself.
     assert [p for p, rows in table.items() if rows.get("text encoders")] == ["encode"]
     assert all(rows["reward judge"] == 3 for rows in table.values())
-    assert table["train"]["activations"] == f.step.peak(8)
+    assert table["train"]["activations"] == f.steps[False].peak(8)
     again = s.model_copy(update={"gradient_checkpointing": True})
-    assert plan_phases(again, f, {})["train"]["activations"] == max(f.recomputed.peak(8), f.forward.peak(8))
+    assert plan_phases(again, f, {})["train"]["activations"] == max(f.steps[True].peak(8), f.forward.peak(8))
 
 
 def test_offloaded_copies_visit(taken):
@@ -534,7 +537,7 @@ def test_work_of_an_epoch(taken):
     assert by_name["decode"].total == 8 * f.decode.flops
     assert by_name["train: old policy"].total == 8 * 3 * f.forward.flops
     assert by_name["train: reference"].total == 8 * 3 * f.reference < 8 * 3 * f.forward.flops
-    assert by_name["train: forward and backward"].total == 8 * 3 * f.step.flops
+    assert by_name["train: forward and backward"].total == 8 * 3 * f.steps[False].flops
     weights = sum(f.weights.values()) + 4 * sum(f.trained)
     assert by_name["rollout"].read == 3 * weights  # One batch, three steps.
     assert by_name["train: forward and backward"].read == 3 * 2 * weights

@@ -198,8 +198,8 @@ def test_a_kl_above_the_target_raises_its_weight(tmp_path):
     state = run.policy.state()
     for name, parameter in algorithm_1(run.settings, weights)["live"].named_parameters():
         torch.testing.assert_close(state[f"live.{name}"], parameter.data, atol=2e-6, rtol=1e-4)
+    other = algorithm_1(run.settings)["live"].weight.data
     with pytest.raises(AssertionError):
-        other = algorithm_1(run.settings)["live"].weight.data
         torch.testing.assert_close(state["live.weight"], other, atol=2e-6, rtol=1e-4)
 
 

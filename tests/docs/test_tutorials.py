@@ -8,12 +8,15 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import NamedTuple
 
+import forks
 import pytest
 
 DOCS = Path(__file__).parents[2] / "docs"
 #: The one line that is not run as it stands: without a network, and into a folder of the test's own.
 INSTALL = 'pip install -e ".[dev]"'
 OFFLINE = 'python -m pip install -q --no-deps --no-build-isolation --no-index --target "$SITE" .'
+#: Commands that are forked, since each would take seconds to import torch; pytest would warn of that import.
+COMMANDS = {"nft": "-m nft_core", "python": ""}
 FENCE = re.compile(r'^```(\w+)(?: title="([^"]+)")?\n(.*?)^```$', re.M | re.S)
 
 
@@ -30,10 +33,14 @@ def blocks(page):
 class Shell:
     """Runs blocks of commands in a folder; `cd` holds for the blocks that follow."""
 
-    def __init__(self, folder, site):
+    def __init__(self, folder, site, bin):
         self.folder = folder
+        for name, arguments in COMMANDS.items():
+            (bin / name).write_text(f'#!/bin/sh\nexec {sys.executable} {forks.__file__} {arguments} "$@"\n')
+            (bin / name).chmod(0o755)
         self.env = os.environ | {
-            "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
+            forks.PLACE: forks.server(),
+            "PATH": os.pathsep.join([str(bin), str(Path(sys.executable).parent), os.environ["PATH"]]),
             "PYTHONPATH": os.pathsep.join([str(site), *filter(None, [os.environ.get("PYTHONPATH")])]),
             "SITE": str(site),
             "PYTHONDONTWRITEBYTECODE": "1",
@@ -87,8 +94,9 @@ def play(page, shell):
 
 @pytest.fixture
 def shell(tmp_path):
-    (tmp_path / "work").mkdir()
-    return Shell(tmp_path / "work", tmp_path / "site")
+    for name in ("work", "bin"):
+        (tmp_path / name).mkdir()
+    return Shell(tmp_path / "work", tmp_path / "site", tmp_path / "bin")
 
 
 @pytest.mark.slow

@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+import pluggy
 import pytest
 
 from nft_core.errors import NftError
@@ -206,7 +207,7 @@ def test_a_wrapper_that_cannot_yield_is_refused(hooks):
         def nft_progress(self):
             pass
 
-    with pytest.raises(Exception, match="not a generator function"):
+    with pytest.raises(pluggy.PluginValidationError, match="not a generator function"):
         hooks.register(Plain(), "plain")
 
 

@@ -154,10 +154,10 @@ def test_is_the_published_computation(reward, published, base, size):
     _, model, head, _ = published
     batch = batch_of(*size)
     scores = reward(batch)
-    want = expected(base, model, head, batch)
-    assert want[:, 0].std() > 0.01
-    torch.testing.assert_close(scores.values, want[:, 0], rtol=1e-4, atol=1e-4)
-    torch.testing.assert_close(scores.details["log_sigma"], want[:, 1], rtol=1e-4, atol=1e-4)
+    needed = expected(base, model, head, batch)
+    assert needed[:, 0].std() > 0.01
+    torch.testing.assert_close(scores.values, needed[:, 0], rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(scores.details["log_sigma"], needed[:, 1], rtol=1e-4, atol=1e-4)
 
 
 def test_a_sample_does_not_depend_on_the_others(reward):
@@ -182,7 +182,7 @@ def test_the_question_is_the_published_one():
 
 
 @pytest.mark.parametrize(
-    ("size", "want"),
+    ("size", "needed"),
     [
         ((512, 512), (448, 448)),
         ((1024, 1024), (448, 448)),
@@ -195,8 +195,8 @@ def test_the_question_is_the_published_one():
         ((100, 20000), (28, 6328)),
     ],
 )
-def test_sizes(size, want):
-    assert choose_size(*size) == want
+def test_sizes(size, needed):
+    assert choose_size(*size) == needed
 
 
 def test_long_narrow_images_are_refused():
@@ -209,8 +209,10 @@ def test_patches_are_those_of_transformers():
 
     pixels = torch.rand(2, 3, 56, 84)
     processor = Qwen2VLImageProcessorPil(do_resize=False, do_rescale=False, do_normalize=False)
-    want = processor(list(pixels.numpy()), return_tensors="pt", input_data_format="channels_first").pixel_values
-    torch.testing.assert_close(cut_patches(pixels), want, rtol=0, atol=0)
+    needed = processor(
+        list(pixels.numpy()), return_tensors="pt", input_data_format="channels_first"
+    ).pixel_values
+    torch.testing.assert_close(cut_patches(pixels), needed, rtol=0, atol=0)
 
 
 def test_prompts_that_cannot_be_read(reward):

@@ -243,6 +243,7 @@ def test_batches_do_not_matter_and_may_have_to_be_halved(checkpoint, monkeypatch
     images = pictures(5, 32, 32)
     detector = Mask2Former(checkpoint, size=SIZE)
     one_by_one = detector.detect(images)
+    assert any(one_by_one)
     detector.at_once = 8  # as on a GPU
     forward, sizes = detector.model.forward, []
 

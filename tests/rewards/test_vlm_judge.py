@@ -38,7 +38,7 @@ class Server(ThreadingHTTPServer):
         self.url = f"http://127.0.0.1:{self.server_port}/v1"
 
     def handle_error(self, request, client_address):
-        pass  # A client that hangs up at its deadline is what some tests want.
+        pass  # A client that hangs up at its deadline is what some tests need.
 
 
 class Handler(BaseHTTPRequestHandler):

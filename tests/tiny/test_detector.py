@@ -51,6 +51,12 @@ def test_what_is_almost_a_shape_is_none(name):
         assert detect_shapes(polygon([(x + r * a, y + r * b) for a, b in ALMOST[name]])) == []
 
 
+def test_a_shape_of_two_colours_is_none():
+    square = draw_shapes([Shape("square", "red", 16, 16, 6)]).copy()
+    square[10:22, 18:22] = COLORS["purple"]  # A third of it, which by its outline could be red as well.
+    assert detect_shapes(square) == []
+
+
 def test_rings_and_shapes_that_touch_are_none():
     ring = draw_shapes([Shape("circle", "red", 16, 16, 8)]).copy()
     y, x = np.mgrid[:SIDE, :SIDE]
@@ -87,7 +93,7 @@ def test_small_errors_of_pixels_do_not_hide_a_shape():
 
 
 def test_every_scene_is_what_its_caption_says():
-    from nft_rewards.geneval import evaluate_image
+    from nft_rewards.geneval_rules import evaluate_image
 
     rng = np.random.default_rng(0)
     scenes = [c for i, c in enumerate(captions.make_scene_captions()) if i % 2 == 0]

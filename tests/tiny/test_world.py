@@ -5,10 +5,12 @@ from collections import Counter
 from pathlib import Path
 
 import numpy as np
+import pytest
 import torch
 
 from nft_tiny import captions, plugin
-from nft_tiny.scenes import draw_word, render_scene
+from nft_tiny.detector import detect_shapes
+from nft_tiny.scenes import RELATIONS, draw_word, render_scene
 
 DATA = plugin.DATA
 
@@ -19,6 +21,20 @@ def test_renders_are_reproducible():
         assert one.shape == (32, 32, 3)
         assert (one == two).all()
         assert (one != other).any()
+
+
+@pytest.mark.parametrize("relation", RELATIONS)
+def test_objects_stand_clearly_in_their_relation(relation):
+    metadata = {
+        "include": [{"class": "square", "count": 1}, {"class": "circle", "count": 1, "position": [relation, 0]}]
+    }
+    for seed in range(20):
+        found = detect_shapes(render_scene(metadata, np.random.default_rng(seed)))
+        middles = {f.label: np.array([f.box[0] + f.box[2], f.box[1] + f.box[3]]) / 2 for f in found}
+        x, y = middles["circle"] - middles["square"]
+        along, across = {"left of": (-x, y), "right of": (x, y), "above": (-y, x), "below": (y, x)}[relation]
+        # As drawn at least 11 and at most 8 px; the detector's boxes are right to half a pixel.
+        assert along > 10.5 and abs(across) < 8.5
 
 
 def test_prompt_files_are_what_the_script_writes(tmp_path):

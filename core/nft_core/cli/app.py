@@ -19,6 +19,7 @@ from ..objective.choices import Combine
 from ..output import keep_output_alive
 from .compare import compare_runs
 from .doctor import diagnose, explain_broken_torchvision
+from .evaluate import evaluate
 from .listing import list_models, list_observers, list_plugins, list_rewards, list_solvers
 from .new import begin_package
 from .rewards import check_contract, show_reward
@@ -79,6 +80,7 @@ def main() -> None:
 
 
 for command in (
+    evaluate,
     score_files,
     compare_runs,
     diagnose,
@@ -107,8 +109,20 @@ for command in (show_reward, check_contract):
 @click.option(
     "--model",
     metavar="PATH|HUB_ID",
-    help="Model to train: a diffusers pipeline, as a local folder or an id on the Hugging Face hub.  "
+    help="Model to train: a diffusers pipeline, as a local folder or an id on the Hugging Face hub, a single "
+    "file of weights, or a run or a checkpoint to begin from.  "
     "[default: stabilityai/stable-diffusion-3.5-medium]",
+)
+@click.option(
+    "--lora",
+    metavar="PATH|HUB_ID",
+    help="LoRA on top of the model, which training goes on from: a file, a folder, a run or a hub id.",
+)
+@click.option(
+    "--lora-merge",
+    is_flag=True,
+    default=None,
+    help="Add that LoRA to the model's weights, and train a new one over it.",
 )
 @click.option(
     "--tiny",
@@ -218,7 +232,7 @@ def start_run(
 ) -> None:
     """Train a model on rewards.
 
-    What is said later wins: preset, --config, --set, then the other options.
+    If a setting is given more than once, the last one counts: preset, --config, --set, then the other options.
     """
     if profile:  # torch reads it when it is imported, and its profiler would say when it starts and stops.
         os.environ.setdefault("KINETO_LOG_LEVEL", "6")

@@ -108,7 +108,7 @@ def write_remarks(
 ) -> Iterator[str]:
     """Write what the table of phases does not show."""
     # Activations grow with the microbatch in a straight line, so that one image more gives the amount for each.
-    step = f.training_step(s)
+    step = f.steps[s.gradient_checkpointing]
     each = step.held(s.microbatch + 1) - step.held(s.microbatch)
     yield f"Activations that wait for the backward pass: {format_bytes(each)} for each image of the microbatch."
     drawn = list_prompts_of_run(len(prompts), min(s.prompts_per_epoch, len(prompts)), s.seed, s.epochs)

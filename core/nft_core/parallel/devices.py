@@ -1,4 +1,4 @@
-"""Copies to a device, streams of work on it, and its memory."""
+"""Copies tensors to a device, gives threads streams of their own there, and frees its memory."""
 
 from __future__ import annotations
 
@@ -17,39 +17,40 @@ T = TypeVar("T")
 
 
 def copy_to_device(rows: Tensor, device: torch.device) -> Tensor:
-    """On the device, without waiting for it."""
+    """Copy a tensor to a device, without waiting until it is there."""
+    # Only from pinned memory can a GPU copy while the CPU goes on.
     pinned = rows.device.type == "cpu" and device.type == "cuda"
     return (rows.pin_memory() if pinned else rows).to(device, non_blocking=True)
 
 
 def is_out_of_memory(error: BaseException | None) -> bool:
-    """Whether a GPU's or the CPU's memory is full."""
+    """Say whether an error means that a GPU's or the CPU's memory is full."""
     return error is not None and (isinstance(error, torch.OutOfMemoryError) or is_memory_full(error))
 
 
 def free_memory() -> None:
+    """Give the GPU memory that is not in use back, after what went wrong with full memory."""
     gc.collect()
     if torch.cuda.is_initialized():
         torch.cuda.empty_cache()
 
 
 def wrap_in_side_stream(device: torch.device, call: Callable[[], T]) -> Callable[[], T]:
-    """`call`, for another thread: on a stream of its own, after what has been queued here so far.
+    """Make a call run on a stream of its own in another thread, after what has been queued here so far.
 
-    So a GPU works on the scores while it makes the next images. Which GPU is the current one is each thread's
-    own affair.
+    So a GPU computes scores while it makes the next images.
     """
     if device.type != "cuda":
         return call
     queued = torch.cuda.current_stream(device).record_event()
 
     def run() -> T:
-        torch.cuda.set_device(device)
+        torch.cuda.set_device(device)  # Each thread has a current GPU of its own.
         stream = get_side_stream(device, current_thread().name)
         stream.wait_event(queued)
         with torch.cuda.stream(stream):
             result = call()
-        stream.synchronize()  # What it was given may go from here on, and what it gave is there.
+        stream.synchronize()  # From here on, its inputs may be freed and its results may be read.
         return result
 
     return run
@@ -57,5 +58,5 @@ def wrap_in_side_stream(device: torch.device, call: Callable[[], T]) -> Callable
 
 @cache
 def get_side_stream(device: torch.device, thread: str) -> torch.cuda.Stream:
-    """One for all threads of a name, which take turns: the allocator keeps free memory by stream."""
+    """Get the stream of all threads of a name, which take turns: the allocator keeps free memory by stream."""
     return torch.cuda.Stream(device)

@@ -1,7 +1,7 @@
-"""Several processes of a run on this machine, started and watched by a parent that loads no model.
+"""Starts several processes of a run on this machine, from a parent that watches them and loads no model.
 
-torchrun does the same across machines. This is for one: `--set processes=4` needs no other command, a
-failure is told once and by its cause, and no process outlives the parent.
+torchrun does the same across machines. On one machine, `--set processes=4` needs no other command, a failure is
+told once and by its cause, and no process outlives the parent.
 """
 
 from __future__ import annotations
@@ -21,18 +21,18 @@ from typing import IO, Literal
 from ..errors import PeerError, UsageError
 from .signals import STOPPED, Terminated, ignore_signals
 
-#: Set for the children: the file through which they find one another, in place of an open port.
+#: Variable of the children's environment, the file through which they meet. It needs no open port.
 RENDEZVOUS = "NFT_RENDEZVOUS"
-#: Processes a core at most: beyond, memory runs out and nothing is won.
+#: Most processes for each core: more need more memory, and are not faster.
 MANY = 4
-#: Seconds that a process is given to end by itself; the first one, which saves what is trained, gets more.
+#: Seconds that a process has to end by itself, and that the first one has, which saves what is trained.
 PATIENCE, PATIENCE_OF_THE_FIRST = 20.0, 600.0
 
 
 def count_processes(processes: int | Literal["auto"], device: str) -> int:
-    """Decide how many processes to start. `auto`: on a CPU one a core, 8 at most; on a GPU one.
+    """Decide how many processes to start. `auto` means one for each core of a CPU, 8 at most, and one on a GPU.
 
-    Raises UsageError for more than the GPUs, or than MANY a core of a CPU.
+    Raises UsageError for more processes than GPUs, or than MANY for each core of a CPU.
     """
     if processes == 1:
         return 1
@@ -45,7 +45,7 @@ def count_processes(processes: int | Literal["auto"], device: str) -> int:
     if processes == "auto":
         return min(count_cores(), 8) if on_cpu else 1
     most, what = (MANY * count_cores(), f"{MANY} a core") if on_cpu else (gpus, "one a GPU")
-    if 0 < most < processes:  # That there is no GPU is told where the device is looked at.
+    if 0 < most < processes:  # Without a GPU, `pick_device` says so, and better.
         raise UsageError(f"processes = {processes}, and this machine takes {most}, {what}: give that or less.")
     return processes
 
@@ -58,26 +58,33 @@ def count_cores() -> int:
 
 
 def launch_processes(settings: str, out: Path, processes: int, more: Sequence[str] = ()) -> int:
-    """Run `nft run` with these settings, TOML, in each process; returns the exit code of what failed, or 0.
+    """Run `nft run` in each process, and return the exit code of the one that failed, or 0.
 
-    more: arguments of `nft run`.
+    settings: as TOML. more: further arguments of `nft run`.
+    """
+    with tempfile.TemporaryDirectory(prefix="nft-") as folder:
+        file = Path(folder) / "run.toml"
+        file.write_text(settings, encoding="utf-8")
+        return launch_command(["run", "--config", str(file), "--out", str(out), *more], processes)
 
-    The first process has the terminal. What the others write to standard error is shown only where
-    the first one's own does not tell the cause.
+
+def launch_command(arguments: Sequence[str], processes: int) -> int:
+    """Run `nft` with these arguments in each process, and return the exit code of the one that failed, or 0.
+
+    The first process writes to the terminal. What another writes to standard error is shown only if it is the
+    one that failed.
     """
     with ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="nft-")))
-        (folder / "run.toml").write_text(settings, encoding="utf-8")
-        arguments = ["run", "--config", str(folder / "run.toml"), "--out", str(out), *more]
-        said = [stack.enter_context(tempfile.TemporaryFile("w+")) for _ in range(processes)]
+        errors = [stack.enter_context(tempfile.TemporaryFile("w+")) for _ in range(processes)]
         children = [
-            start_process(arguments, r, processes, folder / "rendezvous", said[r]) for r in range(processes)
+            start_process(arguments, r, processes, folder / "rendezvous", errors[r]) for r in range(processes)
         ]
         try:
             failed = wait_for_children(children)
         except KeyboardInterrupt as interrupt:
-            # The terminal tells the children of a Ctrl-C too, but not everybody who sends SIGINT is a terminal.
-            # The first saves what it has, which may take a while; who cannot wait presses Ctrl-C again.
+            # A terminal sends Ctrl-C to the children too, but SIGINT may come from elsewhere. The first process
+            # saves what it has, which may take a while; whoever cannot wait presses Ctrl-C again.
             for child in children:
                 child.terminate()
             with ignore_signals(), suppress(KeyboardInterrupt):
@@ -92,17 +99,19 @@ def launch_processes(settings: str, out: Path, processes: int, more: Sequence[st
             return choose_exit_code(failed)
         if failed is not children[0]:
             rank = children.index(failed)
-            said[rank].seek(0)
-            sys.stderr.write(said[rank].read() or f"Error: process {rank} of the run {describe_end(failed)}.\n")
+            errors[rank].seek(0)
+            sys.stderr.write(
+                errors[rank].read() or f"Error: process {rank} of the run {describe_end(failed)}.\n"
+            )
         elif failed.returncode < 0:
             sys.stderr.write(f"Error: the run {describe_end(failed)}.\n")
         return choose_exit_code(failed)
 
 
 def start_process(
-    arguments: Sequence[str], rank: int, processes: int, rendezvous: Path, said: IO[str]
+    arguments: Sequence[str], rank: int, processes: int, rendezvous: Path, errors: IO[str]
 ) -> subprocess.Popen[bytes]:
-    """Start one process. Its standard input is a pipe that closes with this process, which ends it too."""
+    """Start one process. Its standard input is a pipe that closes when this process ends: then it ends too."""
     environment = os.environ | {
         "RANK": str(rank),
         "LOCAL_RANK": str(rank),
@@ -120,23 +129,21 @@ def start_process(
         env=environment,
         stdin=subprocess.PIPE,
         stdout=None if rank == 0 else subprocess.DEVNULL,
-        stderr=None if rank == 0 else said,
+        stderr=None if rank == 0 else errors,
     )
 
 
 def wait_for_children(children: Sequence[subprocess.Popen[bytes]]) -> subprocess.Popen[bytes] | None:
-    """Wait until all are done, or one fails. Returns the one whose failure is the cause, or None."""
-    while any(c.poll() is None for c in children):
-        if any(c.returncode for c in children):
-            break
+    """Wait until all processes are done, or one fails. Returns the one that failed first by itself, or None."""
+    while not any(codes := [c.poll() for c in children]):
+        if None not in codes:
+            return None
         sleep(0.05)
-    if not any(c.returncode for c in children):
-        return None
-    # A failure spreads within moments: let it, and then look for one that is nobody else's.
+    # The others fail within moments because of the first failure. Wait for them, and then look for the cause.
     began = monotonic()
     while any(c.poll() is None for c in children) and monotonic() < began + PATIENCE_OF_THE_FIRST:
         ended = children[0].poll()
-        # What the first one fails of by itself is the cause.
+        # If the first process fails by itself, that is the cause.
         if ended not in (None, 0, PeerError.exit_code) or (
             ended is not None and monotonic() > began + PATIENCE
         ):
@@ -147,6 +154,7 @@ def wait_for_children(children: Sequence[subprocess.Popen[bytes]]) -> subprocess
 
 
 def stop_children(children: Sequence[subprocess.Popen[bytes]]) -> None:
+    """Kill the processes that still run, and wait until all have ended."""
     for child in children:
         if child.poll() is None:
             child.kill()
@@ -157,17 +165,18 @@ def stop_children(children: Sequence[subprocess.Popen[bytes]]) -> None:
 
 
 def choose_exit_code(child: subprocess.Popen[bytes]) -> int:
-    """Choose the exit code where a child has failed."""
+    """Choose the exit code for a child that has failed; one that was killed by a signal gives 1."""
     return child.returncode if child.returncode and child.returncode > 0 else 1
 
 
 def describe_end(child: subprocess.Popen[bytes]) -> str:
+    """Say how a process ended, as the end of a sentence."""
     number = child.returncode
     return f"was killed by signal {-number} (9: out of memory?)" if number < 0 else f"ended with code {number}"
 
 
 def end_with_the_parent() -> None:
-    """End a child when its parent has ended, even by SIGKILL: that closes the pipe which the parent holds."""
+    """End this process when its parent has ended, even by SIGKILL: then the pipe from the parent closes."""
     if not os.environ.get(RENDEZVOUS):
         return
 

@@ -1,11 +1,13 @@
-"""Processes. Every helper is a no-op in a run of one process; `launch_processes` or torchrun starts more."""
+"""What the processes of a run tell one another; in a run of one process, each function does nothing or little.
+
+`launch_processes` or torchrun starts more than one.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
-from zlib import crc32
 
 import torch
 import torch.distributed as dist
@@ -17,11 +19,11 @@ from .rendezvous import connect_in_time, meet_others, read_rank_and_size
 
 @contextmanager
 def process_group(device: torch.device, patience: float, join: float = 600.0) -> Iterator[list[str]]:
-    """Join the group that the environment announces, and leave it at the end; gives warnings about it.
+    """Join the processes that the environment announces, and leave them at the end; gives warnings about them.
 
-    patience: seconds that a process waits for another. That one has died is the launcher's to notice.
-    join: seconds that all processes have to come, and then to connect.
-    Raises PeerError where another one fails, or does not come, and UsageError where they do not fit together.
+    patience: seconds that a process waits for another's answer. The launcher notices one that has died.
+    join: seconds that all processes have to come, and then again to connect.
+    Raises PeerError if another process fails or does not come, and UsageError if they do not fit together.
     """
     rank, size = read_rank_and_size()
     if size == 1:
@@ -34,7 +36,7 @@ def process_group(device: torch.device, patience: float, join: float = 600.0) ->
         with connect_in_time(rank, size, join):
             backend = "nccl" if device.type == "cuda" else "gloo"
             dist.init_process_group(backend, timeout=wait, store=store, rank=rank, world_size=size)
-            sum_value(1.0, device)  # NCCL connects when it is first needed.
+            sum_value(1.0, device)  # NCCL connects when it is first used, and that is to happen within `join`.
         yield warnings
     except RuntimeError as error:
         if isinstance(error, dist.DistError) or "gloo" in str(error):
@@ -49,10 +51,12 @@ def process_group(device: torch.device, patience: float, join: float = 600.0) ->
 
 
 def rank() -> int:
+    """Give this process's number, from 0."""
     return dist.get_rank() if dist.is_initialized() else 0
 
 
 def world_size() -> int:
+    """Give the number of processes."""
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
@@ -63,11 +67,11 @@ def barrier() -> None:
 
 
 def list_owned(count: int) -> Tensor:
-    """List this process's indices in 0..count-1: every world_size-th, so prompts' images spread out."""
+    """List this process's indices in 0..count-1: every world_size-th, so that it has images of most prompts."""
     return torch.arange(rank(), count, world_size(), device="cpu")
 
 
-def largest_share(indices: Tensor) -> int:
+def count_largest_share(indices: Tensor) -> int:
     """Count the indices of the process that has the most of them."""
     return int((indices % world_size()).bincount().max())
 
@@ -89,8 +93,8 @@ def gather_rows(rows: Tensor, index: Tensor, count: int, device: torch.device) -
 def sum_gradients(parameters: Iterable[torch.nn.Parameter]) -> None:
     """Add up all processes' gradients, once an update, as one flat message.
 
-    A process that owned no image of the update has none. A parameter that has none in any keeps none, so that
-    the optimizer leaves it alone, as it does in one process.
+    A process that had no image of the update has no gradients, and takes part with zeros. A parameter that has
+    a gradient in no process keeps none, so that the optimizer leaves it alone, as in a run of one process.
     """
     if world_size() == 1:
         return
@@ -107,19 +111,19 @@ def sum_gradients(parameters: Iterable[torch.nn.Parameter]) -> None:
 
 @contextmanager
 def fail_together(device: torch.device, finish: Callable[[], None] = lambda: None) -> Iterator[None]:
-    """Make what fails inside in one process fail in all, so that none waits for another for ever.
+    """Make all processes fail if one fails inside, so that none waits for ever for another.
 
-    Inside there may be no other exchange between processes: the one that failed would not take part.
+    The code inside must exchange nothing between processes: the one that failed would not take part.
 
-    finish: what this process still has to do for others, when it is through or has failed. What that raises
-        ends this process alone.
+    finish: called at the end, also after a failure, for what this process still has to do for others. What it
+        raises ends this process alone.
     """
     failure: BaseException | None = None
     try:
         yield
-    except KeyboardInterrupt:  # at once
+    except KeyboardInterrupt:  # The user does not want to wait for the others.
         raise
-    except BaseException as error:  # SystemExit and a Rust library's panic among them
+    except BaseException as error:  # SystemExit and a Rust library's panic are no Exceptions.
         failure = error
     finish()
     stopped = failure.signal if isinstance(failure, Stopped) else 0
@@ -134,24 +138,19 @@ def fail_together(device: torch.device, finish: Callable[[], None] = lambda: Non
 
 def is_same_everywhere(text: str, device: torch.device) -> bool:
     """Say whether all processes hold the same text; the answer is the same in all."""
-    if world_size() == 1:
-        return True
-    code = torch.tensor([crc32(text.encode()), -crc32(text.encode())], dtype=torch.int64, device=device)
-    dist.all_reduce(code, dist.ReduceOp.MAX)  # The largest, and minus the smallest.
-    return int(code.sum()) == 0
+    return len(set(gather_texts(text, device))) == 1
 
 
 def gather_texts(text: str, device: torch.device) -> list[str]:
-    """Gather every process's text, in order, in every process; as bytes, without pickle."""
+    """Gather every process's text, in order, in every process. Bytes are sent, never pickles."""
     if world_size() == 1:
         return [text]
     own = torch.tensor(list(text.encode()), dtype=torch.uint8, device="cpu")
     longest = torch.tensor(len(own), dtype=torch.int64, device=device)
     dist.all_reduce(longest, dist.ReduceOp.MAX)
-    padded = torch.zeros(int(longest), dtype=torch.uint8, device="cpu")
-    padded[: len(own)] = own
-    rows = [torch.zeros_like(padded, device=device) for _ in range(world_size())]
-    dist.all_gather(rows, padded.to(device))
+    padded = torch.zeros(1, int(longest), dtype=torch.uint8, device="cpu")
+    padded[0, : len(own)] = own
+    rows = gather_rows(padded, torch.tensor([rank()], dtype=torch.int64, device="cpu"), world_size(), device)
     return [bytes(row.tolist()).rstrip(b"\0").decode() for row in rows]
 
 

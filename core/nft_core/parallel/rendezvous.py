@@ -1,8 +1,8 @@
-"""How the processes of a run find one another: each says what it is, and waits for the others up to a deadline.
+"""Brings the processes of a run together: each says what it is, and waits for the others up to a deadline.
 
-Where they meet stands in the environment, put there by torchrun, by `nft run` or by hand. What can be wrong
-before they exchange a tensor is said here: who never came, who cannot reach the first process, who has other
-versions. torch's own messages name keys of a store and ports of its own.
+The environment says where they meet; torchrun, `nft run` or a user sets it. What can go wrong before they
+exchange a tensor is told here: who never came, who cannot reach the first process, who has other versions.
+torch itself would name keys of its store and ports that nobody has chosen.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
 from importlib.metadata import version
+from itertools import groupby
 from time import monotonic, sleep
 from typing import TYPE_CHECKING, Any
 from uuid import uuid4
@@ -35,16 +36,16 @@ else:
 #: What a process is, by name; JSON can hold it.
 Member = Mapping[str, Any]
 
-#: The store's key of the token of this meeting, which the first process draws.
+#: The store's key of this meeting's token, a random text that the first process makes.
 TOKEN = "nft/token"
 NO_GPU = "no GPU"
 #: Seconds after which the first process says for whom it waits.
 QUIET = 15.0
-#: Seconds that one attempt to reach the first process takes at most.
+#: Most seconds that one attempt to reach the first process may take.
 ATTEMPT = 5.0
-#: Seconds that the first process, which keeps the store, stays where all end: the others read there why.
+#: Seconds that the first process stays after an error: it keeps the store, where the others read the reason.
 GRACE = 3.0
-#: What must be the same in all processes, and what to do where it is not.
+#: Names whose values must be the same in all processes, and what to do if they are not.
 ALIKE = {
     "WORLD_SIZE": "Give all the same (torchrun: --nnodes and --nproc-per-node).",
     "nft-hub": "Install the same version on every node.",
@@ -81,8 +82,8 @@ def name_meeting_place() -> str:
 def meet_others(device: torch.device, rank: int, size: int, seconds: float) -> tuple[Store, list[str]]:
     """Wait until all processes have come. Returns a store that they share, and warnings about them.
 
-    seconds: how long they have for it.
-    Raises PeerError where they do not come, and UsageError where they cannot work together.
+    seconds: the time that they have to come.
+    Raises PeerError if one does not come, and UsageError if they cannot work together.
     """
     store = open_store(rank, size, seconds)
     try:
@@ -112,7 +113,9 @@ def open_store(rank: int, size: int, seconds: float) -> Store:
     # torchrun's agent on the first node keeps a store already.
     serves = rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
     if serves:
-        address = "localhost"  # It listens on every address, and may not know the one that others have for it.
+        address = (
+            "localhost"  # It listens on every address. Its own host may not know the name that others use.
+        )
     else:
         wait_for_listener(address, port, rank, seconds)
     try:
@@ -152,13 +155,13 @@ def say_unreachable(rank: int, seconds: float, why: str) -> str:
 def gather_members(
     store: Store, rank: int, size: int, mine: Member, seconds: float
 ) -> tuple[str, list[Member]]:
-    """Wait for what all processes say of themselves. Returns the meeting's token, and that, by rank.
+    """Wait for what all processes say of themselves. Returns the meeting's token, and what they say, by rank.
 
-    A store that torchrun keeps when it starts the processes anew also holds what processes said that are gone:
-    the first process draws a new token each time, and only what was said under it counts.
-    Raises PeerError where processes are missing, and UsageError where those that came cannot work together.
+    When torchrun restarts the processes, its store still has what the ones before wrote. So the first process
+    makes a new token each time, and only what is written under it counts.
+    Raises PeerError if processes are missing, and UsageError if those that came cannot work together.
     """
-    token, start, told = "", monotonic(), False
+    token, start, waiting_is_told = "", monotonic(), False
     if rank == 0:
         store.set(TOKEN, uuid4().hex)
     while monotonic() < start + seconds:  # Asks again and again, since Ctrl-C does not interrupt `store.wait`.
@@ -167,16 +170,16 @@ def gather_members(
             store.set(f"{token}/{rank}", json.dumps(mine))
         if rank == 0 and store.check([f"{token}/{r}" for r in range(size)]):
             store.set(f"{token}/all", json.dumps([*read_members(store, token, size).values()]))
-        # A token of an earlier meeting has a list in which this process is not.
+        # If the token is one of an earlier meeting, this process is not in its list.
         if token and store.check([f"{token}/all"]) and mine in (all_ := json.loads(store.get(f"{token}/all"))):
             return token, all_
-        if rank == 0 and not told and monotonic() > start + QUIET:
+        if rank == 0 and not waiting_is_told and monotonic() > start + QUIET:
             missing = name_ranks(set(range(size)) - set(read_members(store, token, size)))
             print(f"Waiting at {name_meeting_place()} for {missing}, up to {seconds:g} s.", file=sys.stderr)
-            told = True
+            waiting_is_told = True
         sleep(0.1)
     came = read_members(store, token, size)
-    compare_members(came | {rank: mine})  # They may have been given different WORLD_SIZEs.
+    compare_members(came | {rank: mine})  # Different WORLD_SIZEs would explain why some are missing.
     absent = set(range(size)) - set(came) or {0}
     raise PeerError(
         f"{size - len(absent)} of {size} processes came to {name_meeting_place()} within join_timeout = "
@@ -199,12 +202,17 @@ def describe_process(device: torch.device, size: int) -> Member:
         gpu = f"{properties.name}, {properties.total_memory / 2**30:.0f} GiB"
         uuid = str(getattr(properties, "uuid", ""))
     versions = {"nft-hub": version("nft-hub"), "torch": torch.__version__}
-    who = {"id": uuid4().hex, "host": socket.gethostname(), "WORLD_SIZE": size}
-    return who | versions | {"gpu": gpu, "uuid": uuid}
+    return {
+        "id": uuid4().hex,
+        "host": socket.gethostname(),
+        "WORLD_SIZE": size,
+        "gpu": gpu,
+        "uuid": uuid,
+    } | versions
 
 
 def compare_members(members: Mapping[int, Member]) -> list[str]:
-    """Compare what processes say of themselves. Returns warnings; raises UsageError where they do not fit."""
+    """Compare what processes say of themselves. Returns warnings; raises UsageError if they do not fit."""
     for name, remedy in ALIKE.items():
         found = group_ranks(members, name)
         if len(found) > 1:
@@ -233,7 +241,7 @@ def compare_members(members: Mapping[int, Member]) -> list[str]:
 
 
 def group_ranks(members: Mapping[int, Member], name: str) -> dict[str, list[int]]:
-    """Group ranks by what their processes say under this name."""
+    """Group ranks by the value that their processes have under this name."""
     found: dict[str, list[int]] = {}
     for rank, member in sorted(members.items()):
         found.setdefault(str(member.get(name)), []).append(rank)
@@ -252,21 +260,18 @@ def list_groups(groups: Mapping[str, Sequence[int]], members: Mapping[int, Membe
 
 def name_ranks(some: Iterable[int]) -> str:
     """Write ranks out, as in `rank 3`, or `ranks 0 to 2, 5`."""
-    spans: list[list[int]] = []
-    for rank in sorted(some):
-        if spans and spans[-1][1] == rank - 1:
-            spans[-1][1] = rank
-        else:
-            spans.append([rank, rank])
-    words = ", ".join(f"{a} to {b}" if a < b else str(a) for a, b in spans)
+    # Neighbours have the same distance to their place in the list.
+    runs = [[r for _, r in run] for _, run in groupby(enumerate(sorted(some)), lambda pair: pair[1] - pair[0])]
+    words = ", ".join(f"{run[0]} to {run[-1]}" if len(run) > 1 else str(run[0]) for run in runs)
     return f"rank {words}" if words.isdecimal() else f"ranks {words}"
 
 
 @contextmanager
 def connect_in_time(rank: int, size: int, seconds: float) -> Iterator[None]:
-    """Inside, the processes connect to one another; where that fails or takes too long, this one ends.
+    """End this process if the code inside, which connects it to the others, takes too long.
 
-    It may hang in gloo or NCCL, where no exception reaches it, so that a thread ends it.
+    It may hang in gloo or NCCL, where no exception reaches it; so a thread ends it.
+    Raises PeerError if it cannot connect.
     """
     text = (
         f"All {size} processes came to {name_meeting_place()}, and process {rank}, on {socket.gethostname()}, "

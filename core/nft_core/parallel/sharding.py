@@ -1,7 +1,7 @@
-"""A transformer whose weights the processes share, each holding its part: torch's own FSDP2 (`fully_shard`).
+"""Shares a transformer's weights among processes, by torch's own FSDP2 (`fully_shard`).
 
-It makes two demands, which are met here. A pass of the transformer is one of all processes, since each is asked
-for its part of the weights. And what stands in memory is a part: DTensors know of which tensor.
+That has two consequences, which are met here. All processes must make a pass together, since each has a part of
+the weights. And a tensor in memory is only a part: a DTensor knows of which whole.
 """
 
 from __future__ import annotations
@@ -28,10 +28,10 @@ from .rendezvous import connect_in_time
 
 
 def list_blocks(transformer: Module) -> list[Module]:
-    """List the blocks that repeat, by the class names that diffusers has for them, inner ones first."""
+    """List the blocks that repeat, inner ones first. diffusers has a list of their class names."""
     names = getattr(transformer, "_repeated_blocks", None) or getattr(transformer, "_no_split_modules", None)
 
-    def named(module: Module) -> bool:  # A sharded one has a new class, which comes from the one before.
+    def named(module: Module) -> bool:  # FSDP gives a block a new class, which is derived from its own.
         return any(cls.__name__ in (names or ()) for cls in type(module).__mro__)
 
     return [m for m in reversed(list(transformer.modules())) if m is not transformer and named(m)]
@@ -40,22 +40,23 @@ def list_blocks(transformer: Module) -> list[Module]:
 def shard_transformer(
     transformer: Module, whole: Sequence[Parameter] = (), dtype: torch.dtype | None = None
 ) -> None:
-    """Leave to each process its part of the weights. A block is whole while it works, as is what is around.
+    """Give each process its part of the weights. A block is put together while it works, and split again.
 
-    whole: parameters that stay whole in every process. A LoRA's do: a part of what is small would save little,
-        and FSDP would send its gradients around in every backward pass.
-    dtype: that blocks are put together in; None: as they are. autocast alone would keep all blocks' weights in
-        16 bits to the end of a pass. Gradients are summed in float32.
-    Raises UsageError for what FSDP does not take.
+    whole: parameters that stay whole in every process, such as a LoRA's: sharing what is small would save
+        little, and FSDP would send its gradients around in every backward pass.
+    dtype: the dtype in which blocks are put together; None keeps their own. autocast alone would keep the
+        weights of all blocks in 16 bits to the end of a pass. Gradients are summed in float32.
+    Raises UsageError for a transformer that FSDP does not take.
     """
-    # Of views that are changed in place, which a velocity is not.
+    # It warns of views that somebody may change in place; nobody changes a velocity.
     warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view tensor")
     reduced = torch.float32 if dtype else None
     precision = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=reduced, cast_forward_inputs=False)
     mesh = init_device_mesh(next(transformer.parameters()).device.type, (world_size(),))
     for module in (*list_blocks(transformer), transformer):
         try:
-            # The outermost too: it would stay whole between two passes, and not see that weights were swapped.
+            # The outermost is split again too: else it would stay whole between two passes, and miss that
+            # other weights were put in its place.
             shared = fully_shard(
                 module,
                 mesh=mesh,
@@ -63,24 +64,27 @@ def shard_transformer(
                 mp_policy=precision,
                 ignored_params=set(whole),
             )
-        except (ValueError, NotImplementedError) as error:  # A parameter without dimensions, for one.
+        except (
+            ValueError,
+            NotImplementedError,
+        ) as error:  # FSDP takes no parameter without dimensions, for example.
             raise UsageError(
                 f"parallel = fsdp: {type(transformer).__name__} cannot be shared by processes: {error}"
             ) from error
-        # Gradients are summed over processes, not averaged. Not once an update, as with ddp: those of several
-        # passes could only be added up as whole tensors, as large as all the weights in every process.
+        # Gradients are summed over processes, not averaged, since a loss is divided by the images of all. They
+        # are summed in every pass, not once an update as with ddp: that would need whole gradients in memory.
         shared.set_gradient_divide_factor(1.0)
         shared.set_force_sum_reduction_for_comms(True)
 
 
 def take_local_part(x: Tensor) -> Tensor:
-    """Take what this process holds of a tensor, without gradients: all of it where it is not sharded."""
+    """Take this process's part of a tensor, without gradients; all of a tensor that is not sharded."""
     x = x.detach()
     return x.to_local() if isinstance(x, DTensor) else x
 
 
 def shard_like(part: Tensor, p: Tensor) -> Tensor:
-    """Treat a part as one of a tensor that is sharded as `p` is."""
+    """Make a DTensor of this process's part, sharded as `p` is."""
     if not isinstance(p, DTensor):
         return part
     shape, stride = p.shape, p.stride()
@@ -89,7 +93,7 @@ def shard_like(part: Tensor, p: Tensor) -> Tensor:
 
 
 def split_like(full: Tensor, p: Tensor) -> Tensor:
-    """Shard a tensor as `p` is; every process has the whole of it."""
+    """Shard a whole tensor, which every process has, as `p` is sharded."""
     if not isinstance(p, DTensor):
         return full
     return distribute_tensor(full, p.device_mesh, p.placements, src_data_rank=None)
@@ -104,7 +108,7 @@ def gather_whole(x: Tensor) -> Tensor:
 
 
 def clip_gradients(parameters: Sequence[Parameter], most: float) -> float:
-    """Clip the norm of all gradients together; returns what it was, in all processes."""
+    """Clip the norm of all gradients together, and return the norm before, the same in all processes."""
     norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
     if isinstance(norm, DTensor):
         norm = norm.full_tensor()
@@ -122,12 +126,12 @@ def copy_whole(transformer: Module, parameters: Mapping[str, Tensor]) -> Module:
 
 
 class InStep:
-    """Passes of a sharded transformer, where processes need not have the same number of them.
+    """Keeps the passes of a sharded transformer in step if processes have different numbers of them to make.
 
-    Before each pass every process says whether it has one to make. One that has none left, or has failed,
-    makes passes of nothing until nobody has one.
+    Before each pass every process says whether it has one to make. A process that has none left, or has failed,
+    makes passes whose results nobody uses until no process has one to make.
 
-    velocity: makes a pass. patience: seconds that a process waits for another; join: that all have to connect.
+    velocity: makes a pass. patience: seconds that a process waits for another. join: seconds to connect in.
     """
 
     def __init__(
@@ -135,11 +139,12 @@ class InStep:
     ) -> None:
         self._velocity = velocity
         self._failure: Exception | None = None
-        # A group of the CPUs: one of GPUs would have each wait for what its GPU still has to do.
+        # The processes' CPUs ask one another: through GPUs, each would wait until its GPU is done.
         with connect_in_time(rank(), world_size(), join):
             self._group = dist.new_group(backend="gloo", timeout=timedelta(seconds=patience))
 
     def velocity(self, x_t: Tensor, t: Tensor, condition: Condition) -> Tensor:
+        """Make a pass together with the other processes."""
         self._anyone(True)
         try:
             return self._velocity(x_t, t, condition)
@@ -148,9 +153,9 @@ class InStep:
             raise
 
     def finish(self, x_t: Tensor, t: Tensor, condition: Condition) -> None:
-        """Take part in what the others still have to do, with passes of these.
+        """Make passes with these inputs until no other process has one to make.
 
-        Raises what a pass has raised here: in the middle of one, the others wait for this process to end.
+        Raises what a pass has raised here: the others are in it, and wait for this process to end.
         """
         if self._failure:
             raise self._failure
@@ -158,6 +163,7 @@ class InStep:
             self._velocity(x_t, t, condition)
 
     def _anyone(self, goes_on: bool) -> bool:
+        """Say whether any process has a pass to make."""
         asked = torch.tensor(float(goes_on), dtype=torch.float32, device="cpu")
         dist.all_reduce(asked, group=self._group)
         return bool(asked)

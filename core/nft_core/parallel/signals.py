@@ -1,4 +1,4 @@
-"""Signals that end a process: noted, so that what was trained is saved first."""
+"""Handles the signals that end a process, so that what was trained is saved first."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from typing import Any
 
 from ..environment import is_first_process
 
-#: Signals by which terminals, shells and schedulers end a process, on this system. A run saves first; SIGKILL
-#: alone leaves it no time.
+#: Signals by which terminals, shells and schedulers end a process, as far as this system has them. A run saves
+#: first; only SIGKILL leaves it no time.
 ENDING = tuple(
     getattr(signal, name)
     for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGQUIT", "SIGUSR1", "SIGUSR2", "SIGXCPU")
@@ -20,12 +20,12 @@ ENDING = tuple(
 )
 
 
-#: Exit codes of a run that was told to end by one of them.
+#: Exit codes of a run that one of them has ended.
 STOPPED = tuple(128 + number for number in ENDING)
 
 
 class Terminated(KeyboardInterrupt):
-    """A signal came; its number is `signal`. By default Ctrl-C is Python's own KeyboardInterrupt."""
+    """Is raised when a signal of ENDING has come; `signal` is its number. Ctrl-C may do without it."""
 
     def __init__(self, number: int) -> None:
         super().__init__(number)
@@ -33,14 +33,15 @@ class Terminated(KeyboardInterrupt):
 
 
 def raise_terminated(number: int, frame: object) -> None:
+    """Raise Terminated, as a signal's handler."""
     for other in ENDING:
         if signal.getsignal(other) == raise_terminated:
-            signal.signal(other, signal.SIG_IGN)  # A second one would end what is done on the first.
+            signal.signal(other, signal.SIG_IGN)  # A second signal would interrupt the saving.
     raise Terminated(number)
 
 
 def catch_ctrl_c() -> AbstractContextManager[None]:
-    """Make Ctrl-C raise Terminated inside, which no plug-in raises: its KeyboardInterrupt is not the user's."""
+    """Make Ctrl-C raise Terminated inside. A KeyboardInterrupt may come from a plug-in; this is the user's."""
 
     def press(number: int, frame: object) -> None:
         raise Terminated(number)
@@ -49,14 +50,14 @@ def catch_ctrl_c() -> AbstractContextManager[None]:
 
 
 def end_on_signals() -> None:
-    """Make every signal of ENDING an exception, as Ctrl-C is one; by default it ends the process at once."""
+    """Make every signal of ENDING raise Terminated. By default, most of them end the process at once."""
     for ending in ENDING:
         if signal.getsignal(ending) == signal.SIG_DFL:
             signal.signal(ending, raise_terminated)
 
 
 def list_handled_signals() -> list[signal.Signals]:
-    """List the signals that end this process: not those that are ignored, as under nohup, or a library's."""
+    """List the signals that end this process, without those that nohup ignores or a library handles."""
     end = (signal.SIG_DFL, signal.default_int_handler, raise_terminated)
     return [number for number in ENDING if signal.getsignal(number) in end]
 
@@ -64,7 +65,7 @@ def list_handled_signals() -> list[signal.Signals]:
 @contextmanager
 def handle_signals(numbers: Sequence[signal.Signals], handler: Any) -> Iterator[None]:
     """Give these signals another handler inside, where this is the main thread."""
-    if threading.current_thread() is not threading.main_thread():  # To others they do not come.
+    if threading.current_thread() is not threading.main_thread():  # Only the main thread may handle signals.
         yield
         return
     before = {number: signal.signal(number, handler) for number in numbers}
@@ -77,9 +78,9 @@ def handle_signals(numbers: Sequence[signal.Signals], handler: Any) -> Iterator[
 
 @contextmanager
 def note_signals() -> Iterator[Callable[[], int]]:
-    """Only note signals inside that would end the process. The function gives the first's number, or 0.
+    """Note the signals that would end the process, and go on. The function gives the first one's number, or 0.
 
-    A second Ctrl-C interrupts at once, as ever.
+    A second Ctrl-C interrupts at once.
     """
     noted = interrupts = 0
 
@@ -89,8 +90,8 @@ def note_signals() -> Iterator[Callable[[], int]]:
         if interrupts > 1:
             raise KeyboardInterrupt
         if not noted and is_first_process():
-            with suppress(OSError):  # The terminal may be gone, which is what SIGHUP says.
-                # Not print(), which may be what was interrupted.
+            with suppress(OSError):  # After SIGHUP the terminal is gone.
+                # The signal may have interrupted print(), which cannot be called again inside itself.
                 os.write(2, b"\nEnding after this step, and saving. Ctrl-C once more ends at once, unsaved.\n")
         noted = noted or number
 
@@ -99,5 +100,5 @@ def note_signals() -> Iterator[Callable[[], int]]:
 
 
 def ignore_signals() -> AbstractContextManager[None]:
-    """Ignore the signals inside that would end the saving of what is trained, but for Ctrl-C."""
+    """Ignore the signals that would interrupt saving what is trained, except Ctrl-C."""
     return handle_signals([n for n in list_handled_signals() if n != signal.SIGINT], signal.SIG_IGN)

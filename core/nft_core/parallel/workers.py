@@ -1,4 +1,4 @@
-"""Threads that run calls in turn, beside the main one."""
+"""Runs calls one after the other on threads beside the main one."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 T = TypeVar("T")
 
 
-#: Seconds that calls still running are given when the process ends.
+#: Seconds that running calls have to finish when the process ends.
 GRACE = 5.0
 
 
@@ -21,9 +21,9 @@ Job = tuple["Future[Any]", Callable[[], Any]]
 
 
 class Worker:
-    """A thread that runs calls in turn and that the end of the process does not wait for.
+    """Runs calls one after the other on a thread, for which the end of the process does not wait.
 
-    The threads of a ThreadPoolExecutor are joined at exit, so that a call that hangs holds the process.
+    At exit Python waits for the threads of a ThreadPoolExecutor: a call that hangs would keep the process.
     """
 
     def __init__(self, name: str) -> None:
@@ -33,17 +33,18 @@ class Worker:
         weakref.finalize(self, self.jobs.put, None)
 
     def submit(self, call: Callable[[], T]) -> Future[T]:
+        """Queue a call, and return the future of its result."""
         future: Future[T] = Future()
         self.jobs.put((future, call))
         return future
 
     def close(self) -> None:
-        """Run nothing more of what is queued, without waiting for what runs."""
+        """Cancel all calls that are queued, without waiting for the one that runs."""
         self.closed.set()
 
 
-#: What workers are at. A process that ends while torch is at work on a thread that nobody joins is aborted, so
-#: calls are given a while.
+#: Calls that run now. A process that ends while torch works on another thread is aborted, so calls get time
+#: to finish.
 under_way: set[Future[Any]] = set()
 
 
@@ -51,7 +52,7 @@ atexit.register(lambda: wait(list(under_way), GRACE))
 
 
 def run_jobs(jobs: SimpleQueue[Job | None], closed: Event) -> None:
-    """A worker's thread: it knows the queue alone, so that a worker nobody holds any more can end."""
+    """Run a worker's jobs. The thread knows the queue alone, so that an unused worker is freed and ends."""
     while (job := jobs.get()) is not None:
         future, call = job
         if closed.is_set():
@@ -63,5 +64,5 @@ def run_jobs(jobs: SimpleQueue[Job | None], closed: Event) -> None:
             except BaseException as error:
                 future.set_exception(error)
             under_way.discard(future)
-        # A batch of images would stay in memory until the next job came.
+        # Otherwise a batch of images would stay in memory until the next job comes.
         del job, future, call

@@ -1,4 +1,4 @@
-"""What a run's model takes: its parts' bytes, and each computation's memory and FLOPs for any number of images.
+"""Counts what a run's model takes: its bytes, and each computation's memory and FLOPs for any number of images.
 
 Nothing is loaded: the run's own model, policy, solver and losses work on the meta device (`measure`).
 """
@@ -7,11 +7,10 @@ from __future__ import annotations
 
 import copy
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
-from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -25,7 +24,7 @@ from ..models.pipeline import ENCODED_AT_ONCE, OF_TEXT, PipelineModel
 from ..objective.loss import kl_loss, nft_loss
 from ..parallel.sharding import list_blocks
 from ..runs.assembly import make_policy
-from ..runs.setup import autocast_dtype, decode_dtype, image_shape, load_model
+from ..runs.setup import autocast_dtype, decode_dtype, image_shape, load_base
 from ..settings import Settings
 from ..training.lora import adapted_layers
 from ..training.memory import checkpoint_activations
@@ -38,7 +37,7 @@ PRECISIONS = {None: "fp32", torch.float32: "fp32", torch.bfloat16: "bf16", torch
 
 @dataclass(frozen=True)
 class Footprint:
-    """What a run's model takes, whatever the sizes of its batches.
+    """Holds what a run's model takes, from which the memory for any batch sizes follows.
 
     precision: of matrix products. weights: bytes of the transformer as it is loaded, by dtype; tables: those of
         them that are no parameters, and which processes do not share. gathered: bytes of what is whole at once
@@ -50,8 +49,10 @@ class Footprint:
         most while they work.
     row: bytes of a prompt's condition. latent, image: of one.
     forward: a pass of the old policy; reference: FLOPs of the reference's, an image. decode: of the VAE.
-    step: forward and backward pass for one training time, marked in between; `recomputed` with gradient
-        checkpointing. Either is None where it was not asked for, or where the model cannot.
+    copied: whether the reference is a copy of the trained weights. replaced: bytes of frozen weights that it
+        has others of.
+    steps: forward and backward pass for one training time, marked in between, by whether gradient checkpointing
+        is on. It has both only where both were asked for and the model can do both.
     passes: of the velocity, for an image. state: bytes that the solver holds for one.
     """
 
@@ -71,37 +72,31 @@ class Footprint:
     image: int
     forward: Growth
     reference: float
+    copied: bool
+    replaced: int
     decode: Growth
-    step: Growth | None
-    recomputed: Growth | None
+    steps: Mapping[bool, Growth]
     passes: int
     state: int
 
-    def training_step(self, s: Settings) -> Growth:
-        """Pick what a training step takes with these settings. Raises NftError where it was not counted."""
-        step = self.recomputed if s.gradient_checkpointing else self.step
-        if step is None:
-            raise NftError("The footprint was taken with another gradient_checkpointing: take it with both.")
-        return step
-
 
 def count_footprint(s: Settings, host: Host, device: torch.device, both: bool = False) -> Footprint:
-    """Count what the settings' model takes on a device of that kind.
+    """Count what the settings' model takes on a device of this kind.
 
-    both: with gradient checkpointing and without, and not only as it is set.
-    Raises NftError where the model or its tokenizers cannot be loaded, or do not work without numbers.
+    both: count a training step with gradient checkpointing and without it, and not only as it is set.
+    Raises NftError if the model or its tokenizers cannot be loaded, or do not work on tensors without numbers.
     """
     update = {
         "precision": PRECISIONS[autocast_dtype(s, device)],
         "decode_precision": PRECISIONS[decode_dtype(s, device)],
     }
     s = s.model_copy(update=update)
-    model = load_model(s, host, META)
+    model = load_base(s, host, META)
     try:
         return count_model(s, host, model, both)
     except NftError:
         raise
-    except Exception as error:  # A model that looks at numbers, which there are none of.
+    except Exception as error:  # A model may look at a tensor's numbers, and there are none.
         raise NftError(
             f"{s.model} cannot be planned for, since its family does not work on the meta device, which has "
             f"shapes and no numbers: {type(error).__name__}: {shorten_error(error)}"
@@ -109,25 +104,29 @@ def count_footprint(s: Settings, host: Host, device: torch.device, both: bool = 
 
 
 def count_model(s: Settings, host: Host, model: FlowModel, both: bool) -> Footprint:
-    """Count what a model on the meta device takes. None of the settings' precisions is auto."""
+    """Count what a model on the meta device takes. The settings' precisions are known ones, none is auto."""
     height, width, shape = image_shape(s, model)
     weights = Counter[str]()
     for x in iterate_tensors(model.transformer):
         weights[str(x.dtype).removeprefix("torch.")] += count_bytes(x)
     gathered = count_gathered(model.transformer)
-    if not s.lora_rank and s.precision != "fp32":  # Trained weights are put together in 16 bits.
+    if not s.lora_rank and s.precision != "fp32":  # FSDP puts trained weights together in 16 bits.
         gathered //= 2
     condition, texts, encode = encode_on_meta(model)
     if hasattr(model, "decode_in"):
         model.decode_in(decode_dtype(s, META))
-    with META:  # A LoRA's weights are made there too.
+    with META:  # A LoRA's weights are made on the meta device too.
         policy = make_policy(s, model, META)
     solver = host.make_solver(s.solver, s.solver_options)
     passes, state = count_solver(solver, model.times(s.steps, height, width), shape)
     work = Computations(policy, shape, condition, s)
     forward, decode = count_growth(work.old), count_growth(work.decode)
-    step = count_growth(work.step) if both or not s.gradient_checkpointing else None
-    recomputed = count_growth(work.step) if (both or s.gradient_checkpointing) and work.recompute() else None
+    steps = {}
+    if both or not s.gradient_checkpointing:
+        steps[False] = count_growth(work.step)
+    if (both or s.gradient_checkpointing) and work.recompute():  # It cannot be switched off again.
+        steps[True] = count_growth(work.step)
+    adapted: Iterable[Any] = adapted_layers(model.transformer) if policy.merge else ()
     return Footprint(
         precision=s.precision,
         weights=dict(weights),
@@ -136,9 +135,7 @@ def count_model(s: Settings, host: Host, model: FlowModel, both: bool) -> Footpr
         casts=work.casts,
         trained=[p.numel() for p in policy.parameters],
         lora=policy.lora is not None,
-        merged=sum(count_bytes(find_adapted_weight(layer)) for layer in adapted_layers(model.transformer))
-        if policy.merge
-        else 0,
+        merged=sum(count_bytes(layer.base_layer.weight) for layer in adapted),
         others={
             name: sum(map(count_bytes, iterate_tensors(module))) for name, module in list_other_modules(model)
         },
@@ -148,19 +145,20 @@ def count_model(s: Settings, host: Host, model: FlowModel, both: bool) -> Footpr
         latent=4 * prod(shape),
         image=4 * 3 * height * width,
         forward=forward,
-        reference=work.base() if policy.lora else forward.flops,
+        reference=work.base() if policy._reference is None else forward.flops,
+        copied=policy._reference is not None,
+        replaced=sum(count_bytes(w) for _, w in policy._base),
         decode=decode,
-        step=step,
-        recomputed=recomputed,
+        steps=steps,
         passes=passes,
         state=state,
     )
 
 
 class Computations:
-    """The run's computations on meta tensors, for `count_growth`.
+    """Runs the run's own computations on meta tensors, for `count_growth`.
 
-    condition: a row or more, to make others like.
+    condition: a row or more, of which others get the shapes.
     """
 
     def __init__(
@@ -176,19 +174,21 @@ class Computations:
         #: Bytes of the trained weights in 16 bits, which autocast holds to the end of a pass.
         self.casts = 0
         for p in policy.parameters:
-            p.grad = torch.empty_like(p)  # As the microbatch before leaves it.
+            p.grad = torch.empty_like(p)  # The microbatch before has left a gradient, to which this one adds.
 
-    def latents(self, *sizes: int) -> Tensor:
+    def make_latents(self, *sizes: int) -> Tensor:
+        """Make latents of as many images, without numbers."""
         return torch.empty(*sizes, *self.shape, device=self.device, dtype=torch.float32)
 
-    def conditions(self, images: int) -> dict[str, Tensor]:
+    def make_conditions(self, images: int) -> dict[str, Tensor]:
+        """Make the encoded prompts of as many images, without numbers."""
         rows = self.condition.items()
         return {name: x.new_empty(images, *x.shape[1:], device=self.device) for name, x in rows}
 
     def velocity(self, x_t: Tensor) -> Tensor:
         """Compute the policy's velocity; `Policy.velocity` itself cannot ask torch for autocast here."""
         t = torch.empty(len(x_t), device=self.device, dtype=torch.float32)
-        c = self.conditions(len(x_t))
+        c = self.make_conditions(len(x_t))
         with AsOnGpu(self.autocast) as mode:
             v = self.policy.model.velocity(x_t, t, c).float()
             self.casts = sum(map(count_bytes, mode.casts.values()))
@@ -196,28 +196,30 @@ class Computations:
 
     @torch.no_grad()
     def old(self, images: int, mark: object) -> Tensor:
+        """Compute the old policy's velocity."""
         with self.policy.use_old():
-            return self.velocity(self.latents(images))
+            return self.velocity(self.make_latents(images))
 
     @torch.no_grad()
     def base(self) -> float:
         """Count FLOPs of the velocity without a LoRA, for an image."""
         with self.policy._without_lora(), Live() as live:
-            self.velocity(self.latents(FEW))
+            self.velocity(self.make_latents(FEW))
         return float(live.flops / FEW)
 
     @torch.no_grad()
     def decode(self, images: int, mark: object) -> Tensor:
-        x_0 = self.latents(images)
+        """Decode latents to pixels."""
+        x_0 = self.make_latents(images)
         with AsOnGpu():
             return self.policy.model.decode(x_0)
 
     def step(self, images: int, mark: Any) -> None:
         """Train on one time of a microbatch, with all times' latents at hand, as the loop does."""
         s, times = self.s, self.s.train_times_count
-        x_0 = self.latents(images)
-        noise, x_t, v_old = (self.latents(times, images) for _ in range(3))
-        v_ref = self.latents(times, images) if s.kl_weight else None
+        x_0 = self.make_latents(images)
+        noise, x_t, v_old = (self.make_latents(times, images) for _ in range(3))
+        v_ref = self.make_latents(times, images) if s.kl_weight else None
         t, r = torch.empty(2, images, device=self.device, dtype=torch.float32)
         v = self.velocity(x_t[0])
         mark()
@@ -225,10 +227,10 @@ class Computations:
         if v_ref is not None:
             loss = loss + s.kl_weight * kl_loss(v, v_ref[0])
         loss.sum().backward()
-        del noise  # Which is there until here.
+        del noise  # The loop keeps it until here.
 
     def recompute(self) -> bool:
-        """Recompute activations in the backward pass from here on. Returns whether the transformer can."""
+        """Recompute activations in the backward pass from here on. Returns False if the transformer cannot."""
         transformer = self.policy.model.transformer
         try:
             checkpoint_activations(transformer)
@@ -241,21 +243,21 @@ class Computations:
 
 
 def count_bytes(x: Tensor) -> int:
+    """Count the bytes of a tensor's numbers, all of its elements."""
     return x.numel() * x.element_size()
 
 
-def find_adapted_weight(layer: Any) -> Tensor:
-    """Find the weight of the layer that a LoRA adapts."""
-    return cast(Tensor, layer.base_layer.weight)
-
-
 def iterate_tensors(module: torch.nn.Module) -> Iterator[Tensor]:
+    """Go through all parameters and buffers of a module."""
     yield from module.parameters()
     yield from module.buffers()
 
 
 def count_gathered(transformer: torch.nn.Module) -> int:
-    """Count bytes that stand whole at once where processes share the transformer, a block at a time."""
+    """Count the bytes that are whole at once where processes share the transformer.
+
+    FSDP puts together what is around the blocks, the block that works, and the next one.
+    """
     own = {id(module): 0 for module in (transformer, *list_blocks(transformer))}
     owner: dict[int, int] = {}
     for module in (transformer, *reversed(list_blocks(transformer))):  # Inner ones last: they have their own.
@@ -268,6 +270,7 @@ def count_gathered(transformer: torch.nn.Module) -> int:
 
 def list_other_modules(model: FlowModel) -> Iterator[tuple[str, torch.nn.Module]]:
     """List the model's modules beside the transformer, each once."""
+    # A pipeline knows its parts, and any other model has them as attributes.
     parts = {**getattr(getattr(model, "pipeline", None), "components", {}), **vars(model)}
     seen = {id(model.transformer)}
     for name, part in parts.items():
@@ -277,24 +280,20 @@ def list_other_modules(model: FlowModel) -> Iterator[tuple[str, torch.nn.Module]
 
 
 def encode_on_meta(model: FlowModel) -> tuple[dict[str, Tensor], dict[str, int], int]:
-    """Encode on the meta device: a condition, text encoders' bytes by part, and the most alive meanwhile."""
+    """Encode prompts on the meta device.
+
+    Returns a condition, the text encoders' bytes by part, and the most bytes that are alive at once meanwhile.
+    """
     prompts = ["a"] * ENCODED_AT_ONCE
     if not isinstance(model, PipelineModel):
         with Live() as live:
             condition = model.encode(prompts)
         return dict(condition), {}, max(live.after, default=0)
-    needed = [name for name in model._parts() if name.startswith("tokenizer")]
-    missing = [name for name in needed if Path(model.name).is_dir() and not (Path(model.name) / name).is_dir()]
-    if missing:
-        raise NftError(
-            f"{model.name} has no {', '.join(missing)}: a plan needs a model's configs and tokenizers, and no "
-            "weights. Put what is missing there."
-        )
     encoders = {n: fake_encoder(model.empty(n)) for n in model._parts() if n.startswith("text_encoder")}
     twin = copy.copy(model)
     twin.device = torch.device("cpu")  # Tokens are real, and masks are read.
     rest = {n: p for n, p in model.pipeline.components.items() if not n.startswith(OF_TEXT)}
-    twin._texts = twin._load(lambda name: name in needed, rest | encoders)
+    twin._texts = twin._load(lambda name: name.startswith("tokenizer"), rest | encoders)
     with Live() as live:
         condition = twin.encode(prompts)
     texts = {name: sum(map(count_bytes, iterate_tensors(encoder))) for name, encoder in encoders.items()}
@@ -302,7 +301,7 @@ def encode_on_meta(model: FlowModel) -> tuple[dict[str, Tensor], dict[str, int],
 
 
 class Unread(AsOnGpu):
-    """A mode in which a tensor that has no numbers is false where it is asked."""
+    """Makes a tensor without numbers false where code asks whether it is true, as in `if mask.all()`."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is Tensor.__bool__ and args[0].is_meta:
@@ -311,11 +310,11 @@ class Unread(AsOnGpu):
 
 
 def fake_encoder(encoder: torch.nn.Module) -> torch.nn.Module:
-    """Make a text encoder on the meta device take tokens from the CPU and give zeros there."""
+    """Make a text encoder on the meta device take tokens of the CPU, and give zeros of the right shapes."""
     forward = encoder.forward
 
     def shapes(*args: Any, attention_mask: Any = None, **kwargs: Any) -> Any:
-        # Without the mask, by which some look prompts up.
+        # The mask is left out: some encoders use its numbers to find the tokens that count.
         args, kwargs = tree_map_only(Tensor, lambda x: x.to(META), (args, kwargs))
         with Unread():
             outputs = forward(*args, **kwargs)

@@ -1,13 +1,16 @@
-"""What a computation takes, counted on the meta device: bytes that are alive at once, and FLOPs.
+"""Counts what a computation takes, on the meta device: bytes that are alive at once, and FLOPs.
 
 Meta tensors have shapes and dtypes and no numbers, so the real code of a model of any size runs there in
-seconds, on any machine. What kernels use inside themselves is not seen: workspaces of convolutions, say.
+seconds, on any machine. What kernels use inside themselves is not seen, such as workspaces of convolutions.
+
+torch's own FakeTensorMode knows CUDA's autocast and needs none of the rules below. But a backward pass on its
+CUDA tensors ends the process where torch is built for the CPU alone, and plans are made on laptops too.
 """
 
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
@@ -18,10 +21,11 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import flop_registry
 
-#: What torch.autocast computes in 16 bits on CUDA, and what in float32 (torch's "Autocast Op Reference").
+#: Operations that torch.autocast computes in 16 bits on CUDA, and in float32 (torch's "Autocast Op Reference").
 # fmt: off
 LOWER = frozenset((
     "matmul", "rmatmul", "addbmm", "addmm", "addmv", "addr", "baddbmm", "bmm", "chain_matmul", "multi_dot",
@@ -33,16 +37,17 @@ FLOAT32 = frozenset((
     "acos", "asin", "cosh", "sinh", "tan", "erfinv", "cdist", "dist", "cosine_similarity", "normalize",
     "group_norm", "layer_norm", "rms_norm", "interpolate", "softplus", "mse_loss", "l1_loss", "smooth_l1_loss",
 ))
-#: Those of the latter that convert as they go, without a copy of what they are given.
+#: Those that compute in float32 and convert as they go, without a copy of what they are given.
 ON_THE_WAY = frozenset(("cumprod", "cumsum", "linalg_vector_norm", "log_softmax", "prod", "softmax", "sum"))
 # fmt: on
-#: Images that computations are counted for: with one, some operations are left out.
+#: Images that computations are counted for. With one image, some operations are left out.
 FEW, MORE = 2, 3
 
 
 class AsOnGpu(TorchFunctionMode):
-    """Meta tensors as a GPU treats its own: under torch.autocast, which does not know them, in fused attention.
+    """Makes operations treat meta tensors as those of a GPU: by autocast's rules, and with fused attention.
 
+    torch.autocast itself does not know meta tensors.
     autocast: its dtype, or None.
     """
 
@@ -72,9 +77,10 @@ class AsOnGpu(TorchFunctionMode):
         return func(*args, **given)
 
     def cast(self, x: Any, to: torch.dtype) -> Any:
+        """Convert a tensor as torch.autocast does; anything else is returned as it is."""
         if not isinstance(x, Tensor) or not x.is_floating_point() or x.dtype in (to, torch.float64):
             return x
-        # Weights that are trained are cast once, and held until autocast ends.
+        # Weights that are trained are cast once, and kept until autocast ends: they take memory all the while.
         if x.dtype == torch.float32 and x.is_leaf and x.requires_grad:
             if id(x) not in self.casts:
                 self.casts[id(x)] = x.to(to)
@@ -83,17 +89,19 @@ class AsOnGpu(TorchFunctionMode):
 
 
 def on_meta(x: Any) -> bool:
+    """Say whether this is a tensor on the meta device."""
     return isinstance(x, Tensor) and x.is_meta
 
 
 def is_half(x: Any) -> bool:
+    """Say whether this is a tensor of 16-bit numbers."""
     return isinstance(x, Tensor) and x.dtype in (torch.float16, torch.bfloat16)
 
 
 def fuse_attention(
     query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None, *args: Any, **options: Any
 ) -> Tensor:
-    """Attend by CUDA's kernels, which keep no matrix; by itself a meta tensor gets the plain formula."""
+    """Attend as CUDA's kernels do, which keep no matrix; torch uses the plain formula on meta tensors."""
     scale = options.get("scale")
     if attn_mask is None:
         flash = torch.ops.aten._scaled_dot_product_flash_attention
@@ -106,22 +114,25 @@ def fuse_attention(
 
 
 def recompute_as_on_gpu(transformer: torch.nn.Module, autocast: torch.dtype | None) -> None:
-    """Switch on gradient checkpointing whose second forward pass, in the backward one, is `AsOnGpu` too."""
+    """Switch on gradient checkpointing, with `AsOnGpu` in the second forward pass too.
+
+    That pass is a part of the backward one, in which no mode of the first is on any more.
+    """
     again = partial(checkpoint, use_reentrant=False, context_fn=lambda: (nullcontext(), AsOnGpu(autocast)))
     transformer.enable_gradient_checkpointing(again)  # type: ignore[operator]
 
 
 class Live(TorchDispatchMode):
-    """Counts what operations inside make, on one kind of device.
+    """Counts the bytes that operations inside leave alive, on one kind of device, and their FLOPs.
 
-    now: bytes alive. after: the same after each operation.
+    now: bytes alive. after: the same after each operation. marked: the number of operations up to `mark`.
     flops: of matrix products, convolutions and attention.
     """
 
     def __init__(self, device: str = "meta") -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.device = device
-        self.now = self.flops = 0
+        self.now = self.flops = self.marked = 0
         self.after: list[int] = []
         self._alive: dict[int, weakref.ref[Any]] = {}
 
@@ -132,8 +143,9 @@ class Live(TorchDispatchMode):
         result = func(*args, **kwargs)
         if func._overloadpacket in flop_registry:
             self.flops += flop_registry[func._overloadpacket](*args, **kwargs, out_val=result)
-        given = {storage._cdata for storage in self.storages((args, kwargs.values()))}
-        for storage in self.storages(result):
+        # A view, or a change in place, gives back memory that was there already.
+        given = {storage._cdata for storage in self.list_storages((args, kwargs))}
+        for storage in self.list_storages(result):
             if storage._cdata not in given and storage._cdata not in self._alive:
                 self.now += storage.nbytes()
                 gone = partial(self._gone, storage._cdata, storage.nbytes())
@@ -141,13 +153,15 @@ class Live(TorchDispatchMode):
         self.after.append(self.now)
         return result
 
-    def storages(self, value: Any) -> Iterator[Any]:
-        if isinstance(value, Tensor):
-            if value.device.type == self.device:
-                yield value.untyped_storage()
-        elif not isinstance(value, str | bytes) and hasattr(value, "__iter__"):
-            for part in value:
-                yield from self.storages(part)
+    def mark(self) -> None:
+        """Mark a point of interest, such as the end of the forward pass."""
+        self.after.append(self.now)  # What the operation before had at hand may be gone.
+        self.marked = len(self.after)
+
+    def list_storages(self, value: Any) -> list[Any]:
+        """List the memory of all tensors in a value, however deep it is nested."""
+        tensors = (x for x in tree_leaves(value) if isinstance(x, Tensor))
+        return [x.untyped_storage() for x in tensors if x.device.type == self.device]
 
     def _gone(self, key: int, size: int, reference: Any) -> None:
         del self._alive[key]
@@ -156,13 +170,13 @@ class Live(TorchDispatchMode):
 
 @dataclass(frozen=True, eq=False)
 class Growth:
-    """A computation's memory for any number of images.
+    """Knows a computation's memory for any number of images.
 
     few, more: bytes alive after each of its operations, int64, for FEW and for MORE images.
     mark: the number of operations up to a point of interest. flops: for an image.
 
-    The same operations run for every number, and the bytes that each leaves alive are affine in it; which
-    operation is the largest may change with the number.
+    The same operations run for every number. The bytes that each leaves alive are a constant and an amount for
+    each image; which operation has the most may change with the number.
     """
 
     few: Tensor
@@ -171,10 +185,11 @@ class Growth:
     flops: float
 
     def peak(self, images: int) -> int:
+        """Count the most bytes that are alive at once."""
         return int(self._for(images).max())
 
     def held(self, images: int) -> int:
-        """Bytes alive at the mark."""
+        """Count the bytes that are alive at the mark."""
         return int(self._for(images)[self.mark - 1])
 
     def _for(self, images: int) -> Tensor:
@@ -182,23 +197,15 @@ class Growth:
 
 
 def count_growth(compute: Callable[[int, Callable[[], None]], object], device: str = "meta") -> Growth:
-    """Count `compute(images, mark)`, which may call `mark()` at the point of interest."""
-    lines: list[Tensor] = []
-    flops, marks = [], []
+    """Count what `compute(images, mark)` takes; it may call `mark()` at the point of interest."""
+    found = []
     for images in (FEW, MORE):
         with Live(device) as live:
-            at = [0]
-
-            def mark(at: list[int] = at, live: Live = live) -> None:
-                live.after.append(live.now)  # What the operation before had at hand may be gone.
-                at[0] = len(live.after)
-
-            compute(images, mark)
-        lines.append(torch.tensor(live.after, dtype=torch.int64, device="cpu"))
-        marks.append(at[0] or len(live.after))
-        flops.append(live.flops)
-    few, more = lines
+            compute(images, live.mark)
+        found.append(live)
+    few, more = (torch.tensor(live.after, dtype=torch.int64, device="cpu") for live in found)
+    marks = [live.marked or len(live.after) for live in found]
     if len(few) != len(more):  # A loop over images: only the mark and the largest of all can be compared.
-        few, more = (torch.stack([x[at - 1], x.max()]) for x, at in zip(lines, marks, strict=True))
+        few, more = (torch.stack([x[at - 1], x.max()]) for x, at in zip((few, more), marks, strict=True))
         marks = [1]
-    return Growth(few, more, marks[0], (flops[1] - flops[0]) / (MORE - FEW))
+    return Growth(few, more, marks[0], (found[1].flops - found[0].flops) / (MORE - FEW))

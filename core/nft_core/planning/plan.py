@@ -1,6 +1,6 @@
-"""What a run will take of a GPU's memory, phase by phase, its FLOPs, and the settings that would fit.
+"""Plans what a run will take of a GPU's memory, phase by phase, its FLOPs, and the settings that would fit.
 
-Bytes and operations are counted (`count_footprint`), but for what rewards take, which is what their cards say.
+Bytes and operations of the model are counted (`count_footprint`); what rewards take is read from their cards.
 `CONTEXT`, `SLACK` and `USABLE` are assumptions.
 """
 
@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Mapping
 from contextlib import suppress
+from itertools import product
 from math import ceil
 from typing import NamedTuple
 
@@ -25,20 +26,18 @@ from .footprint import Footprint, count_footprint
 GIB = 2**30
 #: Bytes of the CUDA context and of its libraries' handles.
 CONTEXT = GIB // 2
-#: What the allocator cannot use, and kernels' own workspaces, as a share of what is counted.
+#: Memory that the allocator cannot use, and kernels' own workspaces, as a share of what is counted.
 SLACK = 0.05
 #: The share of its nominal memory that a GPU shows.
 USABLE = 0.98
 #: GPUs that settings are proposed for, GiB.
 CARDS = (24, 40, 80)
-#: What a plan tries in turn where batches alone are not enough. Computing activations anew costs a third of
-#: training's operations, whatever the model; copies in the host's memory cost a transfer for each microbatch.
-ECONOMIES = (
-    {"gradient_checkpointing": False, "offload": False},
-    {"gradient_checkpointing": True, "offload": False},
-    {"gradient_checkpointing": False, "offload": True},
-    {"gradient_checkpointing": True, "offload": True},
-)
+#: Batches that a plan may make smaller. The first stays large as long as the others can be made smaller.
+BATCHES = ("rollout_batch", "decode_batch", "microbatch")
+#: Settings that a plan tries, the last one first, where smaller batches alone are not enough. Computing
+#: activations again costs a third of training's operations, whatever the model; copies in the host's memory
+#: cost a transfer for each microbatch; 8-bit moments change what is learned.
+ECONOMIES = ("optimizer", "offload", "gradient_checkpointing")
 #: Bytes of a number's two moments: 8-bit AdamW has a float32 scale for each 256 numbers.
 MOMENTS = {"adamw": 8.0, "adamw8bit": 2 * (1 + 4 / 256)}
 #: Parameters of fewer numbers keep float32 moments there.
@@ -49,10 +48,11 @@ Phases = dict[str, dict[str, int]]
 
 
 def plan_phases(s: Settings, f: Footprint, rewards: Mapping[str, int]) -> Phases:
-    """Plan what is on the device in each phase, in one process: bytes by what takes them.
+    """Plan what is on the device in each phase, in one process, as bytes by what takes them.
 
     rewards: bytes by name.
     """
+    # A process never has more images than its share, whatever the settings ask for.
     images = ceil(s.prompts_per_epoch * s.group_size / count_planned_processes(s))
     batch = min(s.rollout_batch, images)
     micro = min(s.microbatch, ceil(images / s.updates_per_epoch))
@@ -69,19 +69,20 @@ def plan_phases(s: Settings, f: Footprint, rewards: Mapping[str, int]) -> Phases
         f"moments, {s.optimizer}": count_moments(s, f),
         **({} if s.offload else count_copies(s, f)),
     }
-    # While other weights are in place: these come from the host, or parts of the live ones are put aside.
+    # The old policy or the reference takes the live weights' place: it comes from the host, or the live parts
+    # are put aside meanwhile.
     visitor = trained if s.offload or (is_sharded(s) and not f.lora) else 0
     merged = 0 if is_sharded(s) else f.merged
     whole = {**fixed, **policy, **beside}
     latents = images * f.latent
     waiting = AHEAD * batch * f.image
-    # FSDP has weights in 16 bits a block at a time, as `gathered` says.
+    # FSDP has 16-bit weights of a block at a time, which `gathered` counts, and autocast keeps none.
     spared = f.casts if is_sharded(s) and not f.lora else 0
     sampling = f.forward.peak(batch) - spared + batch * f.state + merged + visitor
     # Decoded parts wait for the last one, and are then put together.
     decoding = batch * f.latent + max((batch - decoded) * f.image + f.decode.peak(decoded), 2 * batch * f.image)
     frozen = f.forward.peak(count_together(s, micro)) - spared + visitor
-    step = f.training_step(s)
+    step = f.steps[s.gradient_checkpointing]
     exchange = trained if count_planned_processes(s) > 1 else 0
     return {
         "encode": {**loaded, **beside, "text encoders": sum(f.texts.values()), "activations": f.encode},
@@ -125,12 +126,13 @@ def count_copies(s: Settings, f: Footprint) -> dict[str, int]:
     trained = count_trained_bytes(s, f)
     return {
         "old policy": trained,
-        "reference": trained if s.kl_weight and not f.lora else 0,
+        "reference": (trained if f.copied else 0) + f.replaced,
         "EMA": trained if s.ema_decay else 0,
     }
 
 
 def count_moments(s: Settings, f: Footprint) -> int:
+    """Count bytes of the optimizer's moments in a process."""
     each = [MOMENTS[s.optimizer] if n >= WHOLE else MOMENTS["adamw"] for n in f.trained]
     numbers = sum(n * size for n, size in zip(f.trained, each, strict=True))
     return round(numbers * count_trained_bytes(s, f) / (4 * sum(f.trained)))
@@ -142,11 +144,12 @@ def count_together(s: Settings, microbatch: int) -> int:
 
 
 def sum_phases(table: Phases) -> dict[str, int]:
+    """Add up the bytes of each phase."""
     return {phase: sum(rows.values()) for phase, rows in table.items()}
 
 
 def count_needed(table: Phases) -> int:
-    """Count bytes that a GPU must have, with what is assumed."""
+    """Count the bytes that a GPU must have, with the assumed shares for allocator and CUDA."""
     return round(max(sum_phases(table).values()) * (1 + SLACK)) + CONTEXT
 
 
@@ -171,7 +174,7 @@ class EpochWork(NamedTuple):
 
 def count_works(s: Settings, f: Footprint) -> list[EpochWork]:
     """Count all of an epoch's passes through the transformer and the VAE."""
-    step = f.training_step(s)
+    step = f.steps[s.gradient_checkpointing]
     images, times = s.prompts_per_epoch * s.group_size, s.train_times_count
     weights = sum(f.weights.values()) + (4 * sum(f.trained) if f.lora else 0)
     frozen = images * times / count_together(s, s.microbatch) * weights
@@ -196,95 +199,56 @@ def count_works(s: Settings, f: Footprint) -> list[EpochWork]:
 def propose_settings(
     s: Settings, f: Footprint, rewards: Mapping[str, int], room: int
 ) -> tuple[Settings | None, int]:
-    """Find settings that fit into `room` bytes. Returns them and 0; or None and the bytes that are lacking.
+    """Find settings that fit into `room` bytes. Returns them and 0; or None and the bytes that are missing.
 
-    They are the first of ECONOMIES that fits with some batches, with the largest of these. Batches are never
-    larger than asked for. 8-bit moments, which change what is learned, come after all the others.
+    They are the first economies that fit with some batches, with the largest of these. Batches are never larger
+    than asked for.
     """
     # bitsandbytes cannot train weights that processes share.
     optimizers = [s.optimizer] if is_sharded(s) and not f.lora else [s.optimizer, "adamw8bit"]
-    tries = [s.model_copy(update={**e, "optimizer": o}) for o in dict.fromkeys(optimizers) for e in ECONOMIES]
-    tries = [x for x in tries if (f.recomputed if x.gradient_checkpointing else f.step) is not None]
-    for tried in tries:
-        if found := fit_batches(tried, f, rewards, room):
-            return found, 0
-    ones = dict.fromkeys(("rollout_batch", "decode_batch", "microbatch"), 1)
-    return None, min(count_needed(plan_phases(x.model_copy(update=ones), f, rewards)) for x in tries) - room
-
-
-def fit_batches(s: Settings, f: Footprint, rewards: Mapping[str, int], room: int) -> Settings | None:
-    """Halve the batches until every phase fits into `room` bytes; None where none does."""
-
-    def fits(s: Settings, *names: str) -> bool:
-        table = plan_phases(s, f, rewards)
-        return count_needed({name: table[name] for name in names}) <= room
-
-    def halve(s: Settings, batch: str, *names: str) -> Settings | None:
-        """Take the largest batch with which these phases fit."""
-        tried = (s.model_copy(update={batch: n}) for n in list_halvings(getattr(s, batch)))
-        return next((x for x in tried if fits(x, *names)), None)
-
-    if not fits(s, "encode"):  # Which no batch changes.
-        return None
-    for n in list_halvings(s.rollout_batch):
-        batch = s.model_copy(update={"rollout_batch": n})
-        sampling = halve(batch, "decode_batch", "rollout", "decode", "reward")
-        if sampling and (training := halve(sampling, "microbatch", "train")):
-            return training
-    return None
-
-
-def list_halvings(n: int) -> list[int]:
-    """List n, n/2, ... 1."""
-    return [n >> i for i in range(n.bit_length())]
-
-
-#: Settings that a plan may change.
-CHANGED = (
-    *("rollout_batch", "decode_batch", "microbatch"),
-    *("gradient_checkpointing", "offload", "optimizer"),
-)
+    halvings = [[n >> i for i in range(n.bit_length())] for n in (getattr(s, name) for name in BATCHES)]
+    missing = []
+    for values in product(dict.fromkeys(optimizers), (False, True), sorted(f.steps), *halvings):
+        tried = s.model_copy(update=dict(zip((*ECONOMIES, *BATCHES), values, strict=True)))
+        missing.append(count_needed(plan_phases(tried, f, rewards)) - room)
+        if missing[-1] <= 0:
+            return tried, 0
+    return None, min(missing)
 
 
 def write_changes(asked: Settings, proposed: Settings) -> str:
     """Write `--set` for each setting that differs."""
-    values = {
-        n: str(getattr(proposed, n)).lower() for n in CHANGED if getattr(asked, n) != getattr(proposed, n)
-    }
-    return " ".join(f"--set {name}={value}" for name, value in values.items())
-
-
-def count_operations(s: Settings, f: Footprint) -> float:
-    """Count the floating-point operations of the whole run."""
-    return s.epochs * sum(work.total for work in count_works(s, f))
+    names = (*BATCHES, *reversed(ECONOMIES))
+    changed = [name for name in names if getattr(asked, name) != getattr(proposed, name)]
+    return " ".join(f"--set {name}={str(getattr(proposed, name)).lower()}" for name in changed)
 
 
 def check_memory(
     s: Settings, f: Footprint, host: Host, device: torch.device, tell: Callable[[str], None]
 ) -> None:
-    """Warn, now that rewards and model are loaded, where the GPU's memory will not do for what comes.
+    """Warn if the GPU's memory is too small for training, when rewards and model are loaded.
 
-    Rollouts mend themselves, with smaller batches; training cannot.
-    Raises NftError with `strict`, and where the weights and what belongs to them do not even fit alone.
+    Rollouts go on with smaller batches by themselves; training cannot.
+    Raises NftError with `strict`, and if the weights with their moments and gradients do not fit alone.
     """
     there = torch.cuda.memory_allocated(device)
     rewards = {"rewards": max(there - sum(f.weights.values()) - sum(f.others.values()), 0)}
     room = torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device)
     table = plan_phases(s, f, rewards)
     train = table["train"]
-    wanted = round(sum(train.values()) * (1 + SLACK))
-    if wanted <= room:
+    needed = round(sum(train.values()) * (1 + SLACK))
+    if needed <= room:
         return
-    with suppress(NftError):
+    with suppress(NftError):  # Without the second count there are fewer settings to propose, but some.
         f = count_footprint(s, host, device, both=True)
-    mended, _ = propose_settings(s, f, rewards, room + CONTEXT)  # Which is taken.
+    mended, _ = propose_settings(s, f, rewards, room + CONTEXT)  # CUDA has taken its own part already.
     advice = (
         f"This would fit: {write_changes(s, mended)}."
         if mended
         else "No setting would mend it: take a larger GPU."
     )
     message = (
-        f"Training will want about {wanted / GIB:.1f} GiB of this GPU's memory, and finds {room / GIB:.1f}. "
+        f"Training will need about {needed / GIB:.1f} GiB of this GPU's memory, and finds {room / GIB:.1f}. "
         f"{advice} The same command with --plan says what takes it."
     )
     if s.strict or sum(train.values()) - train["activations"] > room:
@@ -295,10 +259,10 @@ def check_memory(
 def count_on_gpu(
     settings: Settings, host: Host, device: torch.device, tell: Callable[[str], None]
 ) -> float | None:
-    """Count the run's floating-point operations; None where that fails. Warns of too little memory."""
+    """Count the floating-point operations of the whole run, None where that fails, and check the memory."""
     try:
         counted = count_footprint(settings, host, device)
     except NftError:  # What cannot be counted may fit all the same.
         return None
     check_memory(settings, counted, host, device, tell)
-    return count_operations(settings, counted)
+    return settings.epochs * sum(work.total for work in count_works(settings, counted))

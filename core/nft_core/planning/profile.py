@@ -1,10 +1,11 @@
-"""`nft run --profile`: a steady part of an epoch under torch.profiler, and how much of the device it uses."""
+"""`nft run --profile` traces a part of an epoch with torch.profiler, and tells how fast the device was."""
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from time import perf_counter
 from typing import Any
@@ -21,114 +22,104 @@ from ..parallel.processes import list_owned
 from ..training.state import Training
 from .footprint import Footprint, count_footprint
 
-#: Training times that are traced, and as many after them that are timed: a longer trace cannot be read.
+#: Training times that are traced: a longer trace is too large to read.
 TIMES = 3
-#: Rows of the table of what takes the time.
+#: Operations that the report lists.
 ROWS = 10
 #: Sides of the matrix products that show what the device can do, and how many are tried.
 SIDES, TRIES = {"cuda": 8192, "cpu": 1024}, 5
-#: What parts are called in the trace.
+#: Names of the parts in the trace.
 ROLLOUT, FROZEN, LIVE = "rollout batch", "frozen velocity", "live velocity"
 
 
 @dataclass
 class Stretch:
-    """Images that went through passes of each kind, and the seconds that it took."""
+    """A part of the epoch: images that went through passes of each kind, and the seconds that it took.
+
+    traced: whether the profiler was on, which slows small models.
+    """
 
     traced: bool
-    images: dict[str, int] = field(default_factory=dict)
+    images: Counter[str]
     seconds: float = 0.0
-
-    def add(self, kind: str, images: int) -> None:
-        self.images[kind] = self.images.get(kind, 0) + images
 
 
 class Probe:
     """Traces the last rollout batch of an epoch and the first TIMES training times after it.
 
-    What is said of speed comes from the rollout batch before and the TIMES training times after, without the
-    profiler, which slows small models; where there are none, from those under it.
+    Speeds are those of the rollout batch before and of all training after the trace, without the profiler. An
+    epoch that has no more than what is traced gives the speeds under the profiler.
     """
 
     def __init__(self, run: Training, folder: Path, host: Host) -> None:
         self.run, self.folder, self.host, self.device = run, folder, host, run.policy.device
-        # In the first epoch much is done for the first time.
+        # The first epoch is slower: much is done for the first time.
         self.epoch = min(run.at.epoch + 2, run.settings.epochs)
-        self.theirs = run.sampler.generate, run.policy.velocity, run.phase, run.observe
+        self.theirs = run.sampler.generate, run.policy.velocity, run.observe
         self.profiler = profile()
         self.tracing = False
         self.made = self.times = 0
         self.start = 0.0
         self.sampled: Stretch | None = None
         self.trained: Stretch | None = None
-        self.current: Stretch | None = None
 
     def attach(self) -> None:
-        self.put(self.batch, self.velocity, self.phase, self.observe)
+        """Stand before three of the run's functions."""
+        self.put(self.generate, self.velocity, self.observe)
 
     def detach(self) -> None:
         """Put back what was there, and leave no profiler running."""
         self.put(*self.theirs)
         self.trace(False)
 
-    def put(self, make: Any, velocity: Any, phase: Any, observe: Any) -> None:
+    def put(self, generate: Any, velocity: Any, observe: Any) -> None:
+        """Replace three functions of the run."""
         run: Any = self.run
-        run.sampler.generate, run.policy.velocity, run.phase, run.observe = make, velocity, phase, observe
+        run.sampler.generate, run.policy.velocity, run.observe = generate, velocity, observe
 
     def trace(self, on: bool) -> None:
+        """Switch the profiler on or off."""
         if on != self.tracing:
             self.tracing = on
             (self.profiler.start if on else self.profiler.stop)()
 
-    def batch(self, draws: Any, rows: Tensor, condition: Condition) -> tuple[Tensor, Tensor]:
-        """In place of `Sampler.make`."""
-        make = self.theirs[0]
+    def generate(self, draws: Any, rows: Tensor, condition: Condition) -> tuple[Tensor, Tensor]:
+        """Generate a batch, in place of `Sampler.generate`, and measure it."""
+        generate = self.theirs[0]
         if self.run.at.epoch + 1 != self.epoch:
-            return make(draws, rows, condition)
-        last = self.made + len(rows) >= len(list_owned(len(draws)))
+            return generate(draws, rows, condition)
+        self.made += len(rows)
+        last = self.made >= len(list_owned(len(draws)))
         self.trace(last)
         start = read_clock(self.device)
         with record_function(ROLLOUT):
-            made = make(draws, rows, condition)
+            made = generate(draws, rows, condition)
         if not last or not self.sampled:
-            self.sampled = Stretch(last, {ROLLOUT: len(rows)}, read_clock(self.device) - start)
-        self.made += len(rows)
+            self.sampled = Stretch(last, Counter({ROLLOUT: len(rows)}), read_clock(self.device) - start)
         return made
 
     def velocity(self, x_t: Tensor, t: Tensor, condition: Condition) -> Tensor:
-        """In place of `Policy.velocity`, by which training asks for velocities and rollouts do not."""
+        """Compute a velocity, in place of `Policy.velocity`, which training calls and rollouts do not."""
         kind = LIVE if torch.is_grad_enabled() else FROZEN
         if self.made and kind == LIVE:
-            # Stretches go from one training time to another, so that what is in them is whole.
-            if self.times % TIMES == 0:
-                self.end()
-                if self.times < 2 * TIMES:
-                    self.current, self.start = Stretch(self.tracing), read_clock(self.device)
+            # A stretch begins where training's forward passes do, so that whole training times are in it. It
+            # ends with the epoch, or with the trace: what follows is then measured again, without the profiler.
+            if self.times in (0, TIMES):
+                self.trace(self.times == 0)
+                self.trained, self.start = Stretch(self.tracing, Counter()), read_clock(self.device)
             self.times += 1
-        if self.current:
-            self.current.add(kind, len(x_t))
+        if self.trained:
+            self.trained.images[kind] += len(x_t)
         with record_function(kind):
             return self.theirs[1](x_t, t, condition)
 
-    def end(self) -> None:
-        """End a stretch."""
-        if self.current:
-            self.current.seconds = read_clock(self.device) - self.start
-            self.trained, self.current = self.current, None
-            self.trace(False)
-
-    @contextmanager
-    def phase(self, name: str) -> Iterator[None]:
-        """In place of `Training.phase`."""
-        with self.theirs[2](name):
-            yield
-            if name == "train":
-                self.end()
-
     def observe(self, hook: str, **arguments: Any) -> None:
-        """In place of `Training.observe`: what was found is told when the epoch's own time is taken."""
-        self.theirs[3](hook, **arguments)
-        if hook == "nft_epoch_finished" and self.made:
+        """Tell observers, in place of `Training.observe`, and report where that ends the epoch."""
+        if self.trained and hook == "nft_epoch_finished":
+            self.trained.seconds = read_clock(self.device) - self.start
+        self.theirs[2](hook, **arguments)
+        # By now the epoch's own time is taken, which the report must not lengthen.
+        if self.made and hook == "nft_epoch_finished":
             self.detach()
             self.folder.mkdir(parents=True, exist_ok=True)
             self.profiler.export_chrome_trace(str(self.folder / "trace.json"))
@@ -137,6 +128,7 @@ class Probe:
             print(text)
 
     def report(self) -> Iterator[str]:
+        """Write what takes the time, and the speed of each part."""
         yield f"Profile of epoch {self.epoch}; a trace for ui.perfetto.dev is in {self.folder / 'trace.json'}"
         yield from list_costs(self.profiler, self.device.type)
         try:
@@ -167,7 +159,8 @@ def list_costs(profiler: profile, device: str) -> Iterator[str]:
 
 
 def describe_speed(stretch: Stretch, f: Footprint, run: Training, most: float) -> str:
-    step = f.training_step(run.settings)
+    """Describe the FLOP/s of a stretch, and how far they are from `most`."""
+    step = f.steps[run.settings.gradient_checkpointing]
     sampling = f.passes * (f.reference if f.merged else f.forward.flops) + f.decode.flops
     each = {ROLLOUT: sampling, FROZEN: f.forward.flops, LIVE: step.flops}
     flops = sum(each[kind] * images for kind, images in stretch.images.items())
@@ -181,6 +174,7 @@ def describe_speed(stretch: Stretch, f: Footprint, run: Training, most: float) -
 
 
 def format_rate(rate: float) -> str:
+    """Write FLOP/s in a unit that gives short numbers."""
     return f"{rate / 1e12:.4g} TFLOP/s" if rate > 1e12 else f"{rate / 1e9:.4g} GFLOP/s"
 
 
@@ -192,11 +186,11 @@ def read_clock(device: torch.device) -> float:
 
 
 def measure_product_speed(device: torch.device, dtype: torch.dtype) -> float:
-    """Measure FLOP/s of the best of some matrix products."""
+    """Measure the FLOP/s of the fastest of some matrix products, which is about what the device can do."""
     side = SIDES[device.type]
     a, b = (torch.randn(side, side, device=device, dtype=torch.float32).to(dtype) for _ in "ab")
     times = []
-    for _ in range(TRIES + 1):  # The first one is for warming up, and counts where it is the best all the same.
+    for _ in range(TRIES + 1):  # The first one warms the device up.
         start = read_clock(device)
         a @ b
         times.append(read_clock(device) - start)
@@ -205,7 +199,7 @@ def measure_product_speed(device: torch.device, dtype: torch.dtype) -> float:
 
 @contextmanager
 def profile_run(run: Training, folder: Path, host: Host) -> Iterator[None]:
-    """Profile the run that goes on inside, once, into `folder`."""
+    """Profile one epoch of the run that goes on inside, and write the profile into `folder`."""
     probe = Probe(run, folder, host)
     probe.attach()
     try:

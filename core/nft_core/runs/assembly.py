@@ -10,6 +10,8 @@ import torch
 
 from nft_plugins import Condition, FlowModel, Reward, Solver
 
+from ..errors import UsageError
+from ..models.weights import put_in_place
 from ..parallel.devices import free_memory
 from ..parallel.processes import rank, world_size
 from ..parallel.sharding import InStep
@@ -26,7 +28,7 @@ from .checkpoint import prune_checkpoints, save_checkpoint
 from .inputs import tell_no_observer
 from .places import name_places
 from .resume import digest_prompts
-from .setup import autocast_dtype, decode_dtype, image_shape
+from .setup import autocast_dtype, decode_dtype, find_model, image_shape
 
 
 def assemble_training(
@@ -101,14 +103,32 @@ def encode_all(
 
 
 def make_policy(s: Settings, model: FlowModel, device: torch.device) -> Policy:
-    """Make the weights that are trained, and their copies."""
+    """Make the weights that are trained, and their copies, from those that the settings begin with.
+
+    model: the base, as `load_base` loads it; it is changed.
+    """
+    source = find_model(s)
+    # A LoRA that is trained further stays one; what is below it becomes part of the weights.
+    goes_on = bool(source.loras) and s.lora_rank > 0 and not s.lora_merge
+    merged = source.loras[:-1] if goes_on else source.loras
+    on_base = s.reference == "base" and s.kl_weight > 0
+    base = put_in_place(source, model.transformer, merged, keep=on_base)
     dtype = autocast_dtype(s, device)
     # Where only a LoRA is trained, the transformer can compute in bfloat16 as diffusers' pipelines do: under
     # autocast its norms and all that lies between the products are float32, which costs more than the products.
     # In float16 that would overflow, and weights that are trained are float32 themselves.
     native = s.lora_rank > 0 and dtype == torch.bfloat16 and not getattr(model, "needs_autocast", True)
+    # One process has nobody to share with, and the meta device nothing to share.
+    fsdp = s.parallel == "fsdp" and world_size() > 1 and device.type != "meta"
+    if fsdp and base and s.lora_rank:
+        raise UsageError(
+            "With parallel=fsdp and a LoRA the frozen weights are shared, and the base's own cannot visit: use "
+            "reference=start, or lora_rank=0."
+        )
     return Policy(
         model,
+        start=source.loras[-1] if goes_on else None,
+        base=base if on_base else None,
         lora_rank=s.lora_rank,
         lora_alpha=s.lora_alpha,
         lora_targets=s.lora_targets,
@@ -118,8 +138,7 @@ def make_policy(s: Settings, model: FlowModel, device: torch.device) -> Policy:
         offload=s.offload,
         # In 16 bits the sum would round away what a LoRA learns at first.
         merge=s.merge_lora == "always" or (s.merge_lora == "auto" and not dtype),
-        # One process has nobody to share with, and the meta device nothing to share.
-        fsdp=s.parallel == "fsdp" and world_size() > 1 and device.type != "meta",
+        fsdp=fsdp,
     )
 
 

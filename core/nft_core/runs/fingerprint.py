@@ -14,11 +14,13 @@ from typing import TYPE_CHECKING, Any
 from ..host.local import is_reference
 from ..host.specs import RewardSpec, split_options
 from ..settings import Settings, for_evaluation
-from .places import find_packages, shorten_path, shorten_paths
+from ..settings.places import find_packages
+from .places import shorten_path, shorten_paths
 
 if TYPE_CHECKING:
     from ..host.discovery import Registered
     from ..host.host import Host
+    from ..models.sources import ModelSource
     from ..prompts import Prompt
 
 #: Settings that an evaluation's pictures depend on.
@@ -48,9 +50,11 @@ def fingerprint_evaluation(
     sources: of `collect_sources`.
     resolved: settings of OF_PICTURES that leave the choice to the machine, as chosen.
     """
+    from .setup import find_model
+
     its = for_evaluation(settings)
     values = shorten_paths(its.model_dump(mode="json")) | resolved
-    chosen = {name: values[name] for name in OF_PICTURES} | {"model": digest_model(settings.model)}
+    chosen = {name: values[name] for name in OF_PICTURES} | {"model": digest_model(find_model(settings).base)}
     if its.eval_guidance != 1:  # Lines of older versions have no guidance.
         chosen["guidance"] = its.eval_guidance
     group, colon, _ = its.solver.partition(":")
@@ -88,17 +92,29 @@ def identify_source(name: str, card: Registered[Any] | None, sources: Mapping[st
 def digest_model(name: str) -> str:
     """Name a model: a hub id as it is, a folder by its name and a digest of its files."""
     folder = Path(name)
-    if not folder.is_dir():
-        return name
+    return f"{folder.name} {digest_weights(folder)}" if folder.is_dir() else name
+
+
+def digest_weights(place: Path) -> str:
+    """Make a digest of a file of weights, or of a folder's, by their sizes and samples of their bytes."""
     digest = hashlib.sha256()
-    for path in sorted(p for p in folder.rglob("*") if p.suffix in (".json", ".safetensors") and p.is_file()):
+    files = [p for p in place.rglob("*") if p.suffix in (".json", ".safetensors") and p.is_file()]
+    for path in sorted(files) if place.is_dir() else [place]:
         size = path.stat().st_size
-        digest.update(f"{path.relative_to(folder)} {size}".encode())
+        digest.update(f"{path.relative_to(place)} {size}".encode())
         with path.open("rb") as file:  # Weights are large, and other ones differ nearly everywhere.
-            for place in (0, size // 2, max(size - SAMPLE, 0)):
-                file.seek(place)
+            for start in (0, size // 2, max(size - SAMPLE, 0)):
+                file.seek(start)
                 digest.update(file.read(SAMPLE))
-    return f"{folder.name} {digest.hexdigest()[:12]}"
+    return digest.hexdigest()[:12]
+
+
+def digest_origin(source: ModelSource) -> dict[str, str]:
+    """Make digests of the weights and LoRAs that stand on a model's pipeline, wherever they lie."""
+    found = {f"LoRA {number}": digest_file(lora.file) for number, lora in enumerate(source.loras, 1)}
+    if source.transformer:
+        found["the transformer's weights"] = digest_weights(source.transformer)
+    return found
 
 
 def digest_value(value: Any) -> str:

@@ -15,6 +15,7 @@ from ..host.host import Host
 from ..host.specs import RewardSpec, parse_observer, parse_reward
 from ..prompts import Prompt, find_refusal, keep_scorable, read_prompts
 from ..settings import Settings, for_evaluation, make_settings
+from .origin import add_origin, begins_from_something
 from .places import shorten_paths
 from .resume import FREE
 
@@ -31,6 +32,7 @@ DATA = Path(__file__).parents[1] / "data"
 def make_run_settings(host: Host, preset: str | None, *layers: Mapping[str, Any]) -> Settings:
     """Make settings from a preset and then from each layer; later layers win.
 
+    A model that a run has trained brings settings along, which win over the preset alone.
     Raises UsageError for a preset, a setting or a reward of `reward_defaults` that is not known.
     """
     base: dict[str, Any] = {}
@@ -44,7 +46,8 @@ def make_run_settings(host: Host, preset: str | None, *layers: Mapping[str, Any]
         for name in defaults if isinstance(defaults, Mapping) else ():
             if name not in host.rewards:
                 raise unknown_name("reward", name, host.rewards, lists="nft rewards")
-    return make_settings(base, *layers)
+    settings = make_settings(base, *layers)
+    return add_origin(base, layers) if begins_from_something(settings) else settings
 
 
 class Inputs(NamedTuple):

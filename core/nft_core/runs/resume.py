@@ -132,6 +132,15 @@ def digest_prompts(prompts: Sequence[Prompt], held_out: Sequence[Prompt]) -> str
     return hashlib.sha256(json.dumps(rows, sort_keys=True, default=str).encode()).hexdigest()
 
 
+def explain_other_origin(before: Mapping[str, str], now: Mapping[str, str]) -> str:
+    """Say that a run began from weights that are others now."""
+    names = ", ".join(name for name in {**before, **now} if before.get(name) != now.get(name))
+    return (
+        f"What the run began from has changed since its checkpoint was made: {names}. Put back what its "
+        "settings model and lora named then, or go on all the same with --allow-changes."
+    )
+
+
 def restore_training(
     training: Training, path: Path, allow_changes: bool, tell: Callable[[str], None] = lambda text: None
 ) -> bool:
@@ -148,6 +157,8 @@ def restore_training(
             "The prompts have changed since the checkpoint was made: give the same files, or go on all the "
             "same with --allow-changes."
         )
+    if progress.origin != training.at.origin and not allow_changes:
+        raise UsageError(explain_other_origin(progress.origin, training.at.origin))
     load_checkpoint(path, training.policy, training.optimizer)
     grave, _ = describe_changes(before, training.settings, has_finished(progress, before))
     now = training.at
@@ -158,5 +169,6 @@ def restore_training(
         progress.evaluations.clear()  # Rewards of another kind, or of other images, are not compared with.
         progress.baseline.clear()
     progress.prompts, progress.evaluation, progress.sources = now.prompts, now.evaluation, now.sources
+    progress.origin = now.origin
     training.at = progress
     return other

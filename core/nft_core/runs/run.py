@@ -17,7 +17,7 @@ from ..host.host import Host
 from ..parallel.signals import note_signals
 from ..settings import Settings
 from .copies import copy_inputs, read_copies, tell_changes
-from .fingerprint import collect_sources, digest_value, fingerprint_evaluation
+from .fingerprint import collect_sources, digest_origin, digest_value, fingerprint_evaluation
 from .folder import claim_folder, holds_a_run, lock_folder, make_folder, read_record, write_settings
 from .inputs import (
     Inputs,
@@ -40,7 +40,8 @@ from .setup import (
     check_model,
     decode_dtype,
     find_family,
-    load_model,
+    find_model,
+    load_base,
     pick_device,
 )
 
@@ -180,7 +181,9 @@ def load_training(
     check_sizes(settings, len(prompts), len(held_out))
     if not is_same_everywhere(digest_prompts(prompts, held_out), device):
         raise UsageError("The prompts of this run's processes differ: give the same files on every node.")
-    model = load_model(settings, host, device)
+    if (source := find_model(settings)).is_changed:
+        tell(f"Beginning from {source.describe()}.")
+    model = load_base(settings, host, device)
     counts = count_operations if device.type == "cuda" else None
     operations = counts(settings, host, device, tell) if counts else None
     compiled = should_compile(settings.compile, device, operations)
@@ -188,6 +191,7 @@ def load_training(
     training = assemble_training(*parts, compiled, inputs.eval_solver)
     named = [text for spec in inputs.rewards for text in (spec.name, *spec.options.values())]
     training.at.sources = collect_sources(host, [settings.solver, settings.eval_solver, *map(str, named)])
+    training.at.origin = digest_origin(find_model(settings))
     training.evaluation = fingerprint_evaluation(
         settings,
         held_out,

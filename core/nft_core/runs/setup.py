@@ -6,7 +6,7 @@ import os
 from collections.abc import Mapping
 from math import isfinite
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -16,6 +16,9 @@ from .. import environment
 from ..errors import NftError, UsageError, shorten_error
 from ..host.host import Host
 from ..settings import Settings
+
+if TYPE_CHECKING:
+    from ..models.sources import ModelSource
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -51,11 +54,18 @@ def pick_device(name: str) -> torch.device:
     return device
 
 
+def find_model(settings: Settings) -> ModelSource:
+    """Find what the settings' model is made of: a pipeline, whole weights and LoRAs. Raises UsageError."""
+    from ..models.sources import find_source
+
+    return find_source(settings.model, settings.lora)
+
+
 def find_family(settings: Settings, host: Host) -> tuple[str, Mapping[str, Any]]:
     """Find the family of the base model, by the pipeline class in its `model_index.json`, and that index."""
     from ..models.sources import read_index
 
-    name = settings.model
+    name = find_model(settings).base
     try:
         index = read_index(name)
     except NftError:
@@ -78,19 +88,33 @@ def find_family(settings: Settings, host: Host) -> tuple[str, Mapping[str, Any]]
 
 
 def check_model(settings: Settings, host: Host) -> None:
-    """Raise NftError for a model that cannot be trained, or is not whole. No weights are read."""
-    from ..host.factories import import_factory as factory_of
-    from ..models.checks import check_pipeline
-    from ..models.pipeline import PipelineModel
+    """Raise NftError for a model that cannot be used, is not whole, or has a LoRA of another model on top.
 
+    No weights are read.
+    """
+    from ..host.factories import import_factory
+    from ..models.checks import check_pipeline, empty_part, list_parts
+    from ..models.pipeline import PipelineModel
+    from ..models.weights import check_source_fits
+
+    source = find_model(settings)
     family, index = find_family(settings, host)
-    factory = factory_of(host.models[family].info.factory)
+    factory = import_factory(host.models[family].info.factory)
     # Another family may read its folder in a way of its own.
-    if Path(settings.model).is_dir() and isinstance(factory, type) and issubclass(factory, PipelineModel):
-        try:
-            check_pipeline(Path(settings.model), index)
-        except Exception as error:
-            raise say_unloadable(settings.model, error) from error
+    if not (isinstance(factory, type) and issubclass(factory, PipelineModel)):
+        return
+    base, local = source.base, Path(source.base).is_dir()
+    try:
+        if local:
+            check_pipeline(Path(base), index)
+        if source.transformer or source.loras:
+            folder = str(Path(base) / "transformer") if local else base
+            where: dict[str, Any] = {} if local else {"subfolder": "transformer"}
+            check_source_fits(source, empty_part(folder, *list_parts(index)["transformer"], **where))
+    except NftError:
+        raise
+    except Exception as error:
+        raise say_unloadable(base, error) from error
 
 
 def check_guidance(settings: Settings, host: Host, guidance: float) -> None:
@@ -121,9 +145,9 @@ def say_unloadable(model: str, error: Exception) -> NftError:
     return NftError(f"Cannot load the model {model!r}: {said}")
 
 
-def load_model(settings: Settings, host: Host, device: torch.device) -> FlowModel:
-    """Load the base model, by the family whose pipeline class its `model_index.json` names."""
-    name = settings.model
+def load_base(settings: Settings, host: Host, device: torch.device) -> FlowModel:
+    """Load the pipeline that the model is based on, without the weights and LoRAs that stand on it."""
+    name = find_model(settings).base
     family, _ = find_family(settings, host)
     # A LoRA's frozen base can stand in half precision; weights that are trained stay in float32.
     half = autocast_dtype(settings, device) if settings.lora_rank else None
@@ -135,6 +159,23 @@ def load_model(settings: Settings, host: Host, device: torch.device) -> FlowMode
         raise
     except Exception as error:  # A file cut short, too little memory, a plug-in's own mistake.
         raise say_unloadable(name, error) from error
+
+
+def load_model(settings: Settings, host: Host, device: torch.device) -> FlowModel:
+    """Load the model as it generates images, with the weights and LoRAs that `model` and `lora` name.
+
+    The LoRA on top is an adapter, as in the run that trained it; those below are merged into the weights.
+    """
+    from ..models.weights import put_in_place
+    from ..training.lora import add_trained_lora
+
+    source = find_model(settings)
+    model = load_base(settings, host, device)
+    put_in_place(source, model.transformer, source.loras[:-1])
+    if source.loras:
+        add_trained_lora(model.transformer, source.loras[-1])
+        model.transformer.requires_grad_(False)
+    return model
 
 
 def autocast_dtype(settings: Settings, device: torch.device) -> torch.dtype | None:

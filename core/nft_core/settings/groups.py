@@ -53,8 +53,18 @@ class Model(Group):
 
     model: str = Field(
         "stabilityai/stable-diffusion-3.5-medium",
-        description="The model to train: the id of a diffusers pipeline on the Hugging Face hub, or a local "
-        "folder.",
+        description="The model to train: the id of a diffusers pipeline on the Hugging Face hub, a local "
+        "folder of one, a single file of weights, or a run or a checkpoint to begin from.",
+    )
+    lora: str = Field(
+        "",
+        description="A LoRA on top of the model, which training goes on from: a file, a folder, a run or a hub "
+        "id. Empty takes the model as it is.",
+    )
+    lora_merge: bool = Field(
+        False,
+        description="Add the LoRA that training begins from to the model's weights, and train a new LoRA, or "
+        "all weights, over the sum. false trains that LoRA further.",
     )
     family: str = Field(
         "",
@@ -196,8 +206,14 @@ class Loss(Group):
     kl_weight: NotNegative = Field(
         1e-4,
         description="Weight of the KL term, the squared distance between the velocities of the trained and "
-        "the base model. A higher value keeps the model closer to the base. 0 leaves the term out, which "
-        "saves a pass.",
+        "the reference model. A higher value keeps the model closer to the reference. 0 leaves the term out, "
+        "which saves a pass.",
+    )
+    reference: Literal["start", "base"] = Field(
+        "start",
+        description="Which model the KL term keeps the trained one near. start is what training began from, "
+        "with its LoRAs and trained weights; base is the pipeline below all of these. They differ only for a "
+        "run that begins from a checkpoint or a LoRA.",
     )
     kl_target: NotNegative = Field(
         0.0,

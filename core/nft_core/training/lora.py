@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, cast
 
 import torch
@@ -11,6 +11,7 @@ from torch.nn.functional import linear
 
 from ..errors import UsageError
 from ..models.libraries import Linear, LoraConfig, LoraLayer, inject_adapter_in_model
+from ..models.lora_files import LoraFile, check_lora_fits
 
 #: peft's name of the adapter that is trained.
 ADAPTER = "default"
@@ -34,10 +35,18 @@ class LeanLinear(Linear):
         return result + linear(narrow, b.to(result.dtype))
 
 
-def add_lora(transformer: torch.nn.Module, rank: int, alpha: float, targets: Sequence[str] | str) -> LoraConfig:
+def add_lora(
+    transformer: torch.nn.Module,
+    rank: int,
+    alpha: float,
+    targets: Sequence[str] | str,
+    ranks: Mapping[str, int] | None = None,
+    alphas: Mapping[str, float] | None = None,
+) -> LoraConfig:
     """Add a LoRA that starts as no change at all (B = 0), float32, and freeze everything else.
 
     targets: names of linear layers, as they end in `named_modules()`; `all-linear` for every one of them.
+    ranks, alphas: of single layers, by name, where they differ from the others'.
     Raises UsageError where a name fits no layer, or one that is not linear.
     """
     if targets == "all-linear" or list(targets) == ["all-linear"]:
@@ -45,7 +54,12 @@ def add_lora(transformer: torch.nn.Module, rank: int, alpha: float, targets: Seq
         targets = [name for name, layer in layers if isinstance(layer, torch.nn.Linear)]
     # peft says int for alpha, and takes a float as well.
     config = LoraConfig(
-        r=rank, lora_alpha=cast(int, alpha), target_modules=list(targets), init_lora_weights="gaussian"
+        r=rank,
+        lora_alpha=cast(int, alpha),
+        target_modules=list(targets),
+        init_lora_weights="gaussian",
+        rank_pattern=dict(ranks or {}),
+        alpha_pattern=cast(dict[str, int], dict(alphas or {})),
     )
     transformer.requires_grad_(False)
     try:
@@ -71,6 +85,25 @@ def add_lora(transformer: torch.nn.Module, rank: int, alpha: float, targets: Seq
         if "lora_" in name:
             p.data = p.data.float()
             p.requires_grad_(True)
+    return config
+
+
+def add_trained_lora(transformer: torch.nn.Module, lora: LoraFile) -> LoraConfig:
+    """Add a LoRA with the ranks, alphas and weights of a file. Raises UsageError for one of another model.
+
+    On the meta device it has no weights.
+    """
+    check_lora_fits(lora, transformer)
+    ranks = {layer: f.rank for layer, f in lora.layers.items() if f.rank != lora.rank}
+    alphas = {layer: f.alpha for layer, f in lora.layers.items() if f.alpha != lora.alpha}
+    config = add_lora(transformer, lora.rank, lora.alpha, sorted(lora.layers), ranks, alphas)
+    if next(transformer.parameters()).is_meta:
+        return config
+    with torch.no_grad():
+        for layer, (a, b) in lora.read_factors().items():
+            module: Any = transformer.get_submodule(layer)
+            module.lora_A[ADAPTER].weight.copy_(a)
+            module.lora_B[ADAPTER].weight.copy_(b)
     return config
 
 

@@ -87,7 +87,7 @@ def split_rows(training: Training, mine: Tensor, images: Tensor) -> list[tuple[T
     # A small step may have no image here, and split() would still give one empty part.
     parts = [(rows, 1.0) for rows in torch.split(mine, size) if len(rows)]
     if training.policy.fsdp:
-        most = ceil(processes.largest_share(images) / size)
+        most = ceil(processes.count_largest_share(images) / size)
         parts += [(torch.tensor([0], dtype=torch.int64, device="cpu"), 0.0)] * (most - len(parts))
     return parts
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, cast
@@ -15,6 +15,7 @@ from nft_plugins import Condition, FlowModel
 
 from ..errors import CheckpointError, UsageError
 from ..models.libraries import LoraConfig, get_peft_model_state_dict
+from ..models.lora_files import LoraFile
 from ..parallel.processes import sum_value
 from ..parallel.sharding import (
     copy_whole,
@@ -24,7 +25,7 @@ from ..parallel.sharding import (
     split_like,
     take_local_part,
 )
-from .lora import ADAPTER, adapted_layers, add_lora, lora_metadata
+from .lora import ADAPTER, adapted_layers, add_lora, add_trained_lora, lora_metadata
 
 Weights = list[Tensor]
 
@@ -34,13 +35,16 @@ class Policy:
     `use_ema()` put in their place for a while.
 
     The copies hold the trained parameters alone, whether these are a LoRA's or the whole
-    transformer's, and swapping is an exchange of pointers. The reference is what training started from:
-    with a LoRA the base itself, of which no copy is needed.
+    transformer's, and swapping is an exchange of pointers. The reference is what training started from: with
+    a new LoRA that is the model without it, of which no copy is needed.
 
     Where the processes share the transformer (`fsdp`), all must ask for a velocity at the same time. Where they
     share what is trained (`sharded`), the copies are parts too, and `state`, `save` and `drift` are for all
     processes to call.
 
+    start: a LoRA that is trained further, with its own rank, alpha and layers; None begins a new one.
+    base: weights of the base by name, where those that training begins from are others: the reference is that
+        base, without any LoRA. None: the reference is what training starts from.
     lora_rank: 0 trains the whole transformer.
     lora_targets: names of linear layers; `all-linear` for every one of them.
     keep_ema: keep averaged weights; without them `use_ema()` is the live policy.
@@ -63,21 +67,25 @@ class Policy:
         offload: bool = False,
         merge: bool = False,
         fsdp: bool = False,
+        start: LoraFile | None = None,
+        base: Mapping[str, Tensor] | None = None,
     ) -> None:
         self.model = model
         self.autocast = autocast
         #: Of the transformer's matrix products.
         self.dtype = autocast or next(model.transformer.parameters()).dtype
         self.lora: LoraConfig | None = None
-        if lora_rank:
+        if start:
+            self.lora = add_trained_lora(model.transformer, start)
+        elif lora_rank:
             targets = lora_targets or model.lora_targets
             self.lora = add_lora(model.transformer, lora_rank, lora_alpha, targets)
         else:
             model.transformer.float().requires_grad_(True)
-        self.fsdp, self.sharded = fsdp, fsdp and not lora_rank
+        self.fsdp, self.sharded = fsdp, fsdp and not self.lora
         if fsdp:
             trained = [p for p in model.transformer.parameters() if p.requires_grad]
-            if lora_rank:
+            if self.lora:
                 shard_transformer(model.transformer, whole=trained)
             else:
                 shard_transformer(model.transformer, dtype=autocast)
@@ -91,9 +99,18 @@ class Policy:
         #: The weights in place; None: the live ones.
         self._placed: Weights | None = None
         self._old = self._copy_live()
-        self._reference = self._copy_live() if keep_reference and not self.lora else None
-        self._ema = self._copy_live() if keep_ema else None
         self._keep_reference = keep_reference
+        #: The trained weights of the reference; None: the model without its LoRA.
+        self._reference: Weights | None = None
+        #: Parameters that are not trained and have other weights in the base, where the reference is that.
+        self._base: list[tuple[Parameter, Tensor]] = []
+        if keep_reference and self.lora is None:
+            self._reference = self._copy(self._list_base(base or {}))
+        elif keep_reference and base is None:
+            self._reference = self._copy_live() if start else None
+        elif keep_reference and base:
+            self._base = self._pair_with_base(base)
+        self._ema = self._copy_live() if keep_ema else None
 
     def velocity(self, x_t: Tensor, t: Tensor, condition: Condition) -> Tensor:
         """v `[B, C, h, w]` float32 of whichever weights are in place."""
@@ -108,7 +125,7 @@ class Policy:
         """The policy that training started from; the KL term keeps the live one near it."""
         if not self._keep_reference:
             raise UsageError("this policy keeps no reference weights: its kl_weight is 0")
-        return self._without_lora() if self.lora else self._in_place(self._reference)
+        return self._on_base() if self._reference is None else self._in_place(self._reference)
 
     def use_ema(self) -> Any:
         """The exponential moving average of the live policy, or the live one where there is none."""
@@ -125,6 +142,19 @@ class Policy:
             yield
         finally:
             self._put_in_place(before)
+
+    @contextmanager
+    def _on_base(self) -> Iterator[None]:
+        """Put the base's own weights in place, without the LoRA."""
+        before = [p.data for p, _ in self._base]
+        try:
+            for p, w in self._base:
+                p.data = w.to(self.device, non_blocking=True)
+            with self._without_lora():
+                yield
+        finally:
+            for (p, _), w in zip(self._base, before, strict=True):
+                p.data = w
 
     @contextmanager
     def _without_lora(self) -> Iterator[None]:
@@ -178,10 +208,27 @@ class Policy:
             self._live = None
 
     def _copy_live(self) -> Weights:
-        copies = [take_local_part(p).clone() for p in self.parameters]
+        return self._copy(take_local_part(p) for p in self.parameters)
+
+    def _copy(self, weights: Iterable[Tensor]) -> Weights:
+        """Copy weights to where copies are kept: beside the live ones, or in the host's memory."""
+        copies = [w.clone() for w in weights]
         if self.offload and self.device.type == "cuda":
             copies = [w.cpu().pin_memory() for w in copies]
         return copies
+
+    def _list_base(self, base: Mapping[str, Tensor]) -> Iterator[Tensor]:
+        """List the base's weights of what is trained: those that are given, and the live ones elsewhere."""
+        for name, p in zip(self.names, self.parameters, strict=True):
+            given = base.get(name)
+            yield take_local_part(p if given is None else split_like(given.to(p.device, p.dtype), p))
+
+    def _pair_with_base(self, base: Mapping[str, Tensor]) -> list[tuple[Parameter, Tensor]]:
+        """Pair frozen parameters with their weights in the base."""
+        # A layer with a LoRA holds its own weights under base_layer.
+        named = {n.replace(".base_layer.", "."): p for n, p in self.model.transformer.named_parameters()}
+        weights = self._copy(base.values())
+        return [(named[name], w) for name, w in zip(base, weights, strict=True)]
 
     @torch.no_grad()
     def move_old(self, d: float) -> None:

@@ -47,6 +47,7 @@ class Progress(BaseModel):
     prompts: a digest of the training prompts and the held-out ones.
     evaluation: a digest of the evaluation's fingerprint.
     sources: versions of plug-ins, and digests of the user's files.
+    origin: digests of the weights and LoRAs that the run began with, beside those of its pipeline.
     """
 
     model_config = ConfigDict(extra="forbid", validate_assignment=False)
@@ -70,6 +71,7 @@ class Progress(BaseModel):
     prompts: str = ""
     evaluation: str = ""
     sources: dict[str, str] = {}
+    origin: dict[str, str] = {}
 
 
 def read_progress(state: Any) -> Progress:

@@ -1,7 +1,7 @@
-"""The embedded world's weights, step by step: `prompts`, `vae`, `flow`, `clip`, `export`, `curves`.
+"""Makes the embedded world's weights, step by step: `prompts`, `vae`, `flow`, `clip`, `export`, `curves`.
 
-The three that train write to --out and append their figures to `training.jsonl` there. `flow` may be
-run by torchrun.
+`vae`, `flow` and `clip` train. They write to --out and append their figures to `training.jsonl` there. `flow`
+may be run by torchrun.
 """
 
 from __future__ import annotations
@@ -20,11 +20,16 @@ import torch.distributed as dist
 
 from ..captions import write_sets
 
+#: Pictures that are rendered for each training.
 PICTURES = 120_000
 
 
 def make_logger(out: Path, what: str, **constant: Any) -> Callable[..., None]:
-    """Prints figures and appends them to `training.jsonl`, with the seconds so far."""
+    """Make a function that prints figures and appends them to `training.jsonl` in a folder, which is made.
+
+    what: the thing that is trained. constant: figures of each line. The seconds so far are added.
+    """
+    out.mkdir(parents=True, exist_ok=True)
     start = perf_counter()
 
     def log(**figures: Any) -> None:
@@ -38,6 +43,7 @@ def make_logger(out: Path, what: str, **constant: Any) -> Callable[..., None]:
 
 
 def add_options(command: Callable[..., None]) -> Callable[..., None]:
+    """Add the options that all trainings have: --out, --seed and --threads."""
     out = click.option("--out", type=click.Path(path_type=Path), required=True, help="Folder to write to.")
     seed = click.option("--seed", default=0, show_default=True)
     threads = click.option("--threads", default=os.cpu_count(), show_default=True)
@@ -65,7 +71,6 @@ def train_autoencoder(steps: int, out: Path, seed: int, threads: int) -> None:
     from .vae import train_vae
 
     torch.set_num_threads(threads)
-    out.mkdir(parents=True, exist_ok=True)
     pictures, _ = make_dataset(PICTURES, seed)
     log = make_logger(out, "vae", seed=seed)
     train_vae(pictures, steps=steps, seed=seed, batch=64, lr=4e-3, log=log).save_pretrained(out / "vae")
@@ -99,6 +104,7 @@ def train_base_model(
     from .vae import encode_latents
 
     torch.set_num_threads(threads)
+    # torchrun sets WORLD_SIZE.
     if os.environ.get("WORLD_SIZE", "1") not in ("", "1"):
         dist.init_process_group("gloo")
     torch.manual_seed(seed)
@@ -135,7 +141,6 @@ def train_world_clip(steps: int, out: Path, seed: int, threads: int) -> None:
     from .data import make_dataset
 
     torch.set_num_threads(threads)
-    out.mkdir(parents=True, exist_ok=True)
     pictures, captions = make_dataset(PICTURES, seed)
     log = make_logger(out, "clip", seed=seed)
     model, processor = train_clip(pictures, captions, steps=steps, seed=seed, lr=1.5e-3, log=log)
@@ -157,10 +162,11 @@ def export_snapshot(snapshot: Path, images: int, name: str, seed: int, out: Path
     pipeline = load_pipeline(snapshot)
     if out:
         pipeline.to(dtype=torch.float16)
-        shutil.rmtree(out, ignore_errors=True)
+        shutil.rmtree(out, ignore_errors=True)  # Files of an older snapshot must not stay beside the new ones.
         pipeline.save_pretrained(out)
         for path in out.rglob("*.json"):
             remove_paths(path)
+        # Evaluated in float32, as it is used, but with the rounded weights.
         pipeline.to(dtype=torch.float32)
     click.echo(json.dumps(evaluate_pipeline(pipeline, images, seed, name)))
 
@@ -177,7 +183,7 @@ def draw_curves(figures: Path, picture: Path) -> None:
 
 
 def remove_paths(path: Path) -> None:
-    """diffusers writes where weights were read from into their config."""
+    """Remove the lines of a config in which diffusers notes the folder that the weights were read from."""
     lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
     path.write_text("".join(line for line in lines if '"_name_or_path"' not in line), encoding="utf-8")
 

@@ -1,4 +1,4 @@
-"""The world's CLIP: transformers' CLIPModel, trained to tell each picture's caption from others of its tag."""
+"""Trains the world's CLIP, a CLIPModel of transformers: it tells a picture's caption from others of its tag."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from ..captions import Caption
 from .flow import make_text_config, widen_embeddings
 from .tokenizer import MAX_LENGTH, make_tokenizer
 
-#: Pictures of each tag in a batch; no two of them with captions that mean the same.
+#: Pictures of each tag in a batch. No two of them have captions that mean the same.
 BLOCKS = {
     "text": 40,
     "color_attr": 32,
@@ -29,6 +29,7 @@ BLOCKS = {
 
 
 def make_clip() -> tuple[CLIPModel, CLIPProcessor]:
+    """Make a new CLIP for pictures of 32 x 32 px, and its processor."""
     tokenizer = make_tokenizer()
     vision = {
         "hidden_size": 96,
@@ -51,7 +52,7 @@ def make_clip() -> tuple[CLIPModel, CLIPProcessor]:
 
 
 def simplify_prompt(prompt: str) -> str:
-    """Equal for captions that ask for the same picture."""
+    """Simplify a caption, so that captions that ask for the same picture become equal."""
     return prompt.removeprefix("a photo of ").replace("one ", "a ").replace("a single ", "a ")
 
 
@@ -64,6 +65,10 @@ def train_clip(
     lr: float,
     log: Callable[..., None],
 ) -> tuple[CLIPModel, CLIPProcessor]:
+    """Train a new CLIP on pictures `[N, 32, 32, 3]` uint8 and their captions.
+
+    log: called with figures every 100 steps.
+    """
     torch.manual_seed(seed)
     rng = np.random.default_rng(seed)
     model, processor = make_clip()
@@ -77,6 +82,7 @@ def train_clip(
     rows = {tag: [i for i, c in enumerate(captions) if c["tag"] == tag] for tag in BLOCKS}
 
     def draw_block(tag: str) -> list[int]:
+        """Draw rows of one tag. A second caption of the same meaning would be a wrong answer that is right."""
         chosen: dict[str, int] = {}
         while len(chosen) < BLOCKS[tag]:
             i = rows[tag][rng.integers(len(rows[tag]))]
@@ -98,14 +104,17 @@ def train_clip(
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         with torch.no_grad():
-            model.logit_scale.clamp_(max=math.log(100))
+            model.logit_scale.clamp_(max=math.log(100))  # The limit of CLIP's own training.
         if step % 100 == 0 or step == steps - 1:
             log(step=step, loss=loss.item(), accuracy=dict(zip(BLOCKS, accuracy, strict=True)))
     return model.eval(), processor
 
 
 def compute_block_loss(logits: Tensor, sizes: Sequence[int]) -> tuple[Tensor, list[float]]:
-    """CLIP's loss within each block of the diagonal, and the share of pictures that find their caption."""
+    """Compute CLIP's loss within each block of the diagonal, and the share of pictures that find their caption.
+
+    logits: `[N, N]`, of each picture with each caption. sizes: of the blocks, one for each tag.
+    """
     total, accuracy, begin = logits.new_zeros(()), [], 0
     for size in sizes:
         part = logits[begin : begin + size, begin : begin + size]

@@ -1,13 +1,14 @@
-"""The curves of pretraining, from the lines of `training.jsonl`, as one SVG picture."""
+"""Draws the curves of pretraining, from the lines of `training.jsonl`, as one SVG picture."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+#: Pixels of a panel and between panels.
 WIDTH, HEIGHT, MARGIN = 250, 130, 40
 
-#: Title, what was trained, and the figure.
+#: Each panel's title, the thing that was trained, and the figure that is drawn.
 PANELS = (
     ("autoencoder: squared error", "vae", "error"),
     ("flow: loss", "flow", "loss"),
@@ -18,7 +19,7 @@ PANELS = (
 
 
 def draw_picture(records: Sequence[Mapping[str, Any]]) -> str:
-    """An SVG document with a panel for each figure, over steps."""
+    """Draw an SVG document with a panel for each figure, over steps."""
     panels: list[str] = []
     for title, what, figure in PANELS:
         points = collect_points([r for r in records if r["what"] == what], figure)
@@ -33,10 +34,10 @@ def draw_picture(records: Sequence[Mapping[str, Any]]) -> str:
 
 
 def collect_points(records: Sequence[Mapping[str, Any]], figure: str) -> list[tuple[float, float]]:
-    """(step, figure), a second stage's steps counted on from the first's."""
+    """Collect the points (step, figure). The steps of a second training are counted on from the first's."""
     points, before, last = [], 0, 0
     for record in records:
-        if record["step"] < last:
+        if record["step"] < last:  # A new training began.
             before += last
         last = record["step"]
         if figure in record:
@@ -45,6 +46,7 @@ def collect_points(records: Sequence[Mapping[str, Any]], figure: str) -> list[tu
 
 
 def draw_panel(title: str, points: Sequence[tuple[float, float]]) -> str:
+    """Draw one panel: a title, a frame, a line, and the ends of both axes."""
     (x0, x1), (y0, y1) = ((min(v), max(v)) for v in zip(*points, strict=True))
     sx, sy = WIDTH / ((x1 - x0) or 1), HEIGHT / ((y1 - y0) or 1)
     line = " ".join(f"{(x - x0) * sx:.1f},{HEIGHT - (y - y0) * sy:.1f}" for x, y in points)

@@ -1,4 +1,4 @@
-"""Rendered scenes with their captions, as many as wanted."""
+"""Renders pictures of the embedded world with their captions, as many as needed."""
 
 from __future__ import annotations
 
@@ -11,9 +11,10 @@ from torch import Tensor
 from ..captions import TAGS, Caption, make_scene_captions, make_word_caption, split_words
 from ..scenes import render_scene
 
+#: Pictures that one call renders. Each has a seed of its own, so the number of processes plays no part.
 CHUNK = 1000
 
-#: How often each tag comes: what composes objects is hard and comes more.
+#: Share of each tag among the pictures. Scenes of several objects are hard, and so more frequent.
 SHARES = {
     "single_object": 0.05,
     "two_object": 0.17,
@@ -26,7 +27,7 @@ SHARES = {
 
 
 def make_dataset(count: int, seed: int) -> tuple[np.ndarray, list[Caption]]:
-    """`count` pictures `[N, 32, 32, 3]` uint8 and their captions; no word that is held out."""
+    """Make `count` pictures `[N, 32, 32, 3]` uint8 and their captions, without the held-out words."""
     if count % CHUNK:
         raise ValueError(f"count must be a multiple of {CHUNK}, got {count}")
     with Pool() as pool:
@@ -35,6 +36,7 @@ def make_dataset(count: int, seed: int) -> tuple[np.ndarray, list[Caption]]:
 
 
 def _render_chunk(key: tuple[int, int]) -> tuple[np.ndarray, list[Caption]]:
+    """Render 1000 pictures. key: the run's seed and the chunk's number."""
     rng = np.random.default_rng(key)
     scenes = list(make_scene_captions())
     by_tag = {tag: [c for c in scenes if c["tag"] == tag] for tag in TAGS}
@@ -46,10 +48,10 @@ def _render_chunk(key: tuple[int, int]) -> tuple[np.ndarray, list[Caption]]:
 
 
 def scale_to_model(pictures: np.ndarray) -> Tensor:
-    """`[B, 32, 32, 3]` uint8 to `[B, 3, 32, 32]` float32 in [-1, 1]."""
+    """Scale pictures `[B, 32, 32, 3]` uint8 to a model's input `[B, 3, 32, 32]` float32 in [-1, 1]."""
     return torch.from_numpy(pictures).permute(0, 3, 1, 2).float() / 127.5 - 1
 
 
 def scale_to_bytes(images: Tensor) -> np.ndarray:
-    """`[B, 3, 32, 32]` in [-1, 1] to `[B, 32, 32, 3]` uint8."""
+    """Scale a model's images `[B, 3, 32, 32]` in [-1, 1] to pictures `[B, 32, 32, 3]` uint8."""
     return ((images.clamp(-1, 1) + 1) * 127.5).round().byte().permute(0, 2, 3, 1).numpy()

@@ -1,4 +1,4 @@
-"""How good a snapshot is on the `select` captions: strict GenEval accuracy by tag, and OCR."""
+"""Measures how good a snapshot is on the `select` captions: strict GenEval accuracy by tag, and OCR."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ DATA = Path(__file__).parents[1] / "data"
 def generate_pictures(
     pipeline: StableDiffusion3Pipeline, prompts: list[str], steps: int, seed: int
 ) -> np.ndarray:
-    """`[B, 32, 32, 3]` uint8 by Euler's method on SD3's grid, without guidance."""
+    """Generate pictures `[B, 32, 32, 3]` uint8 by Euler's method on SD3's grid, without guidance."""
     from .data import scale_to_bytes
 
     vae, transformer = pipeline.vae, pipeline.transformer
@@ -47,9 +47,10 @@ def generate_pictures(
 def evaluate_pipeline(
     pipeline: StableDiffusion3Pipeline, images: int, seed: int, name: str = "select"
 ) -> dict[str, Any]:
-    """Shares of right pictures by tag, their mean `geneval`, and the mean OCR reward `ocr`.
+    """Compute the share of right pictures of each tag, their mean `geneval`, and the mean OCR reward `ocr`.
 
-    The rules are those of the rewards that training uses, read through the plug-in host as in a run.
+    images: pictures of each caption. name: of the set. The rewards are those of training, found through the
+    plug-in host as in a run.
     """
     from nft_core import reward
     from nft_plugins import Batch

@@ -1,4 +1,4 @@
-"""CLIP's tokenizer class with the embedded world's vocabulary: a token a word, or a letter for the rest."""
+"""Makes a CLIP tokenizer for the embedded world: captions' words are one token each, others one a letter."""
 
 from __future__ import annotations
 
@@ -8,11 +8,16 @@ from transformers import CLIPTokenizer
 
 from ..captions import make_scene_captions
 
+#: Tokens that captions are padded to, with the two that mark start and end.
 MAX_LENGTH = 12
 
 
 def make_tokenizer() -> CLIPTokenizer:
-    """Words of captions merge from their end, so that only endings meet; other words stay letters."""
+    """Make the tokenizer.
+
+    The letters of a caption's word are merged from its end, so that other words merge only where they end like
+    one; the signs' words stay letters.
+    """
     words = {word for c in make_scene_captions() for word in c["prompt"].split()} | {"the", "word"}
     vocabulary = ["<|startoftext|>", "<|endoftext|>", '"', '"</w>', '""', '""</w>']
     vocabulary += [letter + end for end in ("", "</w>") for letter in string.ascii_lowercase]

@@ -1,4 +1,4 @@
-"""The autoencoder: AutoencoderTiny, 4 times smaller a side, 12 channels of unit deviation."""
+"""Trains the autoencoder, an AutoencoderTiny: sides 4 times smaller, 12 channels of unit deviation."""
 
 from __future__ import annotations
 
@@ -13,12 +13,13 @@ from torch.nn.functional import mse_loss
 from .data import scale_to_model
 
 WIDTH, LATENTS = 24, 12
-#: Noise added to latents in training, as a share of their deviation: decoding must forgive small errors.
+#: Deviation of the noise that training adds to latents, as a share of theirs. The decoder learns to bear the
+#: small errors of generated latents.
 NOISE = 0.12
 
 
 def make_vae() -> AutoencoderTiny:
-    """Few blocks at full resolution, where they would cost most."""
+    """Make a new autoencoder. It has few blocks at full resolution, where they cost most."""
     return AutoencoderTiny(
         encoder_block_out_channels=(WIDTH,) * 3,
         decoder_block_out_channels=(WIDTH,) * 3,
@@ -31,6 +32,7 @@ def make_vae() -> AutoencoderTiny:
 def train_vae(
     pictures: np.ndarray, *, steps: int, seed: int, batch: int, lr: float, log: Callable[..., Any]
 ) -> AutoencoderTiny:
+    """Train a new autoencoder on pictures `[N, 32, 32, 3]` uint8. log: called with figures every 100 steps."""
     torch.manual_seed(seed)
     vae = make_vae().to(memory_format=torch.channels_last)
     optimizer = torch.optim.AdamW(vae.parameters(), lr=lr, weight_decay=0)
@@ -39,7 +41,7 @@ def train_vae(
         x = scale_to_model(pictures[torch.randint(len(pictures), (batch,), device="cpu").numpy()])
         z = vae.encode(x.to(memory_format=torch.channels_last)).latents
         noise = NOISE * z.detach().std() * torch.randn_like(z)
-        # Channels near mean 0 and deviation 1 stay within the squashing that the decoder begins with.
+        # The decoder begins with a tanh. Channels with a mean near 0 and a deviation near 1 pass it well.
         spread = z.mean((0, 2, 3)).square().mean() + (z.std((0, 2, 3)) - 1).square().mean()
         error = mse_loss(vae.decode(z + noise).sample, x)
         optimizer.zero_grad()
@@ -50,6 +52,7 @@ def train_vae(
         if step % 100 == 0 or step == steps - 1:
             log(step=step, error=error.item())
     vae.eval().requires_grad_(False)
+    # As SD3's autoencoders do, the config holds what scales latents to mean 0 and deviation 1.
     z = torch.cat([vae.encode(scale_to_model(part)).latents for part in np.array_split(pictures[:8000], 8)])
     vae.register_to_config(scaling_factor=1 / z.std().item(), shift_factor=z.mean().item())
     return vae
@@ -57,7 +60,7 @@ def train_vae(
 
 @torch.no_grad()
 def encode_latents(vae: AutoencoderTiny, pictures: np.ndarray) -> torch.Tensor:
-    """`[N, 12, 8, 8]` float16 of unit deviation."""
+    """Encode pictures `[N, 32, 32, 3]` uint8 to latents `[N, 12, 8, 8]` float16 of unit deviation."""
     shift, scale = vae.config.shift_factor, vae.config.scaling_factor
     parts = np.array_split(pictures, max(len(pictures) // 2000, 1))
     return torch.cat([((vae.encode(scale_to_model(p)).latents - shift) * scale).half() for p in parts])

@@ -1,0 +1,122 @@
+"""What is evaluated: models as the command line and Python name them, each under one guidance."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from ..errors import UsageError
+from ..host.host import Host
+from ..runs.fingerprint import SAMPLE, digest_model, digest_value
+
+FORM = "MODEL[,lora=PATH][,name=TEXT], such as runs/mine or stabilityai/stable-diffusion-3.5-medium,lora=mine"
+#: What may stand behind a model.
+WORDS = ("lora", "name")
+#: A step's folder in a run, which says nothing without the run's name.
+STEP = re.compile(r"\d{6,}")
+
+
+@dataclass(frozen=True)
+class Model:
+    """A model to evaluate. model, lora: as the settings of that name. name: what tables call it."""
+
+    model: str
+    lora: str = ""
+    name: str = ""
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A model under one guidance: what one column of figures is of.
+
+    digest: of the model's files, where these are local.
+    """
+
+    name: str
+    model: str
+    lora: str
+    guidance: float
+    digest: str = ""
+
+    @property
+    def folder(self) -> str:
+        """A name for the folder of its scores, which no other entry of an evaluation has."""
+        readable = re.sub(r"[^\w.-]+", "-", self.name).strip("-.")[:60]
+        return f"{readable or 'model'}-{digest_value(self.identity)[:6]}"
+
+    @property
+    def identity(self) -> tuple[str, str, float]:
+        """What tells entries apart, wherever local files lie."""
+        return (self.name, self.digest or f"{self.model} {self.lora}", self.guidance)
+
+
+def parse_model(given: str, host: Host) -> Model:
+    """Make a model of `MODEL[,lora=PATH][,name=TEXT]`; MODEL may be a preset, which stands for its model.
+
+    Raises UsageError for another form.
+    """
+    head, *rest = re.split(rf",\s*(?=(?:{'|'.join(WORDS)})\s*=)", given)
+    words: dict[str, str] = {}
+    for item in rest:
+        key, _, value = (part.strip() for part in item.partition("="))
+        if not value or key in words:
+            raise UsageError(f"A model is written {FORM}, got {given!r}.")
+        words[key] = value
+    model = head.strip()
+    if not model or (re.search(r",\s*\w+\s*=", model) and not Path(model).exists()):
+        raise UsageError(f"A model is written {FORM}, got {given!r}.")
+    name = words.get("name", "")
+    if model in host.presets and not Path(model).exists():
+        settings = host.presets[model].info.settings
+        if "model" not in settings:
+            raise UsageError(f"The preset {model!r} names no model of its own: give a path or a hub id.")
+        return Model(str(settings["model"]), words.get("lora", ""), name or model)
+    return Model(model, words.get("lora", ""), name)
+
+
+def list_entries(models: Sequence[Model], guidances: Sequence[float]) -> list[Entry]:
+    """List each model under each guidance, with names that differ.
+
+    Raises UsageError for an entry that is given twice.
+    """
+    entries: list[Entry] = []
+    for model in models:
+        name = model.name or " + ".join(filter(None, map(shorten_name, (model.model, model.lora))))
+        digest = " ".join(filter(None, map(digest_files, (model.model, model.lora))))
+        for g in guidances:
+            called = f"{name}, guidance {g:g}" if len(guidances) > 1 else name
+            if any(e.name == called and (e.model, e.lora) == (model.model, model.lora) for e in entries):
+                raise UsageError(f"{called!r} is given twice: leave one of them out.")
+            taken = [e.name for e in entries]
+            unique = next(n for n in (called, *(f"{called} ({i})" for i in range(2, 10**6))) if n not in taken)
+            entries.append(Entry(unique, model.model, model.lora, float(g), digest))
+    return entries
+
+
+def shorten_name(text: str) -> str:
+    """Shorten a path to what a reader knows it by: a run's name, with the step where it is a checkpoint."""
+    path = Path(text)
+    if not text or not path.exists():
+        return text
+    parts = path.absolute().parts
+    if STEP.fullmatch(parts[-1]) and len(parts) > 3:
+        return f"{parts[-3]} at {int(parts[-1])}"
+    return parts[-1]
+
+
+def digest_files(name: str) -> str:
+    """Make a digest of a local model's or LoRA's files; empty for a hub id."""
+    path = Path(name)
+    if name and path.is_dir():
+        return digest_model(str(path.absolute())).rpartition(" ")[2]
+    if not name or not path.is_file():
+        return ""
+    digest, size = hashlib.sha256(), path.stat().st_size
+    with path.open("rb") as file:  # Weights are large, and other ones differ nearly everywhere.
+        for place in (0, size // 2, max(size - SAMPLE, 0)):
+            file.seek(place)
+            digest.update(file.read(SAMPLE))
+    return digest.hexdigest()[:12]

@@ -1,0 +1,83 @@
+"""Checkpoints, LoRAs and single files of the small SD3 pipeline, in their real formats, without training."""
+
+from __future__ import annotations
+
+import diffusers
+import torch
+from peft import LoraConfig, get_peft_model
+
+from nft_core.host.host import load_host
+from nft_core.models.sd3 import SD3
+from nft_core.runs.assembly import make_policy
+from nft_core.runs.checkpoint import save_checkpoint
+from nft_core.runs.folder import write_settings
+from nft_core.runs.inputs import make_run_settings
+from nft_core.runs.setup import load_base
+from nft_core.training.optimizers import make_optimizer
+from nft_core.training.state import Progress
+
+CPU = torch.device("cpu")
+SIZE = {"height": 16, "width": 16}
+
+
+def settings_of(model, **given):
+    defaults = {"model": str(model), "max_sequence_length": 8, "resolution": 16, "rewards": ["brightness"]}
+    return make_run_settings(load_host(), None, defaults | given)
+
+
+def disturb(parameters, seed=1, size=0.05):
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for p in parameters:
+            p.add_(size * torch.randn(p.shape, generator=generator))
+
+
+def make_run(folder, model, step=4, seed=1, **given):
+    """A run of one checkpoint, whose weights are what training might have made of those it began from."""
+    settings = settings_of(model, **{"ema_decay": 0, **given})
+    torch.manual_seed(0)
+    policy = make_policy(settings, load_base(settings, load_host(), CPU), CPU)
+    disturb(policy.parameters, seed)
+    folder.mkdir(exist_ok=True)
+    write_settings(folder, settings, step)
+    path = folder / "checkpoints" / f"{step:06d}"
+    optimizer = make_optimizer(settings, policy.parameters)
+    save_checkpoint(path, policy, optimizer, Progress(step=step), settings.model_dump(mode="json"))
+    return path
+
+
+def make_peft_lora(folder, base, rank=3, alpha=6, targets=("attn.to_q", "attn.to_v"), **options):
+    """A LoRA as peft saves a transformer that it wraps: what the published DiffusionNFT script does."""
+    torch.manual_seed(0)
+    transformer = SD3(str(base)).transformer
+    config = LoraConfig(r=rank, lora_alpha=alpha, target_modules=list(targets), **options)
+    wrapped = get_peft_model(transformer, config)
+    disturb([p for n, p in wrapped.named_parameters() if "lora_" in n], size=0.1)
+    wrapped.save_pretrained(folder)
+    return folder, transformer
+
+
+@torch.no_grad()
+def generate(model, prompts=("a b", "c d e f")):
+    """Images of our model, by four of Euler's steps."""
+    noise = make_noise(model.latent_shape(16, 16), len(prompts))
+    x, times, condition = noise, model.times(4, 16, 16), model.encode(list(prompts))
+    for t, s in zip(times[:-1], times[1:], strict=True):
+        x = x + (s - t) * model.velocity(x, torch.full((len(prompts),), t), condition)
+    return model.decode(x)
+
+
+def generate_plain(pipeline, prompts=("a b", "c d e f")):
+    """The same images of a plain diffusers pipeline."""
+    pipeline.set_progress_bar_config(disable=True)
+    noise = make_noise((4, 8, 8), len(prompts))
+    options = {"num_inference_steps": 4, "guidance_scale": 1.0, "max_sequence_length": 8, "output_type": "pt"}
+    return pipeline(list(prompts), latents=noise, **SIZE, **options).images
+
+
+def make_noise(shape, count):
+    return torch.randn(count, *shape, generator=torch.Generator().manual_seed(0))
+
+
+def plain_pipeline(folder):
+    return diffusers.StableDiffusion3Pipeline.from_pretrained(folder)
