@@ -45,7 +45,7 @@ WORDS = ["".join(letters) for letters in product(string.ascii_lowercase, repeat=
 
 
 def randomise(model: Any) -> Any:
-    """Weights that let images and prompts make a difference: of the size of 1 / sqrt(inputs), norms about 1."""
+    """Fill a model with weights that let images and prompts make a difference."""
     source = torch.Generator(next(model.parameters()).device).manual_seed(0)
     for name, p in model.named_parameters():
         inputs = math.prod(p.shape[1:]) if p.ndim > 1 and "embed" not in name else 25
@@ -58,7 +58,7 @@ def randomise(model: Any) -> Any:
 
 
 def clip(folder: Path, kind: str, size: str = "full") -> str:
-    """A CLIPModel as the hub has it, with the names of older files; tokens are short. Gives the folder."""
+    """Save a CLIPModel as the hub has it, with older files' names; tokens are short. Returns the folder."""
     vision, text, width, activation = CLIPS[size][kind]
 
     def sizes(tower: tuple[int, int, int]) -> dict[str, Any]:
@@ -89,7 +89,7 @@ def clip(folder: Path, kind: str, size: str = "full") -> str:
 
 
 def hpsv2(folder: Path, size: str = "full") -> str:
-    """HPSv2's file, in half precision as published. Gives the folder."""
+    """Save HPSv2's file, in half precision as published. Returns the folder."""
     import open_clip
 
     model = randomise(open_clip.create_model(HPSV2[size]))
@@ -100,7 +100,7 @@ def hpsv2(folder: Path, size: str = "full") -> str:
 
 
 def mask2former(folder: Path, size: str = "full") -> str:
-    """facebook/mask2former-swin-small-coco-instance's sizes, sure of its classes so that it finds objects."""
+    """Save a model of facebook/mask2former-swin-small-coco-instance's sizes that is sure to find objects."""
     from nft_rewards.mask2former import COCO
 
     torch.manual_seed(0)
@@ -128,7 +128,7 @@ def mask2former(folder: Path, size: str = "full") -> str:
 
 
 def imagereward(folder: Path, size: str = "full") -> str:
-    """ImageReward's weights under their published names, and a tokenizer of short words. Gives the folder."""
+    """Save ImageReward's weights under their published names, and a tokenizer. Returns the folder."""
     from nft_rewards.blip import MED_CONFIG, SAFETENSORS, TEXT, VISION, BLIPScore, get_published_name
 
     less: dict[str, Any] = {"num_hidden_layers": 2} if size == "small" else {}

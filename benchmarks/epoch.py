@@ -76,7 +76,7 @@ BUSY = ("rollout", "decode", "train")
 
 @dataclass(frozen=True)
 class Job:
-    """What a worker is to do.
+    """Says what a worker is to do.
 
     folder: where it leaves weights for others to read. count: whether operations are counted, in an eager first
     epoch; otherwise what is to be compiled is compiled before it.
@@ -95,7 +95,7 @@ class Job:
 
 @dataclass
 class Prepared:
-    """What both loops start from."""
+    """Holds what both loops start from."""
 
     settings: Settings
     host: Any
@@ -108,7 +108,7 @@ class Prepared:
 
 
 def prepared(job: Job) -> Prepared:
-    """As `nft run` does it."""
+    """Load model, reward and prompts as `nft run` does."""
     silence_libraries("diffusers", "transformers")
     host = load_host()
     settings = settings_of(job.world, host, job.model, job.epochs, job.device, job.settings)
@@ -121,7 +121,7 @@ def prepared(job: Job) -> Prepared:
 
 
 class Ours:
-    """nft_core's loop, through what `nft run` calls, with its phases timed by the benchmark's clock."""
+    """Runs nft_core's loop, through what `nft run` calls, with its phases timed by the benchmark's clock."""
 
     def __init__(self, job: Job, world: Prepared) -> None:
         s, clock = world.settings, world.clock
@@ -166,7 +166,7 @@ class Ours:
 
 
 class Theirs:
-    """The published script's loop."""
+    """Runs the published script's loop."""
 
     encoding = 0.0
 
@@ -200,7 +200,7 @@ class Theirs:
 
 
 def work(job: Job, pipe: Connection) -> None:
-    """A worker: an epoch each time it is asked for one, and at the end what it has used."""
+    """Run an epoch each time the pipe asks for one, and tell at the end what the worker has used."""
     torch.set_num_threads(job.threads)
     world = prepared(job)
     loop = Ours(job, world) if job.loop == "ours" else Theirs(job, world)
@@ -226,7 +226,7 @@ def work(job: Job, pipe: Connection) -> None:
 
 
 def measure(jobs: Sequence[Job], warmup: int) -> dict[str, Any]:
-    """Epochs of each job's loop in turn, in processes that live side by side."""
+    """Run epochs of each job's loop in turn, in processes that live side by side."""
     context = multiprocessing.get_context("spawn")
     pipes: dict[str, Connection] = {}
     told: dict[str, Any] = {}
@@ -250,7 +250,7 @@ def measure(jobs: Sequence[Job], warmup: int) -> dict[str, Any]:
 
 
 def answer(pipe: Connection, loop: str, seconds: float | None = None) -> Any:
-    """What a worker says. Raises TimeoutError after so many seconds, SystemExit where it has ended."""
+    """Read what a worker says. Raises TimeoutError after so many seconds, SystemExit where it has ended."""
     if not pipe.poll(seconds):
         raise TimeoutError(f"The worker of {loop} did not answer within {seconds:.0f} s.")
     try:
@@ -260,7 +260,7 @@ def answer(pipe: Connection, loop: str, seconds: float | None = None) -> Any:
 
 
 def summary(loop: dict[str, Any], warmup: int) -> dict[str, Any]:
-    """A loop's figures: medians, least and most of its timed epochs beside them all."""
+    """Collect a loop's figures: medians, least and most of its timed epochs beside them all."""
     timed = loop["epochs"][warmup:]
     s = loop["settings"]
     images = s["prompts_per_epoch"] * s["group_size"]
@@ -283,7 +283,7 @@ def summary(loop: dict[str, Any], warmup: int) -> dict[str, Any]:
 
 
 def rows(loop: Mapping[str, Any]) -> list[tuple[str, str]]:
-    """Names and figures for a table."""
+    """Make a table's rows of a loop's figures."""
     cpu = "cuda" not in loop["machine"]
     phases = [(f"{p}, s", shown(loop["phases"][p])) for p in PHASES if p in loop["phases"]]
     rest = [p for p in loop["phases"] if p not in PHASES]
@@ -307,7 +307,7 @@ def rows(loop: Mapping[str, Any]) -> list[tuple[str, str]]:
 
 
 def compared(loops: Mapping[str, Any], folder: Path, warmup: int) -> dict[str, Any]:
-    """The two loops beside each other, and how far apart what they learned is."""
+    """Compare the two loops: their times, and how far apart what they learned is."""
     ours, theirs = loops["ours"], loops["published"]
     pairs = list(zip(ours["epochs"], theirs["epochs"], strict=True))
     sets = [load_file(folder / f"{name}.safetensors") for name in ("ours", "published", "initial")]
@@ -356,11 +356,13 @@ def sweep(options: argparse.Namespace, model: str | None, settings: Mapping[str,
 def job_of(
     loop: str, options: argparse.Namespace, model: str | None, settings: Mapping[str, Any], folder: Path
 ) -> Job:
+    """Make the job of a loop from the command line's options."""
     epochs = options.warmup + options.repeats
     return Job(loop, options.world, model, options.device, options.threads, epochs, settings, folder)
 
 
 def scaled(text: str) -> tuple[str, Any]:
+    """Read `NAME=N`, as --scale has it, as a setting."""
     name, equals, value = text.partition("=")
     if name not in SCALE or not equals:
         raise SystemExit(f"--scale takes {', '.join(f'{n}=N' for n in SCALE)}, got {text!r}.")
@@ -368,7 +370,7 @@ def scaled(text: str) -> tuple[str, Any]:
 
 
 def add_options(parser: argparse.ArgumentParser, repeats: int) -> None:
-    """Those of both benchmarks of training."""
+    """Add the options that both benchmarks of training have."""
     parser.add_argument("--world", choices=list(WORLDS), default="tiny")
     parser.add_argument("--device", default="cpu", help="cpu or cuda")
     parser.add_argument("--precision", default="auto", choices=["auto", "fp32", "bf16", "fp16"])
@@ -383,19 +385,20 @@ def add_options(parser: argparse.ArgumentParser, repeats: int) -> None:
 
 
 def given(options: argparse.Namespace) -> dict[str, Any]:
-    """Settings of the command line."""
+    """Read the settings of the command line."""
     scale = dict(scaled(text) for text in options.scale.split(",") if text)
     return {"precision": options.precision, **scale, **dict(parse_assignment(a) for a in options.assignments)}
 
 
 def model_of(options: argparse.Namespace, folder: Path) -> str | None:
-    """The world's model, as a folder of configs; None for the embedded world's own."""
+    """Write the world's model as a folder of configs; None for the embedded world's own."""
     if options.world == "tiny":
         return None
     return write_configs(folder / "pipeline", "small" if options.world.endswith("small") else "full")
 
 
 def main() -> None:
+    """Run the benchmark that the command line asks for."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_options(parser, repeats=5)
     parser.add_argument("--sweep", metavar="SETTING=A,B,...", help="ours alone, at each value")

@@ -26,11 +26,11 @@ import tomli_w
 from hypothesis import HealthCheck, Phase, given, seed, settings
 from hypothesis import strategies as st
 
-from nft_core.cli.app import name_run_folder
 from nft_core.errors import NftError
 from nft_core.host.specs import parse_observer, parse_reward
 from nft_core.prompts import read_prompts
 from nft_core.runs.checkpoint import MANIFEST, read_manifest
+from nft_core.runs.folder import name_run_folder
 from nft_core.runs.observers.metrics import FILE, read_records
 from nft_core.settings import make_settings, parse_assignment, read_toml, shorten_value, to_toml
 
@@ -86,7 +86,7 @@ FLOATS = [0.0, -0.0, 0.5, 1e-4, -3.5, 1e308, math.inf, -math.inf, math.nan]
 
 
 class Choices:
-    """Choices by bytes that hypothesis makes, changes and shortens; 0, the first, where they have run out.
+    """Makes choices by bytes that hypothesis makes and changes; 0, the first, where they have run out.
 
     A strategy for each choice would be ten times as slow.
     """
@@ -135,6 +135,7 @@ class Choices:
 
 
 def as_json(value: Any) -> bytes:
+    """Write a value as JSON; where Python cannot, an object with an integer of 5000 digits."""
     try:
         return json.dumps(value).encode()
     except ValueError:  # An integer of too many digits for Python to write.
@@ -180,12 +181,14 @@ OPTIONS = ["weight", "on_error", "retry", "max_seconds", "when", "upscale", "dev
 
 
 def reward_text(c: Choices) -> str:
+    """Make a reward's spec as the command line has it."""
     parts = [c.of(NAMES)] if c.often() else [c.text()]
     parts += [c.of(PARTS) if c.often() else c.of(ODD) if c.often() else c.text(4) for _ in range(c.below(5))]
     return "".join(parts)
 
 
 def reward_table(c: Choices) -> dict[str, Any]:
+    """Make a reward's table as a run file has it."""
     table = {"name": c.of(NAMES)} if c.often() else {"name": c.value()} if c.often() else {}
     for _ in range(c.below(4)):
         name = c.of(OPTIONS) if c.often() else c.text()
@@ -194,26 +197,31 @@ def reward_table(c: Choices) -> dict[str, Any]:
 
 
 def reward(c: Choices) -> Any:
+    """Make a reward's spec, as text or as a table."""
     return (reward_text, reward_text, reward_table, Choices.value)[c.below(4)](c)
 
 
 def read_reward(given: Any, folder: Path) -> None:
+    """Read a reward's spec as `nft run` does."""
     parsed = parse_reward(given)
     check_default_folder([parsed.title])
 
 
 def check_default_folder(titles: list[str]) -> None:
+    """Hold a run's default folder to being one folder in `runs`."""
     place = name_run_folder(titles)
     assert place.parent == Path("runs") and not {"/", "\\", ".", "\0"} & set(place.name), place
 
 
 # Prompts.
 def text_lines(c: Choices) -> bytes:
+    """Make the content of a .txt file of prompts."""
     lines = [c.text(20) for _ in range(c.below(5))]
     return c.edited("\n".join(lines).encode("utf-8", "replace" if c.often() else "surrogatepass"))
 
 
 def prompt_lines(c: Choices) -> bytes:
+    """Make the content of a .jsonl file of prompts."""
     records = []
     for _ in range(1 + c.below(3)):
         record = {"prompt": f"a{c.text()}" if c.often() else c.value()}
@@ -223,6 +231,8 @@ def prompt_lines(c: Choices) -> bytes:
 
 
 def read_prompt_file(name: str) -> Callable[[bytes, Path], None]:
+    """Make the reader of a file of prompts with this name."""
+
     def read_it(content: bytes, folder: Path) -> None:
         path = folder / name
         path.write_bytes(content)
@@ -239,12 +249,14 @@ FIELDS = list(DEFAULTS)
 
 
 def setting(c: Choices) -> tuple[str, Any]:
+    """Make a setting's name and its value."""
     name = c.of(FIELDS) if c.below(20) else c.text()
     plain = [DEFAULTS.get(name), c.below(3000), c.of(["ocr", "grid", "auto", "a\0b", "-1"]), [reward_text(c)]]
     return name, (c.of(plain) if c.below(5) else [reward_table(c)] if c.often() else c.value())
 
 
 def settings_file(c: Choices) -> bytes:
+    """Make the content of a run file."""
     table = dict(setting(c) for _ in range(c.below(4)))
     try:
         text = tomli_w.dumps(table if c.often() else DEFAULTS | table)
@@ -254,7 +266,7 @@ def settings_file(c: Choices) -> bytes:
 
 
 def read_table(table: dict[str, Any]) -> None:
-    """What `nft run` does with a table before it looks for models and files."""
+    """Read a table as `nft run` does before it looks for models and files."""
     made = make_settings(table)
     titles = [parse_reward(r).title for r in made.rewards]
     for observer in made.observers:
@@ -264,12 +276,14 @@ def read_table(table: dict[str, Any]) -> None:
 
 
 def read_run_file(content: bytes, folder: Path) -> None:
+    """Read a run file as `nft run --config` does."""
     path = folder / "run.toml"
     path.write_bytes(content)
     read_table(read_toml(path))
 
 
 def assignment(c: Choices) -> str:
+    """Make the text of an option `--set`."""
     name, value = setting(c)
     try:
         line = tomli_w.dumps({"a": value})[4:].rstrip("\n") if c.often() else str(value)
@@ -279,11 +293,13 @@ def assignment(c: Choices) -> str:
 
 
 def read_assignment(text: str, folder: Path) -> None:
+    """Read the text of an option `--set`."""
     read_table(dict([parse_assignment(text)]))
 
 
 # Figures.
 def figures(c: Choices) -> bytes:
+    """Make the content of a `metrics.jsonl`."""
     lines = []
     for _ in range(1 + c.below(4)):
         record = {"event": c.of(["epoch", "eval"]) if c.often() else c.value()}
@@ -294,6 +310,7 @@ def figures(c: Choices) -> bytes:
 
 
 def read_figures(content: bytes, folder: Path) -> None:
+    """Read a `metrics.jsonl` as resuming a run does."""
     (folder / FILE).write_bytes(content)
     damaged: list[int] = []
     records = list(read_records(folder, damaged))
@@ -321,6 +338,7 @@ PLACES = [
 
 
 def manifest(c: Choices) -> bytes:
+    """Make the content of a checkpoint's manifest."""
     files = dict.fromkeys(["state.json", "policy.safetensors", "optimizer.safetensors"], ENTRY)
     for _ in range(c.below(3)):
         entry = ENTRY if c.often() else {"size": c.value(), "sha256": c.value()} if c.often() else c.value()
@@ -332,6 +350,7 @@ def manifest(c: Choices) -> bytes:
 
 
 def read_checkpoint(content: bytes, folder: Path) -> None:
+    """Read a checkpoint whose manifest has this content."""
     (folder / MANIFEST).write_bytes(content)
     for name in read_manifest(folder).files:
         assert (folder / name).resolve().is_relative_to(folder.resolve()), name
@@ -339,7 +358,7 @@ def read_checkpoint(content: bytes, folder: Path) -> None:
 
 @dataclass(frozen=True)
 class Target:
-    """What is read, and how its inputs are made of choices."""
+    """Names what is read, and how its inputs are made of choices."""
 
     make: Callable[[Choices], Any]
     read: Callable[[Any, Path], None]
@@ -425,7 +444,7 @@ watch = Watch()
 
 @dataclass
 class Outcome:
-    """Of one target. refused: how often, by the place in our code that refused."""
+    """Counts what became of a target's inputs. refused: how often, by the place in our code that refused."""
 
     inputs: int = 0
     accepted: int = 0
@@ -435,11 +454,13 @@ class Outcome:
 
 
 def place(error: NftError) -> str:
+    """Name the place in our code that raised an error."""
     frame = traceback.extract_tb(error.__traceback__)[-1]
     return f"{type(error).__name__} {Path(frame.filename).name}:{frame.lineno}"
 
 
 def tree(folder: Path) -> dict[str, tuple[int, int]]:
+    """Read sizes and times of all that is in a folder."""
     found = [(path, path.lstat()) for path in folder.rglob("*")]
     return {str(path): (status.st_size, status.st_mtime_ns) for path, status in found}
 
@@ -508,6 +529,7 @@ def fuzz(target: Target, count: int, start: int = 0) -> Outcome:
 
 
 def main() -> None:
+    """Fuzz the targets that the command line names."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--count", type=int, default=10_000, help="different inputs a target")
     parser.add_argument("--target", choices=TARGETS, action="append", help="this one alone; repeatable")

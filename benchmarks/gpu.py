@@ -53,7 +53,7 @@ def run_section(name: str, options: argparse.Namespace, seconds: float) -> int |
 
 
 def read_section(name: str, folder: Path, code: int | None) -> dict[str, Any]:
-    """What a section has written, and where it ended by itself in the middle, that with the end of its log.
+    """Read what a section has written, and the end of its log where it ended by itself in the middle.
 
     code: its exit code, or None where its time was up.
     """
@@ -69,7 +69,7 @@ def read_section(name: str, folder: Path, code: int | None) -> dict[str, Any]:
 
 
 def problems(told: dict[str, dict[str, Any]]) -> Iterator[str]:
-    """Checks that failed, with their tracebacks, and checks that the time did not suffice for."""
+    """Yield checks that failed, with their tracebacks, and checks that the time did not suffice for."""
     for name, section in told.items():
         for row in section["rows"]:
             if not row["ok"]:
@@ -81,7 +81,7 @@ def problems(told: dict[str, dict[str, Any]]) -> Iterator[str]:
 
 
 def table(told: dict[str, dict[str, Any]]) -> str:
-    """All results in Markdown."""
+    """Write all results as a table in Markdown."""
     lines = ["| section | check | result | s |", "|---|---|---|---:|"]
     for name, section in told.items():
         for row in section["rows"]:
@@ -92,6 +92,7 @@ def table(told: dict[str, dict[str, Any]]) -> str:
 
 
 def main() -> None:
+    """Run the sections one after the other, or in a section's own process that section."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--minutes", type=float, default=9.0, help="for all sections together")
     parser.add_argument("--out", type=Path, required=True, help="folder of the results")

@@ -40,6 +40,7 @@ STUCK = 50
 
 
 def command(folder: Path, prompts: Path, epochs: int) -> list[str]:
+    """List the arguments of the run that is killed."""
     settings = SETTINGS | {"prompts": str(prompts), "eval_prompts": str(prompts), "epochs": epochs}
     words = [word for key, value in settings.items() for word in ("--set", f"{key}={value}")]
     rewards = ["--reward", "jpeg_compressibility", "--reward", "clipscore=0.1"]
@@ -68,13 +69,13 @@ def start(arguments: list[str], log: Path) -> int:
 
 
 def end(child: int) -> int | None:
-    """The exit status, where the process has ended."""
+    """Return the exit status, where the process has ended."""
     done, status = os.waitpid(child, os.WNOHANG)
     return os.waitstatus_to_exitcode(status) if done else None
 
 
 def contents(folder: Path) -> dict[str, Any]:
-    """All of a run that must not depend on how often it was killed."""
+    """Read all of a run that must not depend on how often it was killed."""
     found: dict[str, Any] = {}
     for path in sorted(p for p in folder.rglob("*") if p.is_file()):
         name = path.relative_to(folder).as_posix()
@@ -93,6 +94,7 @@ def contents(folder: Path) -> dict[str, Any]:
 
 
 def differences(ours: dict[str, Any], theirs: dict[str, Any]) -> list[str]:
+    """List what differs between two runs."""
     return [name for name in sorted({*ours, *theirs}) if ours.get(name) != theirs.get(name)]
 
 
@@ -120,6 +122,7 @@ def attempt(
 
 
 def main() -> None:
+    """Kill and resume runs as often as the command line says, and print what came of it."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--count", type=int, default=100, help="kills")
     parser.add_argument("--epochs", type=int, default=4)
@@ -138,6 +141,7 @@ def main() -> None:
 
 
 def kill(place: Path, count: int, epochs: int, draw: random.Random) -> dict[str, Any]:
+    """Kill and resume runs until `count` kills are made, and compare each with one left in peace."""
     prompts, log = place / "prompts.txt", place / "log.txt"
     prompts.write_text("\n".join(PROMPTS) + "\n")
     # The first attempt of all, which nobody kills. The same name, since pictures and reports may show it.

@@ -55,6 +55,7 @@ def make_stricter(
 
 
 def main() -> None:
+    """Measure the checkpoints of the run that the command line names."""
     folder = Path(sys.argv[1])
     settings = make_settings(read_settings(folder), {"processes": 1, "device": "cpu"})
     host = load_host()

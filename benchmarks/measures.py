@@ -30,12 +30,13 @@ NOT_COUNTED = "not counted"
 
 
 def synchronize(device: torch.device) -> None:
+    """Wait until the device has done all that it was given."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 
 
 class Clock:
-    """Seconds, and where they are counted operations, of an epoch by phase; `other` is what no phase is around.
+    """Counts seconds, and operations where asked, of an epoch by phase; `other` is what no phase is around.
 
     A phase inside another takes its share out of it, so phases add up to the epoch. They are the main thread's:
     what rewards do on a thread of their own is seen as the wait for it, and in `cpu`, the seconds of all
@@ -128,12 +129,12 @@ class Clock:
 
 
 def peak_bytes() -> int:
-    """The largest resident memory of this process."""
+    """Return the largest resident memory of this process."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 def matrix_product_peak(device: torch.device, dtype: torch.dtype) -> float:
-    """FLOP/s of a large matrix product, the fastest of several; on a CPU of the seconds spent on it."""
+    """Measure FLOP/s of a large matrix product, the fastest of several; on a CPU of the seconds spent on it."""
     cuda = device.type == "cuda"
     size, repeats, clock = (8192, 20, perf_counter) if cuda else (1024, 20, thread_time)
     a = torch.randn(size, size, device=device).to(dtype)
@@ -149,7 +150,7 @@ def matrix_product_peak(device: torch.device, dtype: torch.dtype) -> float:
 
 
 def machine(device: torch.device) -> dict[str, Any]:
-    """What a figure was measured on."""
+    """Describe what a figure was measured on."""
     return {
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else processor(),
         "cores": cores(),
@@ -161,11 +162,12 @@ def machine(device: torch.device) -> dict[str, Any]:
 
 
 def cores() -> int:
-    """Those that this process may use."""
+    """Count the cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def processor() -> str:
+    """Name the processor."""
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
     except OSError:
@@ -175,22 +177,24 @@ def processor() -> str:
 
 
 def spread(values: Sequence[float]) -> dict[str, float]:
+    """Return median, least and most."""
     return {"median": median(values), "least": min(values), "most": max(values)}
 
 
 def shown(figure: dict[str, float], digits: int = 3) -> str:
-    """`median (least to most)`."""
+    """Write a figure as `median (least to most)`."""
     middle, least, most = (f"{figure[name]:.{digits}g}" for name in ("median", "least", "most"))
     return f"{middle} ({least} to {most})"
 
 
 def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """In Markdown."""
+    """Write a table in Markdown."""
     lines = [head, ["---"] * len(head), *rows]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
 def relative(a: float, b: float) -> float:
+    """Return the difference of two figures relative to the larger one."""
     return abs(a - b) / max(abs(a), abs(b), 1e-30)
 
 
@@ -198,7 +202,7 @@ Weights = Mapping[str, torch.Tensor]
 
 
 def difference(a: Weights, b: Weights, from_what: Weights | None = None) -> float:
-    """The norm of two sets of weights' difference, relative to the second's, or to its way from a third."""
+    """Return the norm of two sets of weights' difference, relative to the second or its way from a third."""
     if a.keys() != b.keys():
         raise SystemExit(f"Trained weights have other names: {sorted(a.keys() ^ b.keys())[:4]}.")
     gap = size = 0.0
@@ -216,7 +220,7 @@ def apart(
     b: Weights,
     initial: Weights,
 ) -> dict[str, float]:
-    """Relative differences of what two runs learned: of the figures of the first epochs, and of the weights.
+    """Compare what two runs learned: relative differences of the first epochs' figures, and of the weights.
 
     Later, rounding has come back through images whose pixels it turned, and grows.
     """
@@ -226,7 +230,7 @@ def apart(
 
 
 def agree(found: Mapping[str, float], tolerance: float | None) -> bool | None:
-    """Whether all differences are within the tolerance; None where there is none.
+    """Tell whether all differences are within the tolerance; None where there is none.
 
     Ten times that for the weights' change: Adam divides small gradients by their size, and rounding with them.
     """

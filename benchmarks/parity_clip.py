@@ -38,7 +38,7 @@ HEAD = {0: (1024, 768), 2: (128, 1024), 4: (64, 128), 6: (16, 64), 7: (1, 16)}
 
 
 def pictures() -> Iterator[tuple[str, np.ndarray]]:
-    """`[3, H, W]`: gradients, noise, waves; not square, tiny and huge."""
+    """Make pictures `[3, H, W]`: gradients, noise, waves; not square, tiny and huge."""
     rng = np.random.default_rng(0)
     y, x = np.mgrid[0:1:600j, 0:1:360j]
     waves = 0.5 + 0.5 * np.sin(40 * x * y)
@@ -51,13 +51,14 @@ def pictures() -> Iterator[tuple[str, np.ndarray]]:
 
 
 def batches() -> Iterator[tuple[str, Batch]]:
+    """Make a batch of each picture with each prompt."""
     for name, picture in pictures():
         images = torch.from_numpy(picture).float().expand(len(PROMPTS), -1, -1, -1)
         yield name, Batch(images, list(PROMPTS), [{}] * len(PROMPTS), torch.arange(len(PROMPTS)))
 
 
 def reference(folder: str) -> tuple[Embed, Embed, float]:
-    """Image features `[1, D]` of a PIL image and text features of a prompt, of unit length; logit scale."""
+    """Load the library's own CLIP; returns features of an image and of a prompt, and its logit scale."""
     model, processor = CLIPModel.from_pretrained(folder).eval(), CLIPProcessor.from_pretrained(folder)
     # Where torchvision is, the processor's own would resize with it and not with PIL.
     processor.image_processor = CLIPImageProcessorPil.from_pretrained(folder)
@@ -75,18 +76,21 @@ def reference(folder: str) -> tuple[Embed, Embed, float]:
 
 
 def pickscore(place: Path, size: str) -> Sides:
+    """Make our PickScore and the library's computation."""
     folder = checkpoints.clip(place, "vit-h", size)
     image, text, scale = reference(folder)
     return partial(PickScore, folder), lambda i, p: scale * (image(i) @ text(p).T)
 
 
 def clipscore(place: Path, size: str) -> Sides:
+    """Make our CLIPScore and the library's computation."""
     folder = checkpoints.clip(place, "vit-l", size)
     image, text, _ = reference(folder)
     return partial(CLIPScore, folder), lambda i, p: image(i) @ text(p).T
 
 
 def aesthetic(place: Path, size: str) -> Sides:
+    """Make our aesthetic score and the published computation."""
     folder = checkpoints.clip(place, "vit-l", size)
     source = torch.Generator().manual_seed(1)
     state = {}
@@ -107,6 +111,7 @@ def aesthetic(place: Path, size: str) -> Sides:
 
 
 def hpsv2(place: Path, size: str) -> Sides:
+    """Make our HPSv2 and open_clip's computation."""
     import open_clip
     import torchvision.transforms.functional as F
 
@@ -139,6 +144,7 @@ REWARDS = {f.__name__: f for f in (pickscore, clipscore, aesthetic, hpsv2)}
 
 @torch.no_grad()
 def main() -> None:
+    """Compare the rewards that the command line names."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("rewards", nargs="*", default=list(REWARDS))
     parser.add_argument("--size", choices=("full", "small"), default="full")

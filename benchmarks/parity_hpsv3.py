@@ -50,6 +50,7 @@ PROCESSOR = {
 
 
 def write(folder: Path) -> None:
+    """Write a small checkpoint in the published form, and the pictures that both score."""
     from safetensors.torch import save_file
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
     from transformers import Qwen2VLConfig
@@ -97,6 +98,7 @@ def write(folder: Path) -> None:
 
 
 def ours(folder: Path) -> None:
+    """Score the pictures with our HPSv3."""
     from nft_rewards.hpsv3 import HPSv3
 
     result = {}
@@ -110,6 +112,7 @@ def ours(folder: Path) -> None:
 
 
 def package(folder: Path) -> None:
+    """Score the pictures with the authors' package."""
     if importlib.util.find_spec("torchvision") and torch.version.cuda is None:
         # PyPI's torchvision beside a CPU build of torch lacks these two, which are not used here.
         library = torch.library.Library("torchvision", "FRAGMENT")

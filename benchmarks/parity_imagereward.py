@@ -50,7 +50,7 @@ MED_CONFIG = {
 
 
 def published_shapes() -> dict[str, tuple[int, ...]]:
-    """Names and shapes in the published file."""
+    """Return the names and shapes in the published file."""
     shapes: dict[str, tuple[int, ...]] = {
         "blip.visual_encoder.cls_token": (1, 1, 1024),
         "blip.visual_encoder.pos_embed": (1, 197, 1024),
@@ -91,6 +91,7 @@ def published_shapes() -> dict[str, tuple[int, ...]]:
 
 
 def write(folder: Path) -> None:
+    """Write a file of the published form, and the pictures that both score."""
     generator = torch.Generator().manual_seed(0)
     state = {}
     for name, shape in published_shapes().items():
@@ -114,6 +115,7 @@ def write(folder: Path) -> None:
 
 
 def score(folder: Path, **options: Any) -> tuple[Any, list[float]]:
+    """Load our reward and score the pictures; returns both."""
     start = time.perf_counter()
     reward = ImageReward(str(folder), **options)
     loaded = time.perf_counter()
@@ -123,6 +125,7 @@ def score(folder: Path, **options: Any) -> tuple[Any, list[float]]:
 
 
 def ours(folder: Path) -> None:
+    """Score the pictures with our ImageReward."""
     # Loading raises where a key is missing, unexpected or of another shape.
     _, values = score(folder, tokenizer=str(folder / "bert-base-uncased"), precision="fp32")
     (folder / "ours.json").write_text(json.dumps(values))
@@ -130,6 +133,7 @@ def ours(folder: Path) -> None:
 
 
 def package(folder: Path) -> None:
+    """Score the pictures with the authors' package."""
     if importlib.util.find_spec("torchvision") and torch.version.cuda is None:
         # PyPI's torchvision beside a CPU build of torch lacks these two, which are not used here.
         library = torch.library.Library("torchvision", "FRAGMENT")

@@ -45,6 +45,7 @@ ENTRY_POINTS = "[nft_plugins]\nreward{n} = nft_reward{n}\n"
 
 
 def install(folder: Path, count: int) -> None:
+    """Install so many plug-ins in a folder."""
     for n in range(count):
         (folder / f"nft_reward{n}.py").write_text(MODULE.replace("{n}", str(n)))
         info = folder / f"nft_reward{n}-1.0.dist-info"
@@ -54,6 +55,7 @@ def install(folder: Path, count: int) -> None:
 
 
 def seconds(path: Path, *arguments: str) -> float:
+    """Time a command of `nft` with this folder on the path."""
     start = perf_counter()
     done = subprocess.run(
         [sys.executable, "-m", "nft_core", *arguments],
@@ -71,6 +73,7 @@ def seconds(path: Path, *arguments: str) -> float:
 
 
 def main() -> None:
+    """Print how long each command takes without plug-ins and with many."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--plugins", type=int, default=200)
     parser.add_argument("--repeats", type=int, default=10)

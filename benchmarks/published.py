@@ -50,7 +50,7 @@ Condition = Mapping[str, Tensor]
 
 
 class Published:
-    """The loop and what it trains.
+    """Trains as the published script does, and holds what it trains.
 
     pipeline: a StableDiffusion3Pipeline in float32 on the device, or None for that of the settings.
     initial: the weights to start from, by the names that nft_core's policy gives them.
@@ -296,7 +296,7 @@ class Published:
 
 
 def load_published(model: str, device: torch.device, half: torch.dtype) -> Any:
-    """The pipeline on the device: float32 but for the text encoders."""
+    """Load the pipeline on the device: float32 but for the text encoders."""
     encoders = {f"text_encoder{n}": half for n in ("", "_2", "_3")}
     index = StableDiffusion3Pipeline.load_config(model)
     pipeline = StableDiffusion3Pipeline.from_pretrained(

@@ -36,6 +36,7 @@ def resize_images(sizes: int, bounded: bool) -> tuple[float, float]:
 
 
 def main() -> None:
+    """Measure both ways, each in a process of its own."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--sizes", type=int, default=300)
     parser.add_argument("--way", choices=["bounded", "unbounded"], help=argparse.SUPPRESS)

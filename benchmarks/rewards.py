@@ -49,7 +49,7 @@ NOUNS = ("dog", "cat", "bus", "clock", "bird", "horse", "pizza", "chair")
 
 
 class CLIPTheirs:
-    """cos(image, prompt) with transformers' CLIPModel and processor."""
+    """Scores cos(image, prompt) with transformers' CLIPModel and processor."""
 
     def __init__(self, folder: str, device: str) -> None:
         self.model = CLIPModel.from_pretrained(folder).eval().to(device)
@@ -72,7 +72,7 @@ class CLIPTheirs:
 
 
 class HPSv2Theirs:
-    """HPSv2's published preprocessing on open_clip's model."""
+    """Applies HPSv2's published preprocessing on open_clip's model."""
 
     def __init__(self, folder: str, device: str) -> None:
         import open_clip
@@ -105,7 +105,7 @@ class HPSv2Theirs:
 
 
 class ImageRewardTheirs:
-    """A pair at a time, float32."""
+    """Scores a pair at a time, in float32."""
 
     def __init__(self, folder: str, device: str) -> None:
         self.reward = ImageReward(folder, tokenizer=folder, precision="fp32", device=device)
@@ -120,7 +120,7 @@ class ImageRewardTheirs:
 
 
 class GenEvalTheirs:
-    """Mask2Former an image at a time, CLIP an object at a time; our post-processing and evaluator."""
+    """Runs Mask2Former an image at a time, CLIP an object at a time; our post-processing and evaluator."""
 
     def __init__(self, detector: str, clip: str, device: str) -> None:
         self.model = Mask2FormerForUniversalSegmentation.from_pretrained(detector).eval().to(device)
@@ -159,7 +159,7 @@ class GenEvalTheirs:
 
 
 def batches(args: Namespace, epoch: int) -> Iterator[Batch]:
-    """Images of `group` a prompt, 24 at once, new ones each epoch."""
+    """Make images of `group` a prompt, 24 at once, new ones each epoch."""
     source = torch.Generator().manual_seed(epoch)
     nouns = [NOUNS[i % len(NOUNS)] for i in range(args.images // args.group) for _ in range(args.group)]
     for start in range(0, len(nouns), 24):
@@ -176,13 +176,13 @@ def batches(args: Namespace, epoch: int) -> Iterator[Batch]:
 
 
 def few(args: Namespace) -> Batch:
-    """Two images, to warm up with."""
+    """Make two images, to warm up with."""
     batch = next(batches(args, 99))
     return Batch(batch.images[:2], batch.prompts[:2], batch.metadata[:2], batch.groups[:2])
 
 
 def seconds(args: Namespace, rewards: list[Any]) -> float:
-    """Of `epochs` epochs; what warms up is not counted."""
+    """Measure the seconds of `epochs` epochs; what warms up is not counted."""
     for reward in rewards:
         reward(few(args))
     total = 0.0
@@ -197,7 +197,7 @@ def seconds(args: Namespace, rewards: list[Any]) -> float:
 
 
 def cases(place: Path, args: Namespace) -> dict[str, tuple[Build, Build]]:
-    """Name: how to make the straightforward way's rewards, and ours."""
+    """Return by name how to make the straightforward way's rewards, and ours."""
     device = args.device
     vit_h, vit_l = str(place / "vit-h"), str(place / "vit-l")
     hps, detector = str(place / "hpsv2"), str(place / "mask2former")
@@ -225,7 +225,7 @@ TOGETHER = ("pickscore", "hpsv2", "clipscore")
 
 
 def peak(place: Path, args: Namespace, ours: int) -> float:
-    """Gigabytes of this process, or of its part of the GPU, with all three rewards and two images."""
+    """Measure gigabytes of this process, or of its part of the GPU, with all three rewards and two images."""
     rewards = [reward for name in TOGETHER for reward in cases(place, args)[name][ours]()]
     batch = few(args)
     for reward in rewards:
@@ -236,7 +236,7 @@ def peak(place: Path, args: Namespace, ours: int) -> float:
 
 
 def make(place: Path, names: list[str], size: str, device: str) -> None:
-    """The checkpoints that these need; a thousand million random numbers are drawn sooner on a GPU."""
+    """Make the checkpoints that these need; many random numbers are drawn sooner on a GPU."""
     needs = {
         "pickscore": {"vit-h"},
         "hpsv2": {"hpsv2"},
@@ -256,6 +256,7 @@ def make(place: Path, names: list[str], size: str, device: str) -> None:
 
 
 def main() -> None:
+    """Run the comparisons that the command line names."""
     names = ["pickscore", "hpsv2", "clipscore", "imagereward", "geneval", "shared", "memory"]
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("names", nargs="*", metavar="NAME")

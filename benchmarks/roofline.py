@@ -36,7 +36,7 @@ FROZEN, TRAINED, DECODED = 24, 8, 4
 
 @dataclass(frozen=True)
 class Operation:
-    """A kernel: its FLOPs, and bytes by the storage that it reads or writes. heavy: a product or attention."""
+    """Describes a kernel: its FLOPs, and bytes by storage read or written. heavy: a product or attention."""
 
     heavy: bool
     flops: int
@@ -77,7 +77,7 @@ class Recorder(TorchDispatchMode):
 
 @dataclass(frozen=True)
 class Rates:
-    """FLOP/s of products in 16 bits, and bytes/s."""
+    """Holds FLOP/s of products in 16 bits, and bytes/s."""
 
     flops: float
     bandwidth: float
@@ -114,7 +114,7 @@ class Rates:
 
 
 class Model:
-    """SD3.5-medium with a LoRA of rank 32 on the meta device."""
+    """Records passes of SD3.5-medium with a LoRA of rank 32 on the meta device."""
 
     def __init__(self, folder: Path, resolution: int, dtype: torch.dtype) -> None:
         device = torch.device("meta")
@@ -151,6 +151,7 @@ class Model:
 
 
 def main() -> None:
+    """Print what an epoch should take on each GPU."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tflops", type=float, default=700, help="of matrix products in 16 bits")
     parser.add_argument("--tf32", type=float, default=350, help="TFLOP/s of convolutions in float32, as TF32")

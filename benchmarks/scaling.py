@@ -42,7 +42,7 @@ TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
 
 
 def work(job: Job) -> None:
-    """One of the processes; the first leaves what was measured and learned in the job's folder."""
+    """Run as one of the processes; the first leaves what was measured and learned in the job's folder."""
     from nft_core.training.loop import train_epoch
 
     torch.set_num_threads(job.threads)
@@ -83,7 +83,7 @@ def work(job: Job) -> None:
 
 
 def launched(processes: int, job: Mapping[str, Any]) -> dict[str, Any]:
-    """A run in so many processes: what the first of them has measured and learned."""
+    """Run in so many processes; returns what the first of them has measured and learned."""
     with tempfile.TemporaryDirectory() as folder:
         worker = [__file__, "--worker", json.dumps({**job, "folder": folder})]
         done = subprocess.run(
@@ -95,13 +95,13 @@ def launched(processes: int, job: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def told(folder: Path) -> dict[str, Any]:
-    """What the first process has left in the job's folder."""
+    """Read what the first process has left in the job's folder."""
     left: dict[str, Any] = json.loads((folder / "told.json").read_text())
     return left | {n: load_file(folder / f"{n}.safetensors") for n in ("weights", "initial")}
 
 
 def summary(case: tuple[str, int], measured: Sequence[dict[str, Any]], one: dict[str, Any]) -> dict[str, Any]:
-    """The figures of all runs of a case, beside the first run of one process."""
+    """Collect the figures of all runs of a case, beside the first run of one process."""
     kind, n = case
     figures: dict[str, Any] = {"scaling": kind, "processes": n, "images": measured[0]["images"]}
     figures["epochs"] = [s for run in measured for s in run["seconds"]]
@@ -117,6 +117,7 @@ def summary(case: tuple[str, int], measured: Sequence[dict[str, Any]], one: dict
 
 
 def main() -> None:
+    """Run the cases that the command line asks for."""
     if sys.argv[1:2] == ["--worker"]:
         spec = json.loads(sys.argv[2])
         work(Job(**{**spec, "folder": Path(spec["folder"])}))

@@ -19,6 +19,7 @@ def list_means(record: Mapping[str, Any]) -> dict[str, float]:
 
 
 def summarise(folder: Path) -> None:
+    """Print a line of what a run has learned and where its time went."""
     lines = (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
     records = [json.loads(line) for line in lines]
     evals = [r for r in records if r["event"] == "eval"]

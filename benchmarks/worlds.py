@@ -100,7 +100,7 @@ SHAPES: dict[str, dict[str, dict[str, Any]]] = {
 def settings_of(
     world: str, host: Host, model: str | None, epochs: int, device: str, *layers: Mapping[str, Any]
 ) -> Settings:
-    """Those of a run in this world, later layers first in rank.
+    """Make the settings of a run in this world; later layers come first in rank.
 
     model: the folder that `write_configs` has written; None for the embedded world's own.
     """
@@ -197,7 +197,7 @@ def make_tokenizers() -> dict[str, Any]:
 
 
 class RandomSD3(SD3):
-    """An SD3 of a folder of configs alone, whose weights are random numbers made on the device.
+    """Makes an SD3 of a folder of configs alone, whose weights are random numbers made on the device.
 
     In place of text encoders it has random conditions of their outputs' shape, the same for the same text: what
     a loop costs depends on neither.
@@ -229,7 +229,7 @@ class RandomSD3(SD3):
 
 
 def load_world(s: Settings, host: Host, device: torch.device) -> FlowModel:
-    """The world's model as a run loads it, or a random one where its folder has no weights."""
+    """Load the world's model as a run does, or a random one where its folder has no weights."""
     if not is_made_here(s):
         return load_model(s, host, device)
     half = autocast_dtype(s, device) if s.lora_rank else None
@@ -239,13 +239,13 @@ def load_world(s: Settings, host: Host, device: torch.device) -> FlowModel:
 
 
 def is_made_here(s: Settings) -> bool:
-    """Whether the model's folder is one of configs alone."""
+    """Tell whether the model's folder is one of configs alone."""
     transformer = Path(s.model) / "transformer"
     return transformer.is_dir() and not list(transformer.glob("*.safetensors"))
 
 
 def load_pipeline(s: Settings, device: torch.device) -> Any:
-    """The random model as a diffusers pipeline in float32, which encodes prompts as `RandomSD3` does."""
+    """Load the random model as a diffusers pipeline in float32, which encodes prompts as `RandomSD3` does."""
     model = RandomSD3(s.model, device=device, max_sequence_length=s.max_sequence_length)
 
     def encode_prompt(texts: Sequence[str], *given: Any, **options: Any) -> Any:

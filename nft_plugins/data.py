@@ -127,7 +127,7 @@ class Scores:
 
 
 def plain(compute: Callable[[], T]) -> T:
-    """What `compute()` returns, in tensors for everybody, whatever mode the first who asks for it is in."""
+    """Call `compute` so that its tensors are everybody's, whatever mode the first who asks for it is in."""
     import torch
 
     with torch.inference_mode(False), torch.no_grad():

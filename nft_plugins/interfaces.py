@@ -95,6 +95,8 @@ class FlowModel(Protocol):
     - `needs_autocast = False`, where `velocity` works on a transformer of bfloat16 without `torch.autocast`.
     - `can_guide = False`, an attribute of the class, where classifier-free guidance means nothing to the model,
       as where guidance is distilled into its weights: generation with guidance is then refused.
+    - `encode_negative(prompts)`, where negative prompts are encoded otherwise than prompts.
+    - `guide(v, v_neg, scale)`, the velocity under guidance where it is not `v_neg + scale (v - v_neg)`.
     """
 
     name: str

@@ -38,7 +38,7 @@ UNKNOWN = object()
 
 
 class Place(NamedTuple):
-    """A piece of state: `get` reads it, `put` takes back what was read, `same` compares what was read twice.
+    """Names a piece of state: `get` reads it, `put` puts back what was read, `same` compares two readings.
 
     name: of the whole that it belongs to.
     """
@@ -55,7 +55,7 @@ Noted = list[tuple[Place, Any]]
 
 
 def noted(places: Iterable[Place], but: Iterable[str] = ()) -> Noted:
-    """The state now. but: names that are left out."""
+    """Read the state as it is now. but: names that are left out."""
     return [(place, read(place)) for place in places if place.name not in but]
 
 
@@ -82,7 +82,7 @@ def read(place: Place) -> Any:
 
 
 def attributes(name: str, root: object, paths: str) -> Places:
-    """Attributes of an object, and of what its attributes hold: `matmul.precision`."""
+    """List attributes of an object, and of what its attributes hold, as places: `matmul.precision`."""
 
     def one(path: str) -> Place:
         holder, _, last = path.rpartition(".")
@@ -93,27 +93,28 @@ def attributes(name: str, root: object, paths: str) -> Places:
 
 
 def on_main_thread() -> bool:
+    """Tell whether this is the process's main thread."""
     return threading.current_thread() is threading.main_thread()
 
 
 def all_places() -> Places:
-    """All that the current thread may put back."""
+    """List all that the current thread may put back."""
     return of_a_thread() + shared_places()
 
 
 def shared_places() -> Places:
-    """What the current thread may put back and has not for itself alone."""
+    """List what the current thread may put back and has not for itself alone."""
     return of_libraries() + python_places()
 
 
 def python_places() -> Places:
-    """What of it is Python's own, which can be looked at before anything is imported."""
+    """List what of it is Python's own, which can be looked at before anything is imported."""
     return of_python() + (of_the_main_thread() if on_main_thread() else ())
 
 
 @cache
 def of_a_thread() -> Places:
-    """What each thread has for itself."""
+    """List what each thread has for itself."""
     import numpy as np
     import torch
 
@@ -160,7 +161,7 @@ BACKENDS = (
 
 @cache
 def of_libraries() -> Places:
-    """What all threads share and is torch's, NumPy's, Pillow's or OpenCV's."""
+    """List what all threads share and is torch's, NumPy's, Pillow's or OpenCV's."""
     import numpy as np
     import torch
     from PIL import Image, ImageFile
@@ -193,7 +194,7 @@ def of_libraries() -> Places:
 
 @cache
 def of_python() -> Places:
-    """What all threads share and is Python's own."""
+    """List what all threads share and is Python's own."""
     set_locale = partial(locale.setlocale, locale.LC_ALL)
     return (
         Place("Python's random numbers", random.getstate, random.setstate),
@@ -211,7 +212,7 @@ def of_python() -> Places:
 
 @cache
 def of_the_main_thread() -> Places:
-    """What all threads share and the main thread changes for itself, so that no other may put it back."""
+    """List what all threads share and the main thread changes for itself, so that no other may put it back."""
     names = ("INT", "TERM", "HUP", "QUIT", "USR1", "USR2", "ALRM", "CHLD", "PIPE", "TSTP", "CONT")
 
     def handler(name: str) -> Place:
@@ -231,7 +232,7 @@ def opencv() -> Any:
 
 
 def torch_random() -> list[Any]:
-    """Of torch's own generators: each, its seed and its state. A GPU that is not in use yet has none."""
+    """Read each of torch's generators: its seed and its state. A GPU that is not in use yet has none."""
     import torch
 
     gpus = torch.cuda.default_generators if torch.cuda.is_initialized() else ()
@@ -239,12 +240,13 @@ def torch_random() -> list[Any]:
 
 
 def put_torch_random(value: list[Any]) -> None:
+    """Put back the states of torch's generators."""
     for generator, _, state in value:
         generator.set_state(state)
 
 
 def same_torch_random(a: list[Any], b: list[Any]) -> bool:
-    """Whether nothing was drawn or seeded; off the main thread, which may draw meanwhile, nothing seeded.
+    """Tell whether nothing was drawn or seeded; off the main thread, which may draw meanwhile, nothing seeded.
 
     To take its draws back would make it draw the same numbers again.
     """
@@ -253,6 +255,7 @@ def same_torch_random(a: list[Any], b: list[Any]) -> bool:
 
 
 def same_numpy_random(a: Any, b: Any) -> bool:
+    """Tell whether NumPy's generator stands where it stood."""
     return bool(a[2:] == b[2:] and (a[1] == b[1]).all())
 
 

@@ -8,6 +8,7 @@ exit code, and it is a child of the test, which can signal it and wait for it. W
     forks.run([sys.executable, "-m", "nft_core", ...], ...)   like subprocess.run
     forks.Popen(...)                                          like subprocess.Popen
     forks.run_together(command, 2, environment)               a group of processes
+    forks.install(folder, name, code)                         a plug-in, for who has the folder on the path
     python forks.py ARGUMENTS                                 `python ARGUMENTS`, for scripts
 
 The server's environment is that of the tests, with HF_HUB_OFFLINE=1 and OMP_NUM_THREADS=1, which libraries read
@@ -121,6 +122,15 @@ def run_together(command, processes, env):
         texts = [file.read() for file in said]
     assert not any(codes), f"exit codes {codes}\n" + "\n".join(text[-3000:] for text in texts)
     return texts
+
+
+def install(site, name, code):
+    """Install a plug-in's module plug_NAME as the distribution plug-NAME; pip would take a second."""
+    information = Path(site) / f"plug_{name}-1.0.dist-info"
+    information.mkdir(parents=True)
+    (information / "METADATA").write_text(f"Metadata-Version: 2.1\nName: plug-{name}\nVersion: 1.0\n")
+    (information / "entry_points.txt").write_text(f"[nft_plugins]\n{name} = plug_{name}\n")
+    (Path(site) / f"plug_{name}.py").write_text(code)
 
 
 _started = []

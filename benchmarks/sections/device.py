@@ -17,6 +17,7 @@ PACKAGES = ("torch", "triton", "diffusers", "transformers", "peft", "bitsandbyte
 
 
 def describe(report: Report) -> tuple[str, dict[str, Any]]:
+    """Describe the machine, its GPU and the libraries."""
     versions = {}
     for name in PACKAGES:
         try:
@@ -40,6 +41,7 @@ def describe(report: Report) -> tuple[str, dict[str, Any]]:
 
 
 def multiply(report: Report) -> tuple[str, dict[str, Any]]:
+    """Measure the fastest matrix products of each dtype."""
     figures = {}
     dtypes = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
     if report.small:
@@ -50,6 +52,7 @@ def multiply(report: Report) -> tuple[str, dict[str, Any]]:
 
 
 def copy(report: Report) -> tuple[str, dict[str, Any]]:
+    """Measure how fast memory is copied."""
     size = 2**24 if report.small else 2**32
     source = torch.empty(size, dtype=torch.uint8, device=report.device)
     target = torch.empty_like(source)

@@ -38,7 +38,7 @@ def start(job: Job) -> Connection:
 
 
 def run_in_turn(report: Report, pipes: dict[str, Connection]) -> dict[str, list[dict[str, Any]]]:
-    """Epochs of both loops, which take turns, until all are done or the time is up: as many of each."""
+    """Run epochs of both loops in turn, until all are done or the time is up: as many of each."""
     epochs: dict[str, list[dict[str, Any]]] = {loop: [] for loop in pipes}
     with suppress(TimeoutError):
         for number in range(1 + TIMED):
@@ -53,7 +53,7 @@ def run_in_turn(report: Report, pipes: dict[str, Connection]) -> dict[str, list[
 
 
 def compare(report: Report) -> tuple[str, dict[str, Any]]:
-    """Seconds of an epoch by phase, share of the peak in training, memory beside the planner's figure."""
+    """Measure an epoch by phase, the share of the peak in training, and memory beside the planner's figure."""
     world = "sd35m-small" if report.small else "sd35m"
     folder = write_configs(report.scratch / "configs", "small" if report.small else "full")
     prompts = 4 if report.left() > ROOMY and not report.small else 2

@@ -17,6 +17,7 @@ END = 8.0
 
 
 def records_of(run: Path) -> list[dict[str, Any]]:
+    """Read the records of a run; none where it has not begun."""
     file = run / "metrics.jsonl"
     if not file.exists():
         return []
@@ -25,6 +26,7 @@ def records_of(run: Path) -> list[dict[str, Any]]:
 
 
 def learn(report: Report) -> tuple[str, dict[str, Any]]:
+    """Train until the time is up, and tell what was learned."""
     run = report.scratch / "run"
     settings = ["eval_every=10", "processes=1"]
     if report.small:

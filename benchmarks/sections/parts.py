@@ -29,7 +29,7 @@ from .report import Check, Report
 
 
 class Passes:
-    """A policy of the section's size, and inputs for passes of any number of images."""
+    """Holds a policy of the section's size, and inputs for passes of any number of images."""
 
     def __init__(self, report: Report) -> None:
         size = "small" if report.small else "full"
@@ -83,14 +83,14 @@ MADE: list[Passes] = []
 
 
 def passes(report: Report) -> Passes:
-    """Those of this section, made once."""
+    """Return the passes of this section, made once."""
     if not MADE:
         MADE.append(Passes(report))
     return MADE[0]
 
 
 def time_styles(report: Report) -> tuple[str, dict[str, Any]]:
-    """Eager passes, one change after the other."""
+    """Time eager passes, one change after the other."""
     p, figures = passes(report), {}
     styles = {
         "autocast, peft's LoRA": (True, False),
@@ -106,11 +106,12 @@ def time_styles(report: Report) -> tuple[str, dict[str, Any]]:
 
 
 def describe(kinds: dict[str, tuple[float, float]]) -> str:
+    """Write the milliseconds of each kind in a line."""
     return ", ".join(f"{kind} {s * 1000:.0f} ms ({share:.0%})" for kind, (s, share) in kinds.items())
 
 
 def time_compiled(report: Report) -> tuple[str, dict[str, Any]]:
-    """The same passes compiled, and how long compiling takes."""
+    """Time the same passes compiled, and how long compiling takes."""
     p = passes(report)
     p.style(False, True)
     compile_blocks(p.model.transformer, **({"backend": "aot_eager"} if report.small else {}))
@@ -124,7 +125,7 @@ def time_compiled(report: Report) -> tuple[str, dict[str, Any]]:
 
 
 def time_microbatches(report: Report) -> tuple[str, dict[str, Any]]:
-    """Training passes, compiled, milliseconds an image."""
+    """Time training passes, compiled, in milliseconds an image."""
     p, figures = passes(report), {}
     for images in (2, 3) if report.small else (4, 16):
         seconds, share = p.measure(images, True)
@@ -134,7 +135,7 @@ def time_microbatches(report: Report) -> tuple[str, dict[str, Any]]:
 
 
 def time_attention(report: Report) -> tuple[str, dict[str, Any]]:
-    """Each kernel on its own, at the shape of a frozen pass; TFLOP/s of the forward pass."""
+    """Time each kernel on its own, at the shape of a frozen pass; TFLOP/s of the forward pass."""
     shape = (2, 2, 64, 64) if report.small else (24, 24, 1229, 64)
     dtype = torch.float32 if report.small else torch.bfloat16
     q, k, v = (torch.randn(shape, dtype=dtype, device=report.device) for _ in "qkv")
@@ -153,7 +154,7 @@ def time_attention(report: Report) -> tuple[str, dict[str, Any]]:
 
 
 def time_decoding(report: Report) -> tuple[str, dict[str, Any]]:
-    """Milliseconds an image by the VAE's dtype, and how far the pictures are from float32's."""
+    """Time decoding by the VAE's dtype, and tell how far the pictures are from float32's."""
     p = passes(report)
     x_0, _, _ = p.inputs(p.few // 2)
     figures: dict[str, Any] = {}

@@ -21,15 +21,15 @@ Check = Callable[["Report"], tuple[str, dict[str, Any]]]
 
 
 class Wrong(Exception):
-    """A check has found something that is not as it must be."""
+    """Raised where a check has found something that is not as it must be."""
 
 
 class Late(Exception):
-    """The section's time did not suffice for a check."""
+    """Raised where the section's time did not suffice for a check."""
 
 
 class Report:
-    """A section's results, and what its checks need to know.
+    """Holds a section's results, and what its checks need to know.
 
     folder: where files go. small: whether sizes are those of a dry run. seconds: that the section has.
     """

@@ -17,7 +17,7 @@ ROW = re.compile(r"^\| (\w+) \| ([\d.]+) \| ([\d.]+) \| ([\d.]+) \|$", re.MULTIL
 
 
 def score(name: str, report: Report) -> tuple[str, dict[str, Any]]:
-    """A process of its own, whose memory is free for the next."""
+    """Score in a process of its own, whose memory is free for the next."""
     sizes = ["--images", "24", "--epochs", "2"]
     if report.small:
         sizes = ["--size", "small", "--images", "4", "--group", "2", "--side", "64", "--epochs", "1"]

@@ -43,7 +43,7 @@ FLOAT32, HALF, LATENTS = 1e-3, 0.1, 1e-3
 
 
 def small_run(report: Report, device: str, **settings: Any) -> Ours:
-    """The loop on a small random SD3, beginning with the weights of the first one that was made."""
+    """Assemble the loop on a small random SD3, with the weights of the first one that was made."""
     folder = report.scratch / "configs"
     if not folder.exists():
         write_configs(folder, "small")
@@ -59,16 +59,18 @@ def small_run(report: Report, device: str, **settings: Any) -> Ours:
 
 
 def learned(ours: Ours, epochs: int = 2) -> tuple[list[dict[str, float]], dict[str, Tensor], dict[str, Tensor]]:
-    """Figures of some epochs, and the weights after and before them."""
+    """Run some epochs; returns their figures, and the weights after and before them."""
     before = ours.weights()
     return [ours.epoch(number) for number in range(1, epochs + 1)], ours.weights(), before
 
 
 def apart(ours: Any, theirs: Any) -> dict[str, float]:
+    """Compare what two runs have learned."""
     return measures.apart(ours[0], theirs[0], ours[1], theirs[1], theirs[2])
 
 
 def judge(found: dict[str, float], bound: float) -> tuple[str, dict[str, Any]]:
+    """Write the differences, and raise Wrong where one is above the bound."""
     text = ", ".join(f"{name} {value:.1e}" for name, value in found.items())
     if not measures.agree(found, bound):
         raise Wrong(f"beyond {bound}: {text}")
@@ -79,7 +81,7 @@ EXPECTED: dict[str, Any] = {}
 
 
 def expected(report: Report) -> Any:
-    """What the small run learns on a CPU in float32, once for all checks."""
+    """Return what the small run learns on a CPU in float32, once for all checks."""
     if not EXPECTED:
         EXPECTED["cpu"] = learned(small_run(report, "cpu"))
     return EXPECTED["cpu"]
@@ -87,7 +89,7 @@ def expected(report: Report) -> Any:
 
 @contextmanager
 def exact_convolutions() -> Iterator[None]:
-    """Without TF32, which cuDNN takes for float32 by default."""
+    """Switch off TF32 inside, which cuDNN takes for float32 by default."""
     before = torch.backends.cudnn.allow_tf32
     torch.backends.cudnn.allow_tf32 = False
     try:
@@ -97,12 +99,13 @@ def exact_convolutions() -> Iterator[None]:
 
 
 def float32(report: Report) -> tuple[str, dict[str, Any]]:
+    """Compare the small run here with the same on a CPU, both in float32."""
     with exact_convolutions():
         return judge(apart(learned(small_run(report, report.device.type)), expected(report)), FLOAT32)
 
 
 def half(report: Report) -> tuple[str, dict[str, Any]]:
-    """Losses of an epoch in 16 bits beside float32's; weights are told and not judged."""
+    """Compare losses of an epoch in 16 bits with float32's; weights are told and not judged."""
     told, figures = [], {}
     for precision in ("bf16", "fp16"):
         ours = learned(small_run(report, report.device.type, precision=precision), 1)
@@ -114,7 +117,7 @@ def half(report: Report) -> tuple[str, dict[str, Any]]:
 
 
 def gradients(report: Report) -> tuple[str, dict[str, Any]]:
-    """The error of a LoRA's gradient by precision, with autocast and peft's layers and without."""
+    """Measure the error of a LoRA's gradient by precision, with autocast and peft's layers and without."""
     folder = str(report.scratch / "configs")
     small_run(report, "cpu")  # Writes the configs.
     styles: dict[str, tuple[torch.dtype, torch.dtype | None, bool]] = {
@@ -156,12 +159,12 @@ def gradients(report: Report) -> tuple[str, dict[str, Any]]:
 
 
 def repeat_condition(model: Any, images: int) -> dict[str, Tensor]:
-    """The condition of one prompt for several images, on the model's device."""
+    """Repeat the condition of one prompt for several images, on the model's device."""
     return {n: c.to(model.device).repeat(images, *[1] * (c.ndim - 1)) for n, c in model.encode("a").items()}
 
 
 def solvers(report: Report) -> tuple[str, dict[str, Any]]:
-    """Latents of each solver, here beside a CPU."""
+    """Compare each solver's latents here with those of a CPU."""
     host = load_host()
     names = sorted(name for name in host.solvers if not name.endswith(":"))
     found = {}
@@ -185,6 +188,7 @@ def solvers(report: Report) -> tuple[str, dict[str, Any]]:
 
 
 def compiled(report: Report) -> tuple[str, dict[str, Any]]:
+    """Compare a run with compiled blocks with one without."""
     ours = small_run(report, report.device.type)
     said: list[str] = []
     compile_blocks(ours.run.policy.model.transformer, **({"backend": "aot_eager"} if report.small else {}))
@@ -200,7 +204,7 @@ def compiled(report: Report) -> tuple[str, dict[str, Any]]:
 
 
 def slow_reward(report: Report) -> tuple[str, dict[str, Any]]:
-    """A reward that takes as long as a batch: scores as without it, and time beside the rollout."""
+    """Check a reward that takes as long as a batch: scores as without it, and time beside the rollout."""
     ours = small_run(report, report.device.type, rollout_batch=2, prompts_per_epoch=4)
     run, reward, pause = ours.run, ours.run.reward, 0.05
     scores, seconds = [], []
@@ -225,7 +229,7 @@ def slow_reward(report: Report) -> tuple[str, dict[str, Any]]:
 
 
 def full_memory(report: Report) -> tuple[str, dict[str, Any]]:
-    """Batches are halved where the memory is full, and nothing else changes."""
+    """Check that batches are halved where the memory is full, and that nothing else changes."""
     settings = {"rollout_batch": 8, "decode_batch": 8, "resolution": 64 if report.small else 512}
     ours = small_run(report, report.device.type, **settings)
     run = ours.run
@@ -264,7 +268,7 @@ DETERMINISTIC = (
 
 
 def killed(report: Report) -> tuple[str, dict[str, Any]]:
-    """A run that is killed and resumed beside one that is not, with deterministic algorithms and without."""
+    """Compare a run that is killed and resumed with one that is not, with deterministic algorithms or not."""
     sizes = ["epochs=4", "prompts_per_epoch=4", "group_size=6", "updates_per_epoch=1", "steps=4"]
     sizes += ["eval_every=0", "eval_images=1", "checkpoint_every=1", "processes=1"]
     prompts = report.scratch / "prompts.txt"
@@ -304,13 +308,13 @@ def killed(report: Report) -> tuple[str, dict[str, Any]]:
 
 
 def trained(run: Path) -> list[float]:
-    """Losses and gradient norms of a run's epochs."""
+    """Read losses and gradient norms of a run's epochs."""
     lines = map(json.loads, (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines())
     return [line[name] for line in lines if line["event"] == "epoch" for name in ("loss", "grad_norm")]
 
 
 def fsdp(report: Report) -> tuple[str, dict[str, Any]]:
-    """A sharded transformer in a group of one process beside a plain one: velocities and gradients."""
+    """Compare a sharded transformer in a group of one process with a plain one: velocities and gradients."""
     folder = str(report.scratch / "configs")
     small_run(report, "cpu")
     backend = "nccl" if report.device.type == "cuda" else "gloo"
@@ -338,7 +342,7 @@ def fsdp(report: Report) -> tuple[str, dict[str, Any]]:
 
 
 def eight_bits(report: Report) -> tuple[str, dict[str, Any]]:
-    """8-bit moments beside float32's, the whole transformer."""
+    """Compare 8-bit moments with float32's, on the whole transformer."""
     try:
         import bitsandbytes
     except ImportError:
@@ -352,7 +356,7 @@ def eight_bits(report: Report) -> tuple[str, dict[str, Any]]:
 
 
 def planned(report: Report) -> tuple[str, dict[str, Any]]:
-    """The planner's figure beside what the allocator gave in an epoch of the small run."""
+    """Compare the planner's figure with what the allocator gave in an epoch of the small run."""
     settings = {"precision": "bf16", "lora_rank": 4, "resolution": 64 if report.small else 512}
     ours = small_run(report, report.device.type, **settings)
     s = ours.run.settings

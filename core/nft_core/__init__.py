@@ -17,15 +17,43 @@ except ImportError as error:
     ) from error
 
 if TYPE_CHECKING:
+    from .api.result import TrainedRun
+    from .api.training import resume, train
+    from .errors import NftError, UsageError
     from .scoring.composer import compose, reward
+    from .scoring.images import score_images
 
-__all__ = ["compose", "reward"]
+__all__ = [
+    "NftError",
+    "TrainedRun",
+    "UsageError",
+    "compose",
+    "resume",
+    "reward",
+    "score_images",
+    "train",
+]
+
+#: Where each name is. It is imported on demand, so that `nft --help` and `import nft_core` import no torch.
+PLACES = {
+    "NftError": "errors",
+    "TrainedRun": "api.result",
+    "UsageError": "errors",
+    "compose": "scoring.composer",
+    "resume": "api.training",
+    "reward": "scoring.composer",
+    "score_images": "scoring.images",
+    "train": "api.training",
+}
 
 
 def __getattr__(name: str) -> Any:
-    # On demand, so that `nft --help` imports no torch.
-    if name in __all__:
-        from .scoring import composer
+    if name not in PLACES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from importlib import import_module
 
-        return getattr(composer, name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f".{PLACES[name]}", __name__), name)
+
+
+def __dir__() -> list[str]:
+    return sorted([*__all__, *(name for name in globals() if name.startswith("__"))])

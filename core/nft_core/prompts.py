@@ -9,7 +9,7 @@ from __future__ import annotations
 import ast
 import json
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -17,7 +17,7 @@ import torch
 
 from nft_plugins import PromptError
 
-from .errors import UsageError
+from .errors import NftError, UsageError, advise_on_disk
 from .seeds import make_generator
 
 #: Suffixes of prompt files, in lower case. A file without one, such as a pipe, is text.
@@ -77,6 +77,15 @@ def read_prompts(path: Path) -> list[Prompt]:
     if not prompts:
         raise UsageError(f"The prompt file {path} holds no prompt: expected one a line.")
     return prompts
+
+
+def write_prompts(path: Path, prompts: Iterable[Prompt]) -> None:
+    """Write a `.jsonl` file that reads back as these prompts. Raises NftError where the disk refuses it."""
+    records = ({"prompt": prompt.text, **prompt.metadata} for prompt in prompts)
+    try:
+        path.write_text("".join(f"{json.dumps(record)}\n" for record in records), encoding="utf-8")
+    except OSError as error:
+        raise NftError(f"Cannot write {path}: {error}. {advise_on_disk(error)}.") from error
 
 
 def describe_wrong_kind(path: Path, suffix: str) -> str:

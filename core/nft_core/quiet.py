@@ -32,6 +32,29 @@ def silence_libraries(*libraries: str) -> None:
 
 
 @contextmanager
+def silent_libraries(*libraries: str) -> Iterator[None]:
+    """Switch off inside what `silence_libraries` does, and put it back at the end."""
+    from huggingface_hub.utils import (  # type: ignore[attr-defined]
+        are_progress_bars_disabled,
+        disable_progress_bars,
+    )
+
+    bars_of_hub = not are_progress_bars_disabled()
+    modules = [import_module(f"{library}.utils.logging") for library in libraries]
+    before = [(module.get_verbosity(), module.is_progress_bar_enabled()) for module in modules]
+    silence_libraries(*libraries)
+    try:
+        yield
+    finally:
+        for module, (verbosity, bars) in zip(modules, before, strict=True):
+            module.set_verbosity(verbosity)
+            if bars:
+                module.enable_progress_bar()
+        if not bars_of_hub:  # transformers switches those of huggingface_hub on too.
+            disable_progress_bars()
+
+
+@contextmanager
 def redirect_prints() -> Iterator[None]:
     """Send to standard error what plug-ins, and programs that they start, print to standard output.
 

@@ -7,7 +7,7 @@ from contextlib import contextmanager
 
 
 class Broken(AssertionError):
-    """A rule of the contract that what was checked does not keep."""
+    """Says which rule of the contract is not kept, and what was found."""
 
     def __init__(self, rule: str, found: str = "") -> None:
         joint = ", " if found.startswith(("got ", "it raised ")) else ": "
@@ -16,7 +16,7 @@ class Broken(AssertionError):
 
 
 def hold(true: bool, rule: str, found: str = "") -> None:
-    """An assertion that `python -O` keeps."""
+    """Raise Broken unless it is true: an assertion that `python -O` keeps."""
     if not true:
         raise Broken(rule, found)
 

@@ -77,7 +77,7 @@ def check_plugin(
 
 
 def fresh_manager() -> pluggy.PluginManager:
-    """A plug-in manager that knows the hooks and no plug-in."""
+    """Make a plug-in manager that knows the hooks and no plug-in."""
     manager = pluggy.PluginManager(PROJECT)
     manager.add_hookspecs(hookspecs)
     return manager
@@ -98,7 +98,7 @@ def check_contract(declared: object) -> None:
 
 
 def offered(manager: pluggy.PluginManager, hook: str, kind: type) -> list[Card]:
-    """The cards that one hook registers."""
+    """Collect the cards that one hook registers."""
     cards: list[Any] = []
     with may_not_raise("a hook that registers cards must not raise", hook):
         getattr(manager.hook, hook)(register=cards.append)
@@ -155,7 +155,7 @@ def check_card(card: Card, options: Mapping[str, Any] | None = None) -> None:
 
 
 def check_words(card: Card) -> None:
-    """What a card says in words and numbers."""
+    """Check what a card says in words and numbers."""
     about = f"{type(card).__name__} {card.name!r}"
     hold(
         is_name(card.name, type(card)),
@@ -195,7 +195,7 @@ def check_words(card: Card) -> None:
 
 
 def check_mentions(card: Card, parameters: Mapping[str, inspect.Parameter]) -> None:
-    """Whatever a card writes as `name=` must be an option."""
+    """Check that whatever a card writes as `name=` is an option."""
     if any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
         return
     text = f"{card.summary} {getattr(card, 'definition', '')}"
@@ -208,6 +208,7 @@ def check_mentions(card: Card, parameters: Mapping[str, inspect.Parameter]) -> N
 
 
 def check_option(about: str, parameter: inspect.Parameter, hint: Any, given: bool) -> None:
+    """Check one option of a factory: its kind, its type and its default."""
     hold(
         parameter.kind in (parameter.KEYWORD_ONLY, parameter.POSITIONAL_OR_KEYWORD),
         "an option must be a parameter that can be given by keyword",
@@ -234,12 +235,12 @@ def check_option(about: str, parameter: inspect.Parameter, hint: Any, given: boo
 def make(
     card: RewardInfo | SolverInfo | ModelInfo, arguments: tuple[Any, ...], options: Mapping[str, Any]
 ) -> Any:
-    """What a card's factory makes of these options."""
+    """Call a card's factory with these options."""
     about = f"{card.name!r} with {dict(options)}"
     with may_not_raise("a factory must take the options that it is given", about):
         return resolve_factory(card.factory)(*arguments, **options)
 
 
 def takes(card: RewardInfo | SolverInfo | ModelInfo, name: str) -> bool:
-    """Whether a card's factory has a parameter of that name."""
+    """Tell whether a card's factory has a parameter of that name."""
     return name in inspect.signature(resolve_factory(card.factory)).parameters

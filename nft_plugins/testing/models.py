@@ -62,6 +62,7 @@ def check_model(
 
 
 def made(card: ModelInfo, checkpoint: str, device: str) -> FlowModel:
+    """Make a model from its card, which is checked first."""
     import torch
 
     check_card(card)
@@ -69,6 +70,7 @@ def made(card: ModelInfo, checkpoint: str, device: str) -> FlowModel:
 
 
 def check_attributes(model: FlowModel) -> None:
+    """Check the model's own attributes: name, transformer, LoRA targets, resolution."""
     import torch
 
     lacking = [name for name in ATTRIBUTES if not hasattr(model, name)]
@@ -92,12 +94,12 @@ def check_attributes(model: FlowModel) -> None:
 
 
 def whole_numbers(value: object, count: int) -> bool:
-    """Whether it is a tuple of that many ints above 0."""
+    """Tell whether it is a tuple of that many ints above 0."""
     return isinstance(value, tuple) and len(value) == count and all(type(n) is int and n > 0 for n in value)
 
 
 def check_sizes(model: FlowModel, size: tuple[int, int]) -> tuple[int, ...]:
-    """The latents' shape."""
+    """Check the latents' shape, and return it."""
     with may_not_raise("latent_shape must take the model's own resolution", f"{size[0]} x {size[1]}"):
         shape = model.latent_shape(*size)
     hold(whole_numbers(shape, 3), "latent_shape must return a tuple (C, h, w) of ints", f"got {shape!r}")
@@ -113,6 +115,7 @@ def check_sizes(model: FlowModel, size: tuple[int, int]) -> tuple[int, ...]:
 
 
 def check_times(model: FlowModel, size: tuple[int, int]) -> None:
+    """Check the sampling grid for several numbers of steps."""
     for steps in (1, 2, 5, 28):
         with may_not_raise("times must give a grid for any number of steps", f"{steps} steps"):
             times = model.times(steps, *size)
@@ -129,7 +132,7 @@ def check_times(model: FlowModel, size: tuple[int, int]) -> None:
 
 
 def check_encode(model: FlowModel) -> Condition:
-    """The condition of `PROMPTS`."""
+    """Check the condition of `PROMPTS`, and return it."""
     import torch
 
     condition = encoded(model, PROMPTS)
@@ -208,6 +211,7 @@ def asked(
 
 
 def check_velocity(model: FlowModel, shape: tuple[int, ...], condition: Condition, device: str) -> None:
+    """Check the velocity's form, and that each image has its own."""
     import torch
 
     x_t, t = normal((3, *shape), 0, device), torch.tensor(TIMES, device=device, dtype=torch.float32)
@@ -231,7 +235,7 @@ def check_velocity(model: FlowModel, shape: tuple[int, ...], condition: Conditio
 
 
 def check_weights(model: FlowModel, shape: tuple[int, ...], condition: Condition, device: str) -> None:
-    """That velocity uses the transformer's parameters, whatever the trainer does with them."""
+    """Check that velocity uses the transformer's parameters, whatever the trainer does with them."""
     import torch
 
     x_t, t = normal((3, *shape), 0, device), torch.tensor(TIMES, device=device, dtype=torch.float32)
@@ -260,7 +264,7 @@ def check_weights(model: FlowModel, shape: tuple[int, ...], condition: Condition
 
 
 def steepest(model: FlowModel, velocity: Callable[[], Tensor]) -> Parameter:
-    """The parameter of the transformer with the largest gradient. All require one from then on."""
+    """Find the parameter of the transformer with the largest gradient. All require one from then on."""
     import torch
 
     parameters = list(model.transformer.parameters())
@@ -279,6 +283,7 @@ def steepest(model: FlowModel, velocity: Callable[[], Tensor]) -> Parameter:
 
 
 def check_decode(model: FlowModel, shape: tuple[int, ...], size: tuple[int, int], device: str) -> None:
+    """Check the images that are made of latents."""
     import torch
 
     x_0 = normal((3, *shape), 1, device)
@@ -302,7 +307,7 @@ def check_decode(model: FlowModel, shape: tuple[int, ...], size: tuple[int, int]
 
 
 def check_lora(model: FlowModel) -> None:
-    """Adds a LoRA to the transformer, as the trainer does, and saves it."""
+    """Check that a LoRA, added as the trainer does it, is saved."""
     import torch
     from peft import LoraConfig, get_peft_model_state_dict, inject_adapter_in_model
 
@@ -333,7 +338,7 @@ def check_lora(model: FlowModel) -> None:
 
 
 def plain(config: Mapping[str, Any]) -> dict[str, Any]:
-    """What of a config JSON can hold."""
+    """Tell what of a config JSON can hold."""
     return {
         name: sorted(value) if isinstance(value, set) else value
         for name, value in config.items()

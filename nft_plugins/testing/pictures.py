@@ -66,7 +66,7 @@ def gradient(height: int, width: int) -> Tensor:
 
 
 def ball(height: int, width: int) -> Tensor:
-    """A red ball lit from the upper left, before a background that darkens downwards, with a little noise."""
+    """Draw a red ball lit from the upper left before a background that darkens downwards, with some noise."""
     import torch
 
     sides = [torch.arange(side, dtype=torch.float32, device="cpu") + 0.5 for side in (height, width)]
@@ -85,7 +85,7 @@ def ball(height: int, width: int) -> Tensor:
 
 
 def words(text: str, height: int, width: int) -> Tensor:
-    """Black letters on white, in the middle."""
+    """Draw black letters on white, in the middle."""
     import numpy as np
     import torch
     from PIL import Image, ImageDraw, ImageFont

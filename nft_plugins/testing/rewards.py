@@ -67,7 +67,7 @@ def check_reward(
 
 
 def made(card: RewardInfo, options: Mapping[str, Any], device: str) -> Reward:
-    """A reward from its card, which is checked first."""
+    """Make a reward from its card, which is checked first."""
     check_card(card, options)
     if takes(card, "make_reward"):
         raise TypeError(
@@ -85,6 +85,7 @@ def made(card: RewardInfo, options: Mapping[str, Any], device: str) -> Reward:
 
 
 def check_made(reward: Reward, given: Sequence[Batch], tolerance: float) -> Checked:
+    """Check a reward on all batches, and say in sentences what holds."""
     checked = Checked()
     batches = [kept for b in given if len(kept := accepted(reward, b))]
     if not batches:
@@ -110,7 +111,7 @@ def check_made(reward: Reward, given: Sequence[Batch], tolerance: float) -> Chec
 
 
 def check_batch(reward: Reward, batch: Batch, tolerance: float) -> Scores:
-    """The scores of one batch, which must not depend on how its images are spread over calls."""
+    """Score one batch, and check that its scores do not depend on how its images are spread over calls."""
     before = deepcopy((batch.images, batch.prompts, batch.metadata, batch.groups))
     scores = call(reward, batch, first=True)
     check_form(scores, batch)
@@ -158,11 +159,12 @@ def check_batch(reward: Reward, batch: Batch, tolerance: float) -> Scores:
 
 
 def accepted(reward: Reward, batch: Batch) -> Batch:
-    """The images of a batch whose prompts the reward does not refuse."""
+    """Pick the images of a batch whose prompts the reward does not refuse."""
     return part(batch, [i for i in range(len(batch)) if refusal(reward, batch, i) is None])
 
 
 def refusal(reward: Reward, batch: Batch, i: int) -> PromptError | None:
+    """Ask the reward why it refuses a prompt; None where it does not."""
     check = getattr(reward, "check_prompt", None)
     if check is None:
         return None
@@ -177,7 +179,7 @@ def refusal(reward: Reward, batch: Batch, i: int) -> PromptError | None:
 
 
 def call(reward: Reward, batch: Batch, first: bool = False) -> Scores:
-    """A reward's scores, of a call that leaves the process as it was.
+    """Score a batch, and check that the call leaves the process as it was.
 
     first: libraries may be imported, which settle a few things for themselves.
     """
@@ -238,7 +240,7 @@ def check_seeds(reward: Reward, batch: Batch) -> None:
 
 
 def random_after(reward: Reward, batch: Batch, draws: int) -> dict[str, Any]:
-    """Where the random numbers stand after some draws and a call."""
+    """Read where the random numbers stand after some draws and a call."""
     import random
 
     import numpy as np
@@ -255,7 +257,7 @@ def random_after(reward: Reward, batch: Batch, draws: int) -> dict[str, Any]:
 
 
 def regrouped(reward: Reward, scores: Scores, groups: Tensor) -> Scores:
-    """What a run makes of the scores of all images of some groups, which came in any number of batches."""
+    """Make of scores what a run makes of those of some groups' images, which came in any number of batches."""
     if not hasattr(reward, "regroup"):
         return scores
     given = deepcopy((scores, groups.cpu()))
@@ -271,6 +273,7 @@ def regrouped(reward: Reward, scores: Scores, groups: Tensor) -> Scores:
 
 
 def check_form(scores: Scores, batch: Batch) -> None:
+    """Check the form of scores: their number, dtypes and devices, and that valid values are finite."""
     import torch
 
     hold(
@@ -319,7 +322,7 @@ def same(expected: Scores, got: Scores, tolerance: float, rule: str) -> None:
 
 
 def same_details(expected: Scores, got: Scores) -> None:
-    """By name; a run could not join the scores of its batches otherwise."""
+    """Check that details have the same names; a run could not join the scores of its batches otherwise."""
     hold(
         expected.details.keys() == got.details.keys(),
         "a reward must give the same details for every batch",
@@ -328,6 +331,7 @@ def same_details(expected: Scores, got: Scores) -> None:
 
 
 def unchanged(batch: Batch, before: tuple[Tensor, Sequence[str], Sequence[Mapping[str, Any]], Tensor]) -> bool:
+    """Tell whether a batch is what it was before."""
     images, prompts, metadata, groups = before
     return (
         bool((batch.images == images).logical_or(images.isnan()).all())
@@ -338,19 +342,19 @@ def unchanged(batch: Batch, before: tuple[Tensor, Sequence[str], Sequence[Mappin
 
 
 def unspoiled(batch: Batch) -> bool:
-    """Whether the 8-bit images and the pictures are those of the images still."""
+    """Tell whether the 8-bit images and the pictures are those of the images still."""
     new = fresh(batch)
     pictures, expected = ([image.tobytes() for image in b.pil] for b in (batch, new))
     return bool((batch.uint8 == new.uint8).all()) and pictures == expected
 
 
 def fresh(batch: Batch) -> Batch:
-    """The same batch without what rewards have kept in it."""
+    """Copy a batch without what rewards have kept in it."""
     return part(batch, list(range(len(batch))))
 
 
 def part(batch: Batch, indices: Sequence[int]) -> Batch:
-    """Images by index, as a batch of their own."""
+    """Pick images by index, as a batch of their own."""
     index = list(indices)
     return Batch(
         batch.images[index],
@@ -361,5 +365,6 @@ def part(batch: Batch, indices: Sequence[int]) -> Batch:
 
 
 def pick(scores: Scores, indices: Sequence[int]) -> Scores:
+    """Pick scores by the images' index."""
     index = list(indices)
     return Scores(scores.values[index], scores.valid[index], {n: d[index] for n, d in scores.details.items()})

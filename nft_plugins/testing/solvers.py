@@ -77,6 +77,7 @@ def check_solver(
 
 
 def made(card: SolverInfo, member: str | None, options: Mapping[str, Any]) -> Solver:
+    """Make a solver from its card."""
     solver: Solver = make(card, () if member is None else (member,), options)
     hold(
         isinstance(solver, Solver),
@@ -87,13 +88,13 @@ def made(card: SolverInfo, member: str | None, options: Mapping[str, Any]) -> So
 
 
 def gaussian(x: Tensor, t: float) -> Tensor:
-    """E[noise | x_t] - E[x_0 | x_t]."""
+    """Return E[noise | x_t] - E[x_0 | x_t]."""
     z = (x - (1 - t) * MEAN) / ((1 - t) ** 2 * STD**2 + t**2)
     return t * z - (MEAN + (1 - t) * STD**2 * z)
 
 
 def grid(steps: int) -> list[float]:
-    """Finer towards both ends, where log-SNR is infinite."""
+    """Make a grid of times that is finer towards both ends, where log-SNR is infinite."""
     return [cos(pi / 2 * i / steps) ** 2 for i in range(steps)] + [0.0]
 
 
@@ -117,7 +118,7 @@ def solved(
     generator: Generator,
     rule: str = "a solver must solve for noise of any shape and dtype and any number of steps",
 ) -> Tensor:
-    """Latents, after a check of what goes in and comes out, and of what the velocity is asked."""
+    """Solve for latents; checks what goes in and comes out, and what the velocity is asked."""
     import torch
 
     def asked(x: Tensor, t: float) -> Tensor:
@@ -160,13 +161,13 @@ def solved(
 
 
 def check_form(solver: Solver, device: str) -> None:
-    """Half precision, beside the single and double of the other checks, and a single step."""
+    """Check half precision, beside the single and double of the other checks, and a single step."""
     for times in (UNEVEN, (1.0, 0.0)):
         solved(solver, gaussian, normal((2, 3, 4, 4), 0, device).bfloat16(), times, generators(1, 2))
 
 
 def check_noise(solver: Solver, stochastic: bool | None, device: str) -> bool:
-    """Where its noise comes from, and that nothing else plays a part. Returns whether it draws any."""
+    """Check where its noise comes from, and that nothing else plays a part. Returns whether it draws any."""
     import torch
 
     noise = normal((3, 2, 3, 3), 0, device)

@@ -74,23 +74,7 @@ POLICIES = ("mask", "skip", "retry")
 def place(tmp_path_factory):
     """A folder with the plug-in as an installed distribution, and prompts: 4 to train on, 2 held out."""
     root = tmp_path_factory.mktemp("failing")
-    source = root / "source"
-    source.mkdir()
-    (source / "plug_failing.py").write_text(PLUGIN)
-    (source / "pyproject.toml").write_text(
-        '[build-system]\nrequires = ["hatchling"]\nbuild-backend = "hatchling.build"\n'
-        '[project]\nname = "plug-failing"\nversion = "1.0"\n'
-        '[project.entry-points.nft_plugins]\nfailing = "plug_failing"\n'
-        '[tool.hatch.build.targets.wheel]\ninclude = ["plug_failing.py"]\n'
-    )
-    forks.run(
-        [
-            *(sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--no-build-isolation"),
-            *("--no-index", "--target", str(root / "site"), str(source)),
-        ],
-        check=True,
-        capture_output=True,
-    )
+    forks.install(root / "site", "failing", PLUGIN)
     colours = ("red", "green", "blue", "yellow")
     (root / "train.txt").write_text("".join(f"a {colour} circle\n" for colour in colours))
     (root / "eval.txt").write_text("a red square\na blue square\n")

@@ -10,8 +10,8 @@ import forks
 import pytest
 from click.testing import CliRunner
 
-from nft_core.cli.app import main, make_run_folder
-from nft_core.runs.folder import read_settings
+from nft_core.cli.app import main
+from nft_core.runs.folder import make_run_folder, read_settings
 
 SMALL = [
     "prompts_per_epoch=4",
@@ -300,7 +300,9 @@ def test_bad_input_of_a_real_process(case, processes, tmp_path, ours):
 
 def test_runs_of_the_same_second_have_folders_of_their_own(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("nft_core.cli.app.name_run_folder", lambda rewards: Path("runs/ocr-20260131-235959"))
+    monkeypatch.setattr(
+        "nft_core.runs.folder.name_run_folder", lambda rewards: Path("runs/ocr-20260131-235959")
+    )
     make = make_run_folder
     with make(["ocr"]) as first, make(["ocr"]) as second, make(["ocr"]) as third:
         names = [folder.name for folder in (first, second, third)]

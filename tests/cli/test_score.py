@@ -1,5 +1,6 @@
 """`nft score`: image files in, figures out, and what people get wrong."""
 
+import csv
 import json
 import os
 import struct
@@ -7,6 +8,7 @@ import subprocess
 import sys
 import zlib
 from io import BytesIO
+from pathlib import Path
 
 import pytest
 import torch
@@ -641,3 +643,47 @@ def test_ranks_are_of_whole_groups_whatever_the_batch(plugin, folder, batch):
     found = json.loads(result.stdout)
     ranks = {r["path"]: r["values"]["rank"] for r in found}
     assert ranks == pytest.approx({"0.png": 0, "1.png": 1, "2.png": 2 / 3, "3.png": 1 / 3, "alone.png": 0.5})
+
+
+def test_means_have_errors_and_intervals(folder, plugin):
+    """Eight images of prompts of their own; brightness by level."""
+    for level in range(0, 80, 10):
+        flat(folder / f"{level:02d}.png", level + 1)
+    lines = nft(folder, "--reward", "mean").stdout.splitlines()
+    summary = {
+        line.split()[0]: line.split()[1:] for line in lines if line.split()[:1] in (["mean"], ["error"], ["95"])
+    }
+    # The standard deviation is 22.9 / 255, and so the error of a mean of eight 0.034.
+    assert summary["mean"] == ["0.1412"]
+    assert summary["error"][0] == "±" and float(summary["error"][1]) == pytest.approx(0.034, abs=0.003)
+    low, _, high = summary["95"][1:]
+    assert 0.04 < float(low) < 0.08 and 0.2 < float(high) < 0.25
+
+
+def test_geneval_as_published_and_by_tag(folder):
+    for tag, count, name in (("counting", 1, "a"), ("counting", 1, "b"), ("colors", 1, "c")):
+        flat(folder / f"{name}.png", 128, (32, 32))
+        metadata = {"tag": tag, "include": [{"class": "circle", "count": count}], "prompt": f"a circle {name}"}
+        (folder / f"{name}.json").write_text(json.dumps(metadata))
+    cells = [line.split() for line in nft(folder, "--tiny", "--reward", "geneval").stdout.splitlines()]
+    assert ["geneval", "as", "published", "0"] in cells
+    assert ["geneval/lenient", "counting", "0"] in cells and ["geneval/lenient", "colors", "0"] in cells
+
+
+def test_images_sorted_and_as_csv(folder, plugin):
+    for level in (40, 0, 90):  # Black cannot be scored.
+        flat(folder / f"{level}.png", level)
+    result = nft(folder, "--reward", "mean=2", "--sort", "mean", "--csv", "out.csv")
+    shown = [line.split()[0] for line in result.stdout.splitlines() if ".png" in line]
+    assert [Path(path).name for path in shown] == ["90.png", "40.png", "0.png"]
+    with (folder / "out.csv").open(newline="", encoding="utf-8") as file:
+        written = list(csv.DictReader(file))
+    assert [Path(row["image"]).name for row in written] == ["90.png", "40.png", "0.png"]
+    assert float(written[0]["mean"]) == pytest.approx(90 / 255) and written[2]["mean"] == ""
+    assert float(written[0]["total"]) == pytest.approx(180 / 255)
+    for wrong, said in (
+        (["--sort", "maen"], "Unknown column to sort by 'maen'. Did you mean 'mean'"),
+        (["--csv", "none/out.csv"], "there is no folder none; make it first"),
+    ):
+        result = nft(folder, "--reward", "mean", *wrong)
+        assert result.exit_code == 2 and said in result.stderr

@@ -2,6 +2,7 @@
 
 import importlib
 import json
+import subprocess
 import sys
 from pathlib import Path
 
@@ -73,8 +74,8 @@ def test_overhead_tells_what_each_part_costs(load, capfd):
     command = (
         "import sys; sys.path.insert(0, sys.argv[1]); import overhead; overhead.attributed(1, sys.argv[2:])"
     )
-    # A process of its own: the parts stay timed for good.
-    done = forks.run(
+    # Not forked: the parts stay timed for good, and must be timed before anything imports them by name.
+    done = subprocess.run(
         [sys.executable, "-c", command, str(BENCHMARKS), *words], capture_output=True, text=True, check=True
     )
     for _, name in load("overhead").PARTS:

@@ -1,9 +1,12 @@
 """Generation outside a run: the images of a run's evaluation, guidance, and models that know none."""
 
 import json
+from pathlib import Path
 
+import diffusers
 import pytest
 import torch
+from families import FAMILIES
 
 from nft_core.errors import UsageError
 from nft_core.evaluation.generation import prepare_generation
@@ -60,8 +63,8 @@ def test_guidance_is_the_published_formula(host):
     generation = prepare_generation(
         settings, host, CPU, prompts, guided=True, negative_prompt="two blue squares"
     )
-    condition = generation.condition.of(torch.tensor([0, 0]), CPU)
-    negative = generation.condition.of(torch.tensor([1, 1]), CPU)
+    condition = generation.condition.take_rows(torch.tensor([0, 0]), CPU)
+    negative = generation.condition.take_rows(torch.tensor([1, 1]), CPU)
     x_t = torch.randn(2, *generation.make_sampler().shape, generator=torch.Generator().manual_seed(0))
     t = torch.tensor([0.7, 0.7])
     with torch.no_grad():
@@ -100,3 +103,53 @@ def test_guidance_is_a_number_from_0_up(host):
     for wrong in (-1.0, float("nan"), float("inf")):
         with pytest.raises(UsageError, match="expected a number from 0 up"):
             check_guidance(tiny_settings(host), host, wrong)
+
+
+#: What diffusers' pipelines call our scale of 3.
+SCALES = {
+    "sd3": {"guidance_scale": 3},
+    "flux2-klein": {"guidance_scale": 3},
+    "sana": {"guidance_scale": 3},
+    "qwen-image": {"true_cfg_scale": 3, "negative_prompt": ["", ""]},
+    "z-image": {"guidance_scale": 2},
+    "auraflow": {"guidance_scale": 3},
+}
+
+
+@pytest.mark.parametrize("name", SCALES)
+@torch.no_grad()
+def test_guided_images_are_those_of_the_pipeline(host, family_folder, name):
+    """To 1e-4 of the range, after four of Euler's steps, as diffusers' own pipeline has them."""
+    family = FAMILIES[name]
+    height, width = family.size
+    prompts = [Prompt("a b", {}), Prompt("c d e f", {})]
+    given = {"model": family_folder(name), "max_sequence_length": family.length, "resolution": 0}
+    generation = prepare_generation(tiny_settings(host, **given), host, CPU, prompts, guided=True)
+    model = generation.model
+    sampler = generation.make_sampler(3.0)
+    condition = generation.condition.take_rows(torch.tensor([0, 1]), CPU)
+    noise = torch.randn(2, *model.latent_shape(height, width), generator=torch.Generator().manual_seed(0))
+    x, times = noise, model.times(4, height, width)
+    for t, s in zip(times[:-1], times[1:], strict=True):
+        x = x + (s - t) * sampler.predict(x, t, condition)
+    index = json.loads((Path(given["model"]) / "model_index.json").read_text())
+    absent = {part: None for part, kind in index.items() if kind == [None, None]}
+    plain = getattr(diffusers, index["_class_name"]).from_pretrained(given["model"], **absent)
+    plain.set_progress_bar_config(disable=True)
+    options = {**family.call, **SCALES[name]}
+    if name == "sana":  # Its multistep scheduler takes other steps than Euler's.
+        plain.scheduler = diffusers.FlowMatchEulerDiscreteScheduler(shift=plain.scheduler.config.flow_shift)
+        options["sigmas"] = [1.0, 0.75, 0.5, 0.25]
+    theirs = plain(
+        prompt=[p.text for p in prompts],
+        latents=plain._pack_latents(noise, *noise.shape) if family.packed else noise,
+        num_inference_steps=4,
+        height=height,
+        width=width,
+        max_sequence_length=family.length,
+        output_type="pt",
+        **options,
+    ).images
+    ours = model.decode(x)
+    assert ours.std() > 0.05
+    torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=0)

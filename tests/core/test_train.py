@@ -292,7 +292,10 @@ def test_evaluations_have_a_solver_steps_and_guidance_of_their_own(tmp_path):
     assert (run.sampler.guidance, run.eval_sampler.guidance) == (1.0, 2.0)
     negative = run.policy.model.encode([""])
     assert torch.equal(run.eval_sampler.negative["c"], negative["c"])
-    x_t, condition = torch.ones(2, 3, 1, 1), run.eval_condition.of(torch.tensor([0, 2]), torch.device("cpu"))
+    x_t, condition = (
+        torch.ones(2, 3, 1, 1),
+        run.eval_condition.take_rows(torch.tensor([0, 2]), torch.device("cpu")),
+    )
     v, v_neg = (plain.sampler.predict(x_t, 0.5, c) for c in (condition, {"c": negative["c"].expand(2, 1)}))
     torch.testing.assert_close(run.eval_sampler.predict(x_t, 0.5, condition), 2 * v - v_neg)
     # Training stays without guidance.

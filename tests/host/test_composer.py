@@ -169,12 +169,12 @@ def test_registered_rewards():
 )
 def test_bad_rewards(spec, message):
     with pytest.raises(UsageError, match=message):
-        reward(spec)
+        reward(spec).load()
 
 
 def test_a_missing_checkpoint_is_one_paragraph(tmp_path):
     with pytest.raises(NftError, match="'clipscore' cannot be loaded: Looked for a CLIP") as caught:
-        reward("clipscore", checkpoint=str(tmp_path / "none"))
+        reward("clipscore", checkpoint=str(tmp_path / "none")).load()
     assert "\n" not in str(caught.value)
 
 
@@ -223,7 +223,7 @@ def test_entries_that_differ_in_their_policy_share_a_model_and_keep_their_weight
     name = "jpeg_compressibility"
     same = compose([f"{name},on_error=mask", f"{name}=2,on_error=mask"])
     assert [(t.name, t.weight) for t in same.terms] == [(name, 3.0)]
-    other = compose([name, f"{name}=2,on_error=mask"])
+    other = compose([name, f"{name}=2,on_error=mask"]).load()
     assert [(t.name, t.weight) for t in other.terms] == [(name, 1.0), (f"{name}:2", 2.0)]
     assert other.terms[1].reward.reward is other.terms[0].reward
 

@@ -116,29 +116,10 @@ PLUGINS = {
 @pytest.fixture(scope="module")
 def site(tmp_path_factory):
     """A folder with every plug-in installed as a distribution of its own."""
-    root = tmp_path_factory.mktemp("plugins")
-    sources = []
+    site = tmp_path_factory.mktemp("site")
     for name, code in PLUGINS.items():
-        source = root / name
-        source.mkdir()
-        (source / f"plug_{name}.py").write_text(code.replace("{name}", name))
-        (source / "pyproject.toml").write_text(
-            f'[build-system]\nrequires = ["hatchling"]\nbuild-backend = "hatchling.build"\n'
-            f'[project]\nname = "plug-{name}"\nversion = "1.0"\n'
-            f'[project.entry-points.nft_plugins]\n{name} = "plug_{name}"\n'
-            f'[tool.hatch.build.targets.wheel]\ninclude = ["plug_{name}.py"]\n'
-        )
-        sources.append(str(source))
-    target = root / "site"
-    forks.run(
-        [
-            *(sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--no-build-isolation"),
-            *("--no-index", "--target", str(target), *sources),
-        ],
-        check=True,
-        capture_output=True,
-    )
-    return target
+        forks.install(site, name, code.replace("{name}", name))
+    return site
 
 
 def nft(site, *arguments, plugins=None):

@@ -80,7 +80,7 @@ def test_auto_map_of_a_clip_is_not_run(tmp_path, asked):
     change(folder / "tokenizer_config.json", drop=["tokenizer_class"], auto_map=AUTO_MAP)
     change(folder / "processor_config.json", auto_map={"AutoImageProcessor": "evil.Evil"})
     with suppress(NftError):
-        reward("clipscore", checkpoint=str(folder))
+        reward("clipscore", checkpoint=str(folder)).load()
     assert not mark.exists()
     assert not asked
 
@@ -123,7 +123,7 @@ def test_attention_from_the_hub_is_refused(tmp_path):
     clip = shutil.copytree(DATA / "clip", tmp_path / "clip")
     change(clip / "config.json", attn_implementation="someone/kernels")
     with pytest.raises(NftError, match="asks for code of 'someone/kernels'"):
-        reward("clipscore", checkpoint=str(clip))
+        reward("clipscore", checkpoint=str(clip)).load()
     pipeline = shutil.copytree(DATA / "pipeline", tmp_path / "pipeline")
     change(pipeline / "text_encoder" / "config.json", attn_implementation="someone/kernels")
     with pytest.raises(OSError, match="asks for code of 'someone/kernels'"):

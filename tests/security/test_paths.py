@@ -4,9 +4,10 @@ import pytest
 import torch
 from click.testing import CliRunner
 
-from nft_core.cli.app import main, name_run_folder
+from nft_core.cli.app import main
 from nft_core.host.host import load_host
 from nft_core.host.specs import parse_reward
+from nft_core.runs.folder import name_run_folder
 from nft_core.runs.inputs import make_observers, register_observers
 from nft_core.runs.observers.metrics import read_records
 from nft_core.settings import Settings

@@ -83,14 +83,14 @@ def test_a_published_torch_file_is_read(tmp_path):
 def test_a_malicious_pickle_in_the_place_of_a_published_file(tmp_path, clip, mark):
     torch.save(make_head().state_dict() | {"x": Payload(mark)}, tmp_path / FILE)
     with pytest.raises(NftError, match=r"pickle of more than tensors.*it asks for \w+\.exec"):
-        reward("aesthetic", checkpoint=str(tmp_path), clip=str(clip))
+        reward("aesthetic", checkpoint=str(tmp_path), clip=str(clip)).load()
     assert not mark.exists()
 
 
 def test_a_bare_pickle_is_refused(tmp_path, mark):
     (tmp_path / FILE).write_bytes(pickle.dumps({"x": Payload(mark)}))
     with pytest.raises(NftError, match="bare pickle.*python -c") as caught:
-        reward("aesthetic", checkpoint=str(tmp_path))
+        reward("aesthetic", checkpoint=str(tmp_path)).load()
     done = subprocess.run(command(str(caught.value)), shell=True, capture_output=True, text=True)
     assert done.returncode != 0 and "Weights only load failed" in done.stderr
     assert not mark.exists()
@@ -114,9 +114,9 @@ def test_pickles_where_the_published_file_is_of_safetensors(tmp_path):
 def test_a_pickled_clip_is_refused_and_the_command_converts_it(clip):
     as_pickle(clip / "model.safetensors", "pytorch_model.bin")
     with pytest.raises(NftError, match="pytorch_model.bin: pickled weights can run code") as caught:
-        reward("clipscore", checkpoint=str(clip))
+        reward("clipscore", checkpoint=str(clip)).load()
     subprocess.run(command(str(caught.value)), shell=True, check=True)
-    reward("clipscore", checkpoint=str(clip))
+    reward("clipscore", checkpoint=str(clip)).load()
 
 
 @pytest.mark.parametrize(
@@ -170,7 +170,7 @@ def test_a_safetensors_file_that_claims_more_than_it_holds(tmp_path, claim):
     path = tmp_path / "head.safetensors"
     path.write_bytes(CLAIMS[claim])
     with pytest.raises(NftError, match="Cannot read weights from .*head.safetensors"):
-        reward("aesthetic", checkpoint=str(path))
+        reward("aesthetic", checkpoint=str(path)).load()
 
 
 def test_a_tensor_of_another_shape_is_refused_before_it_is_read(tmp_path):
@@ -185,7 +185,7 @@ def test_a_tensor_of_another_shape_is_refused_before_it_is_read(tmp_path):
         except OSError:
             pytest.skip("this file system takes no file of 8 TB")
     with pytest.raises((OSError, NftError), match="Cannot read weights|does not hold the"):
-        reward("aesthetic", checkpoint=str(path))
+        reward("aesthetic", checkpoint=str(path)).load()
 
 
 def rezip(source, target, compression, change=lambda name, data: data):
@@ -199,7 +199,7 @@ def test_a_torch_file_that_unpacks_to_more_than_itself(tmp_path):
     rezip(tmp_path / "large.pt", tmp_path / FILE, zipfile.ZIP_DEFLATED)
     assert (tmp_path / FILE).stat().st_size < 100_000
     with pytest.raises(NftError, match="unpacks to more than its own size"):
-        reward("aesthetic", checkpoint=str(tmp_path))
+        reward("aesthetic", checkpoint=str(tmp_path)).load()
 
 
 class Stretched:
@@ -215,14 +215,14 @@ class Stretched:
 def test_a_torch_file_whose_tensor_is_larger_than_its_storage(tmp_path):
     torch.save({"a": Stretched()}, tmp_path / FILE)
     with pytest.raises(NftError, match=r"Cannot read weights from.*storage"):
-        reward("aesthetic", checkpoint=str(tmp_path))
+        reward("aesthetic", checkpoint=str(tmp_path)).load()
 
 
 def test_a_config_of_a_larger_clip_than_its_file(clip):
     config = json.loads((clip / "config.json").read_text())
     change(clip / "config.json", text_config=config["text_config"] | {"vocab_size": 10**11})
     with pytest.raises(NftError, match=r"the config is of a model of \S+ numbers, the files hold"):
-        reward("clipscore", checkpoint=str(clip))
+        reward("clipscore", checkpoint=str(clip)).load()
 
 
 @pytest.mark.parametrize(

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
-from datetime import datetime
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from signal import Signals
 from typing import TYPE_CHECKING, Any, get_args
@@ -172,7 +170,8 @@ for command in (show_reward, check_contract):
     "observers",
     metavar="SPEC",
     multiple=True,
-    help="An observer to add, NAME[,KEY=VALUE...], such as tensorboard; see `nft observers`. Repeatable.",
+    help="An observer to add, as NAME[,KEY=VALUE...], such as tensorboard. FILE.py:CLASS or MODULE:CLASS is "
+    "one of yours. Repeatable; `nft observers` lists them.",
 )
 @click.option(
     "--config",
@@ -266,6 +265,8 @@ def start_run(
         raise UsageError("--card and --peak-tflops belong to --plan, which trains nothing: give that too.")
     if resume == "auto" and not out:
         raise UsageError("--resume auto needs --out, the folder of the run to go on with.")
+    from ..runs.folder import make_run_folder
+
     chosen_folder = (
         nullcontext(out) if out else make_run_folder([parse_reward(r).title for r in settings.rewards])
     )
@@ -392,31 +393,3 @@ def profile_epoch(*given: Any) -> AbstractContextManager[None]:
     from ..planning.profile import profile_run
 
     return profile_run(*given)
-
-
-@contextmanager
-def make_run_folder(rewards: list[str]) -> Iterator[Path]:
-    """Make a folder that no other run has, and remove it again if the run writes nothing to it.
-
-    `name_run_folder` names it; a number follows where another run has begun in the same second.
-    """
-    from ..runs.folder import make_folder
-
-    first = name_run_folder(rewards)
-    folder, number = first, 1
-    while environment.is_first_process() and not make_folder(folder, new=True):
-        number += 1
-        folder = first.with_name(f"{first.name}-{number}")
-    try:
-        yield folder
-    finally:
-        with suppress(OSError):  # A folder that holds something cannot be removed, and is to stay.
-            folder.rmdir()
-            folder.parent.rmdir()
-
-
-def name_run_folder(rewards: list[str]) -> Path:
-    """Name a run's folder by its rewards and the time, such as `runs/pickscore+ocr-20260131-235959`."""
-    # Names of files and options of rewards may have letters that a folder's name must not have.
-    names = "+".join("".join(c for c in r if c.isalnum() or c in "_-") for r in rewards)
-    return Path("runs") / f"{names[:60] or 'run'}-{datetime.now():%Y%m%d-%H%M%S}"

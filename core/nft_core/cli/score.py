@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import os
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
+from math import inf
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
+from ..errors import NftError, UsageError, advise_on_disk, unknown_name
 from ..host.host import load_host
+from ..host.local import is_reference
 from ..quiet import redirect_prints, silence_libraries
+from .summary import list_summary_rows, show_tags, summarise
 from .tables import new_table, print_table
 
 if TYPE_CHECKING:
@@ -73,6 +78,14 @@ preset_option = click.option(
     help="Most images that are scored at once; more are faster and need more memory. Large images are scored "
     "in smaller batches.  [default: 16]",
 )
+@click.option("--sort", metavar="REWARD", help="Show the images with the highest scores of this reward first.")
+@click.option(
+    "--csv",
+    "table",
+    metavar="FILE",
+    type=click.Path(path_type=Path, dir_okay=False),
+    help="Also write a table with a row for each image, which spreadsheets read.",
+)
 @click.option(
     "--json",
     "as_json",
@@ -88,6 +101,8 @@ def score_files(
     preset: str | None,
     device: str,
     batch: int,
+    sort: str | None,
+    table: Path | None,
     as_json: bool,
 ) -> None:
     """Score image files, and folders of them, with rewards.
@@ -100,6 +115,9 @@ def score_files(
 
     PNG, JPEG, WebP, GIF, BMP, TIFF and AVIF are read. Transparent parts become white, and EXIF's orientation is
     applied. Other files of a folder are named if they may be images.
+
+    Below several images stand the means, their standard errors and 95 % intervals; where metadata has a tag,
+    these by tag too, and GenEval as it is published.
     """
     from ..runs.inputs import load_rewards, make_run_settings, parse_rewards
     from ..runs.setup import pick_device
@@ -112,6 +130,10 @@ def score_files(
             host, choose_preset(tiny, preset), {"rewards": list(rewards), "device": device}
         )
         specs = parse_rewards(settings, host)
+        if sort is not None and not any(is_reference(str(spec.name)) for spec in specs):
+            check_sort(sort, [spec.title for spec in specs])
+        if table is not None and not table.absolute().parent.is_dir():
+            raise UsageError(f"--csv {table}: there is no folder {table.parent}; make it first.")
         from ..scoring.image_files import find_images
         from ..scoring.images import score_items
         from ..scoring.items import find_prompts
@@ -123,6 +145,15 @@ def score_files(
         reward = load_rewards(specs, host, place, settings.reward_defaults)
         with show_progress(len(items)) as advance:
             results = score_items(items, reward, batch=batch, device=place, progress=advance)
+    if sort is not None:
+        columns = list_columns(results, reward)
+        check_sort(sort, columns)
+        # The best first; those without a score last.
+        values = [-inf if value is None else value for value in columns[sort]]
+        order = sorted(range(len(results)), key=values.__getitem__, reverse=True)
+        results = [results[i] for i in order]
+    if table is not None:
+        write_csv(table, results, reward)
     if as_json:
         click.echo(json.dumps([describe_result(r, reward) for r in results], indent=2, default=str))
     else:
@@ -166,15 +197,46 @@ def describe_result(result: Scored, reward: Composed) -> dict[str, Any]:
     return row | ({"errors": result.errors} if result.errors else {})
 
 
-def show_scores(results: Sequence[Scored], reward: Composed) -> None:
-    """Print a table with a row for each image, and below it the mean of the valid scores."""
-    from rich.markup import escape
-
+def list_columns(results: Sequence[Scored], reward: Composed) -> dict[str, list[float | None]]:
+    """List the values of each reward, and of the weighted sum where somebody gave a weight."""
     from ..scoring.images import compute_total, has_weights
 
     columns: dict[str, list[float | None]] = {t.name: [r.values[t.name] for r in results] for t in reward.terms}
     if has_weights(reward):
         columns["total"] = [compute_total(r, reward) for r in results]
+    return columns
+
+
+def check_sort(name: str, known: Iterable[str]) -> None:
+    """Raise UsageError for a column that images cannot be sorted by."""
+    if name not in {*known, "total"}:
+        raise unknown_name("column to sort by", name, known)
+
+
+def write_csv(file: Path, results: Sequence[Scored], reward: Composed) -> None:
+    """Write a row for each image: path, prompt, rewards and their details, empty where they are not valid."""
+    columns = list_columns(results, reward)
+    details = dict.fromkeys((n, d) for r in results for n, each in r.details.items() for d in each)
+    try:
+        with file.open("w", newline="", encoding="utf-8") as opened:
+            writer = csv.writer(opened)
+            writer.writerow(["image", "prompt", *columns, *(f"{n}/{d}" for n, d in details), "errors"])
+            for i, result in enumerate(results):
+                values = [column[i] for column in columns.values()]
+                more = [result.details[n].get(d) if result.valid[n] else None for n, d in details]
+                errors = "; ".join(dict.fromkeys(result.errors.values()))
+                writer.writerow([format_path(result.item.path), result.item.prompt, *values, *more, errors])
+    except OSError as error:
+        raise NftError(
+            f"Cannot write {file}: {error}. {advise_on_disk(error)}, or choose another file."
+        ) from error
+
+
+def show_scores(results: Sequence[Scored], reward: Composed) -> None:
+    """Print a table with a row for each image, and the means of what is valid with their intervals."""
+    from rich.markup import escape
+
+    columns = list_columns(results, reward)
     table = new_table()
     table.add_column("image", overflow="fold")
     for name in columns:
@@ -186,13 +248,13 @@ def show_scores(results: Sequence[Scored], reward: Composed) -> None:
         ]
         table.add_row(escape(format_path(result.item.path)), *cells)
     if len(results) > 1:
-        known = {name: [v for v in values if v is not None] for name, values in columns.items()}
+        summary = summarise(results, columns)
         table.add_section()
-        table.add_row("mean", *(format_score(sum(v) / len(v) if v else None, "") for v in known.values()))
-        if any(len(v) < len(results) for v in known.values()):
-            # Without it, a mean of a few images would look like one of all.
-            table.add_row("of", *(f"{len(v)}/{len(results)} images" for v in known.values()))
+        for row in list_summary_rows(summary, list(columns)):
+            table.add_row(*row)
     print_table(table)
+    if len(results) > 1:
+        show_tags(summary)
 
 
 def format_path(path: Path) -> str:

@@ -105,7 +105,7 @@ def prepare_generation(
     cache = Path(settings.cache).expanduser() if settings.cache else None
     negative = None
     if guided:
-        negative = encode_negative(model, negative_prompt, cache, device)
+        negative = encode_negative(model, negative_prompt, device)
     condition = encode_prompts(model, prompts, range(len(prompts)), cache, device)
     if hasattr(model, "release"):
         model.release()

@@ -44,6 +44,32 @@ def call_factory(
     Raises UsageError for an option that is not in its signature or has a value of another type.
     """
     call = import_factory(factory)
+    given = fit_options(what, call, arguments, options, offered)
+    try:
+        return call(*arguments, **given)
+    except NftError:
+        raise
+    except ValueError as error:
+        raise UsageError(f"The {what} cannot be made with these options: {error}") from error
+    except OSError as error:  # whose text says enough
+        raise NftError(f"The {what} cannot be loaded: {error}{locate_error(error)}") from error
+    except KeyboardInterrupt:
+        raise
+    except BaseException as error:
+        raise NftError(f"The {what} cannot be loaded: {describe_error(error)}{locate_error(error)}") from error
+
+
+def fit_options(
+    what: str,
+    call: Callable[..., Any],
+    arguments: Iterable[Any],
+    options: Mapping[str, Any],
+    offered: Mapping[str, Any],
+) -> dict[str, Any]:
+    """Convert the user's options to the types that a factory asks for, and add what of `offered` it takes.
+
+    Raises UsageError for an option that is not in its signature or has a value of another type.
+    """
     parameters = inspect.signature(call).parameters
     open_ended = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
     named = {n: p for n, p in parameters.items() if p.kind in (p.KEYWORD_ONLY, p.POSITIONAL_OR_KEYWORD)}
@@ -62,18 +88,7 @@ def call_factory(
         inspect.signature(call).bind(*arguments, **given)
     except TypeError as error:
         raise UsageError(f"The {what} cannot be made with these options: {error}") from error
-    try:
-        return call(*arguments, **given)
-    except NftError:
-        raise
-    except ValueError as error:
-        raise UsageError(f"The {what} cannot be made with these options: {error}") from error
-    except OSError as error:  # whose text says enough
-        raise NftError(f"The {what} cannot be loaded: {error}{locate_error(error)}") from error
-    except KeyboardInterrupt:
-        raise
-    except BaseException as error:
-        raise NftError(f"The {what} cannot be loaded: {describe_error(error)}{locate_error(error)}") from error
+    return given
 
 
 def find_annotation(call: Callable[..., Any], name: str) -> Any:

@@ -18,15 +18,23 @@ from nft_plugins import (
     Solver,
     SolverInfo,
 )
-from nft_plugins.rules import RESERVED
+from nft_plugins.rules import OFFERED, RESERVED
 
 from ..errors import NftError, UsageError, missing_part, unknown_name
 from ..quiet import redirect_prints
 from .discovery import Cards, Info, Plugin, Registered, discover, find_hook_problem
-from .factories import call_factory, convert_option, find_annotation, import_factory, is_installed
+from .factories import (
+    call_factory,
+    convert_option,
+    find_annotation,
+    fit_options,
+    import_factory,
+    is_installed,
+)
 from .hooks import Hooks
 from .lending import Inside, keep_state
-from .local import is_reference, load_object, make_local_card
+from .local import is_reference, load_object, make_local_card, make_observer_card
+from .objects import is_object_name, missing_object
 from .specs import FailurePolicy, ObserverSpec, parse_reward, split_options
 
 
@@ -57,6 +65,8 @@ class Host:
         """Find the card of a reward by its name, or make one for `FILE.py:NAME`, `MODULE:NAME` or an object."""
         if not isinstance(name, str) or is_reference(name):
             return make_local_card(name)
+        if is_object_name(name) and name not in self.rewards:
+            raise missing_object("reward", name)
         return self._find_card("reward", name, self.rewards)
 
     def make_reward(
@@ -108,6 +118,13 @@ class Host:
         loaded[key] = made
         return made
 
+    def check_reward(self, name: str, options: Mapping[str, Any]) -> None:
+        """Raise what `make_reward` raises for a name, an option or a missing module, and load nothing."""
+        card = self.find_reward(name)
+        what = name_card("reward", card)
+        require_modules(card, what)
+        fit_options(what, import_factory(card.info.factory), (), options, dict.fromkeys(OFFERED))
+
     def make_solver(self, name: str, options: Mapping[str, Any]) -> Solver:
         """Make a solver by name, or by `FILE.py:NAME`; the family `diffusers:` makes `diffusers:CLASS`."""
         family, colon, member = name.partition(":")
@@ -127,8 +144,14 @@ class Host:
         return made
 
     def make_observer(self, spec: ObserverSpec) -> object:
-        """Make an observer by name. Raises UsageError and NftError as `make_reward` does."""
-        card = self._find_card("observer", spec.name, self.observers)
+        """Make an observer by name or by `FILE.py:CLASS`. Raises what `make_reward` raises."""
+        if is_object_name(spec.name) and spec.name not in self.observers:
+            raise missing_object("observer", spec.name)
+        card = (
+            make_observer_card(spec.name)
+            if is_reference(spec.name)
+            else self._find_card("observer", spec.name, self.observers)
+        )
         what = name_card("observer", card)
         require_modules(card, what)
         made = call_factory(what, card.info.factory, (), spec.options, {})

@@ -17,7 +17,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
-from nft_plugins import Batch, RewardInfo, Scores
+from nft_plugins import Batch, ObserverInfo, RewardInfo, Scores
 from nft_plugins.rules import OFFERED
 
 from ..errors import NftError, UsageError, describe_error, locate_error, missing_part
@@ -133,8 +133,19 @@ def make_local_card(name: str | Callable[..., Any]) -> Registered[RewardInfo]:
     title = name if isinstance(name, str) else getattr(name, "__name__", type(name).__name__)
     if not callable(target):
         raise UsageError(f"{title} is no reward: expected a function, a class or an object that can be called.")
-    summary = (inspect.getdoc(target) or "").partition("\n")[0]
-    return Registered(RewardInfo(title, summary, make_factory(target, title)), ())
+    return Registered(RewardInfo(title, describe_briefly(target), make_factory(target, title)), ())
+
+
+def make_observer_card(name: str) -> Registered[ObserverInfo]:
+    """Make the card of an observer by reference: a class or a function that makes it, or the object itself."""
+    target = load_object(name)
+    makes = inspect.isclass(target) or inspect.isroutine(target)
+    return Registered(ObserverInfo(name, describe_briefly(target), target if makes else lambda: target), ())
+
+
+def describe_briefly(target: object) -> str:
+    """The first line of an object's docstring; empty where it has none."""
+    return (inspect.getdoc(target) or "").partition("\n")[0]
 
 
 def make_factory(target: Callable[..., Any], title: str) -> Callable[..., Any]:

@@ -10,9 +10,10 @@ from typing import Any, Literal, TypeAlias, get_args
 from nft_plugins.rules import RESERVED
 
 from ..errors import UsageError
+from .objects import is_object_name, read_title
 
 FORM = "NAME[=WEIGHT][,KEY=VALUE...], such as pickscore, ocr=0.5 or ocr=0.5,upscale=4"
-OBSERVER_FORM = "NAME[,KEY=VALUE...], such as tensorboard or wandb,project=ocr"
+OBSERVER_FORM = "NAME[,KEY=VALUE...], such as tensorboard, wandb,project=ocr or FILE.py:CLASS"
 OnError: TypeAlias = Literal["stop", "mask", "skip"]
 #: No run needs more than these, so a larger number is a typing error, which is reported at once.
 MOST_RETRIES, MOST_SECONDS, MOST_WEIGHT = 1000, 1e6, 1e30
@@ -61,6 +62,8 @@ class RewardSpec:
     @property
     def title(self) -> str:
         """Give the name that figures have: the reward's, or the last part of `FILE.py:NAME`."""
+        if is_object_name(self.name):
+            return read_title(str(self.name))
         if isinstance(self.name, str):
             return self.name.rpartition(":")[2]
         return str(getattr(self.name, "__name__", type(self.name).__name__))

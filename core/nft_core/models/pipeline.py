@@ -212,6 +212,10 @@ class PipelineModel:
         """
         raise TypeError(f"{type(self).__name__} must define encode_texts(pipeline, prompts)")
 
+    def guide(self, v: Tensor, v_neg: Tensor, scale: float) -> Tensor:
+        """The velocity under classifier-free guidance, from those of the prompt and of the negative prompt."""
+        return v_neg + scale * (v - v_neg)
+
     def velocity(self, x_t: Tensor, t: Tensor, condition: Condition) -> Tensor:
         raise TypeError(f"{type(self).__name__} must define velocity(x_t, t, condition)")
 

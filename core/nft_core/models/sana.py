@@ -24,6 +24,8 @@ class Sana(PipelineModel):
 
     pipeline_class = "SanaPipeline"
     lora_targets = ("to_q", "to_k", "to_v")
+    #: Whether the pipeline's instruction is put before prompts.
+    instructs = True
 
     def __init__(
         self,
@@ -46,9 +48,17 @@ class Sana(PipelineModel):
             do_classifier_free_guidance=False,
             device=self.device,
             max_sequence_length=self.max_sequence_length,
-            complex_human_instruction=call["complex_human_instruction"].default,
+            complex_human_instruction=call["complex_human_instruction"].default if self.instructs else None,
         )
         return {"embeds": embeds, "mask": mask}
+
+    def encode_negative(self, prompts: Sequence[str]) -> Condition:
+        """Encode negative prompts as the pipeline does, without its instruction."""
+        self.instructs = False
+        try:
+            return self.encode(prompts)
+        finally:
+            del self.instructs
 
     def count_tokens(self, tokenizer: Any, prompts: Sequence[str]) -> list[int]:
         plain = tokenizer(list(prompts), add_special_tokens=False, verbose=False).input_ids

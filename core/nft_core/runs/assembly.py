@@ -93,7 +93,7 @@ def encode_all(
     cache = Path(s.cache).expanduser() if s.cache else None
     both = [*prompts, *held_out]
     # In one go, so that the text encoders are loaded once.
-    negative = encode_negative(model, "", cache, device) if s.eval_guidance != 1 else None
+    negative = encode_negative(model, "", device) if s.eval_guidance != 1 else None
     encoded = encode_prompts(model, both, [*drawn, *range(len(prompts), len(both))], cache, device)
     if hasattr(model, "release"):
         model.release()

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..host.local import is_reference
+from ..host.objects import is_object_name
 from ..host.specs import RewardSpec, split_options
 from ..settings import Settings, for_evaluation
 from ..settings.places import find_packages
@@ -81,7 +82,9 @@ def fingerprint_evaluation(
 
 
 def identify_source(name: str, card: Registered[Any] | None, sources: Mapping[str, str]) -> str:
-    """Say what brings a reward or a solver: a plug-in and its version, the user's files, or nothing."""
+    """Say what brings a reward or a solver: a plug-in and its version, the user's files or code, or nothing."""
+    if is_object_name(name) and card is not None:
+        return str(card.info.source)
     if card is not None:
         return f"{card.distribution} {sources.get(card.distribution, '')}"
     return (
@@ -170,9 +173,12 @@ def identify_figure(evaluation: Any, name: str) -> Any:
 def collect_sources(host: Host, references: Iterable[str] = ()) -> dict[str, str]:
     """Collect versions of plug-ins and of what is beneath them, and digests of the user's files, by name.
 
-    references: those of the run's rewards and solver, of which some are `FILE.py:NAME` or `MODULE:NAME`.
+    references: names of the run's rewards and solver, of which some are `FILE.py:NAME`, `MODULE:NAME` or stand
+        for Python objects.
     """
     found = {row.distribution: row.version for row in host.plugins if row.status == "ok"}
+    references = list(references)
+    found |= {name: host.rewards[name].info.source for name in references if is_object_name(name)}
     for name in BENEATH:
         try:
             found[name] = version(name)

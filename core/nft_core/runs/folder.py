@@ -5,12 +5,14 @@ from __future__ import annotations
 import os
 import shlex
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
 import tomli_w
 
+from .. import environment
 from ..errors import CheckpointError, NftError, UsageError, advise_on_disk
 from ..settings import RECORD, Settings, make_settings, read_tables, read_toml, to_toml
 from .copies import read_copies, use_copies
@@ -97,6 +99,32 @@ def make_folder(folder: Path, new: bool = False) -> bool:
         advice = f"{advise_on_disk(error)}, or choose another --out"
         raise NftError(f"Cannot write to {folder}: {error}. {advice}.") from error
     return True
+
+
+@contextmanager
+def make_run_folder(rewards: list[str]) -> Iterator[Path]:
+    """Make a folder that no other run has, and remove it again if the run writes nothing to it.
+
+    `name_run_folder` names it; a number follows where another run has begun in the same second.
+    """
+    first = name_run_folder(rewards)
+    folder, number = first, 1
+    while environment.is_first_process() and not make_folder(folder, new=True):
+        number += 1
+        folder = first.with_name(f"{first.name}-{number}")
+    try:
+        yield folder
+    finally:
+        with suppress(OSError):  # A folder that holds something cannot be removed, and is to stay.
+            folder.rmdir()
+            folder.parent.rmdir()
+
+
+def name_run_folder(rewards: list[str]) -> Path:
+    """Name a run's folder by its rewards and the time, such as `runs/pickscore+ocr-20260131-235959`."""
+    # Names of files and options of rewards may have letters that a folder's name must not have.
+    names = "+".join("".join(c for c in r if c.isalnum() or c in "_-") for r in rewards)
+    return Path("runs") / f"{names[:60] or 'run'}-{datetime.now():%Y%m%d-%H%M%S}"
 
 
 def write_settings(

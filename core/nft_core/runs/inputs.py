@@ -60,14 +60,17 @@ class Inputs(NamedTuple):
     eval_solver: Solver
 
 
-def prepare_inputs(settings: Settings, host: Host) -> Inputs:
-    """Make and check what can be, without loading anything heavy. Raises UsageError."""
+def prepare_inputs(settings: Settings, host: Host, lists: Mapping[str, list[Prompt]] | None = None) -> Inputs:
+    """Make and check what can be, without loading anything heavy. Raises UsageError.
+
+    lists: prompts that stand in no file yet, by the setting that names their file.
+    """
     solver = host.make_solver(settings.solver, settings.solver_options)
     specs = parse_rewards(settings, host)
     check_any_weight(spec.weight for spec in specs)
     its = for_evaluation(settings)
     eval_solver = host.make_solver(its.solver, its.solver_options)
-    return Inputs(specs, solver, *read_prompt_files(settings), eval_solver)
+    return Inputs(specs, solver, *read_prompt_files(settings, lists or {}), eval_solver)
 
 
 def check_any_weight(weights: Iterable[float]) -> None:
@@ -102,11 +105,15 @@ def load_rewards(
         raise
 
 
-def read_prompt_files(settings: Settings) -> tuple[list[Prompt], list[Prompt]]:
+def read_prompt_files(
+    settings: Settings, lists: Mapping[str, list[Prompt]]
+) -> tuple[list[Prompt], list[Prompt]]:
     """Read the training prompts and the held-out ones; these are empty where there is no file of them."""
-    held_out = read_prompts(Path(settings.eval_prompts)) if settings.eval_prompts else []
+    files = {"prompts": settings.prompts, "eval_prompts": settings.eval_prompts}
+    found = {n: lists[n] if n in lists else read_prompts(Path(file)) for n, file in files.items() if file}
+    held_out = found.get("eval_prompts", [])
     if settings.prompts:
-        return read_prompts(Path(settings.prompts)), held_out
+        return found["prompts"], held_out
     return read_prompts(DATA / "prompts-train.txt"), held_out or read_prompts(DATA / "prompts-eval.txt")
 
 
@@ -222,11 +229,16 @@ def make_observers(settings: Settings, host: Host) -> dict[str, object]:
     return {spec.name: host.make_observer(spec) for spec in specs}
 
 
-def register_observers(host: Host, described: Run, asked: Mapping[str, object]) -> Callable[..., None]:
-    """Register the built-in observers and those asked for. Returns what calls a hook of all, plug-ins too."""
+def register_observers(
+    host: Host, described: Run, asked: Mapping[str, object], console: bool = True
+) -> Callable[..., None]:
+    """Register the built-in observers and those asked for. Returns what calls a hook of all, plug-ins too.
+
+    console: whether one of them shows the run on standard output.
+    """
     from .observers import make_builtin_observers
 
-    for observer in make_builtin_observers():
+    for observer in make_builtin_observers(console):
         host.hooks.register(observer, f"nft_core.{type(observer).__name__.lower()}")
     for name, observer in asked.items():
         host.hooks.register_asked(observer, name)

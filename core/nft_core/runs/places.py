@@ -106,8 +106,9 @@ def change_paths(values: Mapping[str, Any], change: Callable[[str, str], str]) -
 
     def observer(given: Any) -> Any:
         spec = parse_observer(given)
-        new = options(spec.options)
-        return given if new == spec.options else {"name": spec.name, **new}
+        old = {"name": spec.name, **spec.options}
+        new = options(old)
+        return given if new == old else new
 
     changed = dict(values)
     for name in ("model", "lora", "solver", "eval_solver", *PATHS):

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from nft_plugins import Run
 
@@ -15,6 +15,7 @@ from .. import environment
 from ..errors import NftError, SaveError, Stopped, UsageError, locate_error, shorten_error
 from ..host.host import Host
 from ..parallel.signals import note_signals
+from ..prompts import Prompt, write_prompts
 from ..settings import Settings
 from .copies import copy_inputs, read_copies, tell_changes
 from .fingerprint import collect_sources, digest_origin, digest_value, fingerprint_evaluation
@@ -58,6 +59,27 @@ Counting = Callable[[Settings, Host, "torch.device", Tell], float | None]
 Profiling = Callable[["Training", Path, Host], AbstractContextManager[None]]
 
 
+def name_resume_command(folder: Path) -> str:
+    """Name the command that goes on with a run."""
+    return f"nft resume {shlex.quote(str(folder))}"
+
+
+class Caller(NamedTuple):
+    """What a run does otherwise where Python starts it, and not the command.
+
+    prompts: prompts that were given as lists, by the setting that names the file that they are written to.
+    console: whether the run is shown on standard output.
+    name_resume: says how to go on with the run of a folder.
+    """
+
+    prompts: Mapping[str, list[Prompt]] = {}
+    console: bool = True
+    name_resume: Callable[[Path], str] = name_resume_command
+
+
+COMMAND = Caller()
+
+
 def run_training(
     settings: Settings,
     folder: Path,
@@ -67,6 +89,7 @@ def run_training(
     allow_changes: bool = False,
     count_operations: Counting | None = None,
     profile: Profiling | None = None,
+    caller: Caller = COMMAND,
 ) -> None:
     """Train, in this process or in each that a launcher started, and write everything to `folder`.
 
@@ -81,7 +104,7 @@ def run_training(
     environment.check_numbers()
     first = environment.is_first_process()
     tell = say if first else lambda text: None
-    inputs = prepare_inputs(settings, host)
+    inputs = prepare_inputs(settings, host, caller.prompts)
     asked = make_observers(settings, host) if first else {}
     with ExitStack() as stack:
         found: Path | None = None
@@ -106,15 +129,17 @@ def run_training(
                 make_folder(folder)
                 stack.enter_context(lock_folder(folder))
                 claim_folder(folder)  # Loading took its time, in which another process may have come.
+            for name, listed in caller.prompts.items():
+                write_prompts(Path(getattr(settings, name)), listed)
             training.settings = settings = record_start(folder, settings, host, training.at.step, tell)
             run = Run(folder, settings.model_dump(), settings.epochs, training.at.epoch)
-            training.observe = register_observers(host, run, asked)
+            training.observe = register_observers(host, run, asked, caller.console)
             training.keep_scores = partial(save_scores, folder)
             trim_metrics(folder, training.at, tell)
         if other:  # What was allowed holds from here on, whatever comes.
             training.save()
         traced = profile(training, folder / "profile", host) if profile and first else nullcontext()
-        train_and_save(training, folder, traced, tell)
+        train_and_save(training, folder, traced, tell, caller.name_resume)
 
 
 def record_start(folder: Path, settings: Settings, host: Host, step: int, tell: Tell) -> Settings:
@@ -138,10 +163,10 @@ def enter_surroundings(
 ) -> None:
     """Enter what holds for the whole run: the group of processes, kernels, and how errors are told."""
     from ..parallel.processes import process_group
-    from ..quiet import silence_libraries
+    from ..quiet import silent_libraries
     from ..training.attention import attention_kernel
 
-    silence_libraries("diffusers", "transformers")
+    stack.enter_context(silent_libraries("diffusers", "transformers"))
     for warning in stack.enter_context(process_group(device, settings.peer_timeout, settings.join_timeout)):
         tell(warning)
     stack.enter_context(explain_memory_errors())
@@ -206,10 +231,17 @@ def load_training(
     return training, compiled
 
 
-def train_and_save(training: Training, folder: Path, traced: AbstractContextManager[None], tell: Tell) -> None:
+def train_and_save(
+    training: Training,
+    folder: Path,
+    traced: AbstractContextManager[None],
+    tell: Tell,
+    name_resume: Callable[[Path], str],
+) -> None:
     """Train; whatever ends it, save what was trained, and let the observers end.
 
     traced: what surrounds the training alone.
+    name_resume: as of Caller.
     """
     from ..parallel.processes import barrier
     from ..training.loop import train
@@ -227,7 +259,7 @@ def train_and_save(training: Training, folder: Path, traced: AbstractContextMana
                 # A second Ctrl-C means at once, and what could not be saved cannot be saved now.
                 at_once = isinstance(caught, KeyboardInterrupt | SaveError)
                 if not at_once or is_from_inside(caught, training.stop_signal()):
-                    rescue_training(training, folder, said.append)
+                    rescue_training(training, folder, said.append, name_resume)
                 if isinstance(caught, Stopped):
                     barrier()  # torchrun kills the first, which saves, 30 seconds after another has ended.
                 raise
@@ -263,14 +295,22 @@ def is_from_inside(error: BaseException, told: int) -> bool:
     return isinstance(error, SystemExit) or (isinstance(error, KeyboardInterrupt) and not told)
 
 
-def rescue_training(training: Training, folder: Path, tell: Callable[[str], None]) -> None:
-    """Save what was trained before an error or Ctrl-C, even in the middle of an epoch, and say so."""
+def rescue_training(
+    training: Training,
+    folder: Path,
+    tell: Callable[[str], None],
+    name_resume: Callable[[Path], str] = name_resume_command,
+) -> None:
+    """Save what was trained before an error or Ctrl-C, even in the middle of an epoch, and say so.
+
+    name_resume: as of Caller.
+    """
     training.policy.restore_live()
     at = training.at
     if training.is_inconsistent:
         tell("The error came in the middle of a step: what was trained since the last checkpoint is lost.")
     elif not (at.step or at.update):
-        tell("Nothing was trained yet, so nothing is saved: `nft resume` begins anew.")
+        tell(f"Nothing was trained yet, so nothing is saved: `{name_resume(folder)}` begins anew.")
     if training.is_inconsistent or not (at.step or at.update):
         return
     in_step = training.sampler.in_step
@@ -285,4 +325,4 @@ def rescue_training(training: Training, folder: Path, tell: Callable[[str], None
     except Exception as error:  # Whatever it is, the one that ended the run is to be seen.
         tell(str(error))
         return
-    tell(f"Saved at epoch {at.epoch}, gradient step {at.step}. To go on: nft resume {shlex.quote(str(folder))}")
+    tell(f"Saved at epoch {at.epoch}, gradient step {at.step}. To go on: {name_resume(folder)}")

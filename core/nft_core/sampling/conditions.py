@@ -101,9 +101,9 @@ def encode_prompts(
     return Encoded(condition, rows)
 
 
-def encode_negative(model: FlowModel, text: str, cache: Path | None, device: torch.device) -> Condition:
-    """Encode the negative prompt of guidance: one row, on `device`."""
-    row = encode_prompts(model, [Prompt(text, {})], [0], cache, device).condition
+def encode_negative(model: FlowModel, text: str, device: torch.device) -> Condition:
+    """Encode the negative prompt of guidance, as the model's pipeline does: one row, on `device`."""
+    row = getattr(model, "encode_negative", model.encode)([text])
     return {name: copy_to_device(c, device) for name, c in row.items()}
 
 

@@ -83,7 +83,9 @@ class Sampler:
         if self.guidance == 1 or self.negative is None:
             return v
         v_neg = predict(x_t, times, {n: c.expand(len(x_t), *c.shape[1:]) for n, c in self.negative.items()})
-        return v_neg + self.guidance * (v - v_neg)
+        # A family may have a formula of its own.
+        guide = getattr(self.model, "guide", None)
+        return guide(v, v_neg, self.guidance) if guide else v_neg + self.guidance * (v - v_neg)
 
 
 def _call_in_float32(velocity: Velocity) -> Velocity:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
@@ -19,18 +19,20 @@ from nft_plugins import Batch, Part, Reward, Scores
 from ..errors import NftError, UsageError
 from ..host.host import Host, load_host
 from ..host.lending import keep_process_state, lend_batch
-from ..host.local import FunctionReward, importing
+from ..host.local import FunctionReward, importing, is_reference
 from ..host.specs import FailurePolicy, RewardSpec, parse_reward, parse_weight
 from .contract import call_checked, check_prompt, regroup_scores
 from .failures import Failed, Guarded, Tally, add_tallies, guard_reward
+from .pictures import Images, make_batches
+from .scores import concatenate_scores, map_scores
 
 
 @dataclass(frozen=True)
 class Named:
-    """Names a reward that is not loaded yet, since the file that names it is only being imported by a run.
+    """Names a reward that is not loaded yet: one of a plug-in, or any in a file while a run imports it.
 
-    The run loads it on its own device, with its preset's options, and once for all that name it.
-    host, device: as the file has given them; None where it leaves them to the run.
+    A run loads it on its own device, with its preset's options, and once for all that name it.
+    host, device: as they were given; None where they are left to the run.
     """
 
     spec: RewardSpec
@@ -61,8 +63,26 @@ class Composed:
     terms: tuple[Term, ...]
     constant: float = 0.0
 
-    def __call__(self, batch: Batch) -> Scores:
-        """Score a batch, on the CPU. Raises NftError where a member fails or breaks the contract."""
+    def __call__(
+        self,
+        batch: Batch | Images,
+        prompts: str | Sequence[str] | None = None,
+        metadata: Sequence[Mapping[str, Any]] | Mapping[str, Any] | None = None,
+    ) -> Scores:
+        """Scores on the CPU, of a batch, or of images and the prompts that they were made for.
+
+        batch: a `Batch`; or a PIL image, the path of a file, or a list of these; or a tensor `[B, 3, H, W]` of
+            floats in [0, 1] or of uint8.
+        prompts: one for all images or one for each; None for rewards that do not read them.
+        metadata: a mapping for each image.
+        Raises UsageError for what is no image, and NftError for a member that fails or returns something else.
+        """
+        if not isinstance(batch, Batch):
+            return self.score_images(batch, prompts, metadata)
+        if prompts is not None or metadata is not None:
+            raise UsageError(
+                "A Batch has its prompts and metadata in itself: give either it or images, not both."
+            )
         scored: dict[int, Scores] = {}
         for term in self.members:
             # Equal entries hold the same object, which scores a batch once.
@@ -70,11 +90,39 @@ class Composed:
                 scored[id(term.reward)] = score_member(term, batch)
         return self.total({t.name: Part(t.weight, scored[id(t.reward)]) for t in self.members}, len(batch))
 
+    def score_images(
+        self,
+        images: Images,
+        prompts: str | Sequence[str] | None,
+        metadata: Sequence[Mapping[str, Any]] | Mapping[str, Any] | None,
+    ) -> Scores:
+        """Scores of images, in the order in which they are given; those of one size make a batch."""
+        places, batches = zip(*make_batches(images, prompts, metadata), strict=True)
+        scored = [self(batch) for batch in batches]
+        if len(scored) == 1:
+            return scored[0]
+        order = torch.tensor([i for part in places for i in part], dtype=torch.int64, device="cpu").argsort()
+        groups = torch.cat([batch.groups.cpu() for batch in batches])[order]
+        # Images of one prompt may be of several sizes.
+        return self.regroup(map_scores(concatenate_scores(scored), lambda figures: figures[order]), groups)
+
     @cached_property
     def members(self) -> tuple[Term, ...]:
         """Give the terms, with each reward loaded."""
-        # A run has loaded them all; the rest are those of a file that is used without a run.
-        return self.terms if is_loaded(self) else compose([self]).terms
+        return self.load().terms
+
+    def load(
+        self,
+        *,
+        host: Host | None = None,
+        device: str | None = None,
+        defaults: Mapping[str, Mapping[str, Any]] | None = None,
+    ) -> Composed:
+        """Load each reward now, not only when it is first called. Returns the same with all of them loaded.
+
+        Raises NftError for a reward that cannot be loaded.
+        """
+        return self if is_loaded(self) else Loader(host, device, defaults or {}).load(self)
 
     def regroup(self, scores: Scores, groups: Tensor) -> Scores:
         """Let members compare whole groups, and add up their scores again; see `nft_plugins.Reward`."""
@@ -261,8 +309,10 @@ def reward(given: Given, *, host: Host | None = None, device: str | None = None,
     A function takes what it needs of `images`, `prompts`, `metadata`, `groups`, `uint8`, `pil` and `batch` by
     name, and returns a number for each image, None where it cannot score one; its other parameters are options.
     `on_error`, `retry` and `max_seconds` are options of every reward, `nft_core.host.specs.FailurePolicy`.
-    device: the CPU where it is not given; in a file that a run is given, the run's.
-    Raises UsageError for an unknown name or option and NftError for a reward that cannot be loaded.
+    A registered reward is loaded when it is first called, or by the run that it is given to, with the run's
+    device and preset; `load()` loads it now. A function or class of yours is made at once.
+    device: the run's where it is not given, and without a run the CPU.
+    Raises UsageError for an unknown name or option and NftError where modules are missing that it needs.
     """
     return compose([as_spec(given).with_options(options)], host=host, device=device)
 
@@ -279,6 +329,7 @@ def compose(
     Entries with equal names and options share one loaded reward, and their weights add up where what is done
     on a failure is equal too. An entry that is itself a composition, such as `FILE.py:NAME` of one, brings
     its members, whose weights the entry's own weight multiplies.
+    host, defaults: where one is given, all rewards are loaded at once.
     defaults: options, by name, of members of such compositions and of rewards that others are made of.
     """
     weights = list(rewards.values()) if isinstance(rewards, Mapping) else None
@@ -286,14 +337,23 @@ def compose(
     if not members:
         raise UsageError('There is no reward to compose: give one, such as {"pickscore": 1.0}.')
     loader = None if importing.get() else Loader(host, device, defaults or {})
+    at_once = host is not None or defaults is not None
     total = Composed(())
     for i, given in enumerate(members):
         if not isinstance(given, Composed):
             spec = as_spec(given)
             named = Named(replace(spec, weight=1.0), host, device)
             given = Composed((Term(spec.title, spec.weight, named),))
+            if loader and not at_once and isinstance(spec.name, str) and not is_reference(spec.name):
+                loader.host.check_reward(spec.name, spec.options)
+            elif loader:  # It has the host and the device.
+                given = loader.load(
+                    Composed((Term(spec.title, spec.weight, replace(named, host=None, device=None)),))
+                )
+        elif loader and at_once:
+            given = loader.load(given)
         weight = 1.0 if weights is None else parse_weight(weights[i], given.terms[0].name)
-        total += weight * (loader.load(given) if loader else given)
+        total += weight * given
     return total
 
 
@@ -329,8 +389,8 @@ class Loader:
 
     def load_named(self, named: Named, inside: tuple[Any, ...]) -> Composed:
         """Load the reward, or the members of the composition, that a name stands for."""
-        if inside and (named.host or named.device):  # The file says more than the run.
-            other = Loader(named.host or self.host, named.device or self.device, self.defaults)
+        if named.host or named.device:  # They were given for this reward.
+            other = Loader(named.host or self.given, named.device or self.device, self.defaults)
             return other.load_named(replace(named, host=None, device=None), inside)
         spec = self.with_defaults(named.spec) if inside else named.spec
         if spec.name in inside:

@@ -110,7 +110,7 @@ def score_images(
     items = [make_item(*row) for row in zip(range(len(given)), given, texts, extras, strict=True)]
     one = isinstance(reward, str | Mapping | RewardSpec) or callable(reward)
     rewards = cast(Iterable[Given], [reward] if one else reward)
-    return score_items(items, compose(rewards, device=device), batch=batch, device=device)
+    return score_items(items, compose(rewards, device=device).load(device=device), batch=batch, device=device)
 
 
 def score_items(

@@ -43,8 +43,8 @@ class Run(Group):
     )
     observers: list[str | dict[str, Any]] = Field(
         [],
-        description="Observers to add to the run, each as NAME[,KEY=VALUE...], such as tensorboard. `nft "
-        "observers` lists them.",
+        description="Observers to add to the run, each as NAME[,KEY=VALUE...], such as tensorboard or "
+        "FILE.py:CLASS. `nft observers` lists them.",
     )
 
 

@@ -6,11 +6,11 @@ Those of `make_builtin_observers` are always there; `tensorboard` and `wandb` ar
 from __future__ import annotations
 
 
-def make_builtin_observers() -> list[object]:
+def make_builtin_observers(console: bool = True) -> list[object]:
     """Make the observers that every run has: console, `metrics.jsonl`, pictures and report."""
     from .console import Console
     from .metrics import Metrics
     from .report import Report
     from .samples import Samples
 
-    return [Metrics(), Samples(), Report(), Console()]
+    return [Metrics(), Samples(), Report(), *([Console()] if console else [])]
