@@ -5,6 +5,7 @@ from __future__ import annotations
 import diffusers
 import torch
 from peft import LoraConfig, get_peft_model
+from safetensors.torch import save_file
 
 from nft_core.host.host import load_host
 from nft_core.models.sd3 import SD3
@@ -55,6 +56,64 @@ def make_peft_lora(folder, base, rank=3, alpha=6, targets=("attn.to_q", "attn.to
     disturb([p for n, p in wrapped.named_parameters() if "lora_" in n], size=0.1)
     wrapped.save_pretrained(folder)
     return folder, transformer
+
+
+#: Names of SD3's original trainer, by diffusers', of all but the blocks and of a block.
+ORIGINAL = {
+    "pos_embed.pos_embed": "pos_embed",
+    "pos_embed.proj": "x_embedder.proj",
+    "time_text_embed.timestep_embedder.linear_1": "t_embedder.mlp.0",
+    "time_text_embed.timestep_embedder.linear_2": "t_embedder.mlp.2",
+    "context_embedder": "context_embedder",
+    "time_text_embed.text_embedder.linear_1": "y_embedder.mlp.0",
+    "time_text_embed.text_embedder.linear_2": "y_embedder.mlp.2",
+    "proj_out": "final_layer.linear",
+    "norm_out.linear": "final_layer.adaLN_modulation.1",
+}
+OF_BLOCK = {
+    "attn.norm_q": "x_block.attn.ln_q",
+    "attn.norm_k": "x_block.attn.ln_k",
+    "attn.norm_added_q": "context_block.attn.ln_q",
+    "attn.norm_added_k": "context_block.attn.ln_k",
+    "attn.to_out.0": "x_block.attn.proj",
+    "attn.to_add_out": "context_block.attn.proj",
+    "norm1.linear": "x_block.adaLN_modulation.1",
+    "norm1_context.linear": "context_block.adaLN_modulation.1",
+    "ff.net.0.proj": "x_block.mlp.fc1",
+    "ff.net.2": "x_block.mlp.fc2",
+    "ff_context.net.0.proj": "context_block.mlp.fc1",
+    "ff_context.net.2": "context_block.mlp.fc2",
+}
+FUSED = {
+    "x_block": ("attn.to_q", "attn.to_k", "attn.to_v"),
+    "context_block": ("attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj"),
+}
+
+
+def make_single_file(file, transformer):
+    """A transformer of SD3 in one file, as its original trainer names and orders its weights."""
+    weights, made = dict(transformer.state_dict()), {}
+
+    def swapped(x):
+        return torch.cat(x.chunk(2)[::-1])
+
+    last = len(transformer.transformer_blocks) - 1
+    for i in range(last + 1):
+        start = f"transformer_blocks.{i}."
+        for part, names in FUSED.items():
+            for kind in ("weight", "bias"):
+                three = [weights.pop(f"{start}{name}.{kind}") for name in names]
+                made[f"joint_blocks.{i}.{part}.attn.qkv.{kind}"] = torch.cat(three)
+        for theirs, original in OF_BLOCK.items():
+            for kind in ("weight", "bias"):
+                if (x := weights.pop(f"{start}{theirs}.{kind}", None)) is not None:
+                    x = swapped(x) if i == last and theirs == "norm1_context.linear" else x
+                    made[f"joint_blocks.{i}.{original}.{kind}"] = x
+    for name, x in weights.items():
+        theirs = next(t for t in ORIGINAL if name == t or name.startswith(f"{t}."))
+        x = swapped(x) if theirs == "norm_out.linear" else x
+        made[name.replace(theirs, ORIGINAL[theirs])] = x
+    save_file({f"model.diffusion_model.{name}": x.contiguous() for name, x in made.items()}, file)
 
 
 @torch.no_grad()

@@ -4,6 +4,7 @@ import json
 import os
 import shutil
 
+import diffusers
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -156,6 +157,33 @@ def test_weights_of_a_variant_alone_are_read(pipeline, sd3_folder):
     ours, whole = (SD3(str(f), max_sequence_length=8) for f in (pipeline, sd3_folder))
     torch.testing.assert_close(ours.encode(["a"]), whole.encode(["a"]))
     torch.testing.assert_close(ours.transformer.state_dict(), whole.transformer.state_dict())
+
+
+def test_weights_of_a_variant_alone_are_read_from_the_hub(pipeline, sd3_folder, monkeypatch):
+    """A repository without other weights: what is fetched first has none, or diffusers refuses it."""
+    from nft_core.models import pipeline as module
+
+    bare, asked = pipeline.with_name("bare"), []
+    shutil.copytree(pipeline, bare, ignore=shutil.ignore_patterns("*.safetensors"))
+    for file in pipeline.rglob("*.safetensors"):
+        rename(file, file.name.replace(".safetensors", ".bf16.safetensors"))
+
+    def download(name, variant, **_):
+        asked.append(variant)
+        if variant == "fp16":
+            raise OSError("Could not find the necessary `safetensors` weights")
+        return pipeline if variant else bare
+
+    monkeypatch.setattr(SD3, "_class", lambda self: FakeHub)
+    monkeypatch.setattr(module, "read_index", lambda name: json.loads((bare / "model_index.json").read_text()))
+    FakeHub.download = staticmethod(download)
+    whole = SD3(str(sd3_folder)).transformer.state_dict()
+    torch.testing.assert_close(SD3("owner/name").transformer.state_dict(), whole)
+    assert asked == [None, "fp16", "bf16"]
+
+
+class FakeHub(diffusers.StableDiffusion3Pipeline):
+    """A pipeline whose files come from where the test says."""
 
 
 def test_weights_that_are_missing_are_not_made_up(pipeline):

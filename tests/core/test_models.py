@@ -9,15 +9,19 @@ from functools import cached_property
 from pathlib import Path
 
 import diffusers
+import numpy as np
 import pytest
 import torch
 from families import FAMILIES, PUBLISHED, lumina2
 
 from nft_core.errors import UsageError
 from nft_core.host.host import load_host
+from nft_core.models.sources import find_source
 from nft_core.prompts import Prompt
 from nft_core.runs.assembly import assemble_training
 from nft_core.runs.setup import load_model
+from nft_core.runs.usage import write_use
+from nft_core.sampling.draws import Draws
 from nft_core.settings import make_settings
 from nft_core.training.loop import train
 from nft_core.training.policy import Policy
@@ -119,8 +123,11 @@ def test_the_largest_size(made, largest):
 
 @one_each
 @pytest.mark.parametrize("rank", [2, 0])
-def test_an_epoch_and_its_checkpoint(made, rank, tmp_path):
-    """A LoRA through load_lora_weights, a whole transformer through from_pretrained: the same velocity."""
+def test_an_epoch_and_its_checkpoint(made, rank, tmp_path, monkeypatch):
+    """A LoRA through load_lora_weights, a whole transformer through from_pretrained: the same velocity.
+
+    The code that a run prints at its end makes the evaluation's picture, to one of 255 levels.
+    """
     settings = made.settings(
         epochs=1,
         steps=2,
@@ -132,6 +139,7 @@ def test_an_epoch_and_its_checkpoint(made, rank, tmp_path):
         lora_rank=rank,
         lr=0.01,
         ema_decay=0,
+        solver="euler",
     )
     prompts = [Prompt(text, {}) for text in PROMPTS]
     records = []
@@ -159,6 +167,18 @@ def test_an_epoch_and_its_checkpoint(made, rank, tmp_path):
         v = loaded.velocity(x, t, condition)
         torch.testing.assert_close(v, training.policy.velocity(x, t, condition))
         assert (v - model.velocity(x, t, condition)).abs().max() > 1e-3
+
+    draws = Draws(training.eval_prompts, range(1), 1, settings.seed, "eval", 0)
+    first = torch.zeros(1, dtype=torch.int64)
+    encoded = training.eval_condition.of(first, CPU)
+    with torch.no_grad():
+        _, ours = training.eval_sampler.generate(draws, first, encoded)
+    monkeypatch.chdir(tmp_path)
+    named = {}
+    exec(write_use(training, trained, find_source(str(folder))), named)
+    theirs = torch.from_numpy(np.asarray(named["image"]).astype(np.float32)).permute(2, 0, 1)
+    assert (255 * ours[0] - theirs).abs().max() <= 1
+    assert theirs.std() > 5
 
 
 @one_each

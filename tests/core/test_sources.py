@@ -12,6 +12,7 @@ from checkpoints import (
     generate_plain,
     make_peft_lora,
     make_run,
+    make_single_file,
     plain_pipeline,
     settings_of,
 )
@@ -222,6 +223,30 @@ def test_a_run_whose_newest_checkpoint_is_not_whole(lora_run, tmp_path):
     for name in ("policy.safetensors", "optimizer.safetensors"):  # What using a model does not need.
         (run / "checkpoints/000004" / name).unlink()
     assert find_source(str(run)).checkpoint
+
+
+def test_a_single_file_beside_its_pipeline(whole_run, sd3_folder, base_images, tmp_path):
+    """The transformer of the file in the names of its trainer; the rest is the pipeline's."""
+    folder, file = shutil.copytree(sd3_folder, tmp_path / "pipeline"), tmp_path / "pipeline/mine.safetensors"
+    transformer = diffusers.SD3Transformer2DModel.from_pretrained(whole_run, subfolder="transformer")
+    make_single_file(file, transformer)
+    assert find_source(str(file)).base == str(folder)
+    plain = diffusers.StableDiffusion3Pipeline.from_pretrained(sd3_folder, transformer=transformer)
+    assert_same(generate(load(file)), generate_plain(plain), base_images)
+    weights = load_file(file)
+    save_file(weights | {"model.diffusion_model.context_embedder.bias": torch.ones(3)}, file)
+    with pytest.raises(UsageError, match="mine.safetensors: .*context_embedder"):
+        load(file)
+
+
+def test_a_single_file_that_says_whose_it_is(tmp_path):
+    """By its names and shapes alone, as diffusers tells models apart."""
+    block = "model.diffusion_model.joint_blocks.0.context_block.adaLN_modulation.1.bias"
+    weights = {block: torch.zeros(9216), "model.diffusion_model.pos_embed": torch.zeros(1, 147456, 1)}
+    save_file(weights, tmp_path / "a.safetensors")
+    assert find_source(str(tmp_path / "a.safetensors")).base == "stabilityai/stable-diffusion-3.5-medium"
+    save_file({"x": torch.zeros(1)}, tmp_path / "b.safetensors")
+    refuse("is one file of 1 weights, which does not say of which model. Put it", tmp_path / "b.safetensors")
 
 
 def test_whole_weights_of_another_model(whole_run, tmp_path):

@@ -16,7 +16,8 @@ from nft_core.errors import NftError, advise_on_disk
 from nft_core.output import keep_output_alive
 from nft_core.runs.observers import captions
 from nft_core.runs.observers.console import Console, compare_evaluations, format_seconds
-from nft_core.runs.observers.metrics import Metrics, read_records
+from nft_core.runs.observers.evaluations import save_scores
+from nft_core.runs.observers.metrics import Metrics, append_record, read_records
 from nft_core.runs.observers.report import MOST, Curve, Report
 from nft_core.runs.observers.samples import (
     CELL,
@@ -305,7 +306,40 @@ def test_a_run_is_compared_with_its_like(run, capsys):
     assert "(epoch 2 cat 0.5  dog 0.5)" in shown
     assert "base" not in shown
     comparison_of_both = compare_evaluations(console.base, console.latest)
-    assert [c.header for c in comparison_of_both.columns] == ["", "epoch 2", "epoch 3", "change"]
+    assert [c.header for c in comparison_of_both.columns] == [
+        *("", "epoch 2", "epoch 3", "change", "95 % interval")
+    ]
+
+
+def test_a_change_has_the_interval_of_its_pairs(run):
+    """`cat` rises by 0.5 on every image, `dog` by 0.5 on some and falls by as much on others."""
+    groups = torch.arange(12).repeat_interleave(2)
+    before = torch.linspace(0, 1, 24)
+    dog = before + torch.tensor([0.5, 0.5, -0.5, -0.5]).repeat(6)
+    for epoch, values in ((0, (before, before)), (1, (before + 0.5, dog))):
+        parts = {name: Part(1.0, Scores.of(v)) for name, v in zip(("cat", "dog"), values, strict=True)}
+        save_scores(run.folder, epoch, Scores(sum(values), torch.ones(24, dtype=torch.bool), {}, parts), groups)
+    table = compare_evaluations(evaluation(0, 0.25), evaluation(1, 0.75), run.folder)
+    cells = dict(zip(*(table.columns[i].cells for i in (0, 4)), strict=True))
+    assert cells["cat"] == "+0.5 to +0.5"
+    low, high = map(float, re.findall(r"[-+][\d.]+", cells["dog"]))
+    assert cells["dog"].endswith(", may be chance") and low < -0.2 < 0.2 < high
+    # Of a run of an older version nothing is known of single images.
+    (run.folder / "evaluations" / "000000.safetensors").unlink()
+    table = compare_evaluations(evaluation(0, 0.25), evaluation(1, 0.75), run.folder)
+    assert set(table.columns[4].cells) == {""}
+
+
+def test_curves_show_intervals_of_evaluations(run):
+    for epoch, mean in enumerate((0.25, 0.75)):
+        record = evaluation(epoch, mean)
+        record["rewards"]["cat"] |= {"error": 0.1, "low": mean - 0.2, "high": mean + 0.2}
+        append_record(run.folder, record)
+    Report().nft_run_finished(run)
+    page = (run.folder / "report.html").read_text()
+    assert page.count("<title>95 % interval</title>") == 1
+    # The axis is as long as the intervals.
+    assert ">0.95</text>" in page and ">0.05</text>" in page
 
 
 def test_means_over_other_images_have_no_change():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -25,6 +26,7 @@ class Flux(PipelineModel):
     pipeline_class = "FluxPipeline"
     lora_targets = SD3.lora_targets
     can_guide = False  # Both dev and schnell are distilled.
+    takes_tokens = True
 
     def __init__(
         self,
@@ -37,6 +39,10 @@ class Flux(PipelineModel):
     ) -> None:
         super().__init__(checkpoint, device=device, dtype=dtype, max_sequence_length=max_sequence_length)
         self.guidance = guidance
+
+    @property
+    def unguided(self) -> Mapping[str, Any]:
+        return {"guidance_scale": self.guidance if self.pipeline.transformer.config.guidance_embeds else 0.0}
 
     def encode_texts(self, pipeline: Any, prompts: list[str]) -> dict[str, Tensor]:
         embeds, pooled, _ = pipeline.encode_prompt(

@@ -26,6 +26,8 @@ from .sources import read_index
 
 log = logging.getLogger(__name__)
 
+#: Variants of weights that the hub's repositories may have alone.
+VARIANTS = ("fp16", "bf16")
 #: Prompts a pass of the text encoders.
 ENCODED_AT_ONCE = 32
 #: Starts of the names of parts that are there for the prompts alone.
@@ -56,6 +58,8 @@ class PipelineModel:
     can_guide: ClassVar[bool] = True
     #: Whether its folder must hold weights: the benchmarks' models make their own.
     has_weights: ClassVar[bool] = True
+    #: Whether the pipeline's call takes its first latents as tokens.
+    takes_tokens: ClassVar[bool] = False
     #: Whether the pipeline hands its scheduler evenly spaced sigmas. Others hand it the number of steps.
     even_sigmas: ClassVar[bool] = True
 
@@ -75,7 +79,7 @@ class PipelineModel:
         check_parts(self.index)
         self.source = checkpoint
         if self.device.type != "meta" and not Path(checkpoint).is_dir():
-            self.source = str(self._class().download(checkpoint, use_safetensors=True, trust_remote_code=False))
+            self.source = self._download()
         if Path(self.source).is_dir():
             weights = self.has_weights and self.device.type != "meta"
             check_pipeline(Path(self.source), self.index, weights=weights)
@@ -89,6 +93,28 @@ class PipelineModel:
 
     def _class(self) -> Any:
         return getattr(diffusers, self.pipeline_class)
+
+    def _download(self) -> str:
+        """Download a pipeline from the hub, or find it in the cache; returns its folder.
+
+        Files of a variant, such as fp16, are taken where the repository has no others.
+        """
+        options = {"use_safetensors": True, "trust_remote_code": False}
+        refused: OSError | None = None
+        for variant in (None, *VARIANTS):
+            try:
+                folder = Path(self._class().download(self.name, variant=variant, **options))
+            except OSError as error:
+                refused = refused or error
+                if "safetensors" not in str(error):  # The hub cannot be read; asking again helps nothing.
+                    raise
+                continue
+            modules = [name for name in self._parts() if self._is_module(name)]
+            if not self.has_weights or all([*(folder / name).glob("*.safetensors")] for name in modules):
+                return str(folder)
+        if refused:
+            raise refused
+        return str(folder)  # Whose check says what is missing.
 
     def _parts(self) -> dict[str, tuple[str, str]]:
         return list_parts(self.index)
@@ -238,6 +264,11 @@ class PipelineModel:
         vae = self.pipeline.vae.config
         shift = getattr(vae, "shift_factor", None) or 0.0
         return cast(Tensor, x_0 / vae.scaling_factor + shift)
+
+    @property
+    def unguided(self) -> Mapping[str, Any]:
+        """What switches guidance off in a call of the pipeline."""
+        return {"guidance_scale": 1.0}
 
     @property
     def multiple(self) -> int:

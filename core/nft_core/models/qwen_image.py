@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -20,6 +20,7 @@ class QwenImage(PipelineModel):
     """
 
     pipeline_class = "QwenImagePipeline"
+    takes_tokens = True
 
     def encode_texts(self, pipeline: Any, prompts: list[str]) -> dict[str, Tensor]:
         embeds, mask = pipeline.encode_prompt(
@@ -55,6 +56,10 @@ class QwenImage(PipelineModel):
         return unpacked(
             guided * (plain.norm(dim=-1, keepdim=True) / guided.norm(dim=-1, keepdim=True)), v.shape[-2]
         )
+
+    @property
+    def unguided(self) -> Mapping[str, Any]:
+        return {"true_cfg_scale": 1.0}
 
     @property
     def channels(self) -> int:

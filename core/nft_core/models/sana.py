@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, cast
 
 import torch
@@ -73,6 +73,10 @@ class Sana(PipelineModel):
             return_dict=False,
         )
         return cast(Tensor, v.to(x_t.dtype))
+
+    @property
+    def unguided(self) -> Mapping[str, Any]:
+        return {"guidance_scale": 1.0, "use_resolution_binning": False}
 
     @property
     def multiple(self) -> int:

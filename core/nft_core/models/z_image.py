@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -51,6 +51,10 @@ class ZImage(PipelineModel):
             return_dict=False,
         )
         return -torch.stack(v)[:, :, 0].to(x_t.dtype)
+
+    @property
+    def unguided(self) -> Mapping[str, Any]:
+        return {"guidance_scale": 0.0}
 
     @property
     def largest(self) -> int:

@@ -32,6 +32,8 @@ def add_origin(base: Mapping[str, Any], layers: Sequence[Mapping[str, Any]]) -> 
     chosen = make_settings(base, *layers)
     source = find_source(chosen.model, chosen.lora)
     brought: dict[str, Any] = {n: source.settings[n] for n in OF_MODEL if n in source.settings}
+    if chosen.lora and (Path(chosen.lora) / "run.toml").is_file():
+        layers = [*layers, {"lora": str(source.loras[-1].file.parent)}]
     if source.checkpoint:
         layers = [*layers, {"model": str(source.checkpoint)}]
     if source.transformer and source.checkpoint:

@@ -140,6 +140,10 @@ def run_training(
             training.save()
         traced = profile(training, folder / "profile", host) if profile and first else nullcontext()
         train_and_save(training, folder, traced, tell, caller.name_resume)
+        from .usage import explain_use
+
+        if first and (use := explain_use(training, folder)):
+            tell(use)
 
 
 def record_start(folder: Path, settings: Settings, host: Host, step: int, tell: Tell) -> Settings:

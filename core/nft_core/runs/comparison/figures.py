@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 from ..fingerprint import is_comparable, list_changes, pick_picture_part
 from ..observers.console import collect_means, explain_difference
-from ..observers.evaluations import Scored, read_scores
+from ..observers.evaluations import Paired, pair_images, read_scores
 from .reading import RunFigures
 
 
@@ -16,22 +16,6 @@ class Point(NamedTuple):
 
     epoch: int
     mean: float
-
-
-class Paired(NamedTuple):
-    """A mean difference between the same images of two evaluations, with its 95 % interval.
-
-    low, high: None where the scores of single images are not kept, or there are too few prompts.
-    better, worse: numbers of prompts whose mean rose or fell, or None where that is not known.
-    images: that have both scores.
-    """
-
-    mean: float
-    low: float | None = None
-    high: float | None = None
-    better: int | None = None
-    worse: int | None = None
-    images: int | None = None
 
 
 class Summary(NamedTuple):
@@ -126,23 +110,3 @@ def pair_evaluations(before: Evaluation, after: Evaluation, name: str) -> Paired
         return paired
     # Means of other images would not be compared.
     return None if explain_difference(first, second, name) else Paired(now - was)
-
-
-def pair_images(before: Scored | None, after: Scored | None, name: str) -> Paired | None:
-    """Compare a figure of the same images, of those that have it both times; None where that is not known."""
-    if not before or not after or name not in before.figures or name not in after.figures:
-        return None
-    if before.prompt.shape != after.prompt.shape or (before.prompt != after.prompt).any():
-        return None
-    import torch
-
-    from ...scoring.intervals import bootstrap_difference
-
-    (was, had), (now, has) = before.figures[name], after.figures[name]
-    valid = had & has
-    first, second, groups, counted = map(torch.from_numpy, (was, now, before.prompt, valid))
-    found = bootstrap_difference(first, second, groups, counted)
-    if not found:
-        return None
-    interval = found.interval
-    return Paired(interval.mean, interval.low, interval.high, found.better, found.worse, int(valid.sum()))

@@ -11,9 +11,10 @@ from typing import Any, NamedTuple
 
 from ...errors import NftError, UsageError, advise_on_disk
 from ..fingerprint import pick_picture_part
+from ..observers.evaluations import Paired
 from ..observers.report import HEIGHT, STYLE, WIDTH, Curve
 from ..observers.samples import NAME, Sample, Sheet, find_first_sheet, read_sheet
-from .figures import Paired, Point, Summary
+from .figures import Point, Summary
 from .reading import RunFigures
 
 #: Colours of the runs' lines, which people who see colours otherwise can tell apart too (Okabe and Ito, 2008).

@@ -13,6 +13,7 @@ from rich.table import Table
 from nft_plugins import Run, hookimpl
 
 from ..fingerprint import is_comparable, list_changes, pick_picture_part
+from .evaluations import Paired, pair_images, read_scores
 from .metrics import read_records
 
 
@@ -99,7 +100,7 @@ class Console:
         if self.bars:
             self.bars.stop()
         if self.base and self.latest and (self.latest is not self.base or not error):
-            self.terminal.print(compare_evaluations(self.base, self.latest))
+            self.terminal.print(compare_evaluations(self.base, self.latest, run.folder))
         if self.latest:
             samples = run.folder / "samples"
             drawn = f"Pictures: {samples}    " if samples.exists() else ""
@@ -144,25 +145,41 @@ def describe_failures(record: Mapping[str, Any]) -> dict[str, str]:
     }
 
 
-def compare_evaluations(base: Mapping[str, Any], latest: Mapping[str, Any]) -> Table:
-    """Compare the first and the latest evaluation of the same prompts and noise, in a table."""
+def compare_evaluations(
+    base: Mapping[str, Any], latest: Mapping[str, Any], folder: Path | None = None
+) -> Table:
+    """Compare the first and the latest evaluation of the same prompts and noise, in a table.
+
+    folder: of the run, whose scores of single images give each change its 95 % interval.
+    """
     table = Table(title=f"{base['images']} held-out images, same prompts and noise")
     first = f"epoch {base['epoch']}" if base["epoch"] else "base"
-    for title in ("", first, f"epoch {latest['epoch']}", "change"):
+    for title in ("", first, f"epoch {latest['epoch']}", "change", "95 % interval"):
         table.add_column(title, justify="left" if not title else "right")
     before, after = collect_means(base), collect_means(latest)
     notes = []
+    first_scores, latest_scores = (
+        read_scores(folder, record["epoch"]) if folder else None for record in (base, latest)
+    )
     for name in {**before, **after}:  # One of them may lack a reward that the other has.
         was, now = before.get(name), after.get(name)
-        change = ""
+        change = interval = ""
         if was is not None and now is not None:
             if reason := explain_difference(base, latest, name):
                 notes.append(f"{name}: {reason}, so no change is given.")
             else:
                 change = f"{now - was:+.4g}"
-        table.add_row(name, format_figure(was), format_figure(now), change)
+                interval = describe_interval(pair_images(first_scores, latest_scores, name))
+        table.add_row(name, format_figure(was), format_figure(now), change, interval)
     table.caption = "\n".join(notes) or None
     return table
+
+
+def describe_interval(pair: Paired | None) -> str:
+    """Describe the interval of a change; one that holds 0 says that the change may be chance."""
+    if pair is None or pair.low is None or pair.high is None:
+        return ""
+    return f"{pair.low:+.3g} to {pair.high:+.3g}{', may be chance' if pair.low <= 0 <= pair.high else ''}"
 
 
 def explain_difference(base: Mapping[str, Any], latest: Mapping[str, Any], name: str) -> str:

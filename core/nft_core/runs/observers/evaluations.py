@@ -31,6 +31,22 @@ class Scored(NamedTuple):
     figures: dict[str, tuple[Any, Any]]
 
 
+class Paired(NamedTuple):
+    """A mean difference between the same images of two evaluations, with its 95 % interval.
+
+    low, high: None where the scores of single images are not kept, or there are too few prompts.
+    better, worse: numbers of prompts whose mean rose or fell, or None where that is not known.
+    images: that have both scores.
+    """
+
+    mean: float
+    low: float | None = None
+    high: float | None = None
+    better: int | None = None
+    worse: int | None = None
+    images: int | None = None
+
+
 def save_scores(folder: Path, epoch: int, scores: Scores, groups: torch.Tensor) -> None:
     """Write the scores of all images of an evaluation. Raises NftError where the disk will not take them.
 
@@ -91,3 +107,23 @@ def read_scores(folder: Path, epoch: int) -> Scored | None:
         if (values.dtype, valid.dtype) == (np.float32, np.bool_):
             found[name] = values, valid
     return Scored(prompt, found)
+
+
+def pair_images(before: Scored | None, after: Scored | None, name: str) -> Paired | None:
+    """Compare a figure of the same images, of those that have it both times; None where that is not known."""
+    if not before or not after or name not in before.figures or name not in after.figures:
+        return None
+    if before.prompt.shape != after.prompt.shape or (before.prompt != after.prompt).any():
+        return None
+    import torch
+
+    from ...scoring.intervals import bootstrap_difference
+
+    (was, had), (now, has) = before.figures[name], after.figures[name]
+    valid = had & has
+    first, second, groups, counted = map(torch.from_numpy, (was, now, before.prompt, valid))
+    found = bootstrap_difference(first, second, groups, counted)
+    if not found:
+        return None
+    interval = found.interval
+    return Paired(interval.mean, interval.low, interval.high, found.better, found.worse, int(valid.sum()))

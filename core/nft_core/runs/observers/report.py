@@ -17,6 +17,7 @@ STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; max-width: 70rem; margin: 2rem auto; padding: 0 1rem; }
 figure { display: inline-block; margin: 0 1.5rem 1.5rem 0; } figcaption { font-weight: 600; }
 svg { background: #8881; } polyline { fill: none; stroke: #3b7dd8; stroke-width: 2; }
+path { stroke: #3b7dd88c; stroke-width: 5; }
 text { font: 11px system-ui; fill: currentColor; } td { padding-right: 2rem; vertical-align: top; }
 img { max-width: 100%; background: #fff; } :root { color-scheme: light dark; }
 """
@@ -99,6 +100,9 @@ def add_to_curves(curves: dict[str, Curve], record: Mapping[str, Any], behind: s
     ]
     for name, value in [*found, *list_items(record, "details")]:
         curves.setdefault(name + behind, Curve()).add(record["epoch"], value)
+    for name, figures in list_items(record, "rewards"):
+        if isinstance(figures, Mapping):
+            curves[name + behind].add_interval(record["epoch"], figures.get("low"), figures.get("high"))
 
 
 def list_items(record: Mapping[str, Any], name: str) -> list[tuple[str, Any]]:
@@ -114,6 +118,7 @@ class Curve:
 
     def __init__(self) -> None:
         self.pieces: list[list[tuple[float, float]]] = [[]]
+        self.intervals: list[tuple[float, float, float]] = []
 
     def add(self, epoch: float, value: Any) -> None:
         """A value that is no finite number is left out."""
@@ -122,6 +127,13 @@ class Curve:
             piece.append((epoch, value))
             if len(piece) > MOST:
                 self.pieces[-1] = thin_points(piece)
+
+    def add_interval(self, epoch: float, low: Any, high: Any) -> None:
+        """Add the 95 % interval of a value. Of very many every second is left out."""
+        if all(isinstance(end, float | int) and abs(end) < inf for end in (low, high)):
+            self.intervals.append((epoch, low, high))
+            if len(self.intervals) > MOST:
+                self.intervals = self.intervals[::2]
 
     def interrupt(self) -> None:
         if self.pieces[-1]:
@@ -132,15 +144,19 @@ class Curve:
         points = [point for piece in self.pieces for point in piece]
         if len(points) < 2:
             return ""
-        (x0, x1), (y0, y1) = ((min(v), max(v)) for v in zip(*points, strict=True))
+        ends = [(x, y) for x, low, high in self.intervals for y in (low, high)]
+        (x0, x1), (y0, y1) = ((min(v), max(v)) for v in zip(*points, *ends, strict=True))
         sx, sy = WIDTH / ((x1 - x0) or 1), (HEIGHT - 30) / ((y1 - y0) or 1)
-        strokes = [
-            " ".join(f"{(x - x0) * sx:.1f},{HEIGHT - 15 - (y - y0) * sy:.1f}" for x, y in piece)
-            for piece in self.pieces
-        ]
+
+        def place(x: float, y: float) -> str:
+            return f"{(x - x0) * sx:.1f},{HEIGHT - 15 - (y - y0) * sy:.1f}"
+
+        strokes = [" ".join(place(x, y) for x, y in piece) for piece in self.pieces]
+        bars = " ".join(f"M{place(x, low)} L{place(x, high)}" for x, low, high in self.intervals)
         return (
             f'<figure><figcaption>{escape(title)}</figcaption><svg width="{WIDTH}" height="{HEIGHT}">'
             + "".join(f'<polyline points="{stroke}"/>' for stroke in strokes if stroke)
+            + (f'<path d="{bars}"><title>95 % interval</title></path>' if bars else "")
             + f'<text x="3" y="11">{y1:.4g}</text><text x="3" y="{HEIGHT - 3}">{y0:.4g}</text>'
             f'<text x="{WIDTH - 3}" y="{HEIGHT - 3}" text-anchor="end">epoch {x1}</text></svg></figure>'
         )
