@@ -25,6 +25,8 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
+from nft_core.settings import read_toml
+
 PROMPTS = ["a red circle", "two blue squares", "a green ring", 'the word "RED"']
 SETTINGS = {
     **{"prompts_per_epoch": 3, "group_size": 4, "rollout_batch": 6, "steps": 2, "eval_steps": 2},
@@ -84,6 +86,8 @@ def contents(folder: Path) -> dict[str, Any]:
             state = json.loads(path.read_text())
             del state["progress"]["seconds"]
             found[name] = state
+        elif name == "run.toml":  # Its record tells when it was started, and how often.
+            found[name] = read_toml(path)
         elif path.name not in ("manifest.json", "report.html"):  # They hold times, or the hashes of such.
             found[name] = hashlib.sha256(path.read_bytes()).hexdigest()
     return found

@@ -1,5 +1,6 @@
 """A run's folder holds what the run was given, so that it goes on wherever the folder is."""
 
+import json
 import os
 import shutil
 import subprocess
@@ -11,15 +12,17 @@ import pytest
 from nft_core.errors import NftError, UsageError
 from nft_core.host.host import load_host
 from nft_core.host.local import load_object
+from nft_core.models.run_folders import read_run_settings
 from nft_core.runs import copies as copying
 from nft_core.runs.copies import Copy, copy_inputs, read_copies, tell_changes, use_copies
 from nft_core.runs.folder import read_record, read_run_file, read_settings, write_settings
 from nft_core.runs.inputs import prepare_inputs
-from nft_core.runs.places import find_packages, name_places
+from nft_core.runs.places import name_places
 from nft_core.runs.record import add_start, describe_start, find_commit, hide_secrets
 from nft_core.runs.resume import describe_changes
 from nft_core.runs.run import record_start
 from nft_core.settings import make_settings, to_toml
+from nft_core.settings.places import find_packages
 
 REWARD = "import beside_mine\ndef warmth(images): return images.mean((1, 2, 3)) * beside_mine.SCALE\n"
 
@@ -270,3 +273,16 @@ def test_the_commit_of_the_folder(tmp_path):
     (tmp_path / "x").write_text("2")
     assert find_commit(tmp_path) == git("rev-parse", "HEAD") + "-dirty"
     assert find_commit(tmp_path / "gone") == ""
+
+
+def test_what_a_moved_runs_checkpoint_began_from(tmp_path):
+    """Whoever uses it as a model finds that too."""
+    checkpoint = tmp_path / "run" / "checkpoints" / "000002"
+    checkpoint.mkdir(parents=True)
+    given = {"model": "{package:nft_tiny}/data/pipeline", "lora": "{run}/x", "model_options": {"a": "{run}/y"}}
+    (checkpoint / "state.json").write_text(json.dumps({"settings": given}))
+    assert read_run_settings(checkpoint) == {
+        "model": str(find_packages()["nft_tiny"] / "data" / "pipeline"),
+        "lora": f"{tmp_path}/run/x",
+        "model_options": {"a": f"{tmp_path}/run/y"},
+    }

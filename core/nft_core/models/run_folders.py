@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import UsageError
+from ..settings.places import find_place
 from .checks import read_object
 
 MANIFEST, STATE = "manifest.json", "state.json"
@@ -62,11 +63,20 @@ def find_damage(checkpoint: Path) -> str:
 
 
 def read_run_settings(checkpoint: Path) -> Mapping[str, Any]:
-    """Read the settings of the run that a checkpoint is of. Raises UsageError."""
+    """Read the settings of the run that a checkpoint is of, with whole paths of models. Raises UsageError."""
     try:
         settings = read_object(checkpoint / STATE).get("settings")
     except OSError as error:
         raise UsageError(f"{checkpoint}: {error}") from error
     if not isinstance(settings, Mapping) or not isinstance(settings.get("model"), str):
         raise UsageError(f"{checkpoint}: its {STATE} names no model. Take another checkpoint.")
-    return settings
+    options = settings.get("model_options")
+    whole = {n: find_if_text(settings[n], checkpoint) for n in ("model", "lora") if n in settings}
+    if isinstance(options, Mapping):
+        whole["model_options"] = {n: find_if_text(value, checkpoint) for n, value in options.items()}
+    return {**settings, **whole}
+
+
+def find_if_text(value: Any, checkpoint: Path) -> Any:
+    """Find the path that a setting of a checkpoint's run names; what is no such text stays as it is."""
+    return find_place(value, checkpoint.absolute().parent.parent) if isinstance(value, str) else value

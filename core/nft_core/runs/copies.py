@@ -11,8 +11,9 @@ from typing import Any, NamedTuple
 from ..errors import NftError, advise_on_disk
 from ..host.local import is_reference
 from ..settings import Settings, make_settings
+from ..settings.places import find_packages
 from .fingerprint import find_source_files
-from .places import change_paths, find_packages
+from .places import change_paths
 
 FOLDER = "inputs"
 PROMPTS = ("prompts", "eval_prompts")

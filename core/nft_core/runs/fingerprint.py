@@ -15,7 +15,8 @@ from ..host.local import is_reference
 from ..host.objects import is_object_name
 from ..host.specs import RewardSpec, split_options
 from ..settings import Settings, for_evaluation
-from .places import find_packages, shorten_path, shorten_paths
+from ..settings.places import find_packages
+from .places import shorten_path, shorten_paths
 
 if TYPE_CHECKING:
     from ..host.discovery import Registered
