@@ -20,6 +20,8 @@ if TYPE_CHECKING:
     from .api.result import TrainedRun
     from .api.training import resume, train
     from .errors import NftError, UsageError
+    from .evaluation.api import evaluate
+    from .evaluation.sample import sample
     from .scoring.composer import compose, reward
     from .scoring.images import score_images
 
@@ -28,8 +30,10 @@ __all__ = [
     "TrainedRun",
     "UsageError",
     "compose",
+    "evaluate",
     "resume",
     "reward",
+    "sample",
     "score_images",
     "train",
 ]
@@ -40,8 +44,10 @@ PLACES = {
     "TrainedRun": "api.result",
     "UsageError": "errors",
     "compose": "scoring.composer",
+    "evaluate": "evaluation.api",
     "resume": "api.training",
     "reward": "scoring.composer",
+    "sample": "evaluation.sample",
     "score_images": "scoring.images",
     "train": "api.training",
 }

@@ -14,7 +14,8 @@ import pytest
 from click.testing import CliRunner
 
 from nft_core.cli.app import main
-from nft_core.cli.evaluate import evaluate, repeat_command
+from nft_core.cli.evaluate import evaluate
+from nft_core.cli.repeating import repeat_command
 
 PROMPTS = "a red circle\ntwo blue squares\na green ring\n"
 SMALL = ["--tiny", "--reward", "jpeg_compressibility", "--prompts", "p.txt", "--images", "2", "--steps", "1"]

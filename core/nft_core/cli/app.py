@@ -21,6 +21,7 @@ from .evaluate import evaluate
 from .listing import list_models, list_observers, list_plugins, list_rewards, list_solvers
 from .new import begin_package
 from .rewards import check_contract, show_reward
+from .sample import sample_images
 from .score import choose_preset, score_files
 from .settings import list_settings
 
@@ -79,6 +80,7 @@ def main() -> None:
 
 for command in (
     evaluate,
+    sample_images,
     score_files,
     compare_runs,
     diagnose,

@@ -16,6 +16,7 @@ import click
 from .. import environment
 from ..errors import UsageError
 from ..output import keep_output_alive
+from .repeating import repeat_command
 from .score import choose_preset
 from .tables import new_table, print_table
 
@@ -151,24 +152,6 @@ def parse_guidance(text: str) -> list[float]:
         return [float(part) for part in text.split(",")]
     except ValueError as error:
         raise UsageError(f"--guidance takes a number or several, such as 1,4.5, got {text!r}.") from error
-
-
-def repeat_command(ctx: click.Context) -> list[str]:
-    """Write the command's arguments again, for a process that does the same."""
-    words, last = [str(ctx.command.name)], []
-    for parameter in ctx.command.params:
-        name = str(parameter.name)
-        if ctx.get_parameter_source(name) != click.core.ParameterSource.COMMANDLINE:
-            continue
-        value = ctx.params[name]
-        if isinstance(parameter, click.Argument):
-            last += [str(one) for one in value]
-        elif getattr(parameter, "is_flag", False):
-            words.append(parameter.opts[0])
-        else:
-            # In one word, since a value may begin with a dash.
-            words += [f"{parameter.opts[0]}={one}" for one in (value if parameter.multiple else [value])]
-    return [*words, "--", *last]
 
 
 @contextmanager

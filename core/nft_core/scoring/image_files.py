@@ -101,6 +101,8 @@ def explain_omission(file: Path) -> str | None:
     if suffix in SUFFIXES:
         if file.name == "grid.png" and (file.parent / "samples").is_dir():  # as GenEval's script writes it
             return "a sheet of the images in samples/"
+        if file.name == "grid.png" and (file.parent / "sample.json").is_file():  # as `nft sample` writes it
+            return ""
         return None if file.is_file() else "a link to nothing, or no file"
     if suffix in OTHER_SUFFIXES:
         return "a kind that is not read; convert it to PNG"

@@ -112,6 +112,15 @@ def adapted_layers(transformer: torch.nn.Module) -> list[Linear]:
     return [layer for layer in transformer.modules() if isinstance(layer, Linear)]
 
 
+def merge_adapters(transformer: torch.nn.Module) -> None:
+    """Add the LoRA to the base's weights for good, as `Policy.merge_lora` does for a while."""
+    with torch.no_grad():
+        for layer in adapted_layers(transformer):
+            weight = cast(Tensor, layer.base_layer.weight)
+            weight.data = weight.data + layer.get_delta_weight(ADAPTER).to(weight.dtype)
+            layer._disable_adapters = True
+
+
 def lora_metadata(config: LoraConfig) -> dict[str, Any]:
     """The config as JSON can hold it; diffusers writes it beside the weights."""
     return {
