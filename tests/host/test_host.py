@@ -293,8 +293,13 @@ def test_ctrl_c_while_a_plugin_is_imported_ends_the_command():
 
     from nft_core.host.discovery import Plugin, break_alone, catch_ctrl_c
 
-    with pytest.raises(KeyboardInterrupt), catch_ctrl_c(), break_alone(Plugin("x", "x", "1"), "importing x"):
-        signal.raise_signal(signal.SIGINT)
+    # A shell lets what it starts in the background ignore Ctrl-C.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        with pytest.raises(KeyboardInterrupt), catch_ctrl_c(), break_alone(Plugin("x", "x", "1"), "importing x"):
+            signal.raise_signal(signal.SIGINT)
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def test_a_plugin_that_is_chosen_and_not_installed_is_listed(monkeypatch):
