@@ -273,7 +273,8 @@ def parameter(p: inspect.Parameter) -> str:
     """A parameter with its type as it is written, without the quotes that annotations get."""
     bare = str(p.replace(annotation=p.empty, default=p.empty))
     kind = p.annotation if isinstance(p.annotation, str) else inspect.formatannotation(p.annotation)
-    default = "" if p.default is p.empty else f" = {literal(p.default)}"
+    shown = "..." if inspect.isfunction(p.default) else literal(p.default)  # A function's text is its address.
+    default = "" if p.default is p.empty else f" = {shown}"
     return bare + ("" if p.annotation is p.empty else f": {kind}") + default
 
 

@@ -24,6 +24,7 @@ SMALL = ["--tiny", "--reward", "jpeg_compressibility", "--prompts", "p.txt", "--
 @pytest.fixture
 def folder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("COLUMNS", "200")  # A narrow terminal folds names of models.
     (tmp_path / "p.txt").write_text(PROMPTS)
     return tmp_path
 

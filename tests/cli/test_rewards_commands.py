@@ -52,7 +52,7 @@ def test_info_tells_options_from_the_signature():
     rows = {row["name"]: row for row in found["options"]}
     assert rows["variant"] == {"name": "variant", "type": "nft | strict", "required": False, "default": "nft"}
     assert (rows["normalise"]["type"], rows["normalise"]["default"]) == ("bool", True)
-    assert "upscale: enlarge images" in found["doc"]
+    assert "upscale: factor by which images are enlarged" in found["doc"]
     lines = [line.split() for line in nft("info", "ocr").stdout.splitlines()]
     assert ["normalise", "bool", "true"] in lines
     assert "device" not in {

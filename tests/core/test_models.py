@@ -170,7 +170,7 @@ def test_an_epoch_and_its_checkpoint(made, rank, tmp_path, monkeypatch):
 
     draws = Draws(training.eval_prompts, range(1), 1, settings.seed, "eval", 0)
     first = torch.zeros(1, dtype=torch.int64)
-    encoded = training.eval_condition.of(first, CPU)
+    encoded = training.eval_condition.take_rows(first, CPU)
     with torch.no_grad():
         _, ours = training.eval_sampler.generate(draws, first, encoded)
     monkeypatch.chdir(tmp_path)

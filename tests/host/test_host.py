@@ -296,7 +296,11 @@ def test_ctrl_c_while_a_plugin_is_imported_ends_the_command():
     # A shell lets what it starts in the background ignore Ctrl-C.
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
-        with pytest.raises(KeyboardInterrupt), catch_ctrl_c(), break_alone(Plugin("x", "x", "1"), "importing x"):
+        with (
+            pytest.raises(KeyboardInterrupt),
+            catch_ctrl_c(),
+            break_alone(Plugin("x", "x", "1"), "importing x"),
+        ):
             signal.raise_signal(signal.SIGINT)
     finally:
         signal.signal(signal.SIGINT, before)

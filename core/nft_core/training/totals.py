@@ -29,5 +29,6 @@ def set_total(scores: Scores, combine: Combine, baseline: MutableMapping[str, fl
         if weight:  # The value of a reward that is only watched may be NaN.
             values = part.values.double()
             deviation = baseline.setdefault(f"std {name}", float(values[scores.valid].std(correction=0)))
-            total += weight * values / (deviation + EPSILON)
+            # A reward that scored all images alike says nothing of its spread, so it counts as it is.
+            total += weight * values / (deviation if deviation > EPSILON else 1.0)
     return replace(scores, values=total.where(scores.valid, 0).float())
