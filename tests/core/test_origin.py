@@ -4,7 +4,7 @@ import shutil
 
 import pytest
 import torch
-from checkpoints import CPU, disturb, generate, make_peft_lora, make_run, settings_of
+from model_files import CPU, disturb, generate, make_peft_lora, make_run, settings_of
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import diffusers
 import pytest
 import torch
-from checkpoints import (
+from model_files import (
     CPU,
     generate,
     generate_plain,
