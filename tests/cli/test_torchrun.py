@@ -20,7 +20,7 @@ calls = 0
 def moody(images):
     global calls
     calls += 1
-    mood = Path(os.environ["MOOD"]).read_text()
+    mood = Path(__file__).with_name("mood").read_text()
     # A process scores two held-out images, and two in each epoch, in a call each time.
     if os.environ.get("RANK") == "1" and calls == 1:
         time.sleep(3)  # The other one waits.
@@ -67,10 +67,8 @@ def nft(*arguments, processes):
         pytest.param("hangs", "did not answer for peer_timeout = 30 s", marks=pytest.mark.slow),
     ],
 )
-def test_the_second_process(mood, cause, tmp_path, monkeypatch):
+def test_the_second_process(mood, cause, tmp_path):
     (tmp_path / "moody.py").write_text(REWARD)
-    # A run that goes on uses its own copy of the reward, beside which there is no other file.
-    monkeypatch.setenv("MOOD", str(tmp_path / "mood"))
     (tmp_path / "mood").write_text(mood)
     prompts, folder = tmp_path / "prompts.txt", tmp_path / "run"
     prompts.write_text("a red circle\na blue square\n")

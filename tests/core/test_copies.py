@@ -14,7 +14,7 @@ from nft_core.host.host import load_host
 from nft_core.host.local import load_object
 from nft_core.models.run_folders import read_run_settings
 from nft_core.runs import copies as copying
-from nft_core.runs.copies import Copy, copy_inputs, read_copies, tell_changes, use_copies
+from nft_core.runs.copies import Copy, copy_inputs, read_copies, tell_changes, use_copies, use_originals
 from nft_core.runs.folder import read_record, read_run_file, read_settings, write_settings
 from nft_core.runs.inputs import prepare_inputs
 from nft_core.runs.places import name_places
@@ -135,6 +135,20 @@ def test_the_line_that_began_a_run_uses_its_copies(given, host, tmp_path):
     assert make_settings(use_copies(given.model_dump(), tmp_path / "run", copies)) == used
     other = {"prompts": "/other/p.txt", "rewards": ["ocr"]}
     assert use_copies(other, tmp_path / "run", copies) == other
+
+
+def test_a_reward_is_loaded_from_its_original_as_long_as_nothing_has_changed(given, host, tmp_path):
+    """It may read data beside its file, of which there is no copy."""
+    used, _ = begin(given, tmp_path / "run", host)
+    copies = read_copies(read_record(tmp_path / "run"))
+    name = str(given.rewards[0]["name"])
+    original = use_originals(used, tmp_path / "run", copies)
+    assert original.rewards[0]["name"] == name and original.rewards[1:] == used.rewards[1:]
+    assert original.prompts == used.prompts  # Text has nothing beside it.
+    beside = tmp_path / "project" / "beside_mine.py"
+    for change in (lambda: beside.write_text("SCALE = 3\n"), beside.unlink):
+        change()
+        assert use_originals(used, tmp_path / "run", copies) == used
 
 
 def test_large_files_stay_where_they_are(given, tmp_path, monkeypatch):

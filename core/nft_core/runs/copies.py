@@ -143,6 +143,37 @@ def use_copies(values: Mapping[str, Any], folder: Path, copies: Iterable[Copy]) 
     return change_paths(values, use_one)
 
 
+def use_originals(settings: Settings, folder: Path, copies: Iterable[Copy]) -> Settings:
+    """Put the files that rewards' copies were made of into the places of the copies, where nothing has changed.
+
+    A reward may read data that lies beside its file, of which the run has no copy.
+    """
+    by_place: dict[tuple[str, ...], list[Copy]] = {}
+    for copy in copies:
+        by_place.setdefault(PurePosixPath(copy.file).parts[:2], []).append(copy)
+    originals = {
+        str(folder / copy.file): copy.source
+        for together in by_place.values()
+        # A file and the modules that it imports are of one version: the originals, or the copies.
+        if all(is_unchanged(folder, copy) for copy in together)
+        for copy in together
+    }
+
+    def use_one(_: str, text: str) -> str:
+        location, colon, attribute = text.rpartition(":") if is_reference(text) else ("", "", text)
+        return f"{originals.get(location, location)}{colon}{attribute}"
+
+    return settings.model_copy(update=change_paths({"rewards": settings.rewards}, use_one))
+
+
+def is_unchanged(folder: Path, copy: Copy) -> bool:
+    """Say whether a copy and the file that it was made of are both as they were."""
+    try:
+        return all(digest_file(path) == copy.sha256 for path in (folder / copy.file, Path(copy.source)))
+    except OSError:  # One of them is not here.
+        return False
+
+
 def tell_changes(folder: Path, copies: Iterable[Copy], tell: Callable[[str], None]) -> None:
     """Tell which files' latest copies have been changed, and of which the original is another file now."""
     for copy in {copy.source: copy for copy in copies}.values():

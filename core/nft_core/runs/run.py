@@ -17,7 +17,7 @@ from ..host.host import Host
 from ..parallel.signals import note_signals
 from ..prompts import Prompt, write_prompts
 from ..settings import Settings
-from .copies import copy_inputs, read_copies, tell_changes
+from .copies import copy_inputs, read_copies, tell_changes, use_originals
 from .fingerprint import collect_sources, digest_origin, digest_value, fingerprint_evaluation
 from .folder import claim_folder, holds_a_run, lock_folder, make_folder, read_record, write_settings
 from .inputs import (
@@ -104,7 +104,8 @@ def run_training(
     environment.check_numbers()
     first = environment.is_first_process()
     tell = say if first else lambda text: None
-    inputs = prepare_inputs(settings, host, caller.prompts)
+    originals = use_originals(settings, folder, read_copies(read_record(folder)))
+    inputs = prepare_inputs(originals, host, caller.prompts)
     asked = make_observers(settings, host) if first else {}
     with ExitStack() as stack:
         found: Path | None = None
