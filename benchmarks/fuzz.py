@@ -117,7 +117,7 @@ class Choices:
         return {self.text(): self.value(depth - 1) for _ in range(self.below(4))}
 
     def edited(self, text: bytes) -> bytes:
-        """With no edit as often as with some: pieces put in, taken out, doubled; the end cut off."""
+        """Edit a text, or leave it as it is as often: pieces put in, taken out, doubled; the end cut off."""
         for _ in range(max(0, self.below(8) - 3)):
             start = self.below(len(text) + 1) if len(text) < 2**16 else 0
             end = start + self.below(40)

@@ -114,7 +114,7 @@ class Clock:
             self.counted = total
 
     def figures(self) -> dict[str, Any]:
-        """Of the epoch that has ended."""
+        """Collect the figures of the epoch that has ended."""
         phases, busy = ({n: s for n, s in of.items() if n != NOT_COUNTED} for of in (self.seconds, self.busy))
         figures: dict[str, Any] = {
             "seconds": sum(phases.values()),

@@ -82,7 +82,7 @@ def write(folder: Path) -> None:
     (base / "config.json").write_text(json.dumps(CONFIG | named))
 
     def weights(count: int) -> dict[str, torch.Tensor]:
-        """Of the published names, for a vocabulary of `count`."""
+        """Draw weights with the published names, for a vocabulary of `count`."""
         config: Any = Qwen2VLConfig.from_pretrained(base)
         config.text_config.vocab_size = count
         torch.manual_seed(0)

@@ -221,7 +221,7 @@ class Published:
         return torch.stack(times, 1), torch.stack(noise, 1)
 
     def sent(self, x: Tensor) -> Tensor:
-        """On the device, without waiting for it."""
+        """Copy to the device without waiting for it."""
         return (x.pin_memory() if self.device.type == "cuda" else x).to(self.device, non_blocking=True)
 
     def epoch(self, number: int) -> dict[str, float]:

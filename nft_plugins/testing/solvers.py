@@ -279,7 +279,7 @@ def check_accuracy(solver: Solver, order: int | None, rounding: float, device: s
 
 
 def slope(points: Sequence[tuple[float, float]]) -> float:
-    """Of the line nearest to the points."""
+    """Compute the slope of the line nearest to the points."""
     x_mean, y_mean = (sum(axis) / len(points) for axis in zip(*points))
     rise: float = sum((x - x_mean) * (y - y_mean) for x, y in points)
     run: float = sum((x - x_mean) ** 2 for x, _ in points)

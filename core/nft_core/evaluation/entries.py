@@ -49,7 +49,7 @@ class Entry:
 
     @property
     def identity(self) -> tuple[str, str, float]:
-        """What tells entries apart, wherever local files lie."""
+        """Give what tells entries apart, wherever local files lie."""
         return (self.name, self.digest or f"{self.model} {self.lora}", self.guidance)
 
 

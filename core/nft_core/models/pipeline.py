@@ -224,7 +224,7 @@ class PipelineModel:
         )
 
     def count_tokens(self, tokenizer: Any, prompts: Sequence[str]) -> list[int]:
-        """How many of `max_sequence_length` tokens each prompt would take, were it not cut."""
+        """Count the tokens that each prompt would take if it were not cut to `max_sequence_length`."""
         return [len(ids) for ids in tokenizer(list(prompts), verbose=False).input_ids]
 
     def release(self) -> None:
@@ -239,7 +239,7 @@ class PipelineModel:
         raise TypeError(f"{type(self).__name__} must define encode_texts(pipeline, prompts)")
 
     def guide(self, v: Tensor, v_neg: Tensor, scale: float) -> Tensor:
-        """The velocity under classifier-free guidance, from those of the prompt and of the negative prompt."""
+        """Compute the guided velocity from those of the prompt and of the negative prompt."""
         return v_neg + scale * (v - v_neg)
 
     def velocity(self, x_t: Tensor, t: Tensor, condition: Condition) -> Tensor:
@@ -267,7 +267,7 @@ class PipelineModel:
 
     @property
     def unguided(self) -> Mapping[str, Any]:
-        """What switches guidance off in a call of the pipeline."""
+        """Give the arguments that switch guidance off in a call of the pipeline."""
         return {"guidance_scale": 1.0}
 
     @property
@@ -282,7 +282,7 @@ class PipelineModel:
 
     @property
     def channels(self) -> int:
-        """Of the latents."""
+        """Give the number of the latents' channels."""
         return int(self.pipeline.vae.config.latent_channels)
 
     def latent_shape(self, height: int, width: int) -> tuple[int, ...]:
@@ -299,7 +299,7 @@ class PipelineModel:
         return (self.channels, height // factor, width // factor)
 
     def times(self, steps: int, height: int, width: int) -> tuple[float, ...]:
-        """As the pipeline's scheduler: evenly spaced, then shifted, by the image's size if it says so."""
+        """Give the scheduler's times: evenly spaced, then shifted, by the image's size if it says so."""
         config = self.pipeline.scheduler.config
         scheduler = make_flow_scheduler(config)
         even = {"sigmas": [1 - i / steps for i in range(steps)]}

@@ -51,7 +51,7 @@ class QwenImage(PipelineModel):
         return unpacked(v, x_t.shape[-2]).to(x_t.dtype)
 
     def guide(self, v: Tensor, v_neg: Tensor, scale: float) -> Tensor:
-        """As the pipeline: each token is scaled back to the length that it has without guidance."""
+        """Guide a velocity as the pipeline does: each token keeps the length that it has without guidance."""
         guided, plain = packed(super().guide(v, v_neg, scale)), packed(v)
         return unpacked(
             guided * (plain.norm(dim=-1, keepdim=True) / guided.norm(dim=-1, keepdim=True)), v.shape[-2]

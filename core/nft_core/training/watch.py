@@ -9,7 +9,7 @@ from ..settings import Settings
 
 
 def warnings(record: Mapping[str, Any], baseline: Mapping[str, float], s: Settings) -> dict[str, str]:
-    """What to warn of, by kind, in a line of `metrics.jsonl`; thresholds of 0 watch nothing.
+    """List what to warn of, by kind, in a line of `metrics.jsonl`; thresholds of 0 watch nothing.
 
     baseline: `x0_rms` of the first epoch, `reward` and `reward_std` of the first evaluation.
     """
