@@ -184,6 +184,16 @@ def test_what_was_allowed_to_change_is_compared_with_nothing_of_before(saved):
     run = start(saved, beta=0.3)
     assert restore_training(run, saved / "checkpoints" / "000006", allow_changes=True)
     assert (run.at.evaluations, run.at.baseline, run.at.epoch) == ({}, {}, 3)
+    # But totals of equal evaluations are compared, so with `normalized` they are divided by what they were.
+    state = saved / "checkpoints" / "000006" / "state.json"
+    kept = json.loads(state.read_text())
+    kept["progress"]["baseline"]["std redness"] = 0.25
+    state.write_text(json.dumps(kept))
+    for evaluation, baseline in ((kept["progress"]["evaluation"], {"std redness": 0.25}), ("another", {})):
+        again = start(saved, beta=0.3)
+        again.at.evaluation = evaluation
+        restore_training(again, saved / "checkpoints" / "000006", allow_changes=True)
+        assert again.at.baseline == baseline
     same = start(saved)
     assert not restore_training(same, saved / "checkpoints" / "000006", allow_changes=True)
     assert same.at.evaluations

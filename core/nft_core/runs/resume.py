@@ -150,6 +150,7 @@ def restore_training(
     tell: told which plug-ins and files of the user's are others than when the checkpoint was made.
     Raises UsageError for other prompts, and CheckpointError for a checkpoint of another model.
     """
+    from ..training.totals import DEVIATION
     from .checkpoint import load_checkpoint
 
     progress, before = read_checkpoint(path)
@@ -168,7 +169,9 @@ def restore_training(
         tell(f"Not as when the checkpoint was made: {'; '.join(differ)}. Figures may differ for that.")
     if other or progress.evaluation != now.evaluation:
         progress.evaluations.clear()  # Rewards of another kind, or of other images, are not compared with.
-        progress.baseline.clear()
+        # Totals of equal evaluations are compared, so what they are divided by stays.
+        same = progress.evaluation == now.evaluation
+        progress.baseline = {n: v for n, v in progress.baseline.items() if same and n.startswith(DEVIATION)}
     progress.prompts, progress.evaluation, progress.sources = now.prompts, now.evaluation, now.sources
     progress.origin = now.origin
     training.at = progress

@@ -12,6 +12,9 @@ from nft_plugins import Scores
 from ..objective.advantages import EPSILON
 from ..objective.choices import Combine
 
+#: Start of the names in a run's baseline under which deviations of rewards stand.
+DEVIATION = "std "
+
 
 def set_total(scores: Scores, combine: Combine, baseline: MutableMapping[str, float]) -> Scores:
     """Replace the scores' total by what `combine` trains.
@@ -28,7 +31,7 @@ def set_total(scores: Scores, combine: Combine, baseline: MutableMapping[str, fl
     for name, (weight, part) in scores.parts.items():
         if weight:  # The value of a reward that is only watched may be NaN.
             values = part.values.double()
-            deviation = baseline.setdefault(f"std {name}", float(values[scores.valid].std(correction=0)))
+            deviation = baseline.setdefault(f"{DEVIATION}{name}", float(values[scores.valid].std(correction=0)))
             # A reward that scored all images alike says nothing of its spread, so it counts as it is.
             total += weight * values / (deviation if deviation > EPSILON else 1.0)
     return replace(scores, values=total.where(scores.valid, 0).float())
