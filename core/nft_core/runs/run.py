@@ -104,7 +104,8 @@ def run_training(
     environment.check_numbers()
     first = environment.is_first_process()
     tell = say if first else lambda text: None
-    originals = use_originals(settings, folder, read_copies(read_record(folder)))
+    # Of a new run's folder nothing is read: what stands there may be anything.
+    originals = use_originals(settings, folder, read_copies(read_record(folder))) if resume else settings
     inputs = prepare_inputs(originals, host, caller.prompts)
     asked = make_observers(settings, host) if first else {}
     with ExitStack() as stack:
