@@ -116,7 +116,7 @@ def score_files(
     PNG, JPEG, WebP, GIF, BMP, TIFF and AVIF are read. Transparent parts become white, and EXIF's orientation is
     applied. Other files of a folder are named if they may be images.
 
-    Some rewards say beside the score what they saw: ocr the text that it read, geneval the objects that it found.
+    Some rewards say beside the score what they saw: ocr the text that it read, geneval the objects.
 
     Below several images stand the means, their standard errors and 95 % intervals; where metadata has a tag,
     these by tag too, and GenEval as it is published.
