@@ -84,12 +84,15 @@ class Scores:
     valid: `[B]` bool. A sample that could not be scored is marked here, never given a made-up number.
     details: named per-sample figures, `[B]` each (GenEval's `strict`, OCR's `distance`).
     parts: for a composed reward, each member's weight and scores by name.
+    notes: named texts, B each, for people to read beside the score (what OCR read, what GenEval found). Nothing
+        is computed from them, and whoever passes scores on may leave them out.
     """
 
     values: Tensor
     valid: Tensor
     details: Mapping[str, Tensor] = field(default_factory=dict)
     parts: Mapping[str, Part] = field(default_factory=dict)
+    notes: Mapping[str, Sequence[str]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         shape = self.values.shape
@@ -98,6 +101,9 @@ class Scores:
         for name, figure in self.details.items():
             if figure.shape != shape:
                 raise ValueError(f"detail {name!r} must be {list(shape)}, got {list(figure.shape)}")
+        for name, texts in self.notes.items():
+            if len(texts) != len(self):
+                raise ValueError(f"note {name!r} must have {len(self)} texts, got {len(texts)}")
 
     @classmethod
     def of(cls, values: Tensor, **details: Tensor) -> Scores:

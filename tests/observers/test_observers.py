@@ -1,6 +1,7 @@
 """What a run leaves behind and what a person sees of it, from hooks called as the loop calls them."""
 
 import errno
+import io
 import json
 import math
 import re
@@ -323,11 +324,28 @@ def test_a_change_has_the_interval_of_its_pairs(run):
     cells = dict(zip(*(table.columns[i].cells for i in (0, 4)), strict=True))
     assert cells["cat"] == "+0.5 to +0.5"
     low, high = map(float, re.findall(r"[-+][\d.]+", cells["dog"]))
-    assert cells["dog"].endswith(", may be chance") and low < -0.2 < 0.2 < high
+    assert cells["dog"].endswith(" ?") and low < -0.2 < 0.2 < high
+    assert table.caption == "?: 0 is in the interval, so the change may be chance."
     # Of a run of an older version nothing is known of single images.
     (run.folder / "evaluations" / "000000.safetensors").unlink()
     table = compare_evaluations(evaluation(0, 0.25), evaluation(1, 0.75), run.folder)
     assert set(table.columns[4].cells) == {""}
+
+
+def test_numbers_stay_whole_in_a_terminal_of_80_columns(run):
+    groups, name = torch.arange(24), "jpeg_incompressibility/compression"
+    for epoch, scale in ((0, 1.0), (1, -1.0)):
+        part = Part(1.0, Scores.of(scale * torch.linspace(-1, 1, 24) * 1.234e-3))
+        save_scores(run.folder, epoch, Scores(part.scores.values, part.scores.valid, {}, {name: part}), groups)
+    records = [evaluation(e, 0.25) for e in (0, 1)]
+    for record in records:
+        record["rewards"] = {name: record["rewards"]["cat"], "total": record["rewards"]["total"]}
+    terminal = Terminal(width=80, file=io.StringIO())
+    terminal.print(compare_evaluations(*records, run.folder))
+    lines = terminal.file.getvalue().splitlines()
+    assert max(map(len, lines)) == 80
+    (row,) = (line for line in lines if " to " in line)
+    assert re.search(r"[-+][-.e\d]+ to [-+][-.e\d]+ \?", row)
 
 
 def test_curves_show_intervals_of_evaluations(run):

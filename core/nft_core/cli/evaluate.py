@@ -50,22 +50,24 @@ QUIET = 30.0
 @click.option(
     "--prompts",
     metavar="FILE",
-    help="File of prompts: .txt with one a line, .jsonl or .json.  [default: the preset's held-out ones, or "
-    "built in]",
+    help="File of prompts: .txt with one a line, .jsonl or .json.  [default: those that the first "
+    "MODEL's run, or the preset, evaluates on, or built in]",
 )
-@click.option("--images", type=int, metavar="N", help="Images of each prompt.  [default: 4]")
-@click.option("--steps", type=int, metavar="N", help="Solver steps.  [default: the preset's, or 10]")
-@click.option("--solver", metavar="NAME", help="Solver; `nft solvers` lists them.  [default: dpm2]")
-@click.option("--seed", type=int, help="Seed of every image's noise.  [default: 0]")
+@click.option("--images", type=int, metavar="N", help="Images of each prompt.  [default: the run's, or 4]")
+@click.option("--steps", type=int, metavar="N", help="Solver steps.  [default: the run's, the preset's, or 10]")
+@click.option(
+    "--solver", metavar="NAME", help="Solver; `nft solvers` lists them.  [default: the run's, or dpm2]"
+)
+@click.option("--seed", type=int, help="Seed of every image's noise.  [default: the run's, or 0]")
 @click.option(
     "--guidance",
     metavar="G[,G...]",
-    default="1",
-    help="Scale of classifier-free guidance; several are evaluated one by one. 1 is without.  [default: 1]",
+    help="Scale of classifier-free guidance; several are evaluated one by one. 1 is without.  [default: the "
+    "run's, or 1]",
 )
 @click.option("--negative-prompt", metavar="TEXT", default="", help="What guidance leads away from.")
 @click.option(
-    "--resolution", type=int, metavar="PX", help="Width and height of the images.  [default: the models']"
+    "--resolution", type=int, metavar="PX", help="Width and height.  [default: the run's, or the models']"
 )
 @click.option("--device", metavar="NAME", help="cpu, cuda, cuda:N or auto.  [default: auto]")
 @click.option(
@@ -91,7 +93,7 @@ def evaluate(
     protocol: str | None,
     tiny: bool,
     preset: str | None,
-    guidance: str,
+    guidance: str | None,
     negative_prompt: str,
     out: Path | None,
     save_images: bool,
@@ -105,8 +107,9 @@ def evaluate(
     MODEL,lora=PATH has a LoRA on top, and MODEL,name=TEXT another name in tables. The first one is what the
     others are compared with.
 
-    All are evaluated alike: the same prompts, noise, solver and rewards. The protocol is written beside the
-    results, and --protocol repeats it. Whatever ends an evaluation, the same command goes on with it.
+    All are evaluated alike: the same prompts, noise, solver and rewards. What is not given is as in the
+    evaluations of the run that trained MODEL, the first such one. The protocol is written beside the results,
+    and --protocol repeats it. Whatever ends an evaluation, the same command goes on with it.
     """
     from ..evaluation.api import make_request
     from ..evaluation.entries import parse_model
@@ -125,7 +128,7 @@ def evaluate(
         given["rewards"] = list(rewards)
     request = make_request(
         *(host, [parse_model(text, host) for text in models], [], choose_preset(tiny, preset), given),
-        guidance=parse_guidance(guidance),
+        guidance=parse_guidance(guidance) if guidance is not None else None,
         negative_prompt=negative_prompt,
         protocol=protocol,
     )

@@ -222,4 +222,6 @@ def describe_protocol(protocol: Protocol) -> Mapping[str, str]:
     }
     if protocol.negative_prompt:
         said["negative prompt"] = protocol.negative_prompt
+    if protocol.defaults:
+        said["what was not given"] = f"as {protocol.defaults}"
     return said

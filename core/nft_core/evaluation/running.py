@@ -89,6 +89,8 @@ def run_evaluation(
     s, device = request.settings, request.device
     with ExitStack() as stack:
         enter_surroundings(stack, request, host, tell)
+        for note in request.notes:
+            tell(note)
         reward = load_rewards(cast(Any, request.rewards), host, device, s.reward_defaults)
         with keep_state("the check of prompts"):
             prompts = keep_scorable(list(request.prompts), reward.check_prompt, request.unscorable)

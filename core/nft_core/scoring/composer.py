@@ -148,7 +148,8 @@ class Composed:
             for name, part in parts.items()
             for detail, figure in part.scores.details.items()
         }
-        return Scores(values, valid, details, parts)
+        notes = {f"{name}/{note}": t for name, part in parts.items() for note, t in part.scores.notes.items()}
+        return Scores(values, valid, details, parts, notes)
 
     def without(self, scores: Scores, names: Iterable[str]) -> Scores:
         """Give some members the weight 0 in scores. Raises NftError where no other has a weight."""
@@ -241,11 +242,13 @@ class Mapped:
         return self.map_values(self.inner.regroup(scores, groups))
 
     def map_values(self, scores: Scores) -> Scores:
-        details = scores.details
+        details, notes = scores.details, scores.notes
         # The outer sum writes NAME/DETAIL again, and a single member has the name of the whole.
         if len(self.inner.terms) == 1:
-            details = {name.removeprefix(f"{self.inner.terms[0].name}/"): d for name, d in details.items()}
-        return Scores(self.f(scores.values), scores.valid, details, scores.parts)
+            whole = f"{self.inner.terms[0].name}/"
+            details = {name.removeprefix(whole): d for name, d in details.items()}
+            notes = {name.removeprefix(whole): texts for name, texts in notes.items()}
+        return Scores(self.f(scores.values), scores.valid, details, scores.parts, notes)
 
     def check_prompt(self, prompt: str, metadata: Mapping[str, Any]) -> None:
         self.inner.check_prompt(prompt, metadata)

@@ -101,8 +101,9 @@ def check_scores(name: str, scores: Any, size: int) -> Scores:
     parts = {
         key: Part(p.weight, check_scores(f"{name}/{key}", p.scores, size)) for key, p in scores.parts.items()
     }
+    notes = {key: list(map(str, texts)) for key, texts in scores.notes.items()}
     # A value that is not valid may be NaN, and NaN times a weight of 0 is NaN: it becomes 0.
-    return Scores(values.where(valid, 0), valid, details, parts)
+    return Scores(values.where(valid, 0), valid, details, parts, notes)
 
 
 def describe_type(figure: object) -> str:

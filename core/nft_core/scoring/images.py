@@ -34,6 +34,7 @@ class Scored:
     """Holds what rewards say of an image, by reward. A figure is None where it is not a valid number.
 
     errors: why a reward has no score at all: it failed, or the file could not be decoded.
+    notes: texts that rewards give beside the score, such as what OCR read.
     """
 
     item: Item
@@ -41,6 +42,7 @@ class Scored:
     valid: dict[str, bool] = field(default_factory=dict)
     details: dict[str, dict[str, float | None]] = field(default_factory=dict)
     errors: dict[str, str] = field(default_factory=dict)
+    notes: dict[str, dict[str, str]] = field(default_factory=dict)
 
     def note_score(self, name: str, value: float, valid: bool, details: Mapping[str, float]) -> None:
         self.valid[name] = valid
@@ -201,6 +203,8 @@ def _note_scores(results: Sequence[Scored], name: str, scores: Scores) -> None:
     for i, result in enumerate(results):
         details = {key: float(figure[i]) for key, figure in scores.details.items()}
         result.note_score(name, float(scores.values[i]), bool(scores.valid[i]), details)
+        if scores.notes:
+            result.notes[name] = {key: texts[i] for key, texts in scores.notes.items()}
 
 
 def check_prompts(items: Iterable[Item], reward: Composed) -> None:
