@@ -93,7 +93,7 @@ def include_alphas(weights: dict[str, Tensor], file: Path) -> dict[str, Tensor]:
             if up in made:
                 made[up] = made[up].float() * (value / rank)
         if layer.startswith(("lora_unet_", "lora_transformer_")):
-            made[f"{layer}.alpha"] = torch.tensor(float(rank))
+            made[f"{layer}.alpha"] = torch.tensor(float(rank), dtype=a.dtype, device=a.device)
     return made
 
 
