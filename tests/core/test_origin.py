@@ -128,6 +128,13 @@ def test_settings_that_contradict_the_lora(places):
     ):
         with pytest.raises(UsageError, match=said):
             begin(places, "lora", **given)
+    host = load_host()
+    for name, targets in (("lora", ["to_q"]), ("lora checkpoint", "all-linear")):
+        settings = begin(places, name, lora_targets=targets)
+        with pytest.raises(UsageError, match="lora_targets names .* layers, and training goes on"):
+            check_model(settings, host)
+    check_model(begin(places, "merged", lora_targets=["to_q"]), host)
+    check_model(begin(places, "two", lora_targets=["attn.to_q", "attn.to_v"]), host)
     with pytest.raises(UsageError, match="lora_merge has no LoRA to merge"):
         begin(places, "whole", lora_merge=True)
     assert begin(places, "lora", lora_rank=4, lora_alpha=6).lora_rank == 4

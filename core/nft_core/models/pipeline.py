@@ -21,8 +21,8 @@ from nft_plugins import Condition
 
 from ..errors import NftError
 from .checks import check_parts, check_pipeline, empty_part, find_class, list_parts, load_part
+from .paths import read_index
 from .schedulers import compute_shift, make_flow_scheduler
-from .sources import read_index
 
 log = logging.getLogger(__name__)
 

@@ -63,7 +63,7 @@ def find_model(settings: Settings) -> ModelSource:
 
 def find_family(settings: Settings, host: Host) -> tuple[str, Mapping[str, Any]]:
     """Find the family of the base model, by the pipeline class in its `model_index.json`, and that index."""
-    from ..models.sources import read_index
+    from ..models.paths import read_index
 
     name = find_model(settings).base
     try:
@@ -95,7 +95,7 @@ def check_model(settings: Settings, host: Host) -> None:
     from ..host.factories import import_factory
     from ..models.checks import check_pipeline, empty_part, list_parts
     from ..models.pipeline import PipelineModel
-    from ..models.weights import check_source_fits
+    from ..models.weights import check_source_fits, check_targets
 
     source = find_model(settings)
     family, index = find_family(settings, host)
@@ -110,7 +110,10 @@ def check_model(settings: Settings, host: Host) -> None:
         if source.transformer or source.loras:
             folder = str(Path(base) / "transformer") if local else base
             where: dict[str, Any] = {} if local else {"subfolder": "transformer"}
-            check_source_fits(source, empty_part(folder, *list_parts(index)["transformer"], **where))
+            transformer = empty_part(folder, *list_parts(index)["transformer"], **where)
+            check_source_fits(source, transformer)
+            if source.loras and settings.lora_rank and not settings.lora_merge:
+                check_targets(source.loras[-1], settings.lora_targets, transformer)
     except NftError:
         raise
     except Exception as error:

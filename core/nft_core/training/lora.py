@@ -11,7 +11,8 @@ from torch.nn.functional import linear
 
 from ..errors import UsageError
 from ..models.libraries import Linear, LoraConfig, LoraLayer, inject_adapter_in_model
-from ..models.lora_files import LoraFile, check_lora_fits
+from ..models.lora_files import LoraFile
+from ..models.weights import check_lora_fits
 
 #: peft's name of the adapter that is trained.
 ADAPTER = "default"
