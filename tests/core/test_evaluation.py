@@ -9,7 +9,14 @@ import torch
 from nft_core.errors import NftError, UsageError
 from nft_core.evaluation.api import evaluate
 from nft_core.evaluation.entries import Model, list_entries, parse_model
-from nft_core.evaluation.figures import Measured, find_published, make_changes, make_figures, read_tags
+from nft_core.evaluation.figures import (
+    EntryFigures,
+    Measured,
+    find_published,
+    make_changes,
+    make_figures,
+    read_tags,
+)
 from nft_core.evaluation.protocol import check_protocol, find_protocol, read_protocol
 from nft_core.evaluation.report import list_rows, list_tag_rows, write_interval, write_markdown
 from nft_core.evaluation.request import check_sizes, read_held_out
@@ -86,6 +93,15 @@ def test_differences_are_in_pairs_over_images_valid_in_both():
 def test_geneval_is_known_by_its_details():
     names = ["g", "g/strict", "g/lenient", "g/soft", "other", "other/strict"]
     assert find_published(dict.fromkeys(names)) == {"g": "g/lenient"}
+
+
+def test_geneval_as_published_is_the_mean_over_tags_of_the_lenient_rule():
+    one = torch.ones(4, dtype=torch.bool)
+    lenient = torch.tensor([1.0, 1.0, 1.0, 0.0])  # By tag 1 and 0, over images 0.75.
+    scores = {"g": (one * 0.3, one), "g/strict": (one * 0.1, one), "g/soft": (one * 0.2, one)}
+    measured = Measured(scores | {"g/lenient": (lenient, one)}, torch.arange(4), ["a", "a", "a", "b"])
+    rows = list_rows([EntryFigures("model", 4, make_figures(measured))])
+    assert [row[2] for row in rows if row[0] == "g as published"] == ["0.5"]
 
 
 def test_tags_of_prompts():

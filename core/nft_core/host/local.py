@@ -270,6 +270,6 @@ def convert_to_tensor(result: Any) -> Tensor:
 def describe_value(value: Any) -> str:
     """Describe a value by its type and the start of its text."""
     if value is None:
-        return "None: is a return missing?"
+        return "None, as if its return were missing"
     text = repr(value)
     return f"{type(value).__name__} {text}" if len(text) < 60 else f"{type(value).__name__} {text[:60]}..."
