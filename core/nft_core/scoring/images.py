@@ -19,7 +19,8 @@ from nft_plugins import Batch, PromptError, Scores
 from ..errors import NftError, UsageError
 from ..host import lending
 from ..host.specs import RewardSpec
-from .composer import Composed, Given, call_reward, compose
+from .composed import call_reward
+from .composer import Composed, Given, compose
 from .contract import regroup_scores
 from .image_files import decode_image
 from .items import Item, make_item
