@@ -149,9 +149,8 @@ RUNS: dict[str, tuple[tuple[str, ...], Mapping[str, Any]]] = {
 }
 #: One of each kind is quick enough for every call of pytest; the others are marked as slow.
 QUICK = {
-    *("solver dpm2", "solver heun", "solver sde", "combine normalized, std group", "binary", "lora"),
-    *("whole, checkpointing, offload", "kl_target, slow", "uniform times, cosine", "shuffle_rewards"),
-    "many rewards",
+    *("solver dpm2", "solver sde", "combine normalized, std group", "lora", "whole, checkpointing, offload"),
+    *("kl_target, slow", "uniform times, cosine", "many rewards"),
 }
 #: What is not the same twice, or names versions and files of code.
 VOLATILE = {"seconds", "epoch_seconds", "images_per_second", "phases"}

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 
 from nft_plugins import ObserverInfo, RewardInfo
 
-from ..errors import UsageError
+from ..errors import UsageError, shorten_value
 from ..host.discovery import Registered
 from ..host.host import Host
 from ..host.local import describe_briefly, make_local_card
@@ -21,7 +21,6 @@ from ..host.objects import name_object
 from ..host.specs import RewardSpec, parse_observer, parse_reward, parse_weight
 from ..prompts import Prompt, make_prompt
 from ..runs.places import path_exists
-from ..settings.settings import shorten_value
 
 if TYPE_CHECKING:
     from ..scoring.composer import Composed, Term

@@ -86,6 +86,7 @@ def count_footprint(s: Settings, host: Host, device: torch.device, both: bool = 
     both: count a training step with gradient checkpointing and without it, and not only as it is set.
     Raises NftError if the model or its tokenizers cannot be loaded, or do not work on tensors without numbers.
     """
+    # What `auto` means depends on the device, and the plan is made on the meta device.
     update = {
         "precision": PRECISIONS[autocast_dtype(s, device)],
         "decode_precision": PRECISIONS[decode_dtype(s, device)],
@@ -290,6 +291,7 @@ def encode_on_meta(model: FlowModel) -> tuple[dict[str, Tensor], dict[str, int],
             condition = model.encode(prompts)
         return dict(condition), {}, max(live.after, default=0)
     encoders = {n: fake_encoder(model.empty(n)) for n in model._parts() if n.startswith("text_encoder")}
+    # The model itself stays on the meta device; the copy shares its parts and differs in two attributes.
     twin = copy.copy(model)
     twin.device = torch.device("cpu")  # Tokens are real, and masks are read.
     rest = {n: p for n, p in model.pipeline.components.items() if not n.startswith(OF_TEXT)}
@@ -321,6 +323,7 @@ def fake_encoder(encoder: torch.nn.Module) -> torch.nn.Module:
         return tree_map_only(Tensor, lambda x: torch.zeros(x.shape, dtype=x.dtype, device="cpu"), outputs)
 
     encoder.forward = shapes
+    # `encode` moves encoders to a device and back, where there are no numbers to move.
     encoder.to = lambda *args: encoder  # type: ignore[method-assign]
     return encoder
 

@@ -110,6 +110,7 @@ def copy_files(
         )
         return None
     digests = {inside: digest_file(path) for inside, path in files.items()}
+    # Earlier checkpoints of the run may still need the older copy, so it is kept.
     number, place = 1, folder / FOLDER / name
     while any((place / i).exists() and digest_file(place / i) != d for i, d in digests.items()):
         number += 1
@@ -118,6 +119,7 @@ def copy_files(
         target = place / inside
         if not target.exists():
             target.parent.mkdir(parents=True, exist_ok=True)
+            # Aside first, so that a full disk leaves no half of a file where a copy is expected.
             aside = target.with_name(f".{target.name}")
             shutil.copyfile(path, aside)
             aside.replace(target)

@@ -53,6 +53,7 @@ def fingerprint_evaluation(
     """
     from .setup import find_model
 
+    # Solver, steps and size of evaluations, which may differ from those of rollouts.
     its = for_evaluation(settings)
     values = shorten_paths(its.model_dump(mode="json")) | resolved
     chosen = {name: values[name] for name in OF_PICTURES} | {"model": digest_model(find_model(settings).base)}

@@ -80,6 +80,8 @@ class Composed:
                 "A Batch has its prompts and metadata in itself: give either it or images, not both."
             )
         scored: dict[int, Scores] = {}
+        # Members are called one after the other: two models at once would need twice the memory for
+        # activations.
         for term in self.members:
             # Equal entries hold the same object, which scores a batch once.
             if id(term.reward) not in scored:
@@ -95,6 +97,7 @@ class Composed:
         """Scores of images, in the order in which they are given; those of one size make a batch."""
         places, batches = zip(*make_batches(images, prompts, metadata), strict=True)
         scored = [self(batch) for batch in batches]
+        # Without several sizes there is nothing to put back into order.
         if len(scored) == 1:
             return scored[0]
         order = torch.tensor([i for part in places for i in part], dtype=torch.int64, device="cpu").argsort()
@@ -133,9 +136,11 @@ class Composed:
 
     def total(self, parts: Mapping[str, Part], size: int) -> Scores:
         """Add up the members' scores, each times its weight."""
+        # The sum is taken on the CPU, where all scores are: members may have been on different devices.
         values = torch.full((size,), self.constant, dtype=torch.float32, device="cpu")
         valid = torch.ones(size, dtype=torch.bool, device="cpu")
         for weight, scores in parts.values():
+            # Values that are not valid are 0 by now, so a weight cannot turn them into NaN.
             values += weight * scores.values
             if weight:
                 valid &= scores.valid
@@ -151,6 +156,7 @@ class Composed:
     def without(self, scores: Scores, names: Iterable[str]) -> Scores:
         """Give some members the weight 0 in scores. Raises NftError where no other has a weight."""
         names = set(names)
+        # The part itself stays, so that figures still show what the reward gave before it failed.
         parts = {n: Part(0.0 if n in names else p.weight, p.scores) for n, p in scores.parts.items()}
         if any(p.weight for p in scores.parts.values()) and not any(p.weight for p in parts.values()):
             raise NftError(
@@ -172,6 +178,7 @@ class Composed:
 
     def tallies(self) -> dict[str, Tally]:
         """Take what failures have cost each member since the last call, and count from 0 again."""
+        # A guard that stands under two names is counted under both, but set back once all have been read.
         guards = list(self.guarded_members())
         tallies = {t.name: add_tallies(g.tally for name, g in guards if name == t.name) for t in self.members}
         for _, guard in guards:
@@ -186,6 +193,7 @@ class Composed:
     def __add__(self, other: Composed | float) -> Composed:
         if isinstance(other, (int, float)):
             return Composed(self.terms, self.constant + other)
+        # Equal rewards of both sides become one term, which is loaded and called once.
         if isinstance(other, Composed):
             return Composed(merge_terms([*self.terms, *other.terms]), self.constant + other.constant)
         return NotImplemented
@@ -198,10 +206,12 @@ class Composed:
         terms = tuple(t._replace(weight=t.weight * weight) for t in self.terms)
         return Composed(terms, self.constant * weight)
 
+    # Addition and multiplication by a number do not depend on the order of the two.
     __radd__ = __add__
     __rmul__ = __mul__
 
     def __neg__(self) -> Composed:
+        # The constant changes its sign too, which a sign on the weights alone would miss.
         return self * -1.0
 
     def __sub__(self, other: Composed | float) -> Composed:
@@ -267,6 +277,7 @@ def is_same(one: Reward | Named, other: Reward | Named) -> bool:
     """Tell whether two members are the same reward under the same failure policy."""
     if isinstance(one, Guarded) and isinstance(other, Guarded):
         return one.reward is other.reward and one.policy == other.policy
+    # Loaded rewards are compared by identity: two objects with equal options may hold different states.
     return one is other or (isinstance(one, Named) and one == other)
 
 

@@ -61,6 +61,7 @@ def compose(
     members = list(rewards)
     if not members:
         raise UsageError('There is no reward to compose: give one, such as {"pickscore": 1.0}.')
+    # While a run imports the user's file, nothing is loaded: the run does so later, on its own device.
     loader = None if importing.get() else Loader(host, device, defaults or {})
     at_once = host is not None or defaults is not None
     total = Composed(())
@@ -70,6 +71,8 @@ def compose(
             named = Named(replace(spec, weight=1.0), host, device)
             given = Composed((Term(spec.title, spec.weight, named),))
             if loader and not at_once and isinstance(spec.name, str) and not is_reference(spec.name):
+                # A typing error in an option is told here, where it stands, and not when the reward is first
+                # called.
                 loader.host.check_reward(spec.name, spec.options)
             elif loader:  # It has the host and the device.
                 given = loader.load(
@@ -77,6 +80,7 @@ def compose(
                 )
         elif loader and at_once:
             given = loader.load(given)
+        # In a mapping the weights stand beside the rewards, in a list inside them.
         weight = 1.0 if weights is None else parse_weight(weights[i], given.terms[0].name)
         total += weight * given
     return total
@@ -101,6 +105,7 @@ class Loader:
 
     def load(self, composed: Composed, inside: tuple[Any, ...] = ()) -> Composed:
         """Load each reward of a composition. inside: names of the compositions that this one is in."""
+        # Built with the same sums as by hand, so that rewards of inner compositions join equal ones outside.
         total = Composed((), composed.constant)
         for term in composed.terms:
             part = Composed((term,))
@@ -118,6 +123,7 @@ class Loader:
             other = Loader(named.host or self.given, named.device or self.device, self.defaults)
             return other.load_named(replace(named, host=None, device=None), inside)
         spec = self.with_defaults(named.spec) if inside else named.spec
+        # Without this check a file whose sum names itself would be loaded for ever.
         if spec.name in inside:
             raise UsageError(f"The reward {spec.name!r} is composed of itself: leave it out of its own sum.")
         made = self.host.make_reward(spec.name, spec.options, self.device, self.defaults, self.loaded)
@@ -131,6 +137,7 @@ class Loader:
                     "reward(NAME, on_error=...)."
                 )
             return self.load(composed, (*inside, spec.name))
+        # One reward under two failure policies has two guards, since each counts its own failures.
         key = (id(made), spec.guard)
         if key not in self.under:
             self.under[key] = guard_reward(made, spec.guard, spec.title)
@@ -141,6 +148,7 @@ class Loader:
         defaults = self.defaults.get(spec.name) if isinstance(spec.name, str) else None
         if not defaults:
             return spec
+        # The file's own options come last: who wrote the composition chose them for it.
         base = RewardSpec(spec.name).with_options(defaults)
         return base.with_options({**spec.options, **spec.guard.list_changes()})
 

@@ -130,6 +130,7 @@ def score_items(
     with lending.keep_state("the check of prompts"):
         check_prompts(items, reward)
     results = [Scored(item) for item in items]
+    # Such a reward compares images of a prompt with one another, which may be in different batches.
     groupwise = {t.name: t.reward for t in reward.terms if hasattr(t.reward, "regroup")}
     kept: dict[str, list[tuple[Sequence[Scored], Sequence[int], Scores]]] = {name: [] for name in groupwise}
     for indices, groups in split_batches(items, batch):
@@ -140,6 +141,7 @@ def score_items(
                 image = decode_image(result.item.source, result.item.path)
                 by_shape.setdefault(image.shape, []).append((result, image, group))
             except UsageError as error:
+                # One file that cannot be read costs its own scores alone; the rest of the folder is scored.
                 for term in reward.terms:
                     result.note_failure(term.name, str(error))
         for rows in by_shape.values():
@@ -171,6 +173,7 @@ def _score_batch(
     """Score one batch and note its scores in `results`; returns the scores of the rewards that did not fail."""
     given_scores: dict[str, Scores] = {}
     prompts = [r.item.prompt for r in results if r.item.prompt is not None]
+    # `split_batches` keeps images with and without prompts apart, so a batch has all prompts or none.
     given = prompts if len(prompts) == len(results) else NoPrompts([r.item.path for r in results])
     batch = Batch(
         images,
@@ -181,6 +184,7 @@ def _score_batch(
     for name, _, member in reward.terms:
         try:
             scores = call_reward(name, member, batch)
+        # The sequence of prompts does not know who reads it, so the reward's name is added here.
         except NoPrompt as error:
             raise NoPrompt(error.path, name) from error
         except NftError as error:
@@ -233,6 +237,7 @@ def split_batches(items: Sequence[Item], batch: int) -> Iterator[tuple[list[int]
         kinds.setdefault((item.prompt is not None, item.size), []).append(i)
     for (_, (height, width)), members in sorted(kinds.items()):
         members.sort(key=lambda i: (groups[i], i))
+        # A single image larger than PIXELS is scored alone rather than refused.
         at_once = max(1, min(batch, PIXELS // max(height * width, 1)))
         for start in range(0, len(members), at_once):
             chosen = members[start : start + at_once]

@@ -83,6 +83,7 @@ def stack_images(images: Any) -> list[tuple[list[int], Tensor]]:
     by_size: dict[tuple[torch.Size, torch.device], list[tuple[int, Tensor]]] = {}
     for number, image in enumerate(images):
         pixels = read_picture(image, number)
+        # A stack has one size and one device, and images in a list may differ in both.
         by_size.setdefault((pixels.shape, pixels.device), []).append((number, pixels))
     return [([i for i, _ in rows], torch.stack([p for _, p in rows])) for rows in by_size.values()]
 
@@ -130,6 +131,7 @@ def check_shape(pixels: Tensor, given: list[int], expected: str) -> None:
     """Raise UsageError for pixels that are not RGB with channels first."""
     if pixels.ndim == expected.split("]")[0].count(",") + 1 and pixels.shape[-3] == 3 and pixels.numel():
         return
+    # NumPy and PIL put channels last, which is the usual reason for a wrong shape.
     last = len(given) > 2 and given[-1] == 3
     order = "0, 3, 1, 2" if len(given) == 4 else "2, 0, 1"
     advice = f"; the channels seem to stand last: give images.permute({order})" if last else ""

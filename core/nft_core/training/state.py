@@ -140,6 +140,7 @@ class Training:
     def change_together(self) -> Iterator[None]:
         """Weights, optimizer and counters change together here; no checkpoint is taken in between."""
         self.is_inconsistent = True
+        # No `finally`: after an error inside, the three do not belong together, and must not be saved.
         yield
         self.is_inconsistent = False
 
