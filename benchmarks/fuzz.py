@@ -28,8 +28,9 @@ from hypothesis import strategies as st
 
 from nft_core.errors import NftError, shorten_value
 from nft_core.host.specs import parse_observer, parse_reward
+from nft_core.models.run_folders import MANIFEST
 from nft_core.prompts import read_prompts
-from nft_core.runs.checkpoint import MANIFEST, read_manifest
+from nft_core.runs.checkpoint import read_manifest
 from nft_core.runs.folder import name_run_folder
 from nft_core.runs.observers.metrics import FILE, read_records
 from nft_core.settings import make_settings, parse_assignment, read_toml, to_toml

@@ -284,7 +284,11 @@ def test_bad_input(case, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("case", "processes"), [("unknown reward", 1), ("no words", 2), ("no such model", 1), ("bad size", 2)]
+    ("case", "processes"),
+    [
+        *[("unknown reward", 1), ("no words", 2), ("no such model", 1)],
+        pytest.param("bad size", 2, marks=pytest.mark.slow),
+    ],
 )
 def test_bad_input_of_a_real_process(case, processes, tmp_path, ours):
     """One paragraph and no traceback, found early or late, by one process or by several."""

@@ -18,6 +18,7 @@ from nft_plugins import (
     Solver,
     SolverInfo,
 )
+from nft_plugins.hookspecs import OFFERS
 from nft_plugins.rules import OFFERED, RESERVED
 
 from ..errors import NftError, UsageError, missing_part, unknown_name
@@ -53,13 +54,7 @@ class Host:
     @property
     def cards(self) -> Cards:
         """Give all cards, by the hook that registers them."""
-        return {
-            "nft_register_rewards": self.rewards,
-            "nft_register_solvers": self.solvers,
-            "nft_register_models": self.models,
-            "nft_register_observers": self.observers,
-            "nft_register_presets": self.presets,
-        }
+        return {hook: getattr(self, hook.removeprefix("nft_register_")) for hook in OFFERS}
 
     def find_reward(self, name: str | Callable[..., Any]) -> Registered[RewardInfo]:
         """Find the card of a reward by its name, or make one for `FILE.py:NAME`, `MODULE:NAME` or an object."""

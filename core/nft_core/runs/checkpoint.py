@@ -6,10 +6,8 @@ manifest is whole.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
-import re
 import shlex
 import shutil
 from collections.abc import Callable, Mapping
@@ -23,20 +21,16 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from ..errors import CheckpointError, NftError, SaveError, advise_on_disk
+from ..models.run_folders import MANIFEST, NAME, OF_TRAINING, STATE
 from ..parallel.processes import rank
 from ..training.optimizers import collect_moments, load_moments
 from ..training.policy import Policy
 from ..training.state import Progress, read_progress
+from .fingerprint import digest_file
 
-MANIFEST, STATE, POLICY, OPTIMIZER = (
-    "manifest.json",
-    "state.json",
-    "policy.safetensors",
-    "optimizer.safetensors",
-)
+POLICY, OPTIMIZER = OF_TRAINING
 #: Of JSON files; what is larger was not written here.
 MOST_BYTES = 64 * 2**20
-NAME = re.compile(r"\d{6,}")
 
 
 class Entry(BaseModel):
@@ -115,9 +109,7 @@ def _aside(folder: Path, what: str) -> Path:
 
 
 def _entry(path: Path) -> Entry:
-    with path.open("rb") as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
-    return Entry(size=path.stat().st_size, sha256=digest)
+    return Entry(size=path.stat().st_size, sha256=digest_file(path))
 
 
 def _flush(path: Path) -> None:

@@ -30,9 +30,9 @@ DATA = Path(__file__).parents[1] / "data"
 
 
 def make_run_settings(host: Host, preset: str | None, *layers: Mapping[str, Any]) -> Settings:
-    """Make settings from a preset and then from each layer; later layers win.
+    """Make settings from a preset and then from each layer; the last one that gives a setting counts.
 
-    A model that a run has trained brings settings along, which win over the preset alone.
+    A model that a run has trained brings settings along, which replace those of the preset alone.
     Raises UsageError for a preset, a setting or a reward of `reward_defaults` that is not known.
     """
     base: dict[str, Any] = {}

@@ -206,8 +206,7 @@ def join_names(names: Iterable[str]) -> str:
 
 def compute_pause(attempt: int) -> float:
     """Compute the pause after an attempt, in seconds; the first attempt is 1."""
-    # A large power of 2.0 would overflow, and LONGEST is reached long before.
-    return min(BACKOFF * 2.0 ** min(attempt - 1, 64), LONGEST)
+    return min(BACKOFF * 2.0 ** (attempt - 1), LONGEST)
 
 
 def guard_reward(reward: Reward, policy: FailurePolicy, name: str) -> Reward:

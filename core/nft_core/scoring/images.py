@@ -8,7 +8,7 @@ import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NoReturn, cast
+from typing import Any, cast
 
 import torch
 from PIL import Image
@@ -24,6 +24,7 @@ from .composer import Composed, Given, compose
 from .contract import regroup_scores
 from .image_files import decode_image
 from .items import Item, make_item
+from .pictures import NoPrompts, number_groups
 from .scores import concatenate_scores
 
 #: Pixels in a batch, whatever its number of images: 400 MB in float32.
@@ -65,22 +66,6 @@ class NoPrompt(UsageError):
             f"{path} has no prompt, and the reward {reward!r} reads it. Give --prompt TEXT for all images, "
             f"--prompts {file}, or a file {path.with_suffix('.txt').name} beside the image."
         )
-
-
-class NoPrompts(Sequence[str]):
-    """Stands for the prompts of images without one: it has a length, but to read a prompt is an error.
-
-    So a reward that looks at images alone works, and no reward compares images with an empty prompt.
-    """
-
-    def __init__(self, paths: Sequence[Path]) -> None:
-        self.paths = paths
-
-    def __len__(self) -> int:
-        return len(self.paths)
-
-    def __getitem__(self, index: Any) -> NoReturn:
-        raise NoPrompt(self.paths[index if isinstance(index, int) else 0])
 
 
 def score_images(
@@ -174,7 +159,8 @@ def _score_batch(
     given_scores: dict[str, Scores] = {}
     prompts = [r.item.prompt for r in results if r.item.prompt is not None]
     # `split_batches` keeps images with and without prompts apart, so a batch has all prompts or none.
-    given = prompts if len(prompts) == len(results) else NoPrompts([r.item.path for r in results])
+    missing = NoPrompts(len(results), lambda i: NoPrompt(results[i].item.path))
+    given = prompts if len(prompts) == len(results) else missing
     batch = Batch(
         images,
         given,
@@ -224,14 +210,7 @@ def split_batches(items: Sequence[Item], batch: int) -> Iterator[tuple[list[int]
     A batch has images of one size, and at most PIXELS pixels. Images without a prompt come first, so that a
     reward that reads prompts says so at once. Images of a group follow one another.
     """
-    keys = [json.dumps([i.prompt, i.metadata], sort_keys=True, default=repr) for i in items]
-    # Equal prompts and metadata are a group. Images without a prompt are a group each, by their index: nothing
-    # says that two of them were made for the same prompt.
-    group_of: dict[Any, int] = {}
-    groups = [
-        group_of.setdefault(key if item.prompt is not None else i, len(group_of))
-        for i, (item, key) in enumerate(zip(items, keys, strict=True))
-    ]
+    groups = number_groups([i.prompt for i in items], [i.metadata for i in items])
     kinds: dict[Any, list[int]] = {}
     for i, item in enumerate(items):
         kinds.setdefault((item.prompt is not None, item.size), []).append(i)

@@ -50,7 +50,7 @@ class Progress(BaseModel):
     origin: digests of the weights and LoRAs that the run began with, beside those of its pipeline.
     """
 
-    model_config = ConfigDict(extra="forbid", validate_assignment=False)
+    model_config = ConfigDict(extra="forbid")
 
     epoch: Count = 0
     step: Count = 0
