@@ -37,7 +37,8 @@ from nft_core.score import score_images
 from nft_rewards.photographs import PhotoDetector
 
 HERE = Path(__file__).parent
-ROOT = HERE.parents[1]
+#: The checkout that is imported, which need not be the one whose tests these are.
+ROOT = Path(nft_core.__file__).parents[2]
 
 Figures = dict[str, Any]
 

@@ -119,7 +119,6 @@ def copy_lazily(tensor: Tensor) -> Tensor:
 
 def lend_picture(image: Image) -> Image:
     """Lend a picture with the same pixels, which Pillow copies before something is drawn in it."""
-    # Pillow copies a read-only image before it changes it, so most rewards pay for no copy.
     view = image._new(image.im)
     view.readonly = 1
     return view

@@ -292,7 +292,6 @@ class PipelineModel:
     def latent_shape(self, height: int, width: int) -> tuple[int, ...]:
         multiple, largest = self.multiple, self.largest
         most = largest // multiple if largest else max(height, width)
-        # Python rounds halves to even numbers; either neighbour is as near.
         near = [min(max(round(side / multiple), 1), most) * multiple for side in (height, width)]
         if [height, width] != near:
             limit = f" up to {most * multiple}" if largest else ""
