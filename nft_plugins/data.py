@@ -62,7 +62,7 @@ class Batch:
         return [fromarray(array) for array in self.uint8.permute(0, 2, 3, 1).contiguous().cpu().numpy()]
 
     def shared(self, key: Hashable, compute: Callable[[], T]) -> T:
-        """What `compute()` returns, computed once for this batch and kept as long as the batch is.
+        """Return what `compute()` returns. It is computed once for a batch, and kept as long as the batch is.
 
         Rewards that want the same pixels or the same features share them so. key: everything but the
         batch that the result depends on; begin it with something of your own, such as a function.
@@ -78,7 +78,7 @@ class Batch:
 
 @dataclass(frozen=True)
 class Scores:
-    """What a reward says of a batch.
+    """Holds what a reward says of a batch.
 
     values: `[B]` float32, bigger is better. Meaningless where `valid` is false.
     valid: `[B]` bool. A sample that could not be scored is marked here, never given a made-up number.

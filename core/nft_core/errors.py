@@ -142,3 +142,12 @@ def shorten_error(error: BaseException) -> str:
     """Shorten an error's text to one line of at most 400 letters."""
     text = " ".join(str(error).split())
     return text if len(text) < 400 else text[:400] + " ..."
+
+
+def shorten_value(value: object) -> str:
+    """Write a value as an error shows it, cut where it is long."""
+    try:
+        text = repr(value)
+    except (ValueError, RecursionError):  # An integer of thousands of digits, or tables nested as deep.
+        return f"a very large {type(value).__name__}"
+    return text if len(text) <= 200 else f"{text[:200]}..."

@@ -73,8 +73,8 @@ def describe_comparison(found: Comparison) -> dict[str, Any]:
 
 def show_comparison(found: Comparison) -> None:
     """Print what differs between runs, and their figures."""
+    from ..errors import shorten_value
     from ..runs.comparison.page import list_figures
-    from ..settings import shorten_value
 
     names = [run.name for run in found.runs]
     if found.settings:

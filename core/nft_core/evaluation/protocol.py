@@ -34,7 +34,7 @@ GivenReward: TypeAlias = "RewardSpec | Composed"
 
 
 class Protocol(BaseModel):
-    """How models are evaluated.
+    """Holds how models are evaluated, so that others can be measured in the same way.
 
     prompts_digest: of the prompts' texts and metadata, which stand beside the protocol in `prompts.jsonl`.
     images: of each prompt. Each has noise of its own, from the seed and the numbers of prompt and image.

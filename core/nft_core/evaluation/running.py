@@ -47,7 +47,7 @@ MOST_BATCHES = 8
 
 @dataclass(frozen=True)
 class Progress:
-    """How far an evaluation is. means: of the entry's rewards so far; None where nothing is valid."""
+    """Tells how far an evaluation is. means: of the entry's rewards so far; None where nothing is valid."""
 
     entry: str
     done: int
@@ -57,7 +57,7 @@ class Progress:
 
 @dataclass(frozen=True)
 class Work:
-    """What all entries are evaluated with.
+    """Holds what all entries are evaluated with.
 
     show: told of progress. stop: raises Stopped where this process was told to end.
     """

@@ -18,6 +18,7 @@ from nft_plugins import (
     Solver,
     SolverInfo,
 )
+from nft_plugins.hookspecs import OFFERS
 from nft_plugins.rules import OFFERED, RESERVED
 
 from ..errors import NftError, UsageError, missing_part, unknown_name
@@ -53,13 +54,7 @@ class Host:
     @property
     def cards(self) -> Cards:
         """Give all cards, by the hook that registers them."""
-        return {
-            "nft_register_rewards": self.rewards,
-            "nft_register_solvers": self.solvers,
-            "nft_register_models": self.models,
-            "nft_register_observers": self.observers,
-            "nft_register_presets": self.presets,
-        }
+        return {hook: getattr(self, hook.removeprefix("nft_register_")) for hook in OFFERS}
 
     def find_reward(self, name: str | Callable[..., Any]) -> Registered[RewardInfo]:
         """Find the card of a reward by its name, or make one for `FILE.py:NAME`, `MODULE:NAME` or an object."""
@@ -108,11 +103,13 @@ class Host:
                     f"The reward {other.name!r} cannot be made of itself, got {spec!r}: name another."
                 )
             mine = {**split_options((defaults or {}).get(str(other.name), {}))[1], **other.options}
+            # The inner reward is lent batches of its own, as if the run called it.
             return Inside(self.make_reward(other.name, mine, device, defaults, loaded, (name, *inside)))
 
         offered = {"device": device, "make_reward": make_another}
         with keep_state(f"the making of the {what}", making=True):
             made = call_factory(what, card.info.factory, (), options, offered)
+        # Checked here, where the plug-in's name is known, and not when the first batch fails.
         if not isinstance(made, Reward):
             raise NftError(f"The factory of the {what} gave {type(made).__name__}, not a reward.")
         loaded[key] = made
@@ -197,6 +194,7 @@ class Host:
                     f"{pipeline}: leave family away, or choose one of {', '.join(handling) or 'none'}."
                 )
             return chosen
+        # Taking the first would let an installed package change which code trains the model.
         if len(handling) > 1:
             whose = [f"{name!r} of {' and '.join(self.models[name].owners)}" for name in handling]
             raise UsageError(

@@ -129,8 +129,6 @@ def copy_for_plugin(value: Any) -> Any:
     kind = type(value)
     if kind in PLAIN:
         return value
-    if kind is dict:
-        return {key: copy_for_plugin(item) for key, item in value.items()}
     if kind in (list, tuple):
         return kind(copy_for_plugin(item) for item in value)
     if isinstance(value, Batch):

@@ -78,6 +78,7 @@ def import_file(path: Path) -> ModuleType:
     path = path.resolve()
     name = f"nft_local:{path}"
     if name not in sys.modules:
+        # Python does this for a script that is started, and users expect it of their file here too.
         add_import_folder(path.parent)
         put_current_folder_last()
         spec = importlib.util.spec_from_file_location(name, path)
@@ -88,6 +89,7 @@ def import_file(path: Path) -> ModuleType:
             with keep_state(f"the import of {path.name}", making=True):
                 spec.loader.exec_module(module)
         except BaseException:
+            # A half-imported module must not be found by the next attempt.
             del sys.modules[name]
             raise
     return sys.modules[name]

@@ -136,6 +136,7 @@ def check_part(folder: Path, library: str, name: str, weights: bool) -> None:
     wanted = sum(p.numel() for p in model.parameters())
     tables = sum(b.numel() for b in model.buffers())
     held = sum(math.prod(shape) for _, shape in tensors.values())
+    # Buffers, such as tables of positions, are often computed and not saved, so some may be missing.
     if wanted > held or tables > held + TABLES:
         raise OSError(
             f"{folder}: the config is of a {name} of {wanted + tables:,} numbers, the files hold {held:,}. "

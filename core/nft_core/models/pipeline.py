@@ -128,6 +128,7 @@ class PipelineModel:
         }
         given |= having
         if self.device.type == "meta":
+            # A scheduler has no weights, and times are computed by a real one.
             given |= {name: self.empty(name) for name in parts if name != "scheduler"}
         else:
             given |= {name: self._load_module(name) for name in parts if self._is_module(name)}
@@ -150,6 +151,7 @@ class PipelineModel:
     def _dtype(self, part: str) -> torch.dtype:
         if part == "vae":
             return torch.float32
+        # The activations of some text encoders, such as T5's, leave float16's range.
         narrow = self.dtype == torch.float16 and part.startswith(OF_TEXT)
         return torch.bfloat16 if narrow else self.dtype
 
@@ -186,6 +188,7 @@ class PipelineModel:
                 whole = condition.setdefault(name, rows.new_empty(len(prompts), *rows.shape[1:], device="cpu"))
                 whole[start : start + len(rows)] = rows.cpu()
         for encoder in encoders:
+            # The device's memory is then free for training, before `release` gives up the host's too.
             encoder.to("cpu")
         self._say_what_is_cut(prompts, condition)
         return condition
@@ -204,6 +207,7 @@ class PipelineModel:
         cut = [i for i, n in enumerate(zip(*counts, strict=True)) if all(map(operator.gt, n, limits))]
         if not cut:
             return
+        # Once for a model: prompts may be encoded in several calls.
         self.said_what_is_cut = True
         rows = (
             tuple(c[i].reshape(-1).view(torch.uint8).numpy().tobytes() for c in condition.values()) for i in cut

@@ -58,6 +58,7 @@ class Sana(PipelineModel):
         try:
             return self.encode(prompts)
         finally:
+            # Deleting the attribute uncovers that of the class again.
             del self.instructs
 
     def count_tokens(self, tokenizer: Any, prompts: Sequence[str]) -> list[int]:

@@ -29,7 +29,7 @@ MOST_RUNS = 100
 
 @dataclass(frozen=True)
 class ModelSource:
-    """What a model is made of.
+    """Names the files that a model is made of.
 
     base: the pipeline, as a local folder or a hub id. transformer: a folder or a single file of weights that
     stand in place of the base's, or None. loras: those on top, the lowest first.

@@ -60,6 +60,7 @@ def put_whole_in_place(source: ModelSource, transformer: torch.nn.Module) -> Non
     files, _ = find_weights(source.transformer, "diffusers")
     for file in files:
         with safe_open(file, framework="pt") as opened:
+            # One tensor at a time, so that a large model is not in memory twice.
             for name in opened.keys():  # noqa: SIM118
                 copy_weights({name: opened.get_tensor(name)}, transformer)
 
@@ -110,12 +111,14 @@ def put_in_place(
     if source.transformer:
         changed = [name for name, _ in transformer.named_parameters()]
     mine = transformer.get_parameter
+    # Copies, since the weights are changed in place below.
     before = {name: mine(name).data.clone() for name in dict.fromkeys(changed)} if keep else {}
     if next(transformer.parameters()).is_meta:
         return before
     put_whole_in_place(source, transformer)
     for lora in merged:
         merge_lora(lora, transformer)
+    # What has not changed needs no second copy during the run.
     return {name: x for name, x in before.items() if not torch.equal(x, mine(name).data)}
 
 

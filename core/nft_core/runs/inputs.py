@@ -30,9 +30,9 @@ DATA = Path(__file__).parents[1] / "data"
 
 
 def make_run_settings(host: Host, preset: str | None, *layers: Mapping[str, Any]) -> Settings:
-    """Make settings from a preset and then from each layer; later layers win.
+    """Make settings from a preset and then from each layer; the last one that gives a setting counts.
 
-    A model that a run has trained brings settings along, which win over the preset alone.
+    A model that a run has trained brings settings along, which replace those of the preset alone.
     Raises UsageError for a preset, a setting or a reward of `reward_defaults` that is not known.
     """
     base: dict[str, Any] = {}
@@ -47,11 +47,12 @@ def make_run_settings(host: Host, preset: str | None, *layers: Mapping[str, Any]
             if name not in host.rewards:
                 raise unknown_name("reward", name, host.rewards, lists="nft rewards")
     settings = make_settings(base, *layers)
+    # The origin's settings stand between preset and user, so all layers are put together again.
     return add_origin(base, layers) if begins_from_something(settings) else settings
 
 
 class Inputs(NamedTuple):
-    """What a run is given, checked, with nothing heavy loaded. held_out: empty where no file was given."""
+    """Holds what a run is given, checked and not yet loaded. held_out: empty where no file was given."""
 
     rewards: list[RewardSpec]
     solver: Solver
@@ -165,6 +166,7 @@ def split_held_out(prompts: list[Prompt], tell: Callable[[str], None]) -> tuple[
         tell("There is one prompt: it is trained on and evaluated on.")
         return prompts, prompts[:1]
     count = min(64, len(texts) // 10) or 1
+    # Spread over the file: its end may be of one kind of prompt.
     chosen = set(texts[:: len(texts) // count][:count])
     tell(f"No --eval-prompts: {count} of {len(texts)} prompts are held out for evaluation.")
     first = {p.text: p for p in reversed(prompts)}
@@ -198,6 +200,7 @@ def check_same_settings(settings: Settings, path: Path | None, device: torch.dev
     # Where files lie may differ from node to node.
     places = {"model", "model_options", "prompts", "eval_prompts", "reward_defaults"}
     mine = shorten_paths(settings.model_dump(mode="json", exclude=FREE | places))
+    # All are compared with the first process, whose settings are written into the folder.
     first, *others = map(json.loads, gather_texts(json.dumps(mine), device))
     for number, other in enumerate(others, 1):
         differ = [

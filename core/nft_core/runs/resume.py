@@ -161,6 +161,7 @@ def restore_training(
         )
     if progress.origin != training.at.origin and not allow_changes:
         raise UsageError(explain_other_origin(progress.origin, training.at.origin))
+    # After all checks, so that a refusal leaves the run as it was assembled.
     load_checkpoint(path, training.policy, training.optimizer)
     grave, _ = describe_changes(before, training.settings, has_finished(progress, before))
     now = training.at
@@ -172,6 +173,7 @@ def restore_training(
         # Totals of equal evaluations are compared, so what they are divided by stays.
         same = progress.evaluation == now.evaluation
         progress.baseline = {n: v for n, v in progress.baseline.items() if same and n.startswith(DEVIATION)}
+    # The next checkpoint tells of the files of now, which have just been compared or allowed.
     progress.prompts, progress.evaluation, progress.sources = now.prompts, now.evaluation, now.sources
     progress.origin = now.origin
     training.at = progress

@@ -37,6 +37,7 @@ def pick_device(name: str) -> torch.device:
     count = torch.cuda.device_count()
     if not count:
         raise UsageError(f"--device {name}: this torch ({torch.__version__}) sees no GPU; use cpu.")
+    # A number would put all processes of this machine on one GPU.
     if index and "LOCAL_RANK" in os.environ and name != f"cuda:{local}":
         raise UsageError(f"--device {name}: each of several processes takes a GPU of its own; use cuda.")
     wanted = int(index or local)
@@ -50,6 +51,7 @@ def pick_device(name: str) -> torch.device:
             f"{wanted}{several if 'LOCAL_RANK' in os.environ else ''}."
         )
     device = torch.device("cuda", wanted)
+    # Libraries that allocate without naming a device then use this one, and not the first.
     torch.cuda.set_device(device)
     return device
 
@@ -177,6 +179,7 @@ def load_model(settings: Settings, host: Host, device: torch.device) -> FlowMode
     put_in_place(source, model.transformer, source.loras[:-1])
     if source.loras:
         add_trained_lora(model.transformer, source.loras[-1])
+        # Nothing is trained here; `add_lora` has made the LoRA trainable.
         model.transformer.requires_grad_(False)
     return model
 

@@ -12,6 +12,7 @@ from ..models.lora_files import DIFFUSERS_FILE
 from ..models.pipeline import PipelineModel
 from ..models.sources import ModelSource, find_source
 from ..seeds import hash_key
+from ..settings import for_evaluation
 from ..training.state import Training
 from .setup import image_shape
 
@@ -102,7 +103,7 @@ def write_scheduler(training: Training, model: PipelineModel) -> tuple[list[str]
         own = [f"pipeline.scheduler = {kind}.from_config(pipeline.scheduler.config)"] if kind == "DPM2" else []
         return own, []
     # A multistep scheduler, which would take other times: here they are Euler's, with its shift.
-    steps = count_steps(training)
+    steps = for_evaluation(training.settings).steps
     times = f"sigmas=[1 - i / {steps} for i in range({steps})]"
     return [f"pipeline.scheduler = {kind}(shift={config.get('flow_shift', 1.0)})"], [times]
 
@@ -113,7 +114,7 @@ def write_call(training: Training, model: PipelineModel, more: list[str]) -> lis
     height, width, shape = image_shape(s, model)
     size = ", ".join(map(str, (1, *shape)))
     number = hash_key(s.seed, "eval", 0, 0, 0)  # As `training.evaluation` draws the first image.
-    call: dict[str, Any] = {"num_inference_steps": count_steps(training), **model.unguided}
+    call: dict[str, Any] = {"num_inference_steps": for_evaluation(training.settings).steps, **model.unguided}
     call |= {"height": height, "width": width}
     if "max_sequence_length" in inspect.signature(model.pipeline.__call__).parameters:
         call["max_sequence_length"] = model.max_sequence_length
@@ -125,11 +126,6 @@ def write_call(training: Training, model: PipelineModel, more: list[str]) -> lis
         f"image = pipeline(prompt=prompt, {options}).images[0]",
         'image.save("image.png")',
     ]
-
-
-def count_steps(training: Training) -> int:
-    """Count the solver's steps of an evaluation's image."""
-    return training.settings.eval_steps or training.settings.steps
 
 
 def list_absent(model: PipelineModel) -> list[str]:

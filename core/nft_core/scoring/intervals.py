@@ -72,13 +72,16 @@ def bootstrap_mean(
     parts = []
     for kind in sorted(set(kinds)):
         members = torch.tensor([k == kind for k in kinds], dtype=torch.bool, device="cpu")
+        # Only sums and counts of each prompt are needed afterwards, whatever its number of images.
         parts.append(_sum_by_group(values, groups, valid & members))
     if not parts or not all(len(counts) for _, counts in parts):
         return None
     mean = sum(float(sums.sum() / counts.sum()) for sums, counts in parts) / len(parts)
+    # The kind with the fewest prompts limits how far the interval can be trusted.
     sizes = [len(counts) for _, counts in parts]
     if min(sizes) < LEAST_PROMPTS:
         return Interval(mean)
+    # A fixed seed: the same scores always give the same interval.
     source = make_generator(0, "bootstrap")
     drawn = torch.stack([_draw_means(*part, source) for part in parts])
     stretch, freedom = _correct_variance(drawn.var(1).tolist(), sizes)
@@ -103,6 +106,8 @@ def bootstrap_difference(
     groups, strata: as in `bootstrap_mean`. valid: `[N]` bool, images that have both scores.
     Returns None where there is no such image.
     """
+    # In pairs, since both images began from the same noise: what they share drops out, and the interval is
+    # narrower.
     difference = after.double() - before.double()
     interval = bootstrap_mean(difference, groups, valid, strata)
     if interval is None:
@@ -125,6 +130,7 @@ def _draw_means(sums: Tensor, counts: Tensor, source: torch.Generator) -> Tensor
     """Draw as many prompts as there are, with repetition, RESAMPLES times: the means, `[RESAMPLES]`."""
     means, todo = [], RESAMPLES
     while todo:
+        # In parts, since all draws at once would take too much memory for a large file of prompts.
         rows = min(todo, max(AT_ONCE // len(sums), 1))
         drawn = torch.randint(len(sums), (rows, len(sums)), generator=source, dtype=torch.int64, device="cpu")
         means.append(sums[drawn].sum(1) / counts[drawn].sum(1))

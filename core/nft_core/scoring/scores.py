@@ -39,6 +39,7 @@ def list_names(scores: Scores) -> Names:
 
 def merge_names(names: Sequence[Names]) -> Names:
     """Merge names: each once, in the order in which they come first."""
+    # A dict keeps the order of the first batch, which a set would not.
     parts = dict.fromkeys(name for n in names for name in n.parts)
     return Names(
         tuple(dict.fromkeys(name for n in names for name in n.details)),
@@ -61,6 +62,7 @@ def parse_names(read: Any) -> Names:
 
 def lacks_scores(scores: Scores) -> bool:
     """Tell whether a reward, or one that it is composed of, has no score for any sample, and so no details."""
+    # A sum has details only from its parts, so these are asked.
     if scores.parts:
         return any(lacks_scores(p.scores) for p in scores.parts.values())
     return not scores.details and not scores.valid.any()
@@ -97,6 +99,7 @@ def gather_scores(scores: Scores, index: Tensor, count: int, device: torch.devic
     index: which of the images this process's scores are for.
     Raises NftError where processes' details differ.
     """
+    # Compared before anything is sent: with other names the processes would add up different figures.
     names = ", ".join(scores.details) or "none"
     if not is_same_everywhere(names, device):
         raise NftError(
@@ -122,6 +125,7 @@ def shuffle_within_groups(scores: Scores, groups: Tensor, source: torch.Generato
     """Shuffle scores within each group. A sample moves as a whole, with its details and parts."""
     order = torch.arange(len(groups), device="cpu")
     for g in groups.unique():
+        # Within the group only, so that its mean and deviation stay what they are.
         members = (groups == g).nonzero().flatten()
         order[members] = members[torch.randperm(len(members), generator=source, device="cpu")]
     return map_scores(scores, lambda x: x[order])

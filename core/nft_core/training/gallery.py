@@ -34,6 +34,7 @@ class Gallery:
             self.chosen = choose_images(len(self.draws.indices), self.draws.images, batch.images[0].numel() * 4)
         kept = torch.isin(rows, self.chosen)
         self.rows.append(rows[kept])
+        # Bytes take a quarter of the floats' memory, and pictures are written as bytes anyway.
         self.parts.append(batch.uint8[kept.to(batch.images.device)].cpu())
 
     def collect(self, scores: Scores, device: torch.device) -> tuple[Batch, Scores]:
@@ -51,5 +52,6 @@ def choose_images(prompts: int, each: int, size: int) -> Tensor:
     if prompts * each <= most:
         return torch.arange(prompts * each, dtype=torch.int64, device="cpu")
     count = min(most, prompts)
+    # Spread over the file, since neighbours in it are often of one kind.
     chosen = [i * prompts // count * each for i in range(count)]
     return torch.tensor(chosen, dtype=torch.int64, device="cpu")

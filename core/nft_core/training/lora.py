@@ -84,6 +84,7 @@ def add_lora(
         layer.__class__ = LeanLinear  # The same parameters under the same names.
     for name, p in transformer.named_parameters():
         if "lora_" in name:
+            # In float32, whatever the base is in: 16 bits would round away a step of the optimizer.
             p.data = p.data.float()
             p.requires_grad_(True)
     return config
@@ -118,6 +119,7 @@ def merge_adapters(transformer: torch.nn.Module) -> None:
     with torch.no_grad():
         for layer in adapted_layers(transformer):
             weight = cast(Tensor, layer.base_layer.weight)
+            # A new tensor and no sum in place: somebody may still hold the base's own weights.
             weight.data = weight.data + layer.get_delta_weight(ADAPTER).to(weight.dtype)
             layer._disable_adapters = True
 
