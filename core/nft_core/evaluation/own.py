@@ -98,8 +98,9 @@ def read_own(model: Model, host: Host, given: Iterable[str]) -> Own | None:
                 refuse_code(called, setting, str(found.get(setting, "")), host)
             defaults, left_out = keep_known_options(found.get("reward_defaults", {}), host)
             found["reward_defaults"] = defaults
-            parts = ({n: found[n] for n in names if n in found} for names in (OF_IMAGES, OF_PROMPTS))
-            return Own(called, *parts, left_out)
+            of_images = {name: found[name] for name in OF_IMAGES if name in found}
+            of_prompts = {name: found[name] for name in OF_PROMPTS if name in found}
+            return Own(called, of_images, of_prompts, left_out)
     return None
 
 
