@@ -18,7 +18,7 @@ from ..scoring.composer import Composed, Given, as_spec
 from ..settings import Settings
 from .entries import Model, parse_model
 from .folders import check_folder
-from .own import Own, describe_own, read_all_own, read_held_out_of_run
+from .own import Own, describe_own, name_defaults, read_all_own, read_held_out_of_run
 from .protocol import GivenReward, find_protocol, read_protocol
 from .report import Evaluation
 from .request import Request, prepare_request, read_held_out
@@ -140,7 +140,7 @@ def make_request(
         scales,
         negative_prompt,
         notes=notes,
-        defaults=f"the run of {own.name} evaluates" if own else f"the preset {preset} says" if preset else "",
+        defaults=name_defaults(own, preset),
     )
 
 

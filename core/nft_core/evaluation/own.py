@@ -150,7 +150,7 @@ def describe_own(owns: Sequence[Own], given: Iterable[str]) -> list[str]:
     if not owns:
         return []
     first, *others = owns
-    notes = [f"What is not given is as the run of {first.name} evaluates."]
+    notes = [f"What is not given is as {name_defaults(first, None)}."]
     if first.left_out:
         notes.append(
             f"Options of rewards in that run's file are not taken from there: {'; '.join(first.left_out)}. "
@@ -171,6 +171,11 @@ def describe_own(owns: Sequence[Own], given: Iterable[str]) -> list[str]:
             flags = ", ".join(OPTIONS.get(n, f"--set {n}=...") for n in differ)
             notes.append(f"The run of {other.name} evaluates with {said}. All are alike here; {flags} decide.")
     return notes
+
+
+def name_defaults(own: Own | None, preset: str | None) -> str:
+    """Name what the values of settings that are not given are as; empty where nothing was named."""
+    return f"the run of {own.name} evaluates" if own else f"the preset {preset} says" if preset else ""
 
 
 def is_other(a: Any, b: Any) -> bool:
