@@ -9,7 +9,7 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, cast
 
-from ..errors import UsageError
+from ..errors import UsageError, name_arguments
 from ..host.host import Host, load_host
 from ..host.specs import RewardSpec
 from ..prompts import Prompt, make_prompt
@@ -39,6 +39,7 @@ FREE = (
 )
 
 
+@name_arguments()
 def evaluate(
     models: str | os.PathLike[str] | Model | Iterable[str | os.PathLike[str] | Model],
     rewards: Given | Iterable[Given] = (),
@@ -152,8 +153,8 @@ def parse_rewards_for_evaluation(settings: Settings, host: Host, own: Own | None
     if not settings.rewards:
         trained = f"The run of {own.name} was trained on {', '.join(own.rewards)}. " if own else ""
         raise UsageError(
-            "An evaluation needs a reward: give --reward NAME, as in --reward pickscore (in Python "
-            f"rewards=...). {trained}`nft rewards` lists them; FILE.py:FUNCTION is a reward of yours."
+            f"An evaluation needs a reward: give --reward NAME, as in --reward pickscore. {trained}"
+            "`nft rewards` lists them; FILE.py:FUNCTION is a reward of yours."
         )
     return parse_rewards(settings, host)
 

@@ -110,7 +110,7 @@ def refuse_code(called: str, setting: str, solver: str, host: Host) -> None:
     if is_reference(solver) and family + colon not in host.solvers:
         raise UsageError(
             f"The run of {called} evaluates with {setting} = {solver!r}, which is code that a run's file names "
-            f"and is not run for that alone: give the solver, as in --solver {solver} (in Python solver)."
+            f"and is not run for that alone: give the solver, as in --solver {solver}."
         )
 
 
@@ -210,6 +210,6 @@ def read_held_out_of_run(own: Own, host: Host) -> list[Prompt]:
     if settings.unscorable == "drop" and code:
         raise UsageError(
             f"Which prompts the run of {own.name} holds out depends on its reward {code[0]}, which is code "
-            "that a run's file names and is not run for that alone: give --prompts FILE (in Python prompts)."
+            "that a run's file names and is not run for that alone: give --prompts FILE."
         )
     return choose_held_out(settings, host)

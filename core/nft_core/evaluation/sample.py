@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from ..errors import UsageError
+from ..errors import UsageError, name_arguments
 from ..host.host import Host, load_host
 from ..parallel.processes import barrier, gather_texts, process_group, rank, world_size
 from ..prompts import Prompt, make_prompt, read_prompts
@@ -55,6 +55,7 @@ class SampleRequest:
     notes: Sequence[str] = ()
 
 
+@name_arguments()
 def sample(
     model: str | os.PathLike[str] | None = None,
     prompts: str | os.PathLike[str] | Sequence[str | Mapping[str, Any] | Prompt] | None = None,

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from nft_plugins import Batch, PromptError, Scores
 
-from ..errors import NftError, UsageError
+from ..errors import NftError, UsageError, name_arguments
 from ..host import lending
 from ..host.specs import RewardSpec
 from .composer import Composed, Given, call_reward, compose
@@ -84,6 +84,7 @@ class NoPrompts(Sequence[str]):
         raise NoPrompt(self.paths[index if isinstance(index, int) else 0])
 
 
+@name_arguments()
 def score_images(
     images: str | os.PathLike[str] | Image.Image | Iterable[str | os.PathLike[str] | Image.Image],
     prompts: str | Sequence[str] | None,
