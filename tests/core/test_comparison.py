@@ -12,10 +12,12 @@ from click.testing import CliRunner
 from safetensors.numpy import load_file, save_file
 
 from nft_core.cli.app import main
+from nft_core.cli.compare import show_comparison
 from nft_core.host.host import load_host
 from nft_core.prompts import Prompt
 from nft_core.runs.assembly import assemble_training
 from nft_core.runs.comparison.figures import pair_runs, summarize
+from nft_core.runs.comparison.page import Comparison, list_figures
 from nft_core.runs.comparison.reading import list_differences, read_runs
 from nft_core.runs.folder import write_settings
 from nft_core.runs.inputs import register_observers
@@ -275,3 +277,16 @@ def test_a_page_that_cannot_be_written(runs, tmp_path):
     (tmp_path / "file").touch()
     done = compare(*runs, "--out", tmp_path / "file" / "page.html")
     assert done.exit_code == 1 and "Cannot write" in done.stderr and "another --out" in done.stderr
+
+
+def test_tables_fit_into_a_terminal(runs, monkeypatch, capsys):
+    long = runs[1].rename(runs[1].with_name("a-run-whose-name-is-rather-long"))
+    read = read_runs([runs[0], long])
+    found = Comparison(read, list_differences(read), {r.name: summarize(r) for r in read}, *pair_runs(read))
+    monkeypatch.setenv("COLUMNS", "80")
+    show_comparison(found)
+    lines = capsys.readouterr().out.splitlines()
+    assert max(map(len, lines)) <= 80
+    _, rows = list_figures(found)
+    for cell in (cell for row in rows for cell in row[2:]):
+        assert any(cell in line for line in lines), cell

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -18,7 +18,7 @@ from ..errors import UsageError
 from ..output import keep_output_alive
 from .repeating import repeat_command
 from .score import choose_preset
-from .tables import new_table, print_table
+from .tables import show_figures
 
 if TYPE_CHECKING:
     from ..evaluation.report import Evaluation
@@ -205,24 +205,13 @@ def show_results(results: Evaluation, as_json: bool) -> None:
     if as_json:
         click.echo(json.dumps(results.to_json(), indent=2))
         return
-    compared = len(results.figures) > 1
-    show_rows((*COLUMNS, *(OF_CHANGES if compared else ())), list_rows(results.figures))
+    rows, means = list_rows(results.figures), len(COLUMNS)
+    show_figures(COLUMNS, [row[:means] for row in rows], names=2)
+    if len(results.figures) > 1:  # A table of their own, since one with all columns is wider than a terminal.
+        first = results.figures[0].name
+        click.echo(f"Differences from {first}, in pairs:\n")
+        changes = [[*row[:2], *row[means:]] for row in rows if row[1] != first]
+        show_figures(("reward", "model", *OF_CHANGES), changes, names=2)
     if tags := list_tag_rows(results.figures):
-        show_rows(TAG_COLUMNS, tags)
+        show_figures(TAG_COLUMNS, tags, names=3)
     click.echo(f"Results: {results.folder}")
-
-
-def show_rows(titles: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-    """Print a table whose rows of one figure stand together."""
-    from rich.markup import escape
-
-    table = new_table()
-    for i, title in enumerate(titles):
-        table.add_column(title, justify="left" if i < titles.index("mean") else "right", overflow="fold")
-    before = None
-    for row in rows:
-        if before is not None and row[0].partition("/")[0] != before:
-            table.add_section()
-        before = row[0].partition("/")[0]
-        table.add_row(*map(escape, row))
-    print_table(table)

@@ -118,6 +118,8 @@ def sample_images(
     folder = out or name_folder()
     if first:
         claim_new_folder(folder)
+        for note in request.notes:
+            click.echo(note, err=True)
     total = len(request.prompts) * s.eval_images
     tell = click.echo if first else lambda text: None
     with keep_output_alive():

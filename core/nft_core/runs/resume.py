@@ -91,8 +91,7 @@ def check_changes(
     if grave and not allow_changes:
         raise UsageError(
             "These settings change what is learned, and the checkpoint was made with others: "
-            f"{'; '.join(grave)}. Leave them as they were, or go on all the same with --allow-changes "
-            "(in Python allow_changes=True)."
+            f"{'; '.join(grave)}. Leave them as they were, or go on all the same with --allow-changes."
         )
     if grave or free:
         tell(f"Settings that have changed: {'; '.join([*grave, *free])}.")
