@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from functools import lru_cache
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -18,9 +19,9 @@ from diffusers.loaders.single_file_utils import DIFFUSERS_DEFAULT_PIPELINE_PATHS
 from nft_plugins.files import read_header
 
 from ..errors import UsageError
-from .lora_files import DIFFUSERS_FILE, LoraFile, read_lora_file
+from .lora_files import DIFFUSERS_FILE, PEFT_CONFIG, LoraFile, read_lora_file
 from .lora_places import find_lora
-from .paths import INDEX, describe_weights, explain_lora, is_lora, read_index
+from .paths import INDEX, describe_weights, explain_lora, find_index, is_lora
 from .run_folders import find_checkpoint, read_run_settings
 
 #: Runs that may have begun from one another.
@@ -33,6 +34,7 @@ class ModelSource:
 
     base: the pipeline, as a local folder or a hub id. transformer: a folder or a single file of weights that
     stand in place of the base's, or None. loras: those on top, the lowest first.
+    file: a single file, whose VAE and text encoders stand in place of the base's where it has some, or None.
     settings: of the run that made it; empty where no run did.
     checkpoint: the checkpoint that it is; None where it is none.
     """
@@ -42,6 +44,7 @@ class ModelSource:
     loras: tuple[LoraFile, ...] = ()
     settings: Mapping[str, Any] = field(default_factory=dict)
     checkpoint: Path | None = None
+    file: Path | None = None
 
     @property
     def is_changed(self) -> bool:
@@ -65,8 +68,27 @@ def find_source(model: str, lora: str = "") -> ModelSource:
     Raises UsageError, which says what a path is instead and what to do.
     """
     source, names = trace_source(model, lora)
-    pipeline = lambda: str(read_index(source.base)["_class_name"])  # noqa: E731
-    return replace(source, loras=tuple(read_lora_file(find_lora(name), pipeline) for name in names))
+    files = [find_lora(name) for name in names]
+    return replace(source, loras=tuple(read_lora(file, source.base, stamp_lora(file)) for file in files))
+
+
+@lru_cache(maxsize=MOST_RUNS)
+def read_lora(file: Path, base: str, stamp: tuple[Any, ...]) -> LoraFile:
+    """Read a LoRA's header once, as a start asks for it several times and converting other layouts is slow.
+
+    stamp: of `stamp_lora`, so that a file that has changed is read again.
+    """
+
+    def find_pipeline() -> str:
+        return str(find_index(base)["_class_name"])
+
+    return read_lora_file(file, find_pipeline)
+
+
+def stamp_lora(file: Path) -> tuple[tuple[int, int], ...]:
+    """List the times and sizes of a LoRA's file and of its settings, which change when these do."""
+    found = [p.stat() for p in (file, file.with_name(PEFT_CONFIG)) if p.is_file()]
+    return tuple((s.st_mtime_ns, s.st_size) for s in found)
 
 
 def trace_source(model: str, lora: str, runs: int = 0) -> tuple[ModelSource, tuple[str, ...]]:
@@ -128,7 +150,7 @@ def trace_single_file(file: Path) -> ModelSource:
     if is_lora(file):
         raise UsageError(f"--model {file}: {explain_lora(file)}")
     if (file.parent / INDEX).is_file():  # As hub repositories have it.
-        return ModelSource(str(file.parent), file)
+        return ModelSource(str(file.parent), file, file=file)
     try:
         header = read_header(file)
     except OSError as error:
@@ -142,4 +164,5 @@ def trace_single_file(file: Path) -> ModelSource:
         kind = "v1"
     if kind == "v1":  # diffusers takes what it does not know for that.
         raise UsageError(f"--model {file}: {describe_weights(file)}")
-    return ModelSource(str(DIFFUSERS_DEFAULT_PIPELINE_PATHS[kind]["pretrained_model_name_or_path"]), file)
+    base = str(DIFFUSERS_DEFAULT_PIPELINE_PATHS[kind]["pretrained_model_name_or_path"])
+    return ModelSource(base, file, file=file)
