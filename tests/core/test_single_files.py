@@ -1,4 +1,4 @@
-"""A single file's own VAE and text encoders: they are used as in plain diffusers, or a message says which not."""
+"""A single file's own VAE and text encoders: they are used as in plain diffusers, or a message says not."""
 
 import shutil
 

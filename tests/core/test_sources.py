@@ -271,6 +271,20 @@ def test_a_single_file_that_says_whose_it_is(tmp_path):
     refuse("is one file of 1 weights, which does not say of which model. Put it", tmp_path / "b.safetensors")
 
 
+def test_a_base_that_lies_elsewhere_now(sd3_folder, tmp_path):
+    """A whole checkpoint says which link helps; what began from it says the same."""
+    base = shutil.copytree(sd3_folder, tmp_path / "old place")
+    whole = make_run(tmp_path / "whole", base, lora_rank=0)
+    lora = make_run(tmp_path / "lora", whole, lora_rank=2)
+    expected = generate(load(lora))
+    base = base.rename(tmp_path / "new")
+    link = f"mkdir -p {tmp_path} && ln -s NEW_PLACE '{tmp_path / 'old place'}'"
+    for checkpoint in (whole, lora):
+        refuse(f"^{checkpoint} needs the model that its run began from. --model .*: {link}", checkpoint)
+    (tmp_path / "old place").symlink_to(base)
+    assert torch.equal(generate(load(lora)), expected)
+
+
 def test_whole_weights_of_another_model(whole_run, tmp_path):
     copy = shutil.copytree(whole_run, tmp_path / "copy")
     file = copy / "transformer/diffusion_pytorch_model.safetensors"

@@ -6,6 +6,7 @@ run's checkpoint is a model too: the run's settings name what it began from, and
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
@@ -94,6 +95,7 @@ def stamp_lora(file: Path) -> tuple[tuple[int, int], ...]:
 def trace_source(model: str, lora: str, runs: int = 0) -> tuple[ModelSource, tuple[str, ...]]:
     """Follow a model down to its pipeline.
 
+    runs: how many were followed to come to this model.
     Returns what it is made of, and the names of its LoRAs, the lowest first.
     """
     on_top = (lora,) if lora else ()
@@ -101,7 +103,7 @@ def trace_source(model: str, lora: str, runs: int = 0) -> tuple[ModelSource, tup
     if not path.exists() and (path.is_absolute() or model.startswith(".")):
         moved = find_in_package(path)
         if moved is None:
-            raise UsageError(f"--model {model}: there is no such file or folder.")
+            raise UsageError(explain_missing(path, of_run=runs > 0))
         model, path = str(moved), moved
     checkpoint = find_checkpoint(path)
     if checkpoint is None:
@@ -123,15 +125,27 @@ def trace_source(model: str, lora: str, runs: int = 0) -> tuple[ModelSource, tup
     try:
         below, names = trace_source(begun, own if merged else "", runs + 1)
     except UsageError as error:
-        raise UsageError(
-            f"{error} The run of {checkpoint} began from it: put it back. A LoRA can also be given with "
-            "another place of its base, --model BASE --lora CHECKPOINT."
-        ) from error
+        if runs:
+            raise
+        both = "" if whole.is_dir() else f" Or name both: --model BASE --lora {shlex.quote(str(checkpoint))}"
+        raise UsageError(f"{checkpoint} needs the model that its run began from. {error}{both}") from error
     kept = names if merged or own else names[:-1]
     found = replace(below, settings=settings, checkpoint=checkpoint)
     if whole.is_dir():
         return replace(found, transformer=whole), on_top
     return found, (*kept, str(checkpoint / DIFFUSERS_FILE), *on_top)
+
+
+def explain_missing(path: Path, of_run: bool) -> str:
+    """Say that a model is not where it should be, and for one that a run began from what can be done.
+
+    A link in the old place serves LoRAs and whole weights, all commands, and runs that began from one another.
+    """
+    said = f"--model {path}: there is no such file or folder."
+    if not of_run:
+        return said
+    made = f"mkdir -p {shlex.quote(str(path.parent))} && ln -s NEW_PLACE {shlex.quote(str(path))}"
+    return f"{said} If it lies elsewhere now, put a link in its old place: {made}"
 
 
 def find_in_package(path: Path) -> Path | None:
