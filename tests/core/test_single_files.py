@@ -93,6 +93,13 @@ def test_tensors_that_are_not_read_are_named(pipeline, file, caplog):
     assert "its 1 tensors such as text_encoders.qwen.model.x are not read" in caplog.text
 
 
+def test_a_file_of_quantised_weights(pipeline, file):
+    """Their scales would be left out, silently."""
+    make_single_file(file, pipeline.transformer, {"scaled_fp8": torch.ones(1)})
+    with pytest.raises(NftError, match="mine.safetensors: the weights are quantised, such as 'scaled_fp8'"):
+        find_source(str(file))
+
+
 @pytest.mark.parametrize("part", ["vae", "text_encoder_3"])
 def test_a_part_of_another_model(pipeline, file, part):
     make_single_file(file, pipeline.transformer, name_parts(pipeline, part))

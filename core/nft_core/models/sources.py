@@ -20,6 +20,7 @@ from diffusers.loaders.single_file_utils import DIFFUSERS_DEFAULT_PIPELINE_PATHS
 from nft_plugins.files import read_header
 
 from ..errors import UsageError
+from .headers import check_dtypes
 from .lora_files import DIFFUSERS_FILE, PEFT_CONFIG, LoraFile, read_lora_file
 from .lora_places import find_lora
 from .paths import INDEX, describe_weights, explain_lora, find_index, is_lora
@@ -163,12 +164,13 @@ def trace_single_file(file: Path) -> ModelSource:
     """Find the pipeline that a single file of weights is for. Raises UsageError where it does not say."""
     if is_lora(file):
         raise UsageError(f"--model {file}: {explain_lora(file)}")
-    if (file.parent / INDEX).is_file():  # As hub repositories have it.
-        return ModelSource(str(file.parent), file, file=file)
     try:
         header = read_header(file)
+        check_dtypes({name: dtype for name, (dtype, _) in header.items()}, file)
     except OSError as error:
         raise UsageError(f"--model {file}: {error}") from error
+    if (file.parent / INDEX).is_file():  # As hub repositories have it.
+        return ModelSource(str(file.parent), file, file=file)
     shapes = {
         name: torch.empty(shape, dtype=torch.float32, device="meta") for name, (_, shape) in header.items()
     }
