@@ -65,20 +65,10 @@ def find_model(settings: Settings) -> ModelSource:
 
 def find_family(settings: Settings, host: Host) -> tuple[str, Mapping[str, Any]]:
     """Find the family of the base model, by the pipeline class in its `model_index.json`, and that index."""
-    from ..models.paths import read_index
+    from ..models.paths import find_index
 
     name = find_model(settings).base
-    try:
-        index = read_index(name)
-    except NftError:
-        raise
-    except (OSError, ValueError) as error:
-        raise NftError(
-            f"Cannot load the model {name!r}: looked for a diffusers pipeline (model_index.json) in a folder "
-            f"of that name and on the Hugging Face hub. {shorten_error(error)} Check the name, your network "
-            "and, for a gated model, `hf auth login`; a local folder with --model PATH works offline, "
-            "and so does --tiny, which brings its own small model."
-        ) from error
+    index = find_index(name)
     pipeline = str(index["_class_name"])
     family = host.choose_family(pipeline, settings.family)
     if family is None:
@@ -151,19 +141,26 @@ def say_unloadable(model: str, error: Exception) -> NftError:
 
 
 def load_base(settings: Settings, host: Host, device: torch.device) -> FlowModel:
-    """Load the pipeline that the model is based on, without the weights and LoRAs that stand on it."""
-    name = find_model(settings).base
+    """Load the pipeline that the model is based on, without what stands on its transformer."""
+    from ..models.pipeline import PipelineModel
+    from ..models.single_files import use_parts_of_file
+
+    source = find_model(settings)
+    name = source.base
     family, _ = find_family(settings, host)
     # A LoRA's frozen base can stand in half precision; weights that are trained stay in float32.
     half = autocast_dtype(settings, device) if settings.lora_rank else None
     dtype = half or torch.float32
     options = {"max_sequence_length": settings.max_sequence_length}
     try:
-        return host.make_model(family, name, settings.model_options, device=device, dtype=dtype, **options)
+        model = host.make_model(family, name, settings.model_options, device=device, dtype=dtype, **options)
+        if source.file and isinstance(model, PipelineModel):
+            use_parts_of_file(source.file, model)
     except NftError:
         raise
     except Exception as error:  # A file cut short, too little memory, a plug-in's own mistake.
         raise say_unloadable(name, error) from error
+    return model
 
 
 def load_model(settings: Settings, host: Host, device: torch.device) -> FlowModel:
