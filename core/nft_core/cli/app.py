@@ -240,8 +240,9 @@ def start_run(
     from ..host.host import load_host
     from ..host.specs import parse_reward
     from ..runs.folder import read_run_file
-    from ..runs.inputs import make_run_settings
+    from ..runs.inputs import make_run_settings, prepare_inputs
     from ..runs.record import COMMAND
+    from ..runs.setup import find_family
     from ..settings import parse_assignment
 
     chosen = choose_preset(tiny, preset)
@@ -259,9 +260,11 @@ def start_run(
         given,
     )
     if plan:
+        inputs = prepare_inputs(settings, host)
+        find_family(settings, host)  # A model that is not there is told before torch is imported.
         from .plan import show_plan
 
-        show_plan(settings, host, card, peak_tflops)
+        show_plan(settings, host, inputs, card, peak_tflops)
         return
     if card or peak_tflops:
         raise UsageError("--card and --peak-tflops belong to --plan, which trains nothing: give that too.")
@@ -340,7 +343,7 @@ def launch_training(
     from ..parallel.signals import end_on_signals
     from ..runs.copies import read_copies, use_copies
     from ..runs.folder import claim_folder, holds_a_run, read_record
-    from ..runs.inputs import prepare_inputs
+    from ..runs.inputs import check_run
     from ..runs.places import make_folder_whole, make_paths_whole
     from ..runs.record import COMMAND, describe_command
     from ..runs.run import run_training
@@ -356,9 +359,11 @@ def launch_training(
     end_with_the_parent()
     end_on_signals()
     # A launcher such as torchrun has started all processes already, and this is one of them.
-    processes = (
-        1 if environment.is_started_by_launcher() else count_processes(settings.processes, settings.device)
-    )
+    processes = 1 if environment.is_started_by_launcher() else settings.processes
+    if processes != 1:
+        # A mistake is told once, and not by each process; and before torch is imported to count GPUs.
+        check_run(settings, folder, host, resume, allow_changes)
+        processes = count_processes(processes, settings.device)
     with keep_output_alive():
         if processes == 1:
             run_training(
@@ -372,7 +377,6 @@ def launch_training(
                 profile_epoch if profile else None,
             )
             return
-        prepare_inputs(settings, host)  # A mistake in them is told once, and not by each process.
         again = ["--resume", "auto", *(["--allow-changes"] if allow_changes else [])]
         if not (resume and holds_a_run(folder)):
             claim_folder(folder)

@@ -12,19 +12,19 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
-from diffusers import DiffusionPipeline
-from diffusers.loaders.single_file_utils import DIFFUSERS_DEFAULT_PIPELINE_PATHS, infer_diffusers_model_type
 from safetensors import SafetensorError, safe_open
 
 from nft_plugins.files import PICKLED, read_header
 
 from ..errors import UsageError, shorten_error
-from .checks import list_files, read_object
-from .lora_files import DIFFUSERS_FILE, PEFT_CONFIG, PEFT_FILE, LoraFile, read_lora_file
+from .hub import fetch_file
 from .run_folders import find_checkpoint, read_run_settings
+from .small_files import DIFFUSERS_FILE, PEFT_CONFIG, PEFT_FILE, list_files, read_object
+
+if TYPE_CHECKING:
+    from .lora_files import LoraFile
 
 INDEX = "model_index.json"
 #: Makes a pipeline's folder of one file.
@@ -136,6 +136,11 @@ def trace_single_file(file: Path) -> ModelSource:
         raise UsageError(f"--model {file}: {explain_lora(file)}")
     if (file.parent / INDEX).is_file():  # As hub repositories have it.
         return ModelSource(str(file.parent), file)
+    import torch
+
+    from . import libraries  # noqa: F401  isort: skip  Before anything of diffusers.
+    from diffusers.loaders.single_file_utils import DIFFUSERS_DEFAULT_PIPELINE_PATHS, infer_diffusers_model_type
+
     try:
         header = read_header(file)
     except OSError as error:
@@ -154,6 +159,8 @@ def trace_single_file(file: Path) -> ModelSource:
 
 def read_lora(name: str) -> LoraFile:
     """Find a LoRA by its path or hub id, and read its header. Raises UsageError."""
+    from .lora_files import read_lora_file
+
     path = Path(name).expanduser()
     if path.is_file():
         file = path
@@ -240,7 +247,7 @@ def read_index(source: str) -> dict[str, Any]:
             f"{INDEX} and a folder for each of its parts, the hub id of one, a run or a checkpoint of one."
         )
     if not path.exists():
-        index: Any = DiffusionPipeline.load_config(source)
+        index: Any = read_object(fetch_file(source, INDEX))
     else:
         try:
             index = read_object(path / INDEX)
