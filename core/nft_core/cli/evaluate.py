@@ -111,23 +111,28 @@ def evaluate(
     evaluations of the run that trained MODEL, the first such one. The protocol is written beside the results,
     and --protocol repeats it. Whatever ends an evaluation, the same command goes on with it.
     """
-    from ..evaluation.api import make_request
     from ..evaluation.entries import parse_model
-    from ..evaluation.folders import check_folder
-    from ..evaluation.running import run_evaluation
     from ..host.host import load_host
-    from ..parallel.launch import count_processes, end_with_the_parent, launch_command
-    from ..parallel.signals import end_on_signals
+    from ..runs.inputs import check_given
     from ..settings import parse_assignment
 
-    host = load_host()
+    host, chosen = load_host(), choose_preset(tiny, preset)
+    listed = [parse_model(text, host) for text in models]
+    check_given(host, chosen, rewards, [(m.model, m.lora) for m in listed], options["prompts"])
+    # These import torch.
+    from ..evaluation.api import make_request
+    from ..evaluation.folders import check_folder
+    from ..evaluation.running import run_evaluation
+    from ..parallel.launch import count_processes, end_with_the_parent, launch_command
+    from ..parallel.signals import end_on_signals
+
     renamed = {"images": "eval_images", "steps": "eval_steps", "prompts": "eval_prompts"}
     given = dict(parse_assignment(text) for text in assignments)
     given |= {renamed.get(name, name): value for name, value in options.items() if value is not None}
     if rewards:
         given["rewards"] = list(rewards)
     request = make_request(
-        *(host, [parse_model(text, host) for text in models], [], choose_preset(tiny, preset), given),
+        *(host, listed, [], chosen, given),
         guidance=parse_guidance(guidance) if guidance is not None else None,
         negative_prompt=negative_prompt,
         protocol=protocol,

@@ -23,17 +23,12 @@ from torch import Tensor
 from nft_plugins.files import read_header
 
 from ..errors import UsageError, shorten_error
-from .checks import read_object
 from .headers import check_dtypes
 from .lora_layouts import OF_TEXT, convert_lora, find_layout
+from .small_files import PEFT_CONFIG, PEFT_FILE, read_object
 
 log = logging.getLogger(__name__)
 
-DIFFUSERS_FILE, PEFT_FILE, PEFT_CONFIG = (
-    "pytorch_lora_weights.safetensors",
-    "adapter_model.safetensors",
-    "adapter_config.json",
-)
 #: Name of a tensor of a transformer's LoRA: its layer, and which of the two factors it is.
 NAME = re.compile(
     r"(?:base_model\.model\.)?(?:transformer\.)?(?P<layer>.+?)\."

@@ -9,10 +9,9 @@ from pathlib import Path
 from nft_plugins.files import PICKLED
 
 from ..errors import UsageError, shorten_error
-from .checks import list_files
-from .lora_files import DIFFUSERS_FILE, PEFT_CONFIG, PEFT_FILE
 from .paths import describe_path, is_lora
 from .run_folders import find_checkpoint
+from .small_files import DIFFUSERS_FILE, PEFT_CONFIG, PEFT_FILE, list_files
 
 #: A hub id, or one with the name of a file behind it.
 HUB_ID = re.compile(r"(?P<repo>[\w.-]+/[\w.-]+)(/(?P<file>[\w./ -]+\.safetensors))?")

@@ -6,14 +6,13 @@ import shlex
 from pathlib import Path
 from typing import Any
 
-from diffusers import DiffusionPipeline
 from safetensors import SafetensorError, safe_open
 
 from nft_plugins.files import PICKLED
 
 from ..errors import NftError, UsageError, shorten_error
-from .checks import list_files, read_object
-from .lora_files import PEFT_CONFIG
+from .hub import fetch_file
+from .small_files import PEFT_CONFIG, list_files, read_object
 
 INDEX = "model_index.json"
 #: Makes a pipeline's folder of one file.
@@ -32,7 +31,7 @@ def read_index(source: str) -> dict[str, Any]:
             f"{INDEX} and a folder for each of its parts, the hub id of one, a run or a checkpoint of one."
         )
     if not path.exists():
-        index: Any = DiffusionPipeline.load_config(source)
+        index: Any = read_object(fetch_file(source, INDEX))
     else:
         try:
             index = read_object(path / INDEX)

@@ -6,6 +6,7 @@ are encoded, and can be given up afterwards: of a large model they are half of t
 
 from __future__ import annotations
 
+from . import libraries  # noqa: F401  isort: skip  Before anything of diffusers.
 import logging
 import operator
 from collections.abc import Callable, Mapping, Sequence

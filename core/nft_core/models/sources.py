@@ -12,19 +12,18 @@ from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
-
-import torch
-from diffusers.loaders.single_file_utils import DIFFUSERS_DEFAULT_PIPELINE_PATHS, infer_diffusers_model_type
+from typing import TYPE_CHECKING, Any
 
 from nft_plugins.files import read_header
 
 from ..errors import UsageError
-from .headers import check_dtypes
-from .lora_files import DIFFUSERS_FILE, PEFT_CONFIG, LoraFile, read_lora_file
 from .lora_places import find_lora
 from .paths import INDEX, describe_weights, explain_lora, find_index, is_lora
 from .run_folders import find_checkpoint, read_run_settings
+from .small_files import DIFFUSERS_FILE, PEFT_CONFIG
+
+if TYPE_CHECKING:
+    from .lora_files import LoraFile
 
 #: Runs that may have begun from one another.
 MOST_RUNS = 100
@@ -80,6 +79,8 @@ def read_lora(file: Path, base: str, stamp: tuple[Any, ...]) -> LoraFile:
 
     stamp: of `stamp_lora`, so that a file that has changed is read again.
     """
+    # It imports torch, which most commands that name a model do not need yet.
+    from .lora_files import read_lora_file
 
     def find_pipeline() -> str:
         return str(find_index(base)["_class_name"])
@@ -164,6 +165,13 @@ def trace_single_file(file: Path) -> ModelSource:
     """Find the pipeline that a single file of weights is for. Raises UsageError where it does not say."""
     if is_lora(file):
         raise UsageError(f"--model {file}: {explain_lora(file)}")
+    import torch
+
+    from . import libraries  # noqa: F401  isort: skip  Before anything of diffusers.
+    from diffusers.loaders.single_file_utils import DIFFUSERS_DEFAULT_PIPELINE_PATHS, infer_diffusers_model_type
+
+    from .headers import check_dtypes
+
     try:
         header = read_header(file)
         check_dtypes({name: dtype for name, (dtype, _) in header.items()}, file)

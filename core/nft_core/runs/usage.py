@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import UsageError
-from ..models.lora_files import DIFFUSERS_FILE
 from ..models.pipeline import PipelineModel
+from ..models.small_files import DIFFUSERS_FILE
 from ..models.sources import ModelSource, find_source
 from ..seeds import hash_key
 from ..settings import for_evaluation
