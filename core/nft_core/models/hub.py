@@ -15,11 +15,18 @@ def fetch_file(repository: str, name: str) -> Path:
 
     Where there is no network this fails at once: huggingface_hub alone would try for half a minute.
     """
-    from huggingface_hub import hf_hub_download, try_to_load_from_cache
+    from huggingface_hub import hf_hub_download
 
-    if not isinstance(try_to_load_from_cache(repository, name), str):
+    if not is_fetched(repository, name):
         ask_hub(repository, name)
     return Path(hf_hub_download(repository, name))
+
+
+def is_fetched(repository: str, name: str) -> bool:
+    """Say whether a file of a hub repository is on this machine. Raises ValueError for a name of another form."""
+    from huggingface_hub import try_to_load_from_cache
+
+    return isinstance(try_to_load_from_cache(repository, name), str)
 
 
 def ask_hub(repository: str, name: str) -> None:
