@@ -23,7 +23,7 @@ def fetch_file(repository: str, name: str) -> Path:
 
 
 def is_fetched(repository: str, name: str) -> bool:
-    """Say whether a file of a hub repository is on this machine. Raises ValueError for a name of another form."""
+    """Say whether a file of a hub repository was fetched. Raises ValueError for names of another form."""
     from huggingface_hub import try_to_load_from_cache
 
     return isinstance(try_to_load_from_cache(repository, name), str)
