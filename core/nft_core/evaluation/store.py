@@ -198,5 +198,12 @@ def make_stored(tensors: Mapping[str, Tensor], counts: Mapping[str, Any]) -> Sto
         if slash and f"{name} is valid" in tensors:
             figures[kind][rest] = (values, tensors[f"{name} is valid"])
     tallies = {name: Tally(*each) for name, each in counts["tallies"].items()}
-    words = {"skipped": frozenset(counts["skipped"]), "notes": counts.get("notes", {})}
-    return Stored(tensors["prompt"], tensors["image"], **figures, tallies=tallies, **words)
+    return Stored(
+        tensors["prompt"],
+        tensors["image"],
+        figures["rewards"],
+        figures["details"],
+        tallies,
+        frozenset(counts["skipped"]),
+        counts.get("notes", {}),
+    )
