@@ -371,8 +371,12 @@ def test_tables_of_two_models_fit_into_a_terminal(monkeypatch, capsys):
     show_results(SimpleNamespace(figures=entries, folder="out"), as_json=False)
     lines = capsys.readouterr().out.splitlines()
     assert max(map(len, lines)) <= 80
-    for whole in ("-0.573 to -0.398", "12/16, 4 failed", "120 / 115 / 265", "better / worse /", "± 0.055"):
+    for whole in ("-0.573 to -0.398", "12/16, 4 failed", "120 / 115 / 265", "higher / lower /", "± 0.055"):
         assert any(whole in line for line in lines), whole
     # Of each of the two figures, the first has no difference to itself.
     assert sum("120 / 115 / 265" in line for line in lines) == 2
     assert any(line.startswith("Differences from stable-diffusion-3.5-medium, guidance 1,") for line in lines)
+    assert not any("Intervals need" in line for line in lines)
+    entries = [EntryFigures("tiny", 16, {name: Figure(Interval(0.5), 12, 4, 3) for name in LONG})]
+    show_results(SimpleNamespace(figures=entries, folder="out"), as_json=False)
+    assert "Intervals need images of at least 5 prompts" in capsys.readouterr().out

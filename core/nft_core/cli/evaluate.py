@@ -206,6 +206,7 @@ def write_means(progress: Progress) -> str:
 def show_results(results: Evaluation, as_json: bool) -> None:
     """Print the results: tables, and where they are kept."""
     from ..evaluation.report import COLUMNS, OF_CHANGES, TAG_COLUMNS, list_rows, list_tag_rows
+    from ..scoring.intervals import LEAST_PROMPTS
 
     if as_json:
         click.echo(json.dumps(results.to_json(), indent=2))
@@ -219,4 +220,6 @@ def show_results(results: Evaluation, as_json: bool) -> None:
         show_figures(("reward", "model", *OF_CHANGES), changes, names=2)
     if tags := list_tag_rows(results.figures):
         show_figures(TAG_COLUMNS, tags, names=3)
+    if all(f.interval is None or f.interval.error is None for e in results.figures for f in e.figures.values()):
+        click.echo(f"Intervals need images of at least {LEAST_PROMPTS} prompts that have a score.")
     click.echo(f"Results: {results.folder}")
