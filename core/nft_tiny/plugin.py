@@ -51,7 +51,7 @@ def nft_register_presets(register: Callable[[Preset], None]) -> None:
                 # Four times a rollout's steps, as in published runs.
                 "eval_steps": 32,
                 "eval_every": 20,
-                "checkpoint_every": 0,
+                "checkpoint_every": 20,
                 "epochs": 60,
             },
             rewards={

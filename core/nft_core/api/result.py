@@ -9,7 +9,8 @@ from typing import Any
 
 from ..runs.checkpoint import list_checkpoints
 from ..runs.folder import read_settings
-from ..runs.observers.console import collect_means, explain_difference, format_figure
+from ..runs.observers.console import collect_means, explain_difference
+from ..runs.observers.live import format_figure
 from ..runs.observers.metrics import read_records
 from ..settings import make_settings
 
