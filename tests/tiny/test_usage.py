@@ -5,10 +5,11 @@ import pytest
 from PIL import Image
 
 from nft_core.host.host import load_host
+from nft_core.pages.thumbnails import decode_image, encode_image
 from nft_core.runs.fingerprint import pick_picture_part
 from nft_core.runs.inputs import make_run_settings
 from nft_core.runs.observers.metrics import read_records
-from nft_core.runs.observers.pictures import decode_image, encode_image, read_pictures
+from nft_core.runs.observers.pictures import read_pictures
 from nft_core.runs.run import run_training
 
 SHORT = {"steps": 2, "group_size": 2, "prompts_per_epoch": 2, "updates_per_epoch": 1, "epochs": 1}
