@@ -46,7 +46,7 @@ class PeerError(NftError):
 
 #: Options of commands that errors name, and what is given instead in Python.
 IN_PYTHON = {
-    "--tiny": 'preset="tiny"',
+    "--tiny": "tiny=True",
     "--reward": "rewards=...",
     "--prompt": "prompts=...",
     "--set": "each setting by its name",

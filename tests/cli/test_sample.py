@@ -57,7 +57,7 @@ def test_images_with_prompts_that_are_scored(folder):
         (f"out/{name}.png", ("a red circle", "two blue squares")[int(name[4])]) for name in names
     ]
     # Python returns the same pictures, those of a prompt side by side.
-    images = nft_core.sample(preset="tiny", prompts="p.jsonl", steps=1, images=2, seed=5, device="cpu")
+    images = nft_core.sample(tiny=True, prompts="p.jsonl", steps=1, images=2, seed=5, device="cpu")
     assert len(images) == 4
     for name, image in zip(names, images, strict=True):
         assert np.array_equal(np.asarray(image), read_pixels(folder / f"out/{name}.png"))
@@ -135,7 +135,8 @@ ONE = ["--prompt", "a red circle"]
         (["--tiny", "--prompts", "none.txt"], "Cannot read the prompt file none.txt"),
         (ONE, "There is no model to generate images with"),
         (["--preset", "tiy", *ONE], "Unknown preset 'tiy'. Did you mean 'tiny'"),
-        (["--model", "no/model/here", *ONE], "Cannot load the model 'no/model/here'"),
+        (["--model", "no/model", *ONE], "Cannot load the model 'no/model'"),
+        (["--model", "runs/none", *ONE], "--model runs/none: there is no such file or folder."),
         (["--model", "./none", *ONE], "there is no such file or folder"),
         (["--tiny", *ONE, "--solver", "eulr"], "Unknown solver 'eulr'"),
         (["--tiny", *ONE, "--steps", "-1"], "Setting eval_steps = -1"),

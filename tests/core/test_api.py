@@ -301,8 +301,10 @@ class Reader:
             "no such file or folder. In Python --model is model=...",
         ),
         (lambda: nft_core.evaluate("tiny"), "In Python --reward is rewards=..."),
-        (lambda: nft_core.evaluate([], "ocr"), 'In Python --tiny is preset="tiny".'),
-        (lambda: nft_core.sample(prompts=["a"]), 'In Python --model is model=..., --tiny is preset="tiny".'),
+        (lambda: nft_core.evaluate([], "ocr"), "In Python --tiny is tiny=True."),
+        (lambda: nft_core.sample(prompts=["a"]), "In Python --model is model=..., --tiny is tiny=True."),
+        (lambda: nft_core.evaluate([], "ocr", tiny=True, preset="big"), "tiny=True is short for preset='tiny'"),
+        (lambda: nft_core.sample(tiny=True, preset="big"), "tiny=True is short for preset='tiny'"),
     ],
 )
 def test_errors_say_what_options_are_in_python(call, said):

@@ -30,6 +30,7 @@ def test_it_makes_the_first_evaluation_picture(rank, solver, tmp_path, monkeypat
     run_training(settings, tmp_path / "run", load_host(), told.append)
     words, code = told[-1].split("\n\n", 1)
     assert words == "To use it in plain diffusers (this makes the run's first evaluation picture):"
+    assert all(len(line) <= 88 for line in code.splitlines() if "/" not in line) and "seed(-" not in code
     monkeypatch.chdir(tmp_path)
     exec(code, {})
     picture = np.asarray(decode_image(encode_image(Image.open("image.png")))).astype(int)

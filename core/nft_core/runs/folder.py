@@ -14,6 +14,7 @@ import tomli_w
 
 from .. import environment
 from ..errors import CheckpointError, NftError, UsageError, advise_on_disk
+from ..models.run_folders import suggest_run
 from ..settings import RECORD, Settings, make_settings, read_tables, read_toml, to_toml
 from .copies import read_copies, use_copies
 from .places import find_places, name_places
@@ -43,8 +44,8 @@ def read_settings(folder: Path) -> dict[str, Any]:
         except CheckpointError:
             continue
     raise UsageError(
-        f"{folder} is no run's folder: expected run.toml and checkpoints/ in it. Give the folder that "
-        "`nft run` wrote to, such as runs/NAME."
+        f"{folder} is no run's folder: expected run.toml and checkpoints/ in it."
+        + (suggest_run(folder) or " Give the folder that `nft run` wrote to, such as runs/NAME.")
     )
 
 

@@ -34,6 +34,13 @@ if TYPE_CHECKING:
 DATA = Path(__file__).parents[1] / "data"
 
 
+def choose_preset(tiny: bool, preset: str | None) -> str | None:
+    """Choose the preset by two arguments in Python. Raises UsageError if they name different ones."""
+    if tiny and preset not in (None, "tiny"):
+        raise UsageError(f"tiny=True is short for preset='tiny', so preset={preset!r} contradicts it.")
+    return "tiny" if tiny else preset
+
+
 def make_run_settings(host: Host, preset: str | None, *layers: Mapping[str, Any]) -> Settings:
     """Make settings from a preset and then from each layer; the last one that gives a setting counts.
 
