@@ -26,13 +26,14 @@ import tomli_w
 from hypothesis import HealthCheck, Phase, given, seed, settings
 from hypothesis import strategies as st
 
-from nft_core.errors import NftError
+from nft_core.errors import NftError, shorten_value
 from nft_core.host.specs import parse_observer, parse_reward
+from nft_core.models.run_folders import MANIFEST
 from nft_core.prompts import read_prompts
-from nft_core.runs.checkpoint import MANIFEST, read_manifest
+from nft_core.runs.checkpoint import read_manifest
 from nft_core.runs.folder import name_run_folder
 from nft_core.runs.observers.metrics import FILE, read_records
-from nft_core.settings import make_settings, parse_assignment, read_toml, shorten_value, to_toml
+from nft_core.settings import make_settings, parse_assignment, read_toml, to_toml
 
 #: Seconds after which an input counts as a hang, on a machine that may be busy.
 HANG = 20.0

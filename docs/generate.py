@@ -154,8 +154,8 @@ def settings() -> str:
         yield fenced('[optimizer]\nlr = 1e-4\n\n[rewards]\nrewards = ["pickscore", "ocr=0.5"]', "toml")
         yield (
             "On the command line write `--set lr=1e-4` or `--set optimizer.lr=1e-4`; some settings "
-            "have an option of `nft run` too. What is said later wins: preset, `--config`, `--set`, "
-            "then the other options. "
+            "have an option of `nft run` too. If a setting is given more than once, the last one counts: "
+            "preset, `--config`, `--set`, then the other options. "
             "`nft settings` prints this page's list, with `--tiny` also what that changes, and "
             "`nft settings NAME` the help of a setting or a group."
         )

@@ -62,7 +62,7 @@ class Batch:
         return [fromarray(array) for array in self.uint8.permute(0, 2, 3, 1).contiguous().cpu().numpy()]
 
     def shared(self, key: Hashable, compute: Callable[[], T]) -> T:
-        """What `compute()` returns, computed once for this batch and kept as long as the batch is.
+        """Return what `compute()` returns. It is computed once for a batch, and kept as long as the batch is.
 
         Rewards that want the same pixels or the same features share them so. key: everything but the
         batch that the result depends on; begin it with something of your own, such as a function.
@@ -78,18 +78,21 @@ class Batch:
 
 @dataclass(frozen=True)
 class Scores:
-    """What a reward says of a batch.
+    """Holds what a reward says of a batch.
 
     values: `[B]` float32, bigger is better. Meaningless where `valid` is false.
     valid: `[B]` bool. A sample that could not be scored is marked here, never given a made-up number.
     details: named per-sample figures, `[B]` each (GenEval's `strict`, OCR's `distance`).
     parts: for a composed reward, each member's weight and scores by name.
+    notes: named texts, B each, for people to read beside the score (what OCR read, what GenEval found). Nothing
+        is computed from them. Evaluations keep them, of a composed reward as `NAME/NOTE`; training does not.
     """
 
     values: Tensor
     valid: Tensor
     details: Mapping[str, Tensor] = field(default_factory=dict)
     parts: Mapping[str, Part] = field(default_factory=dict)
+    notes: Mapping[str, Sequence[str]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         shape = self.values.shape
@@ -98,6 +101,9 @@ class Scores:
         for name, figure in self.details.items():
             if figure.shape != shape:
                 raise ValueError(f"detail {name!r} must be {list(shape)}, got {list(figure.shape)}")
+        for name, texts in self.notes.items():
+            if len(texts) != len(self):
+                raise ValueError(f"note {name!r} must have {len(self)} texts, got {len(texts)}")
 
     @classmethod
     def of(cls, values: Tensor, **details: Tensor) -> Scores:
@@ -107,7 +113,10 @@ class Scores:
 
     @classmethod
     def cat(cls, batches: Sequence[Scores]) -> Scores:
-        """The scores of consecutive batches as one. Raises ValueError where their details differ."""
+        """The scores of consecutive batches as one. A note is "" in a batch that lacks it.
+
+        Raises ValueError where their details differ.
+        """
         import torch
 
         first = batches[0]
@@ -120,6 +129,10 @@ class Scores:
             torch.cat([s.valid for s in batches]),
             {name: torch.cat([s.details[name] for s in batches]) for name in first.details},
             {n: Part(p.weight, cls.cat([s.parts[n].scores for s in batches])) for n, p in first.parts.items()},
+            {
+                name: [text for s in batches for text in s.notes.get(name, [""] * len(s))]
+                for name in dict.fromkeys(name for s in batches for name in s.notes)
+            },
         )
 
     def __len__(self) -> int:

@@ -30,7 +30,7 @@ OFFERS: dict[str, type] = {
 
 
 class ContractDeprecation(DeprecationWarning):
-    """What a plug-in uses, and the next major contract will not have; `nft plugins` shows its text."""
+    """Warns that a plug-in uses what the next major contract will not have; `nft plugins` shows it."""
 
 
 hookspec = pluggy.HookspecMarker(PROJECT)

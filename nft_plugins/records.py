@@ -10,7 +10,7 @@ from typing import Any, Literal, TypedDict
 
 
 class IntervalFigures(TypedDict, total=False):
-    """How exact a mean is: evaluations have it, and epochs of training do not.
+    """Tells how exact a mean is. Evaluations have it, and epochs of training do not.
 
     error: the standard error of the mean, over prompts, since images of one prompt are alike.
     low, high: the ends of its 95 % interval. None where there are too few prompts to tell.
@@ -39,7 +39,7 @@ class RewardFigures(IntervalFigures):
 
 
 class Figures(TypedDict):
-    """What the records of epochs and of evaluations both have.
+    """Holds the keys that records of epochs and of evaluations both have.
 
     epoch: epochs made so far, this one included; 0 for the evaluation before the first.
     step: gradient steps made so far.
@@ -63,7 +63,7 @@ class Figures(TypedDict):
 
 
 class FiguresByTag(TypedDict, total=False):
-    """What a record has only where prompts have tags.
+    """Holds the keys that a record has only where prompts have tags.
 
     tags: by the prompts' tag, the means of rewards and details.
     """
@@ -72,7 +72,7 @@ class FiguresByTag(TypedDict, total=False):
 
 
 class EpochExtras(FiguresByTag, total=False):
-    """What only some runs' epochs have.
+    """Holds the keys that only some runs' epochs have.
 
     loss_scale: with `precision=fp16`: what the loss is multiplied by.
     compiled_graphs: where torch compiles: graphs compiled so far in this process.

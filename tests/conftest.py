@@ -1,11 +1,14 @@
 """Each worker of pytest-xdist has a core: threads of several, and of what they start, would fight for them."""
 
 import os
+import signal
 import sys
 from pathlib import Path
 
 import pytest
 from hypothesis import HealthCheck, settings
+
+from nft_core.parallel.signals import ENDING
 
 #: Files that take longest. They begin first, so that at the end no process is left alone with one of them.
 LONGEST = (
@@ -42,8 +45,22 @@ def ours():
 
 
 @pytest.fixture(autouse=True)
-def same_path():
-    """Folders of one test, which importing a FILE.py puts on the path, are not searched by the next."""
-    before = list(sys.path)
+def same_process():
+    """What a test leaves behind in this process is not there for the next one.
+
+    `nft` is called in it, which handles signals, and names its command in the environment for processes that it
+    starts. A FILE.py that is imported puts its folder on the path.
+    """
+    path, folder, environment = list(sys.path), Path.cwd(), dict(os.environ)
+    handlers = {number: signal.getsignal(number) for number in ENDING}
     yield
-    sys.path[:] = before
+    sys.path[:] = path
+    os.chdir(folder)
+    if dict(os.environ) != environment:
+        os.environ.clear()
+        os.environ.update(environment)
+    for number, handler in handlers.items():
+        if signal.getsignal(number) != handler:
+            signal.signal(number, handler)
+    if "torch" in sys.modules:
+        assert sys.modules["torch"].get_default_dtype() == sys.modules["torch"].float32

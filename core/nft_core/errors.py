@@ -3,7 +3,8 @@
 import errno
 import re
 import traceback
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from difflib import get_close_matches
 from pathlib import Path
 
@@ -41,6 +42,33 @@ class PeerError(NftError):
     """This process is well, and ends because another one of the run has failed."""
 
     exit_code = 75  # A code of its own, so that the launcher blames the process that failed and not this one.
+
+
+#: Options of commands that errors name, and what is given instead in Python.
+IN_PYTHON = {
+    "--tiny": 'preset="tiny"',
+    "--reward": "rewards=...",
+    "--prompt": "prompts=...",
+    "--set": "each setting by its name",
+    "--allow-changes": "allow_changes=True",
+    "--lora-merge": "lora_merge=True",
+    "--eval-prompts": "eval_prompts=...",
+    **{f"--{n}": f"{n}=..." for n in ("model", "lora", "preset", "prompts", "out", "device", "batch")},
+    **{f"--{n}": f"{n}=..." for n in ("solver", "seed", "guidance", "resolution", "epochs")},
+}
+
+
+@contextmanager
+def name_arguments() -> Iterator[None]:
+    """Add to errors what the options that they name are in Python, where no command was given."""
+    try:
+        yield
+    except NftError as error:
+        text = str(error)
+        options = dict.fromkeys(re.findall(r"--[a-z-]+", text))
+        if said := [f"{option} is {IN_PYTHON[option]}" for option in options if option in IN_PYTHON]:
+            error.args = (f"{text.rstrip('.')}. In Python {', '.join(said)}.",)
+        raise
 
 
 MEMORY_FULL = (
@@ -142,3 +170,12 @@ def shorten_error(error: BaseException) -> str:
     """Shorten an error's text to one line of at most 400 letters."""
     text = " ".join(str(error).split())
     return text if len(text) < 400 else text[:400] + " ..."
+
+
+def shorten_value(value: object) -> str:
+    """Write a value as an error shows it, cut where it is long."""
+    try:
+        text = repr(value)
+    except (ValueError, RecursionError):  # An integer of thousands of digits, or tables nested as deep.
+        return f"a very large {type(value).__name__}"
+    return text if len(text) <= 200 else f"{text[:200]}..."

@@ -26,7 +26,7 @@ TOLERANCE, HALF_TOLERANCE = 1e-3, 2e-2
 
 @dataclass
 class Checked:
-    """What `check_reward` found: sentences of what holds, and batches with their scores."""
+    """Holds what `check_reward` found: sentences of what holds, and batches with their scores."""
 
     holds: list[str] = field(default_factory=list)
     scored: list[tuple[Batch, Scores]] = field(default_factory=list)

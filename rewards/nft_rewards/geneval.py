@@ -10,6 +10,7 @@ from __future__ import annotations
 import importlib
 import inspect
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from difflib import get_close_matches
 from typing import Any, Literal, Protocol
 
@@ -62,7 +63,8 @@ def suggest_names(name: str, known: Sequence[str]) -> str:
 
 
 class GenEval:
-    """Scores an image by the objects that a detector finds in it. Details: `strict`, `lenient`, `soft`.
+    """Scores an image by the objects that a detector finds in it. Details: `strict`, `lenient`, `soft`. Note:
+    `found`, the objects with their boxes (x0, y0, x1, y1) in pixels.
 
     detector: `module:attribute` of a class with `detect` (see `Detector`), which is given `device` if it
         takes it. Without one: Mask2Former and CLIP, see `photographs`.
@@ -103,16 +105,18 @@ class GenEval:
         # Before the detector runs, which takes most of the time.
         for metadata in batch.metadata:
             check_names(read_metadata(metadata), self.detector)
+        objects = self.detect_objects(batch)
         # The detector sees bytes, in which NaN looks like any other pixel. Such an image is not scored.
         outcomes = [
             evaluate_image(found, metadata, self.variant) if whole and found is not None else UNSCORED
             for found, metadata, whole in zip(
-                self.detect_objects(batch), batch.metadata, find_finite_images(batch).tolist(), strict=True
+                objects, batch.metadata, find_finite_images(batch).tolist(), strict=True
             )
         ]
         strict, lenient, soft = torch.tensor(outcomes, dtype=torch.float32, device="cpu").view(-1, 3).T
         values = soft if self.score == "soft" else strict
-        return Scores.of(values, strict=strict, lenient=lenient, soft=soft)
+        scores = Scores.of(values, strict=strict, lenient=lenient, soft=soft)
+        return replace(scores, notes={"found": [describe_objects(found or ()) for found in objects]})
 
     def detect_objects(self, batch: Batch) -> Sequence[Sequence[Detected] | None]:
         """Find each image's objects, and name the colours of those whose colour matters."""
@@ -132,6 +136,14 @@ class GenEval:
         for (_, d), color in zip(objects.values(), named, strict=True):
             d.color = color
         return found
+
+
+def describe_objects(found: Sequence[Detected]) -> str:
+    """Describe the objects of an image in a line, the surest first: `red circle 0.98 (3, 4, 15, 16); ...`."""
+    return "; ".join(
+        f"{f'{d.color} ' if d.color else ''}{d.label} {d.score:.2f} ({', '.join(f'{x:.0f}' for x in d.box)})"
+        for d in sorted(found, key=lambda d: -d.score)
+    )
 
 
 def make_detector(name: str, device: str, options: dict[str, Any]) -> Detector:

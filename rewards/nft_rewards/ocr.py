@@ -56,6 +56,7 @@ class OCR:
     """Scores an image from 0 to 1 by how well an OCR engine reads the words asked for.
 
     Details: `exact`, 1 where exactly the target was read, and `distance`, the Levenshtein distance.
+    Note: `read`, the text that was read.
 
     engine: `rapidocr`, whose models come in its wheel, or `paddle`, PaddleOCR 3. Neither has the models of the
         published runs (PaddleOCR 2.9), so absolute scores differ.
@@ -141,7 +142,9 @@ class OCR:
             for text, target, whole in zip(texts, targets, find_finite_images(batch).tolist(), strict=True)
         ]
         values, distance, exact = torch.tensor(rows, dtype=torch.float32, device="cpu").view(-1, 3).T
-        return Scores(values, values.isfinite(), {"exact": exact, "distance": distance})
+        read = ["" if text is None else text for text in texts]
+        details = {"exact": exact, "distance": distance}
+        return Scores(values, values.isfinite(), details, notes={"read": read})
 
     def read_text(self, image: np.ndarray) -> str | None:
         """Read the text of an RGB image `[H, W, 3]` uint8; None where the engine failed."""

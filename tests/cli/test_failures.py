@@ -36,7 +36,7 @@ class Failing:
         match self.how:
             case "raises": raise ValueError("no such thing")
             case "exits": raise SystemExit(0)
-            case "hangs": time.sleep(6 if self.bad < 9 else 9999)
+            case "hangs": time.sleep(3 if self.bad < 9 else 9999)
             case "nan": return Scores(values * torch.nan, every, {"size": values})
             case "infinite": return Scores(values * torch.inf, every, {"size": values})
             case "type": return values.tolist()
@@ -59,7 +59,7 @@ globals().update({how: factory(how) for how in HOW})
 CAUSES = {
     "raises": "failed: ValueError: no such thing (plug_failing.py, line ",
     "exits": "failed: SystemExit: 0",
-    "hangs": "failed: it took longer than max_seconds = 5 s.",
+    "hangs": "failed: it took longer than max_seconds = 2 s.",
     "nan": "gave a value that is not finite and marked it as valid",
     "infinite": "gave a value that is not finite and marked it as valid",
     "type": "must return Scores, got list",
@@ -122,7 +122,7 @@ def run(place):
             # Details that change in one batch alone are seen by who looks for it: not under stop.
             if (how, words[:5]) not in (("details", "retry"), ("invalid", "retry")):
                 bad = "" if words.startswith("retry") else ",bad=8"
-                rewards.append(f"{how}=0.1,{words}{bad}" + (",max_seconds=5" if how == "hangs" else ""))
+                rewards.append(f"{how}=0.1,{words}{bad}" + (",max_seconds=2" if how == "hangs" else ""))
     out = place / "together"
     result = start(place, out, *rewards)
     assert result.returncode == 0, result.stderr
@@ -250,7 +250,7 @@ def test_stop_keeps_what_was_trained(ended, place):
 
 def test_stop_while_the_call_still_hangs(place, tmp_path):
     """It holds neither the run nor the end of the process."""
-    words = "bad=99,max_seconds=5,prompt=a red square"
+    words = "bad=99,max_seconds=2,prompt=a red square"
     result = start(place, tmp_path / "run", f"hangs,{words}", "jpeg_compressibility")
     assert result.returncode == 1
     assert f"Error: The reward 'hangs' {CAUSES['hangs']}" in result.stderr

@@ -57,6 +57,7 @@ def test_the_package_passes_its_own_tests(packages, site, kind):
     python("-m", "pytest", "-q", "-p", "no:cacheprovider", cwd=packages[0][kind], site=site)
 
 
+@pytest.mark.slow
 def test_the_examples_pass_their_own_tests(site):
     folders = [EXAMPLES / f"nft-{name}" / "tests" for name in EXAMPLE_NAMES]
     python("-m", "pytest", "-q", "-p", "no:cacheprovider", *folders, cwd=site, site=site)

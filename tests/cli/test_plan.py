@@ -66,7 +66,9 @@ def test_what_cannot_be_planned(arguments, message, tmp_path, monkeypatch):
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.slow
 def test_profile(tmp_path, ours):
+    """test_profile.py has what is traced, in this process; here a real one prints it."""
     small = {
         **{
             "prompts_per_epoch": 4,

@@ -17,6 +17,7 @@ pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="looks at /proc"
 SETTINGS = {
     **{"processes": 2, "prompts_per_epoch": 4, "group_size": 4, "steps": 2, "train_times_count": 1},
     **{"eval_images": 1, "eval_steps": 2, "checkpoint_every": 0},
+    "eval_prompts": Path(__file__).with_name("held-out.jsonl"),
 }
 SMALL = ["--tiny", "--reward", "geneval", *(w for k, v in SETTINGS.items() for w in ("--set", f"{k}={v}"))]
 
@@ -85,7 +86,10 @@ def test_the_parent_is_killed(training):
     wait_for(lambda: not any(map(alive, pids)), "end of the children")
 
 
-@pytest.mark.parametrize("how", ["Ctrl-C", "SIGTERM to the parent", "SIGINT to the parent"])
+@pytest.mark.parametrize(
+    "how",
+    ["Ctrl-C", "SIGTERM to the parent", pytest.param("SIGINT to the parent", marks=pytest.mark.slow)],
+)
 def test_an_interrupt_keeps_the_weights(how, training):
     process, folder = training
     if how == "Ctrl-C":
@@ -102,7 +106,15 @@ def test_an_interrupt_keeps_the_weights(how, training):
     assert str(saved) in out.replace("\n", "")
 
 
-def test_a_reward_fails_in_one_process(tmp_path):
+@pytest.mark.parametrize(
+    "popen",
+    [
+        forks.Popen,
+        # Not forked: `nft` starts its processes as it does for people, and each of them imports torch.
+        pytest.param(subprocess.Popen, marks=pytest.mark.slow),
+    ],
+)
+def test_a_reward_fails_in_one_process(popen, tmp_path):
     site = tmp_path / "site"
     (site / "moody-1.0.dist-info").mkdir(parents=True)
     (site / "moody-1.0.dist-info" / "METADATA").write_text("Metadata-Version: 2.1\nName: moody\nVersion: 1.0\n")
@@ -120,9 +132,8 @@ def test_a_reward_fails_in_one_process(tmp_path):
         "        return Scores.of(batch.images.mean((1, 2, 3)))\n"
         "    return score\n"
     )
-    # Not forked: here `nft` starts its processes as it does for people.
     arguments = ["--reward", "moody", "--epochs", 1, "--out", tmp_path / "run"]
-    process = start(*arguments, popen=subprocess.Popen, PYTHONPATH=str(site))
+    process = start(*arguments, popen=popen, PYTHONPATH=str(site))
     _, err = process.communicate(timeout=900)
     assert process.returncode == 1
     assert "The reward 'moody' failed: RuntimeError: out of sorts" in err

@@ -148,7 +148,7 @@ def test_nobody_reads_what_a_run_says(prompts, peaceful, tmp_path):
 def test_killed_and_resumed_a_few_times():
     """The harness that the benchmark runs a hundred times."""
     done = forks.run(
-        [sys.executable, "benchmarks/kills.py", "--count", "4", "--epochs", "2"],
+        [sys.executable, "benchmarks/kills.py", "--count", "2", "--epochs", "2"],
         cwd=ROOT,
         capture_output=True,
         text=True,
@@ -156,16 +156,16 @@ def test_killed_and_resumed_a_few_times():
     )
     assert done.returncode == 0, done.stdout + done.stderr
     told = json.loads(done.stdout)
-    assert told["kills"] >= 4
+    assert told["kills"] >= 2
     assert told["runs_compared"] >= 1
     assert told["differences"] == []
 
 
-def test_in_other_numbers_of_processes(prompts, peaceful, tmp_path):
-    folder = tmp_path / "run"
-    code, _, err = nft(*new(folder, prompts, 1, processes=2))
-    assert code == 0, err
-    for epochs, processes in ((2, 1), (3, 2)):
+def test_in_other_numbers_of_processes(peaceful, tmp_path):
+    folder = shutil.copytree(peaceful, tmp_path / "run")
+    for step in (4, 6):  # As if it had been stopped after its first epoch.
+        shutil.rmtree(folder / "checkpoints" / f"{step:06d}")
+    for epochs, processes in ((2, 2), (3, 1)):
         code, out, err = nft("resume", folder, "--epochs", epochs, "--set", f"processes={processes}")
         assert code == 0, err
         assert f"processes ({3 - processes} before, {processes} now)" in out

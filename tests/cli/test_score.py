@@ -603,7 +603,7 @@ def test_a_real_process(tmp_path, ours):
         timeout=900,
     )
     assert result.returncode == 1
-    assert rows(result)["sign.png"] == ["1"]
+    assert rows(result)["sign.png"] == ["1", "STOP"]
     assert rows(result)["cut.png"] == ["failed"]
     (line,) = ours(result.stderr)
     assert line.startswith("Error: Cannot read cut.png: ")

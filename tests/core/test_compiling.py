@@ -38,6 +38,7 @@ def run(sd3_folder, tmp_path):
     torch._dynamo.reset()
 
 
+@pytest.mark.slow
 def test_a_warm_up_compiles_all_that_an_epoch_needs(run):
     compiled = []
 

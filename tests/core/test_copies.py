@@ -68,7 +68,7 @@ def begin(settings, folder, host):
     return record_start(folder, settings, host, 0, said.append), said
 
 
-def test_a_run_goes_on_in_another_place(given, host, tmp_path):
+def test_a_run_goes_on_in_another_place(given, host, tmp_path, monkeypatch):
     used, said = begin(given, tmp_path / "run", host)
     assert said == []
     inputs = tmp_path / "run" / "inputs"
@@ -91,6 +91,9 @@ def test_a_run_goes_on_in_another_place(given, host, tmp_path):
     assert Path(sys.modules["beside_mine"].__file__).is_relative_to(tmp_path / "moved")
     # Nothing that is learned has changed by the move, and nothing is said.
     assert describe_changes(read_run_file(tmp_path / "moved" / "run.toml"), moved) == ([], [])
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    assert make_settings(read_settings(Path("../moved"))) == moved  # However the folder is written.
     again, said = begin(moved, tmp_path / "moved", host)
     assert (again, said) == (moved, [])
     assert not list((tmp_path / "moved").glob("run-until-*"))

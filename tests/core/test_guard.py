@@ -19,8 +19,8 @@ from nft_core.parallel import devices
 from nft_core.parallel.workers import Worker
 from nft_core.sampling.rollout import await_scores
 from nft_core.scoring import failures as guard
-from nft_core.scoring.composer import Composed, Term, guard_reward
-from nft_core.scoring.failures import Failed, Tally, compute_pause
+from nft_core.scoring.composer import Composed, Term
+from nft_core.scoring.failures import Failed, Tally, compute_pause, guard_reward
 from nft_core.scoring.scores import concatenate_scores
 from nft_core.scoring.statistics import summarize_scores
 from nft_plugins import Batch, PromptError, Scores

@@ -61,6 +61,25 @@ def test_the_mean_over_kinds_counts_each_kind_alike():
     assert (found.mean, found.low, found.high) == (0.5, 0.5, 0.5)  # drawn anew within each kind
 
 
+def test_an_interval_over_kinds_is_as_wide_as_all_their_prompts_allow():
+    kinds, prompts = 6, 8
+    values = torch.randn(kinds * prompts, generator=torch.Generator().manual_seed(7))
+    found = bootstrap_mean(values, torch.arange(48), strata=[str(i // prompts) for i in range(48)])
+    error = float(values.double().view(kinds, prompts).var(1).div(prompts).sum()) ** 0.5 / kinds
+    assert found.error == pytest.approx(error, rel=0.03)
+    # Student's t for about 40 degrees of freedom is 2.02; for the 7 of one kind it would be 2.36.
+    assert found.high - found.low == pytest.approx(2 * 2.02 * error, rel=0.06)
+
+
+def test_degrees_of_freedom_are_those_of_welch_and_satterthwaite():
+    # Variances of means, before the factor n / (n - 1): 0.5 and 1 after it, of 5 and 11 prompts.
+    stretch, freedom = intervals._correct_variance([0.4, 10 / 11], [5, 11])
+    assert stretch == pytest.approx((1.5 / (0.4 + 10 / 11)) ** 0.5)
+    assert freedom == pytest.approx(1.5**2 / (0.5**2 / 4 + 1**2 / 10))
+    # A kind without differences contributes nothing.
+    assert intervals._correct_variance([0.0, 3.0], [5, 11]) == pytest.approx(((11 / 10) ** 0.5, 10))
+
+
 def test_no_interval_is_made_of_few_prompts_or_none():
     values, groups = simulate(4, 10, torch.Generator().manual_seed(0))
     assert bootstrap_mean(values, groups)[1:] == (None, None, None)

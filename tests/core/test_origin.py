@@ -128,6 +128,13 @@ def test_settings_that_contradict_the_lora(places):
     ):
         with pytest.raises(UsageError, match=said):
             begin(places, "lora", **given)
+    host = load_host()
+    for name, targets in (("lora", ["to_q"]), ("lora checkpoint", "all-linear")):
+        settings = begin(places, name, lora_targets=targets)
+        with pytest.raises(UsageError, match="lora_targets names .* layers, and training goes on"):
+            check_model(settings, host)
+    check_model(begin(places, "merged", lora_targets=["to_q"]), host)
+    check_model(begin(places, "two", lora_targets=["attn.to_q", "attn.to_v"]), host)
     with pytest.raises(UsageError, match="lora_merge has no LoRA to merge"):
         begin(places, "whole", lora_merge=True)
     assert begin(places, "lora", lora_rank=4, lora_alpha=6).lora_rank == 4
@@ -176,6 +183,6 @@ def test_an_origin_that_has_changed_or_is_gone(places, tmp_path):
     base = shutil.copytree(places["base"], tmp_path / "base")
     other = make_run(tmp_path / "other", base, lora_rank=2)
     shutil.rmtree(base)
-    with pytest.raises(NftError, match="no such file or folder. The run of .* began from it: put it back"):
+    with pytest.raises(NftError, match="no such file or folder.* Or name both: --model BASE --lora .*other"):
         find_source(str(other))
     assert find_source(str(places["base"]), str(other)).loras[0].rank == 2

@@ -22,7 +22,6 @@ from nft_core.planning import plan
 from nft_core.planning.footprint import (
     META,
     Computations,
-    count_bytes,
     count_footprint,
     encode_on_meta,
     iterate_tensors,
@@ -214,7 +213,9 @@ def test_meta_tensors_live_as_long_as_real_ones(again, folder, host):
     assert count_growth(meta.decode).peak(5) == max(live.after)
 
 
-@pytest.mark.parametrize("rank", [4, 0], ids=["lora", "whole"])
+@pytest.mark.parametrize(
+    "rank", [pytest.param(4, id="lora"), pytest.param(0, id="whole", marks=pytest.mark.slow)]
+)
 def test_a_real_run_takes_what_the_plan_says(rank, folder, host, tmp_path):
     """What a run on a CPU makes, from its first image on, against the plan of training: to one per cent."""
     s = settings_of(folder, lora_rank=rank, device="cpu", merge_lora="never", epochs=1, updates_per_epoch=2)
@@ -409,7 +410,7 @@ def test_published_sizes(sd35, host):
     """By the configs alone; the published files are of 4.94 GB for the transformer and 9.52 GB for T5."""
     s = settings_of(sd35, precision="bf16", lora_rank=32)
     model = load_model(s, host, META)
-    bytes_of = lambda module: sum(map(count_bytes, iterate_tensors(module)))  # noqa: E731
+    bytes_of = lambda module: sum(x.nbytes for x in iterate_tensors(module))  # noqa: E731
     positions = 384 * 384 * 1536
     assert bytes_of(model.transformer) == 2 * (2_243_171_520 + positions)
     assert bytes_of(model.pipeline.vae) == 4 * 83_819_683
@@ -446,7 +447,7 @@ def test_every_family_can_be_planned_for(name, family_folder, host):
     s = settings_of(family_folder(name), gradient_checkpointing=True, **given)
     f = count_footprint(s, host, CUDA)
     condition = load_model(s, host, CPU).encode(["a b c"])
-    assert f.row == sum(count_bytes(rows) for rows in condition.values())
+    assert f.row == sum(rows.nbytes for rows in condition.values())
     assert f.passes == 3 and f.encode > 0 and list(f.steps) == [True]
     assert 0 < f.steps[True].held(4) < f.steps[True].peak(4)
     assert 2 * f.forward.flops < f.steps[True].flops
@@ -507,7 +508,7 @@ def test_shared_weights(taken, host, monkeypatch):
         assert rows["transformer, a part"] == f.tables + parameters / 4
         assert rows["old policy"] == (sum(f.trained) if rank == 0 else 4 * sum(f.trained))
         blocks = load_model(s, host, META).transformer.transformer_blocks
-        each = [sum(map(count_bytes, block.parameters())) for block in blocks]
+        each = [sum(x.nbytes for x in block.parameters()) for block in blocks]
         whole = parameters - sum(each) + 2 * max(each)
         # Trained weights are put together in 16 bits, and autocast has nothing to hold beside.
         assert rows["blocks that are whole"] == f.gathered == (whole if rank else whole // 2)
@@ -527,7 +528,7 @@ def test_moments_are_the_optimizers(optimizer, folder, taken, host):
         p.grad = torch.zeros_like(p)
     made.step()
     states = [x for state in made.state.values() for n, x in state.items() if n != "step" and "qmap" not in n]
-    assert count_moments(s, taken(0)[1]) == pytest.approx(sum(map(count_bytes, states)), rel=0.002)
+    assert count_moments(s, taken(0)[1]) == pytest.approx(sum(x.nbytes for x in states), rel=0.002)
 
 
 def test_work_of_an_epoch(taken):

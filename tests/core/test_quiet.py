@@ -1,8 +1,8 @@
 """What libraries print: bars of downloads, and nothing of a library that is not used."""
 
-import subprocess
 import sys
 
+import forks
 import pytest
 from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
 
@@ -40,5 +40,5 @@ def test_bitsandbytes_is_imported_by_who_uses_it():
         "inject_adapter_in_model(LoraConfig(target_modules=['0']), model)\n"
         "assert type(model[0]).__module__ == 'peft.tuners.lora.bnb', type(model[0])\n"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    done = forks.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

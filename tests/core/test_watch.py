@@ -10,7 +10,7 @@ from nft_core.host.specs import FailurePolicy, RewardSpec
 from nft_core.scoring.composer import compose
 from nft_core.settings import make_settings
 from nft_core.training.loop import train
-from nft_core.training.watch import warnings
+from nft_core.training.watch import list_warnings
 from nft_plugins import Scores
 
 from .test_train import SETTINGS, make
@@ -49,24 +49,24 @@ def evaluation(mean):
 )
 def test_each_threshold(change, kind, says):
     s = make_settings(SETTINGS)
-    assert warnings(EPOCH, BASELINE, s) == {}
-    found = warnings(EPOCH | change, BASELINE, s)
+    assert list_warnings(EPOCH, BASELINE, s) == {}
+    found = list_warnings(EPOCH | change, BASELINE, s)
     assert list(found) == [kind]
     assert says in found[kind]
 
 
 def test_a_reward_that_falls():
     s = make_settings(SETTINGS)
-    assert warnings(evaluation(0.31), BASELINE, s) == {}
-    assert "fallen by 1.05 of" in warnings(evaluation(0.29), BASELINE, s)["reward"]
-    assert warnings(evaluation(None), BASELINE, s) == {}
+    assert list_warnings(evaluation(0.31), BASELINE, s) == {}
+    assert "fallen by 1.05 of" in list_warnings(evaluation(0.29), BASELINE, s)["reward"]
+    assert list_warnings(evaluation(None), BASELINE, s) == {}
 
 
 def test_a_threshold_of_0_watches_nothing():
     none = {"watch_x0": 0, "watch_gap": 0, "watch_flat_groups": 0, "watch_reward": 0}
     s = make_settings(SETTINGS, none)
-    assert warnings(EPOCH | {"x0_rms": 9.0, "old_gap": 9.0, "flat_groups": 1.0}, BASELINE, s) == {}
-    assert warnings(evaluation(-9.0), BASELINE, s) == {}
+    assert list_warnings(EPOCH | {"x0_rms": 9.0, "old_gap": 9.0, "flat_groups": 1.0}, BASELINE, s) == {}
+    assert list_warnings(evaluation(-9.0), BASELINE, s) == {}
 
 
 def records(run):

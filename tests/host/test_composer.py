@@ -10,7 +10,8 @@ from nft_core.host.host import load_host
 from nft_core.host.local import load_object
 from nft_core.host.specs import FailurePolicy, RewardSpec, parse_reward
 from nft_core.objective.advantages import compute_advantages
-from nft_core.scoring.composer import Composed, Guarded, Term, compose, merge_terms, reward
+from nft_core.scoring.composed import Composed, Guarded, Term, merge_terms
+from nft_core.scoring.composer import compose, reward
 from nft_core.scoring.failures import Tally
 from nft_plugins import Batch, PromptError, Scores
 from nft_plugins.rules import RESERVED

@@ -219,7 +219,10 @@ def test_none_and_what_is_not_finite_are_invalid():
 @pytest.mark.parametrize(
     ("result", "message"),
     [
-        (None, "3 numbers, in a list, an array or a tensor, or Scores; got None: is a return missing"),
+        (
+            None,
+            "3 numbers, in a list, an array or a tensor, or Scores; got None, as if its return were missing",
+        ),
         (1.0, "got float 1.0"),
         ("abc", "got str 'abc'"),
         ({"a": 1}, "got dict"),

@@ -307,7 +307,7 @@ def test_retry_after_in_both_forms():
 
 @pytest.mark.parametrize(
     ("limits", "cause"),
-    [({"deadline": 6}, "deadline of 6 s"), ({"timeout": 6}, "timeout of 6 s")],
+    [({"deadline": 3}, "deadline of 3 s"), ({"timeout": 3}, "timeout of 3 s")],
 )
 def test_slow_replies(server, caplog, limits, cause):
     done = threading.Event()

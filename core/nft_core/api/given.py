@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 
 from nft_plugins import ObserverInfo, RewardInfo
 
-from ..errors import UsageError
+from ..errors import UsageError, shorten_value
 from ..host.discovery import Registered
 from ..host.host import Host
 from ..host.local import describe_briefly, make_local_card
@@ -21,7 +21,6 @@ from ..host.objects import name_object
 from ..host.specs import RewardSpec, parse_observer, parse_reward, parse_weight
 from ..prompts import Prompt, make_prompt
 from ..runs.places import path_exists
-from ..settings.settings import shorten_value
 
 if TYPE_CHECKING:
     from ..scoring.composer import Composed, Term
@@ -45,9 +44,7 @@ def list_rewards(host: Host, given: Any) -> list[str | dict[str, Any]]:
     """
     if isinstance(given, Mapping):
         listed = [one for key, value in given.items() for one in list_pair(host, key, value)]
-    elif isinstance(given, str | RewardSpec) or callable(given):
-        listed = list_reward(host, given)
-    elif isinstance(given, Iterable):
+    elif isinstance(given, Iterable) and not (isinstance(given, str) or callable(given)):
         listed = [one for each in given for one in list_reward(host, each)]
     else:
         listed = list_reward(host, given)  # It says what a reward is.
@@ -77,7 +74,7 @@ def list_reward(host: Host, given: Any, weight: float = 1.0, title: str = "") ->
 
     title: what its figures are to be called, where it is not called so already.
     """
-    from ..scoring.composer import Composed, Mapped, Term
+    from ..scoring.composer import Composed, Mapped, Term, reward
 
     if isinstance(given, str) and weight == 1:
         parse_reward(given)
@@ -90,8 +87,6 @@ def list_reward(host: Host, given: Any, weight: float = 1.0, title: str = "") ->
         if not spec.options:
             name = register_reward(host, spec.name, title or spec.title)
             return [write_spec(replace(spec, name=name))]
-        from ..scoring.composer import reward
-
         return list_reward(host, reward(spec), 1.0, title)
     if not given.terms:
         raise UsageError("A composition without rewards was given: add one to it.")

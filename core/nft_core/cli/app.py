@@ -4,31 +4,26 @@ from __future__ import annotations
 
 import os
 import sys
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import nullcontext
 from pathlib import Path
 from signal import Signals
-from typing import TYPE_CHECKING, Any, get_args
+from typing import Any, get_args
 
 import click
 
-from .. import environment
 from ..errors import MEMORY_FULL, NftError, Stopped, UsageError, is_memory_full
 from ..objective.choices import Combine
-from ..output import keep_output_alive
 from .compare import compare_runs
 from .doctor import diagnose, explain_broken_torchvision
 from .env import manage_environments
 from .evaluate import evaluate
+from .launch import launch_training
 from .listing import list_models, list_observers, list_plugins, list_rewards, list_solvers
 from .new import begin_package
 from .rewards import check_contract, show_reward
 from .sample import sample_images
 from .score import choose_preset, score_files
 from .settings import list_settings
-
-if TYPE_CHECKING:
-    from ..host.host import Host
-    from ..settings import Settings
 
 
 class Group(click.Group):
@@ -246,8 +241,9 @@ def start_run(
     from ..host.host import load_host
     from ..host.specs import parse_reward
     from ..runs.folder import read_run_file
-    from ..runs.inputs import make_run_settings
+    from ..runs.inputs import make_run_settings, prepare_inputs
     from ..runs.record import COMMAND
+    from ..runs.setup import find_family
     from ..settings import parse_assignment
 
     chosen = choose_preset(tiny, preset)
@@ -265,9 +261,11 @@ def start_run(
         given,
     )
     if plan:
+        inputs = prepare_inputs(settings, host)
+        find_family(settings, host)  # A model that is not there is told before torch is imported.
         from .plan import show_plan
 
-        show_plan(settings, host, card, peak_tflops)
+        show_plan(settings, host, inputs, card, peak_tflops)
         return
     if card or peak_tflops:
         raise UsageError("--card and --peak-tflops belong to --plan, which trains nothing: give that too.")
@@ -331,77 +329,3 @@ def resume_run(
         given["rewards"] = list(rewards_)
     settings = make_settings(read_settings(folder), dict(parse_assignment(a) for a in assignments), given)
     launch_training(settings, folder, load_host(), True, allow_changes)
-
-
-def launch_training(
-    settings: Settings,
-    folder: Path,
-    host: Host,
-    resume: bool,
-    allow_changes: bool,
-    profile: bool = False,
-    repeated: bool = False,
-) -> None:
-    """Train a model in this process, or in several processes that it starts.
-
-    repeated: whether the command may be the one that began the run, so that files are those of then.
-    """
-    from ..parallel.launch import count_processes, end_with_the_parent, launch_processes
-    from ..parallel.signals import end_on_signals
-    from ..runs.copies import read_copies, use_copies
-    from ..runs.folder import claim_folder, holds_a_run, read_record
-    from ..runs.inputs import prepare_inputs
-    from ..runs.places import make_folder_whole, make_paths_whole
-    from ..runs.record import COMMAND, describe_command
-    from ..runs.run import run_training
-    from ..settings import make_settings, to_toml
-
-    # Whoever resumes the run may stand in another folder, where relative paths would mean other files.
-    settings, folder = make_settings(make_paths_whole(settings.model_dump())), make_folder_whole(folder)
-    if repeated:
-        copies = read_copies(read_record(folder))
-        settings = make_settings(use_copies(settings.model_dump(), folder, copies))
-
-    environment.check_numbers()
-    end_with_the_parent()
-    end_on_signals()
-    # A launcher such as torchrun has started all processes already, and this is one of them.
-    processes = (
-        1 if environment.is_started_by_launcher() else count_processes(settings.processes, settings.device)
-    )
-    with keep_output_alive():
-        if processes == 1:
-            run_training(
-                settings,
-                folder,
-                host,
-                click.echo,
-                resume,
-                allow_changes,
-                count_on_gpu,
-                profile_epoch if profile else None,
-            )
-            return
-        prepare_inputs(settings, host)  # A mistake in them is told once, and not by each process.
-        again = ["--resume", "auto", *(["--allow-changes"] if allow_changes else [])]
-        if not (resume and holds_a_run(folder)):
-            claim_folder(folder)
-        more = [*(again if resume else []), *(["--profile"] if profile else [])]
-        os.environ[COMMAND] = describe_command()
-        sys.exit(launch_processes(to_toml(settings), folder, processes, more))
-
-
-def count_on_gpu(*given: Any) -> float | None:
-    """Count the run's operations, and warn where the GPU's memory is too small."""
-    # It is imported when it is called, which is on a GPU only: a run on a CPU starts faster without it.
-    from ..planning.plan import count_on_gpu
-
-    return count_on_gpu(*given)
-
-
-def profile_epoch(*given: Any) -> AbstractContextManager[None]:
-    """Profile a part of an epoch, and write the profile into the run's folder."""
-    # Its module imports torch's profiler, which only --profile needs.
-    from ..planning.profile import profile_run
-
-    return profile_run(*given)

@@ -116,9 +116,12 @@ def score_files(
     PNG, JPEG, WebP, GIF, BMP, TIFF and AVIF are read. Transparent parts become white, and EXIF's orientation is
     applied. Other files of a folder are named if they may be images.
 
+    Some rewards say beside the score what they saw: ocr the text that it read, geneval the objects.
+
     Below several images stand the means, their standard errors and 95 % intervals; where metadata has a tag,
     these by tag too, and GenEval as it is published.
     """
+    from ..runs.checks import check_rewards
     from ..runs.inputs import load_rewards, make_run_settings, parse_rewards
     from ..runs.setup import pick_device
 
@@ -132,6 +135,7 @@ def score_files(
         specs = parse_rewards(settings, host)
         if sort is not None and not any(is_reference(str(spec.name)) for spec in specs):
             check_sort(sort, [*(spec.title for spec in specs), "total"])
+        check_rewards(specs, host)
         if table is not None and not table.absolute().parent.is_dir():
             raise UsageError(f"--csv {table}: there is no folder {table.parent}; make it first.")
         from ..scoring.image_files import find_images
@@ -189,7 +193,13 @@ def describe_result(result: Scored, reward: Composed) -> dict[str, Any]:
     row: dict[str, Any] = {"path": format_path(item.path), "prompt": item.prompt, "metadata": item.metadata}
     row |= {"values": result.values, "valid": result.valid, "details": result.details}
     row |= {"total": compute_total(result, reward)} if has_weights(reward) else {}
+    row |= {"notes": result.notes} if result.notes else {}
     return row | ({"errors": result.errors} if result.errors else {})
+
+
+def list_notes(results: Sequence[Scored]) -> list[tuple[str, str]]:
+    """List the notes that images have, each by its reward and its own name."""
+    return list(dict.fromkeys((n, note) for r in results for n, each in r.notes.items() for note in each))
 
 
 def list_columns(results: Sequence[Scored], reward: Composed) -> dict[str, list[float | None]]:
@@ -220,15 +230,20 @@ def write_csv(file: Path, results: Sequence[Scored], reward: Composed) -> None:
     """Write a row for each image: path, prompt, rewards and their details, empty where they are not valid."""
     columns = list_columns(results, reward)
     details = dict.fromkeys((n, d) for r in results for n, each in r.details.items() for d in each)
+    notes = list_notes(results)
     try:
         with file.open("w", newline="", encoding="utf-8") as opened:
             writer = csv.writer(opened)
-            writer.writerow(["image", "prompt", *columns, *(f"{n}/{d}" for n, d in details), "errors"])
+            named = [f"{n}/{d}" for n, d in [*details, *notes]]
+            writer.writerow(["image", "prompt", *columns, *named, "errors"])
             for i, result in enumerate(results):
                 values = [column[i] for column in columns.values()]
                 more = [result.details[n].get(d) if result.valid[n] else None for n, d in details]
+                texts = [result.notes.get(n, {}).get(note) for n, note in notes]
                 errors = "; ".join(dict.fromkeys(result.errors.values()))
-                writer.writerow([format_path(result.item.path), result.item.prompt, *values, *more, errors])
+                writer.writerow(
+                    [format_path(result.item.path), result.item.prompt, *values, *more, *texts, errors]
+                )
     except OSError as error:
         raise NftError(
             f"Cannot write {file}: {error}. {advise_on_disk(error)}, or choose another file."
@@ -244,12 +259,16 @@ def show_scores(results: Sequence[Scored], reward: Composed) -> None:
     table.add_column("image", overflow="fold")
     for name in columns:
         table.add_column(name, justify="right", no_wrap=True)
+    notes = list_notes(results)
+    for name, note in notes:
+        table.add_column(escape(f"{name}/{note}"), overflow="fold")
     for i, result in enumerate(results):
         cells = [
             format_score(values[i], "failed" if name in result.errors else "invalid")
             for name, values in columns.items()
         ]
-        table.add_row(escape(format_path(result.item.path)), *cells)
+        texts = [" ".join(result.notes.get(n, {}).get(note, "").split()) for n, note in notes]
+        table.add_row(escape(format_path(result.item.path)), *cells, *map(escape, texts))
     if len(results) > 1:
         summary = summarise(results, columns)
         table.add_section()

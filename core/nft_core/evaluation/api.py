@@ -9,7 +9,7 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, cast
 
-from ..errors import UsageError
+from ..errors import UsageError, name_arguments
 from ..host.host import Host, load_host
 from ..host.specs import RewardSpec
 from ..prompts import Prompt, make_prompt
@@ -18,7 +18,8 @@ from ..scoring.composer import Composed, Given, as_spec
 from ..settings import Settings
 from .entries import Model, parse_model
 from .folders import check_folder
-from .protocol import GivenReward, Protocol, find_protocol, read_protocol
+from .own import Own, describe_own, name_defaults, read_all_own, read_held_out_of_run
+from .protocol import GivenReward, find_protocol, read_protocol
 from .report import Evaluation
 from .request import Request, prepare_request, read_held_out
 from .running import Progress, run_evaluation
@@ -38,12 +39,13 @@ FREE = (
 )
 
 
+@name_arguments()
 def evaluate(
     models: str | os.PathLike[str] | Model | Iterable[str | os.PathLike[str] | Model],
     rewards: Given | Iterable[Given] = (),
     *,
     prompts: str | os.PathLike[str] | Sequence[str | Mapping[str, Any] | Prompt] | None = None,
-    guidance: float | Sequence[float] = 1.0,
+    guidance: float | Sequence[float] | None = None,
     negative_prompt: str = "",
     protocol: str | os.PathLike[str] | None = None,
     preset: str | None = None,
@@ -58,8 +60,9 @@ def evaluate(
 
     models: as `nft eval` takes them, or `Model(model, lora, name)`.
     rewards: what `nft_core.reward` takes, one or several; none where a protocol is given.
-    prompts: a file, or texts, or mappings with `prompt` and metadata; None takes those held out by the preset,
-        or those built in.
+    What is not given is as in the evaluations of the first model's run, or else as in the preset.
+    prompts: a file, or texts, or mappings with `prompt` and metadata; None takes those held out by that run or
+        preset, or those built in.
     guidance: one scale of classifier-free guidance, or several, each evaluated by itself. 1 is without.
     protocol: an earlier one to repeat: its file, or the folder of its results.
     out: the folder of the results, with which an interrupted evaluation goes on; None keeps no files.
@@ -72,7 +75,7 @@ def evaluate(
     one = isinstance(rewards, str | Mapping | RewardSpec | Composed) or callable(rewards)
     listed = cast(Iterable[Given], [rewards] if one else rewards)
     specs: list[GivenReward] = [r if isinstance(r, Composed) else as_spec(r) for r in listed]
-    scales = [guidance] if isinstance(guidance, int | float) else list(guidance)
+    scales = [guidance] if isinstance(guidance, int | float) else guidance
     with ExitStack() as stack:
         request = make_request(
             *(host, chosen, specs, preset, settings),
@@ -95,44 +98,63 @@ def make_request(
     settings: Mapping[str, Any],
     *,
     prompts: str | os.PathLike[str] | Sequence[str | Mapping[str, Any] | Prompt] | None = None,
-    guidance: Sequence[float] = (1.0,),
+    guidance: Sequence[float] | None = None,
     negative_prompt: str = "",
     protocol: str | None = None,
 ) -> Request:
     """Check an evaluation that is asked for, with nothing heavy loaded. Raises UsageError and NftError.
 
-    rewards: empty where `settings` or the protocol name them.
+    rewards: empty where `settings` or the protocol name them. guidance: None is that of the first model's run.
     """
     check_names(settings)
     if isinstance(prompts, str | os.PathLike):
         settings, prompts = {**settings, "eval_prompts": os.fspath(prompts)}, None
-    s = make_run_settings(host, preset, {"eval_images": IMAGES}, settings)
-    known: Protocol | None = None
+    owns = read_all_own(models, host, settings)
+    own = owns[0] if owns else None
+    s = make_run_settings(host, preset, {"eval_images": IMAGES}, own.for_evaluation() if own else {}, settings)
     if protocol is not None:
-        options = {"guidance": tuple(guidance) != (1.0,), "negative_prompt": bool(negative_prompt)}
+        options = {"guidance": guidance is not None, "negative_prompt": bool(negative_prompt)}
         options |= {"rewards": bool(rewards), "prompts": prompts is not None}
         refuse_changes(protocol, [*(n for n, given in options.items() if given), *settings])
         known, texts = read_protocol(find_protocol(protocol))
         # What the protocol leaves out was left out when it was written.
         s = known.apply(s).model_copy(update={"unscorable": "error"})
-    elif prompts is None:
-        texts = read_held_out(s)
-    else:
+        specs = rewards or parse_rewards(s, host)
+        return prepare_request(s, host, models or default_models(s, preset), specs, texts, protocol=known)
+    specs = rewards or parse_rewards_for_evaluation(s, host, own)
+    by_hand = prompts is not None or "eval_prompts" in settings
+    given = {*settings, *(["prompts"] if by_hand else []), *(["guidance"] if guidance else [])}
+    notes = describe_own(owns, given)
+    if prompts is not None:
         texts = [p if isinstance(p, Prompt) else make_prompt(p, f"prompt {i}") for i, p in enumerate(prompts)]
         if not texts:
             raise UsageError("There are no prompts to evaluate on: the list of prompts is empty.")
-    specs = rewards or parse_rewards_for_evaluation(s, host)
+    else:
+        texts = read_held_out_of_run(own, host) if own and not by_hand else read_held_out(s)
+    scales = guidance or [own.guidance if own else 1.0]
     return prepare_request(
-        s, host, models or default_models(s, preset), specs, texts, guidance, negative_prompt, known
+        s,
+        host,
+        models or default_models(s, preset),
+        specs,
+        texts,
+        scales,
+        negative_prompt,
+        notes=notes,
+        defaults=name_defaults(own, preset),
     )
 
 
-def parse_rewards_for_evaluation(settings: Settings, host: Host) -> Sequence[GivenReward]:
-    """Parse the rewards that settings name. Raises UsageError where there are none, or one is not known."""
+def parse_rewards_for_evaluation(settings: Settings, host: Host, own: Own | None) -> Sequence[GivenReward]:
+    """Parse the rewards that settings name. Raises UsageError where there are none, or one is not known.
+
+    own: of the first model, whose rewards serve as an example.
+    """
     if not settings.rewards:
+        trained = f"The run of {own.name} was trained on {', '.join(own.rewards)}. " if own else ""
         raise UsageError(
-            "An evaluation needs a reward: give --reward NAME, as in --reward pickscore. `nft rewards` lists "
-            "them; FILE.py:FUNCTION is a reward of yours."
+            f"An evaluation needs a reward: give --reward NAME, as in --reward pickscore. {trained}"
+            "`nft rewards` lists them; FILE.py:FUNCTION is a reward of yours."
         )
     return parse_rewards(settings, host)
 

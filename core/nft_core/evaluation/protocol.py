@@ -34,13 +34,14 @@ GivenReward: TypeAlias = "RewardSpec | Composed"
 
 
 class Protocol(BaseModel):
-    """How models are evaluated.
+    """Holds how models are evaluated, so that others can be measured in the same way.
 
     prompts_digest: of the prompts' texts and metadata, which stand beside the protocol in `prompts.jsonl`.
     images: of each prompt. Each has noise of its own, from the seed and the numbers of prompt and image.
     guidance: one value or several, each evaluated by itself. resolution: 0 is each model's own.
     rewards: tables with `name`, `weight` and options. reward_defaults: as the setting.
     versions: of plug-ins, and digests of the user's files.
+    defaults: where values that nobody gave came from; empty where from the settings' own defaults.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -64,17 +65,19 @@ class Protocol(BaseModel):
     rewards: list[dict[str, Any]]
     reward_defaults: dict[str, dict[str, Any]] = {}
     versions: dict[str, str] = {}
+    defaults: str = ""
 
     def fingerprint(self) -> str:
         """Make a digest that differs where figures may differ for another reason than the model.
 
-        Where files lie is no part of it, and no more are versions, which `list_changes` compares.
+        Where files lie and values came from is no part of it, and no more are versions, which `list_changes`
+        compares.
         """
         return digest_value(self.comparable())
 
     def comparable(self) -> dict[str, Any]:
         """Return what two protocols are compared by, without the places of files."""
-        values = shorten_paths(self.model_dump(mode="json", exclude={"versions", "version"}))
+        values = shorten_paths(self.model_dump(mode="json", exclude={"versions", "version", "defaults"}))
         values["reward_defaults"] = {
             name: {key: shorten_path(v) if isinstance(v, str) else v for key, v in options.items()}
             for name, options in self.reward_defaults.items()

@@ -91,7 +91,7 @@ def difference_to_json(difference: Difference | None) -> dict[str, Any] | None:
 
 #: Titles of the columns of `list_rows`, and of those that only comparisons have.
 COLUMNS = ("reward", "model", "mean", "error", "95 % interval", "valid")
-OF_CHANGES = ("difference", "95 % interval", "better / worse / equal prompts")
+OF_CHANGES = ("difference", "95 % interval", "higher / lower / equal prompts")
 
 
 def list_rows(entries: Sequence[EntryFigures]) -> list[list[str]]:
@@ -222,4 +222,6 @@ def describe_protocol(protocol: Protocol) -> Mapping[str, str]:
     }
     if protocol.negative_prompt:
         said["negative prompt"] = protocol.negative_prompt
+    if protocol.defaults:
+        said["what was not given"] = f"as {protocol.defaults}"
     return said

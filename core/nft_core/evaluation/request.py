@@ -48,6 +48,7 @@ class Request:
     settings: with the protocol's values. protocol: what is known of it before rewards are loaded: these may
     leave out prompts, and bring files whose digests belong to it.
     prompts: all that were given. unscorable: what is done with those that a reward cannot score.
+    notes: sentences for the user on where the settings came from.
     """
 
     settings: Settings
@@ -57,6 +58,7 @@ class Request:
     prompts: Sequence[Prompt]
     device: torch.device
     unscorable: Literal["error", "drop"]
+    notes: Sequence[str] = ()
 
     def unknown(self) -> tuple[str, ...]:
         """Name what of the protocol is not known yet."""
@@ -84,10 +86,13 @@ def prepare_request(
     guidance: Sequence[float] = (1.0,),
     negative_prompt: str = "",
     protocol: Protocol | None = None,
+    notes: Sequence[str] = (),
+    defaults: str = "",
 ) -> Request:
     """Check what is asked for. Raises UsageError and NftError; no weights are read.
 
     protocol: one that is to be repeated, whose values the settings have; without it one is made.
+    notes, defaults: where settings that the user did not give came from, for the user and for the protocol.
     """
     silence_libraries("diffusers", "transformers")
     device = pick_device(settings.device)
@@ -108,8 +113,9 @@ def prepare_request(
     settings = settings.model_copy(update={"resolution": find_resolution(settings, host, entries)})
     if protocol is None:
         protocol = draft_protocol(settings, device, rewards, prompts, guidance, negative_prompt)
+        protocol = protocol.model_copy(update={"defaults": defaults})
     unscorable = settings.unscorable
-    return Request(protocol.apply(settings), protocol, entries, rewards, prompts, device, unscorable)
+    return Request(protocol.apply(settings), protocol, entries, rewards, prompts, device, unscorable, notes)
 
 
 def draft_protocol(

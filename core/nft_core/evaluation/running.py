@@ -47,7 +47,7 @@ MOST_BATCHES = 8
 
 @dataclass(frozen=True)
 class Progress:
-    """How far an evaluation is. means: of the entry's rewards so far; None where nothing is valid."""
+    """Tells how far an evaluation is. means: of the entry's rewards so far; None where nothing is valid."""
 
     entry: str
     done: int
@@ -57,7 +57,7 @@ class Progress:
 
 @dataclass(frozen=True)
 class Work:
-    """What all entries are evaluated with.
+    """Holds what all entries are evaluated with.
 
     show: told of progress. stop: raises Stopped where this process was told to end.
     """
@@ -89,6 +89,8 @@ def run_evaluation(
     s, device = request.settings, request.device
     with ExitStack() as stack:
         enter_surroundings(stack, request, host, tell)
+        for note in request.notes:
+            tell(note)
         reward = load_rewards(cast(Any, request.rewards), host, device, s.reward_defaults)
         with keep_state("the check of prompts"):
             prompts = keep_scorable(list(request.prompts), reward.check_prompt, request.unscorable)
@@ -257,7 +259,7 @@ def store_rollout(rollout: Rollout, keep_total: bool) -> Stored:
         del rewards["total"]
     image = torch.arange(len(rollout.groups), device="cpu") % rollout.draws.images
     skipped = frozenset(rollout.skipped)
-    return Stored(rollout.groups, image, rewards, details, rollout.tallies, skipped)
+    return Stored(rollout.groups, image, rewards, details, rollout.tallies, skipped, rollout.scores.notes)
 
 
 def save_images(folder: Path, draws: Draws, rows: Tensor, batch: Batch) -> None:

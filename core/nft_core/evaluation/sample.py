@@ -11,22 +11,21 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from ..errors import UsageError
+from ..errors import UsageError, name_arguments
 from ..host.host import Host, load_host
-from ..models.run_folders import find_checkpoint, read_run_settings
 from ..parallel.processes import barrier, gather_texts, process_group, rank, world_size
-from ..prompts import Prompt, keep_scorable, make_prompt, read_prompts
+from ..prompts import Prompt, make_prompt, read_prompts
 from ..quiet import silence_libraries
-from ..runs.inputs import load_rewards, make_run_settings, parse_rewards, read_prompt_files, split_held_out
-from ..runs.places import find_places
+from ..runs.inputs import make_run_settings
 from ..runs.setup import autocast_dtype, check_guidance, check_model, image_shape, pick_device
 from ..sampling.draws import Draws
 from ..seeds import reseed
 from ..settings import Settings, for_evaluation, make_settings
 from ..training.attention import attention_kernel
 from ..training.lora import merge_adapters
-from .entries import Entry, parse_model
+from .entries import Entry, Model, parse_model
 from .generation import Generation, prepare_generation
+from .own import OF_IMAGES, choose_held_out, name_defaults, read_own
 from .request import find_resolution, read_held_out
 from .running import explain_memory_errors
 from .sample_files import Picture, check_grid, claim_new_folder, draw_grid_of_folder, save_picture, write_record
@@ -34,22 +33,17 @@ from .sample_files import Picture, check_grid, claim_new_folder, draw_grid_of_fo
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-#: Settings that images depend on, which a run's model brings along, beside those of evaluations.
-BROUGHT = (
-    *("seed", "solver", "solver_options", "steps", "resolution", "precision", "decode_precision"),
-    *("max_sequence_length", "family", "model_options", "rollout_batch", "decode_batch", "attention"),
-    *("eval_images", "eval_steps", "eval_solver", "eval_solver_options", "eval_guidance", "eval_resolution"),
-    "merge_lora",
-)
-#: What a run chose its held-out prompts by.
-OF_PROMPTS = ("prompts", "eval_prompts", "unscorable", "rewards", "reward_defaults")
 #: Settings that may be given by name.
-READ = (*BROUGHT, "lora", "device", "processes", "cache", "join_timeout", "peer_timeout")
+READ = (*OF_IMAGES, "lora", "device", "processes", "cache", "join_timeout", "peer_timeout")
 
 
 @dataclass(frozen=True)
 class SampleRequest:
-    """Images that can be generated. settings: solver, steps and size are those of these images."""
+    """Images that can be generated.
+
+    settings: solver, steps and size are those of these images. defaults: where those that the user did not
+    give came from. notes: sentences for the user on that.
+    """
 
     settings: Settings
     prompts: Sequence[Prompt]
@@ -57,8 +51,11 @@ class SampleRequest:
     negative_prompt: str
     device: torch.device
     grid: bool = False
+    defaults: str = ""
+    notes: Sequence[str] = ()
 
 
+@name_arguments()
 def sample(
     model: str | os.PathLike[str] | None = None,
     prompts: str | os.PathLike[str] | Sequence[str | Mapping[str, Any] | Prompt] | None = None,
@@ -82,7 +79,8 @@ def sample(
     model: a hub id, a pipeline's folder, a run or a checkpoint, or a preset's name; None takes the preset's.
     prompts: texts, or mappings with `prompt` and metadata, or a file of them; None takes the held-out ones.
     images: of each prompt; they stand side by side in the result.
-    What is None is as in the evaluations of the run that trained the model, or else as in the preset.
+    What is None is as in the evaluations of the run that trained the model, or else as in the preset, with one
+    image of each prompt.
     out: a new folder, to which the images are written too, and a grid of them with `grid`.
     settings: further ones by name, such as `device="cuda"` or `rollout_batch=8`.
     Raises UsageError and NftError, with a sentence that says what is wrong.
@@ -129,11 +127,14 @@ def make_sample_request(
             "a checkpoint, or --tiny for the small model that comes with nft-hub."
         )
     settings = name_settings(host, model, given)
-    own, of_prompts = read_own_settings(settings.get("model"))
-    s = make_run_settings(host, preset, own, settings)
+    own = read_own(Model(settings.get("model", ""), settings.get("lora", "")), host, settings)
+    s = make_run_settings(host, preset, {"eval_images": 1}, own.of_images if own else {}, settings)
     guidance = s.eval_guidance if guidance is None else float(guidance)
     s = for_evaluation(s).model_copy(update={"eval_steps": 0})
-    texts = choose_texts(s, host, of_prompts, prompts)
+    if prompts is not None:
+        texts = read_given_prompts(prompts)
+        if grid:
+            check_grid(len(texts) * s.eval_images)
     device = pick_device(s.device)
     host.make_solver(s.solver, s.solver_options)
     if negative_prompt and guidance == 1:
@@ -141,9 +142,14 @@ def make_sample_request(
     check_model(s, host)
     check_guidance(s, host, guidance)
     find_resolution(s, host, [Entry("the model", s.model, s.lora, guidance)])
-    if grid:
-        check_grid(len(texts) * s.eval_images)
-    return SampleRequest(s, texts, guidance, negative_prompt, device, grid)
+    if prompts is None:  # Last: which of them a run left out, its rewards may have to tell.
+        held_out = make_settings(s.model_dump(), own.of_prompts) if own else s
+        texts = choose_held_out(held_out, host) if own else read_held_out(s)
+        if grid:
+            check_grid(len(texts) * s.eval_images)
+    defaults = name_defaults(own, preset)
+    notes = [f"What is not given is as {defaults}."] if own else []
+    return SampleRequest(s, texts, guidance, negative_prompt, device, grid, defaults, notes)
 
 
 def name_settings(host: Host, model: str | None, given: Mapping[str, Any]) -> dict[str, Any]:
@@ -165,53 +171,16 @@ def name_settings(host: Host, model: str | None, given: Mapping[str, Any]) -> di
     return settings
 
 
-def read_own_settings(model: str | None) -> tuple[dict[str, Any], dict[str, Any] | None]:
-    """Read what a run's model brings along: settings of its evaluations, and of its prompts, or None.
-
-    Both are empty for a model that no run has trained.
-    """
-    checkpoint = find_checkpoint(Path(model).expanduser()) if model else None
-    if checkpoint is None:
-        return {}, None
-    settings = find_places(read_run_settings(checkpoint), checkpoint.absolute().parent.parent)
-    return (
-        {name: settings[name] for name in BROUGHT if name in settings},
-        {name: settings[name] for name in OF_PROMPTS if name in settings},
-    )
-
-
-def choose_texts(
-    settings: Settings,
-    host: Host,
-    of_prompts: Mapping[str, Any] | None,
-    prompts: str | os.PathLike[str] | Sequence[str | Mapping[str, Any] | Prompt] | None,
+def read_given_prompts(
+    prompts: str | os.PathLike[str] | Sequence[str | Mapping[str, Any] | Prompt],
 ) -> list[Prompt]:
-    """Choose the prompts. Raises UsageError where there are none, or one is not a prompt.
-
-    of_prompts: the settings by which the model's run chose its own; None: no run has trained it.
-    """
+    """Read the prompts that are given. Raises UsageError where there are none, or one is not a prompt."""
     if isinstance(prompts, str | os.PathLike):
         return read_prompts(Path(prompts))
-    if prompts is None and of_prompts is None:
-        return read_held_out(settings)
-    if prompts is None:
-        return choose_held_out(make_settings(settings.model_dump(), of_prompts or {}), host)
     texts = [p if isinstance(p, Prompt) else make_prompt(p, f"prompt {i}") for i, p in enumerate(prompts, 1)]
     if not texts:
         raise UsageError("There are no prompts to generate images of: the list of prompts is empty.")
     return texts
-
-
-def choose_held_out(settings: Settings, host: Host) -> list[Prompt]:
-    """Choose the held-out prompts of a run as the run itself does, so that their numbers are the same."""
-    prompts, held_out = read_prompt_files(settings, {})
-    if settings.unscorable == "drop":  # Which of them are left out, the rewards alone know.
-        reward = load_rewards(
-            parse_rewards(settings, host), host, torch.device("cpu"), settings.reward_defaults
-        )
-        held_out = keep_scorable(held_out, reward.check_prompt, "drop") if held_out else []
-        prompts = prompts if held_out else keep_scorable(prompts, reward.check_prompt, "drop")
-    return held_out or split_held_out(prompts, lambda text: None)[1]
 
 
 def run_sampling(
@@ -281,5 +250,6 @@ def describe_request(request: SampleRequest, height: int, width: int) -> dict[st
         **{name: getattr(s, name) for name in more},
         "device": str(request.device),
         "processes": world_size(),
+        "defaults": request.defaults,
         "prompts": [{"prompt": p.text, **p.metadata} for p in request.prompts],
     }

@@ -1,20 +1,19 @@
-"""Finds entry points, loads each in its own guard, and classifies what they offer."""
+"""Loads each plug-in in its own guard, and classifies what it offers."""
 
 from __future__ import annotations
 
 import importlib.metadata
 import json
 import os
-import re
 import traceback
 import warnings
 from collections.abc import Callable, Iterator, MutableMapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
-from importlib.metadata import Distribution, EntryPoint, PackageNotFoundError, distributions
+from importlib.metadata import Distribution, EntryPoint, PackageNotFoundError
 from pathlib import Path
-from typing import Any, Generic, NamedTuple, TypeVar
+from typing import Any, Generic, TypeVar
 from urllib.parse import unquote, urlsplit
 
 import pluggy
@@ -22,7 +21,6 @@ import pluggy
 import nft_plugins
 from nft_plugins import (
     CONTRACT,
-    ENTRY_POINT_GROUP,
     ContractDeprecation,
     ModelInfo,
     ObserverInfo,
@@ -44,27 +42,13 @@ from nft_plugins.rules import (
 from ..errors import describe_error
 from ..parallel.signals import Terminated, catch_ctrl_c
 from ..quiet import redirect_prints
+from .entry_points import OWN, find_entry_points
 from .hooks import Hooks
 from .lending import keep_python_state
 
-#: The distribution whose plug-ins are the built-ins.
-OWN = "nft-hub"
 #: The distribution that brings the contract.
 CONTRACT_PACKAGE = "nft-plugins"
 Info = TypeVar("Info", RewardInfo, SolverInfo, ModelInfo, ObserverInfo, Preset)
-
-
-class Found(NamedTuple):
-    """Holds an entry point and the distribution that brings it. Without `entry`, `problem` says why."""
-
-    entry: EntryPoint | None
-    distribution: str
-    version: str
-    problem: str = ""
-
-    @property
-    def name(self) -> str:
-        return self.entry.name if self.entry else self.distribution
 
 
 @dataclass
@@ -131,6 +115,7 @@ def discover(hooks: Hooks, cards: Cards) -> list[Plugin]:
         if names is not None and row.distribution != OWN and row.name not in names:
             row.status, row.cause = "off", "not named in NFT_PLUGINS"
             continue
+        # Its row is listed all the same, so that the user learns why a plug-in is not there.
         if found.entry is None:
             row.mark_broken(
                 found.problem, f"pip install --force-reinstall {row.distribution}, or pip uninstall it"
@@ -140,6 +125,7 @@ def discover(hooks: Hooks, cards: Cards) -> list[Plugin]:
             module = load_entry_point(found.entry, row)
             if module is not None and check_contract(module, row):
                 register_hooks(hooks, module, row)
+    # After all are registered: wrappers and `tryfirst` of one plug-in concern the hooks of another.
     for hook in OFFERS:
         getattr(hooks.manager.hook, hook)(
             register=lambda row, card, hook=hook: offered.append((row, hook, card))
@@ -150,6 +136,7 @@ def discover(hooks: Hooks, cards: Cards) -> list[Plugin]:
             for _, hook, card in [offer for offer in offered if offer[0] is row]:
                 with break_alone(row, f"a card of {hook}"):
                     _claim_name(card, OFFERS[hook], cards[hook], hook, row)
+    # A misspelt name in NFT_PLUGINS would otherwise switch a plug-in off without a word.
     rows += [make_missing_row(name) for name in sorted(names or ()) if name not in {r.name for r in rows}]
     return rows + check_imported_contract()
 
@@ -163,57 +150,6 @@ def isolate_plugin(row: Plugin, what: str) -> Iterator[Callable[[Any], Any]]:
     """
     with catch_ctrl_c(), note_deprecations(row), redirect_prints(), keep_python_state(), break_alone(row, what):
         yield lambda register: partial(register, row)
-
-
-def find_entry_points() -> list[Found]:
-    """Find the entry points of the group; the built-ins come first, then the others by name.
-
-    Where several distributions have one name, Python imports the first of them, so only its entry points count.
-    """
-    unique: dict[tuple[str, str], Found] = {}
-    taken = set()
-    for distribution in distributions():
-        # As pip compares names: My_Package and my-package are one.
-        key = re.sub("[-_.]+", "-", read_name_of_folder(distribution)[0]).lower()
-        if key in taken:
-            continue
-        taken.add(key)
-        entries, problem = read_entries(distribution)
-        if entries or problem:
-            name, version = read_name(distribution)
-            each = [Found(e, name, version) for e in entries] or [Found(None, name, version, problem)]
-            unique.update({(found.name, name): found for found in each})
-    return sorted(unique.values(), key=lambda f: (f.distribution != OWN, f.name, f.distribution))
-
-
-def read_entries(distribution: Distribution) -> tuple[list[EntryPoint], str]:
-    """Read a distribution's entry points of the group, or say why they cannot be read."""
-    try:
-        # A look at the text is quick. Parsing that of every installed package would slow down each command.
-        if ENTRY_POINT_GROUP not in (distribution.read_text("entry_points.txt") or ""):
-            return [], ""
-        return [e for e in distribution.entry_points if e.group == ENTRY_POINT_GROUP], ""
-    except Exception as error:  # A damaged file, of any package that is installed here.
-        return [], f"its entry_points.txt cannot be read: {type(error).__name__}: {error}"
-
-
-def read_name(distribution: Distribution) -> tuple[str, str]:
-    """Read a distribution's name and version, from its folder's name where its metadata say nothing."""
-    name, version = read_name_of_folder(distribution)
-    try:
-        metadata = distribution.metadata
-        return str(metadata["Name"] or name), str(metadata["Version"] or version)
-    except Exception:  # There are no metadata, or none that can be read.
-        return name, version
-
-
-def read_name_of_folder(distribution: Distribution) -> tuple[str, str]:
-    """Read name and version from NAME-VERSION.dist-info, which is quicker than to open the metadata."""
-    folder = getattr(distribution, "_path", None)
-    if folder is None:  # Of a finder that knows no folders.
-        return f"unnamed {id(distribution)}", "?"
-    name, _, version = Path(str(folder)).stem.partition("-")
-    return name, version or "?"
 
 
 def read_chosen_names() -> set[str] | None:
@@ -241,6 +177,7 @@ def note_deprecations(row: Plugin) -> Iterator[None]:
         if issubclass(warning.category, ContractDeprecation):
             row.notes.append(f"deprecated: {warning.message}")
         else:
+            # Given on, since `catch_warnings` has caught all kinds of them.
             warnings.warn_explicit(warning.message, warning.category, warning.filename, warning.lineno)
 
 
@@ -337,6 +274,7 @@ def register_hooks(hooks: Hooks, module: object, row: Plugin) -> None:
         row.mark_broken(problem)
         return
     try:
+        # With the distribution in it, the name is unique: two packages may name an entry point alike.
         hooks.register(module, f"{row.distribution}:{row.name}", partial(isolate_plugin, row))
     except (pluggy.PluginValidationError, ValueError) as error:
         row.mark_broken(" ".join(str(error).split()))

@@ -85,6 +85,7 @@ def fit_options(
     # What the user gives comes before what is offered, such as device=cpu for one reward of a run on a GPU.
     given = {name: value for name, value in offered.items() if name in named} | given
     try:
+        # Before the call, so that a missing option is told apart from a TypeError of the factory's own code.
         inspect.signature(call).bind(*arguments, **given)
     except TypeError as error:
         raise UsageError(f"The {what} cannot be made with these options: {error}") from error

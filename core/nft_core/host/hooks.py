@@ -59,6 +59,7 @@ class Hooks:
     @contextmanager
     def unregister_afterwards(self) -> Iterator[None]:
         """Remove at the end the observers that are registered inside: the next run finds the host as it was."""
+        # By difference, since hooks of plug-ins stay for the life of the host.
         before = self.manager.get_plugins()
         try:
             yield
@@ -84,6 +85,7 @@ class Hooks:
         try:
             yield copy_for_plugin
         except (NftError, KeyboardInterrupt) as error:
+            # Kept and not raised: pluggy would leave out the observers that follow.
             self.ending = self.ending or error
         except BaseException as error:
             cause = f"{type(error).__name__}: {error}{locate_error(error)}"

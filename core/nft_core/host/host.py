@@ -18,6 +18,7 @@ from nft_plugins import (
     Solver,
     SolverInfo,
 )
+from nft_plugins.hookspecs import OFFERS
 from nft_plugins.rules import OFFERED, RESERVED, list_environments
 
 from ..errors import NftError, UsageError, missing_part, unknown_name
@@ -55,13 +56,7 @@ class Host:
     @property
     def cards(self) -> Cards:
         """Give all cards, by the hook that registers them."""
-        return {
-            "nft_register_rewards": self.rewards,
-            "nft_register_solvers": self.solvers,
-            "nft_register_models": self.models,
-            "nft_register_observers": self.observers,
-            "nft_register_presets": self.presets,
-        }
+        return {hook: getattr(self, hook.removeprefix("nft_register_")) for hook in OFFERS}
 
     def find_reward(self, name: str | Callable[..., Any]) -> Registered[RewardInfo]:
         """Find the card of a reward by its name, or make one for `FILE.py:NAME`, `MODULE:NAME` or an object."""
@@ -117,17 +112,19 @@ class Host:
                     f"The reward {other.name!r} cannot be made of itself, got {spec!r}: name another."
                 )
             mine = {**split_options((defaults or {}).get(str(other.name), {}))[1], **other.options}
+            # The inner reward is lent batches of its own, as if the run called it.
             return Inside(self.make_reward(other.name, mine, device, defaults, loaded, (name, *inside)))
 
         offered = {"device": device, "make_reward": make_another}
         with keep_state(f"the making of the {what}", making=True):
             made = call_factory(what, card.info.factory, (), options, offered)
+        # Checked here, where the plug-in's name is known, and not when the first batch fails.
         if not isinstance(made, Reward):
             raise NftError(f"The factory of the {what} gave {type(made).__name__}, not a reward.")
         loaded[key] = made
         return made
 
-    def check_reward(self, name: str, options: Mapping[str, Any]) -> None:
+    def check_reward(self, name: str | Callable[..., Any], options: Mapping[str, Any]) -> None:
         """Raise what `make_reward` raises for a name, an option or a missing module, and load nothing."""
         card = self.find_reward(name)
         what = name_card("reward", card)
@@ -172,17 +169,27 @@ class Host:
             raise NftError(f"The factory of the {what} gave {type(made).__name__}, not a solver.")
         return made
 
+    def require_reward(self, name: str | Callable[..., Any]) -> None:
+        """Raise what `make_reward` raises for a name or a missing module, and import nothing of the reward."""
+        card = self.find_reward(name)
+        require_modules(card, name_card("reward", card))
+
+    def find_observer(self, name: str) -> Registered[ObserverInfo]:
+        """Find the card of an observer whose modules are installed, or make one for `FILE.py:CLASS`."""
+        if is_object_name(name) and name not in self.observers:
+            raise missing_object("observer", name)
+        card = (
+            make_observer_card(name)
+            if is_reference(name)
+            else self._find_card("observer", name, self.observers)
+        )
+        require_modules(card, name_card("observer", card))
+        return card
+
     def make_observer(self, spec: ObserverSpec) -> object:
         """Make an observer by name or by `FILE.py:CLASS`. Raises what `make_reward` raises."""
-        if is_object_name(spec.name) and spec.name not in self.observers:
-            raise missing_object("observer", spec.name)
-        card = (
-            make_observer_card(spec.name)
-            if is_reference(spec.name)
-            else self._find_card("observer", spec.name, self.observers)
-        )
+        card = self.find_observer(spec.name)
         what = name_card("observer", card)
-        require_modules(card, what)
         made = call_factory(what, card.info.factory, (), spec.options, {})
         if problem := find_hook_problem(made):
             raise NftError(f"The factory of the {what} gave {type(made).__name__}, and {problem}.")
@@ -226,6 +233,7 @@ class Host:
                     f"{pipeline}: leave family away, or choose one of {', '.join(handling) or 'none'}."
                 )
             return chosen
+        # Taking the first would let an installed package change which code trains the model.
         if len(handling) > 1:
             whose = [f"{name!r} of {' and '.join(self.models[name].owners)}" for name in handling]
             raise UsageError(

@@ -129,8 +129,6 @@ def copy_for_plugin(value: Any) -> Any:
     kind = type(value)
     if kind in PLAIN:
         return value
-    if kind is dict:
-        return {key: copy_for_plugin(item) for key, item in value.items()}
     if kind in (list, tuple):
         return kind(copy_for_plugin(item) for item in value)
     if isinstance(value, Batch):
@@ -138,7 +136,7 @@ def copy_for_plugin(value: Any) -> Any:
     if isinstance(value, Scores):
         details = {name: figure.clone() for name, figure in value.details.items()}
         parts = {name: Part(part.weight, copy_for_plugin(part.scores)) for name, part in value.parts.items()}
-        return Scores(value.values.clone(), value.valid.clone(), details, parts)
+        return Scores(value.values.clone(), value.valid.clone(), details, parts, copy_for_plugin(value.notes))
     if isinstance(value, Run):
         return replace(value, settings=copy_for_plugin(value.settings))
     if isinstance(value, Mapping):

@@ -78,6 +78,7 @@ def import_file(path: Path) -> ModuleType:
     path = path.resolve()
     name = f"nft_local:{path}"
     if name not in sys.modules:
+        # Python does this for a script that is started, and users expect it of their file here too.
         add_import_folder(path.parent)
         put_current_folder_last()
         spec = importlib.util.spec_from_file_location(name, path)
@@ -88,6 +89,7 @@ def import_file(path: Path) -> ModuleType:
             with keep_state(f"the import of {path.name}", making=True):
                 spec.loader.exec_module(module)
         except BaseException:
+            # A half-imported module must not be found by the next attempt.
             del sys.modules[name]
             raise
     return sys.modules[name]
@@ -270,6 +272,6 @@ def convert_to_tensor(result: Any) -> Tensor:
 def describe_value(value: Any) -> str:
     """Describe a value by its type and the start of its text."""
     if value is None:
-        return "None: is a return missing?"
+        return "None, as if its return were missing"
     text = repr(value)
     return f"{type(value).__name__} {text}" if len(text) < 60 else f"{type(value).__name__} {text[:60]}..."

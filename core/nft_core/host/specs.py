@@ -9,7 +9,7 @@ from typing import Any, Literal, TypeAlias, get_args
 
 from nft_plugins.rules import RESERVED
 
-from ..errors import UsageError
+from ..errors import UsageError, shorten_value
 from .objects import is_object_name, read_title
 
 FORM = "NAME[=WEIGHT][,KEY=VALUE...], such as pickscore, ocr=0.5 or ocr=0.5,upscale=4"
@@ -89,7 +89,7 @@ def parse_reward(
     """
     if not isinstance(given, str | Mapping):
         if not callable(given):
-            raise UsageError(f"A reward is written {FORM}, or is a function; got {_shorten_value(given)}.")
+            raise UsageError(f"A reward is written {FORM}, or is a function; got {shorten_value(given)}.")
         return RewardSpec(given)
     name, weight, options = _parse_spec(given, "A reward", FORM)
     spec = RewardSpec(name, 1.0 if weight == "" else parse_weight(weight, name))
@@ -109,7 +109,7 @@ def parse_failure_policy(words: Mapping[str, Any], name: str, base: FailurePolic
     """
 
     def wrong(word: str, expected: str) -> UsageError:
-        return UsageError(f"Reward {name!r}: {word} must be {expected}, got {_shorten_value(words[word])}.")
+        return UsageError(f"Reward {name!r}: {word} must be {expected}, got {shorten_value(words[word])}.")
 
     policy = base
     if "on_error" in words:
@@ -127,15 +127,6 @@ def parse_failure_policy(words: Mapping[str, Any], name: str, base: FailurePolic
             raise wrong("max_seconds", f"seconds, 0 for any time, {MOST_SECONDS:.0f} at most")
         policy = replace(policy, max_seconds=number)
     return policy
-
-
-def _shorten_value(value: Any) -> str:
-    """Shorten a value's text for a message."""
-    try:
-        text = repr(value)
-    except (ValueError, RecursionError):  # An integer of thousands of digits, or lists nested as deep.
-        return f"a very large {type(value).__name__}"
-    return text if len(text) < 100 else f"{text[:100]}..."
 
 
 def _parse_number(value: Any) -> float:
@@ -163,8 +154,9 @@ def _parse_spec(given: str | Mapping[str, Any], what: str, form: str) -> tuple[s
         options = dict(given)
         name, weight = options.pop("name", ""), options.pop("weight", "")
         if not isinstance(name, str) or not name:
-            raise UsageError(f"{what} needs a name: expected {form}, got {_shorten_value(dict(given))}.")
+            raise UsageError(f"{what} needs a name: expected {form}, got {shorten_value(dict(given))}.")
         return name, weight, options
+    # The weight can only stand in the first part, so an option's value may have a = in it.
     head, *rest = given.split(",")
     name, equals, weight = (part.strip() for part in head.partition("="))
     if not name or (equals and not weight):
@@ -188,7 +180,7 @@ def parse_weight(weight: Any, name: str) -> float:
         number = math.nan
     if not abs(number) <= MOST_WEIGHT:
         raise UsageError(
-            f"Reward {name!r}: the weight must be a finite number, got {_shorten_value(weight)}; write {FORM}, "
+            f"Reward {name!r}: the weight must be a finite number, got {shorten_value(weight)}; write {FORM}, "
             f"with {MOST_WEIGHT:g} at most."
         )
     return number

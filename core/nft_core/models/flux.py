@@ -52,6 +52,7 @@ class Flux(PipelineModel):
 
     def velocity(self, x_t: Tensor, t: Tensor, condition: Condition) -> Tensor:
         embeds = condition["embeds"]
+        # A token is 2 x 2 latents, and its position is that of the pair.
         rows, columns = (torch.arange(side // 2, device=x_t.device) for side in x_t.shape[-2:])
         guided = self.pipeline.transformer.config.guidance_embeds
         (v,) = self.transformer(
@@ -60,6 +61,7 @@ class Flux(PipelineModel):
             pooled_projections=condition["pooled"],
             timestep=t,
             guidance=torch.full_like(t, self.guidance) if guided else None,
+            # Words have no place in the image, so all of them are at 0.
             txt_ids=torch.zeros(embeds.shape[1], 3, dtype=torch.long, device=x_t.device),
             img_ids=torch.cartesian_prod(rows.new_zeros(1), rows, columns),
             return_dict=False,

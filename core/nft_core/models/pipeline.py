@@ -6,6 +6,7 @@ are encoded, and can be given up afterwards: of a large model they are half of t
 
 from __future__ import annotations
 
+from . import libraries  # noqa: F401  isort: skip  Before anything of diffusers.
 import logging
 import operator
 from collections.abc import Callable, Mapping, Sequence
@@ -21,8 +22,8 @@ from nft_plugins import Condition
 
 from ..errors import NftError
 from .checks import check_parts, check_pipeline, empty_part, find_class, list_parts, load_part
+from .paths import read_index
 from .schedulers import compute_shift, make_flow_scheduler
-from .sources import read_index
 
 log = logging.getLogger(__name__)
 
@@ -84,6 +85,8 @@ class PipelineModel:
             weights = self.has_weights and self.device.type != "meta"
             check_pipeline(Path(self.source), self.index, weights=weights)
         self.said_what_is_cut = False
+        #: By name of a part: reads it from elsewhere than the pipeline's folder, in a dtype.
+        self.readers: dict[str, Callable[[torch.dtype], torch.nn.Module]] = {}
         self.pipeline = self._load(lambda name: not name.startswith(OF_TEXT), {})
         self._texts: Any = None
         self.transformer: torch.nn.Module = self.pipeline.transformer.to(self.device)
@@ -128,6 +131,7 @@ class PipelineModel:
         }
         given |= having
         if self.device.type == "meta":
+            # A scheduler has no weights, and times are computed by a real one.
             given |= {name: self.empty(name) for name in parts if name != "scheduler"}
         else:
             given |= {name: self._load_module(name) for name in parts if self._is_module(name)}
@@ -143,6 +147,8 @@ class PipelineModel:
         return isinstance(cls, type) and issubclass(cls, torch.nn.Module)
 
     def _load_module(self, part: str) -> torch.nn.Module:
+        if part in self.readers:
+            return self.readers[part](self._dtype(part))
         library, kind = self._parts()[part]
         # Where weights are missing, both libraries put random numbers in their place, and warn.
         return load_part(Path(self.source) / part, library, kind, self._dtype(part))
@@ -150,6 +156,7 @@ class PipelineModel:
     def _dtype(self, part: str) -> torch.dtype:
         if part == "vae":
             return torch.float32
+        # The activations of some text encoders, such as T5's, leave float16's range.
         narrow = self.dtype == torch.float16 and part.startswith(OF_TEXT)
         return torch.bfloat16 if narrow else self.dtype
 
@@ -186,6 +193,7 @@ class PipelineModel:
                 whole = condition.setdefault(name, rows.new_empty(len(prompts), *rows.shape[1:], device="cpu"))
                 whole[start : start + len(rows)] = rows.cpu()
         for encoder in encoders:
+            # The device's memory is then free for training, before `release` gives up the host's too.
             encoder.to("cpu")
         self._say_what_is_cut(prompts, condition)
         return condition
@@ -204,6 +212,7 @@ class PipelineModel:
         cut = [i for i, n in enumerate(zip(*counts, strict=True)) if all(map(operator.gt, n, limits))]
         if not cut:
             return
+        # Once for a model: prompts may be encoded in several calls.
         self.said_what_is_cut = True
         rows = (
             tuple(c[i].reshape(-1).view(torch.uint8).numpy().tobytes() for c in condition.values()) for i in cut

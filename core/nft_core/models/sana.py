@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from . import libraries  # noqa: F401  isort: skip  Before anything of diffusers.
 import inspect
 from collections.abc import Mapping, Sequence
 from typing import Any, cast
@@ -58,6 +59,7 @@ class Sana(PipelineModel):
         try:
             return self.encode(prompts)
         finally:
+            # Deleting the attribute uncovers that of the class again.
             del self.instructs
 
     def count_tokens(self, tokenizer: Any, prompts: Sequence[str]) -> list[int]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from . import libraries  # noqa: F401  isort: skip  Before anything of diffusers.
 from collections.abc import Mapping
 from itertools import pairwise
 from typing import Any
@@ -26,6 +27,7 @@ def check_scheduler(config: Mapping[str, Any], source: object) -> None:
         )
     try:
         scheduler = make_flow_scheduler(config)
+        # Four steps of an image of 512 px are enough to see in which direction times run.
         scheduler.set_timesteps(sigmas=[1.0, 0.75, 0.5, 0.25], mu=compute_shift(config, 1024))
         times = scheduler.sigmas.tolist()
     except Exception as error:  # Settings of other kinds or out of range.

@@ -61,9 +61,12 @@ class SD3(PipelineModel):
 
     def velocity(self, x_t: Tensor, t: Tensor, condition: Condition) -> Tensor:
         (v,) = self.transformer(
+            # Conditions are in the transformer's dtype, and latents in float32, in which the solver adds up its
+            # steps.
             hidden_states=x_t.to(condition["embeds"].dtype),
             encoder_hidden_states=condition["embeds"],
             pooled_projections=condition["pooled"],
+            # The transformer was trained on times from 0 to 1000.
             timestep=t * 1000,
             return_dict=False,
         )

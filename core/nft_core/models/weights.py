@@ -14,7 +14,7 @@ from nft_plugins.files import read_header
 from ..errors import UsageError, shorten_error
 from .checks import find_weights
 from .headers import check_dtypes
-from .lora_files import LoraFile, check_lora_fits, merge_lora
+from .lora_files import LoraFile
 from .sources import ModelSource
 
 
@@ -60,6 +60,7 @@ def put_whole_in_place(source: ModelSource, transformer: torch.nn.Module) -> Non
     files, _ = find_weights(source.transformer, "diffusers")
     for file in files:
         with safe_open(file, framework="pt") as opened:
+            # One tensor at a time, so that a large model is not in memory twice.
             for name in opened.keys():  # noqa: SIM118
                 copy_weights({name: opened.get_tensor(name)}, transformer)
 
@@ -110,10 +111,71 @@ def put_in_place(
     if source.transformer:
         changed = [name for name, _ in transformer.named_parameters()]
     mine = transformer.get_parameter
+    # Copies, since the weights are changed in place below.
     before = {name: mine(name).data.clone() for name in dict.fromkeys(changed)} if keep else {}
     if next(transformer.parameters()).is_meta:
         return before
     put_whole_in_place(source, transformer)
     for lora in merged:
         merge_lora(lora, transformer)
+    # What has not changed needs no second copy during the run.
     return {name: x for name, x in before.items() if not torch.equal(x, mine(name).data)}
+
+
+def check_lora_fits(lora: LoraFile, transformer: torch.nn.Module) -> None:
+    """Raise UsageError for a LoRA of another model: the layer is named, and both shapes."""
+    modules = dict(transformer.named_modules())
+    kind = type(transformer).__name__
+    strange = [layer for layer in lora.layers if layer not in modules]
+    if strange:
+        raise UsageError(
+            f"{lora.file}: {len(strange)} of its {len(lora.layers)} layers are not in the {kind}, such as "
+            f"{strange[0]}. It is a LoRA of another model: give that model's base with --model."
+        )
+    for layer, f in lora.layers.items():
+        module = find_linear(modules[layer])
+        if module is None:
+            raise UsageError(
+                f"{lora.file}: {layer} of the {kind} is a {type(modules[layer]).__name__}, and only LoRAs of "
+                "linear layers are read."
+            )
+        found, expected = (f.outputs, f.inputs), (module.out_features, module.in_features)
+        if found != expected:
+            raise UsageError(
+                f"{lora.file}: it changes {layer} by a matrix of {found[0]} x {found[1]}, and the model's is "
+                f"{expected[0]} x {expected[1]}. It is a LoRA of another model: give that model's base with "
+                "--model."
+            )
+
+
+def check_targets(lora: LoraFile, targets: Sequence[str] | str, transformer: torch.nn.Module) -> None:
+    """Raise UsageError where `lora_targets` names other layers than those of a LoRA that is trained further."""
+    every = targets == "all-linear" or list(targets) == ["all-linear"]
+    named = {
+        name
+        for name, module in transformer.named_modules()
+        if find_linear(module) and (every or any(name == t or name.endswith(f".{t}") for t in targets))
+    }
+    if targets and named != set(lora.layers):
+        raise UsageError(
+            f"lora_targets names {len(named)} layers, and training goes on from {lora.file}, which has "
+            f"{len(lora.layers)}; one of them alone has {min(named ^ set(lora.layers))}. Leave the setting "
+            "out, or give --lora-merge to train other layers over it."
+        )
+
+
+def find_linear(module: torch.nn.Module) -> torch.nn.Linear | None:
+    """Find the linear layer that a module is, or that a LoRA in place wraps; None where it is another."""
+    base = getattr(module, "base_layer", module)
+    return base if isinstance(base, torch.nn.Linear) else None
+
+
+@torch.no_grad()
+def merge_lora(lora: LoraFile, transformer: torch.nn.Module) -> None:
+    """Add a LoRA to a transformer's weights. The sum is computed in float32, and rounded to their dtype."""
+    check_lora_fits(lora, transformer)
+    for layer, (a, b) in lora.read_factors().items():
+        weight = transformer.get_parameter(f"{layer}.weight")
+        f = lora.layers[layer]
+        change = (b.to(weight.device) @ a.to(weight.device)) * (f.alpha / f.rank)
+        weight.data = (weight.data.float() + change).to(weight.dtype)

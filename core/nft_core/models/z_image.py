@@ -47,6 +47,7 @@ class ZImage(PipelineModel):
         (v,) = self.transformer(
             list(x_t.to(embeds.dtype)[:, :, None]),  # Each a video of one frame.
             1 - t,
+            # The transformer takes a list of prompts of different lengths, without padding.
             [row[:length] for row, length in zip(embeds, lengths(condition), strict=True)],
             return_dict=False,
         )

@@ -30,6 +30,7 @@ def is_out_of_memory(error: BaseException | None) -> bool:
 
 def free_memory() -> None:
     """Give the GPU memory that is not in use back, after what went wrong with full memory."""
+    # Tensors in reference cycles, as tracebacks make them, are freed by the collector alone.
     gc.collect()
     if torch.cuda.is_initialized():
         torch.cuda.empty_cache()
@@ -42,6 +43,7 @@ def wrap_in_side_stream(device: torch.device, call: Callable[[], T]) -> Callable
     """
     if device.type != "cuda":
         return call
+    # Taken in the calling thread: the batch is ready when what it has queued so far is done.
     queued = torch.cuda.current_stream(device).record_event()
 
     def run() -> T:

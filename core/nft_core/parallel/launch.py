@@ -76,6 +76,7 @@ def launch_command(arguments: Sequence[str], processes: int) -> int:
     """
     with ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="nft-")))
+        # Files and no pipes: a pipe that nobody reads fills up and stops the process that writes.
         errors = [stack.enter_context(tempfile.TemporaryFile("w+")) for _ in range(processes)]
         children = [
             start_process(arguments, r, processes, folder / "rendezvous", errors[r]) for r in range(processes)
@@ -149,6 +150,7 @@ def wait_for_children(children: Sequence[subprocess.Popen[bytes]]) -> subprocess
         ):
             break
         sleep(0.05)
+    # A process that ended because of another says so by its exit code, and is not the cause.
     causes = [c for c in children if c.returncode not in (0, None, PeerError.exit_code)]
     return next(iter(causes), next(c for c in children if c.returncode))
 
@@ -181,6 +183,7 @@ def end_with_the_parent() -> None:
         return
 
     def watch() -> None:
+        # Nobody ever writes to it, so this returns only when the pipe closes.
         os.read(0, 1)
         os._exit(1)
 

@@ -101,6 +101,7 @@ def sum_gradients(parameters: Iterable[torch.nn.Parameter]) -> None:
     parameters = list(parameters)
     there = [p.grad is not None for p in parameters]
     grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
+    # The flags go along in the same message: a second one would cost as much as a small gradient.
     flags = torch.tensor(there, device=grads[0].device, dtype=grads[0].dtype)
     flat = torch.cat([*(g.flatten() for g in grads), flags])
     dist.all_reduce(flat)
@@ -125,10 +126,12 @@ def fail_together(device: torch.device, finish: Callable[[], None] = lambda: Non
         raise
     except BaseException as error:  # SystemExit and a Rust library's panic are no Exceptions.
         failure = error
+    # Before the processes compare: another may still wait in a pass for this one.
     finish()
     stopped = failure.signal if isinstance(failure, Stopped) else 0
     failed, signal = sum_values([float(bool(failure) and not stopped), float(stopped)], device)
     if failed and (stopped or not failure):
+        # Only the process that failed tells its error, so that a user sees one cause and not one per process.
         raise PeerError("Another process of this run failed; its own message says why.") from failure
     if signal and not failure:
         raise Stopped(15)
@@ -146,6 +149,7 @@ def gather_texts(text: str, device: torch.device) -> list[str]:
     if world_size() == 1:
         return [text]
     own = torch.tensor(list(text.encode()), dtype=torch.uint8, device="cpu")
+    # Tensors that are added up must have one length, so texts are padded with zeros to the longest.
     longest = torch.tensor(len(own), dtype=torch.int64, device=device)
     dist.all_reduce(longest, dist.ReduceOp.MAX)
     padded = torch.zeros(1, int(longest), dtype=torch.uint8, device="cpu")
@@ -170,4 +174,5 @@ def sum_values(values: Sequence[float], device: torch.device) -> list[float]:
 
 def agree_on_number(number: int, device: torch.device) -> int:
     """Give all processes the first one's number."""
+    # A sum in which only the first one's number is not 0: the same call as everywhere, on any backend.
     return round(sum_value(float(number) if rank() == 0 else 0.0, device))

@@ -88,6 +88,7 @@ def meet_others(device: torch.device, rank: int, size: int, seconds: float) -> t
     store = open_store(rank, size, seconds)
     try:
         token, members = gather_members(store, rank, size, describe_process(device, size), seconds)
+        # What is written from here on stands under this meeting's token, apart from earlier meetings.
         return PrefixStore(token, store), compare_members(dict(enumerate(members)))
     except NftError:
         if rank == 0:
@@ -286,6 +287,7 @@ def connect_in_time(rank: int, size: int, seconds: float) -> Iterator[None]:
         os._exit(PeerError.exit_code)
 
     timer = threading.Timer(seconds, end)
+    # The process must be able to end although the timer still runs.
     timer.daemon = True
     timer.start()
     try:

@@ -34,6 +34,7 @@ def list_blocks(transformer: Module) -> list[Module]:
     def named(module: Module) -> bool:  # FSDP gives a block a new class, which is derived from its own.
         return any(cls.__name__ in (names or ()) for cls in type(module).__mro__)
 
+    # `modules()` gives outer ones first, and FSDP must wrap inner ones before those around them.
     return [m for m in reversed(list(transformer.modules())) if m is not transformer and named(m)]
 
 
@@ -119,6 +120,7 @@ def clip_gradients(parameters: Sequence[Parameter], most: float) -> float:
 def copy_whole(transformer: Module, parameters: Mapping[str, Tensor]) -> Module:
     """Make an unsharded copy of a sharded diffusers transformer, with these parameters instead of its own."""
     cls: Any = next(c for c in type(transformer).__mro__ if not issubclass(c, FSDPModule))
+    # On the meta device, since the weights come from `state` and need no memory of their own first.
     with torch.device("meta"):
         copy = cls.from_config(transformer.config)
     copy.load_state_dict({**transformer.state_dict(), **parameters}, assign=True)
@@ -159,6 +161,7 @@ class InStep:
         """
         if self._failure:
             raise self._failure
+        # The result is thrown away: the pass only lets the others gather this process's part of the weights.
         while self._anyone(False):
             self._velocity(x_t, t, condition)
 

@@ -30,6 +30,7 @@ class Worker:
         self.jobs: SimpleQueue[Job | None] = SimpleQueue()
         self.closed = Event()
         Thread(target=run_jobs, args=(self.jobs, self.closed), name=name, daemon=True).start()
+        # None ends the thread when nobody holds the worker any more.
         weakref.finalize(self, self.jobs.put, None)
 
     def submit(self, call: Callable[[], T]) -> Future[T]:
@@ -61,6 +62,7 @@ def run_jobs(jobs: SimpleQueue[Job | None], closed: Event) -> None:
             under_way.add(future)
             try:
                 future.set_result(call())
+            # Whatever comes belongs to the caller, who gets it from the future; the thread goes on.
             except BaseException as error:
                 future.set_exception(error)
             under_way.discard(future)

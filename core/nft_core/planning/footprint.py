@@ -86,6 +86,7 @@ def count_footprint(s: Settings, host: Host, device: torch.device, both: bool = 
     both: count a training step with gradient checkpointing and without it, and not only as it is set.
     Raises NftError if the model or its tokenizers cannot be loaded, or do not work on tensors without numbers.
     """
+    # What `auto` means depends on the device, and the plan is made on the meta device.
     update = {
         "precision": PRECISIONS[autocast_dtype(s, device)],
         "decode_precision": PRECISIONS[decode_dtype(s, device)],
@@ -108,7 +109,7 @@ def count_model(s: Settings, host: Host, model: FlowModel, both: bool) -> Footpr
     height, width, shape = image_shape(s, model)
     weights = Counter[str]()
     for x in iterate_tensors(model.transformer):
-        weights[str(x.dtype).removeprefix("torch.")] += count_bytes(x)
+        weights[str(x.dtype).removeprefix("torch.")] += x.nbytes
     gathered = count_gathered(model.transformer)
     if not s.lora_rank and s.precision != "fp32":  # FSDP puts trained weights together in 16 bits.
         gathered //= 2
@@ -130,24 +131,24 @@ def count_model(s: Settings, host: Host, model: FlowModel, both: bool) -> Footpr
     return Footprint(
         precision=s.precision,
         weights=dict(weights),
-        tables=sum(map(count_bytes, model.transformer.buffers())),
+        tables=sum(x.nbytes for x in model.transformer.buffers()),
         gathered=gathered,
         casts=work.casts,
         trained=[p.numel() for p in policy.parameters],
         lora=policy.lora is not None,
-        merged=sum(count_bytes(layer.base_layer.weight) for layer in adapted),
+        merged=sum(layer.base_layer.weight.nbytes for layer in adapted),
         others={
-            name: sum(map(count_bytes, iterate_tensors(module))) for name, module in list_other_modules(model)
+            name: sum(x.nbytes for x in iterate_tensors(module)) for name, module in list_other_modules(model)
         },
         texts=texts,
         encode=encode,
-        row=sum(count_bytes(rows[:1].contiguous()) for rows in condition.values()),
+        row=sum(rows[:1].contiguous().nbytes for rows in condition.values()),
         latent=4 * prod(shape),
         image=4 * 3 * height * width,
         forward=forward,
         reference=work.base() if policy._reference is None else forward.flops,
         copied=policy._reference is not None,
-        replaced=sum(count_bytes(w) for _, w in policy._base),
+        replaced=sum(w.nbytes for _, w in policy._base),
         decode=decode,
         steps=steps,
         passes=passes,
@@ -191,7 +192,7 @@ class Computations:
         c = self.make_conditions(len(x_t))
         with AsOnGpu(self.autocast) as mode:
             v = self.policy.model.velocity(x_t, t, c).float()
-            self.casts = sum(map(count_bytes, mode.casts.values()))
+            self.casts = sum(x.nbytes for x in mode.casts.values())
         return v
 
     @torch.no_grad()
@@ -242,11 +243,6 @@ class Computations:
         return True
 
 
-def count_bytes(x: Tensor) -> int:
-    """Count the bytes of a tensor's numbers, all of its elements."""
-    return x.numel() * x.element_size()
-
-
 def iterate_tensors(module: torch.nn.Module) -> Iterator[Tensor]:
     """Go through all parameters and buffers of a module."""
     yield from module.parameters()
@@ -263,7 +259,7 @@ def count_gathered(transformer: torch.nn.Module) -> int:
     for module in (transformer, *reversed(list_blocks(transformer))):  # Inner ones last: they have their own.
         owner |= {id(p): id(module) for p in module.parameters()}
     for p in transformer.parameters():
-        own[owner[id(p)]] += count_bytes(p)
+        own[owner[id(p)]] += p.nbytes
     around = own.pop(id(transformer))
     return around + 2 * max(own.values(), default=0)
 
@@ -290,13 +286,14 @@ def encode_on_meta(model: FlowModel) -> tuple[dict[str, Tensor], dict[str, int],
             condition = model.encode(prompts)
         return dict(condition), {}, max(live.after, default=0)
     encoders = {n: fake_encoder(model.empty(n)) for n in model._parts() if n.startswith("text_encoder")}
+    # The model itself stays on the meta device; the copy shares its parts and differs in two attributes.
     twin = copy.copy(model)
     twin.device = torch.device("cpu")  # Tokens are real, and masks are read.
     rest = {n: p for n, p in model.pipeline.components.items() if not n.startswith(OF_TEXT)}
     twin._texts = twin._load(lambda name: name.startswith("tokenizer"), rest | encoders)
     with Live() as live:
         condition = twin.encode(prompts)
-    texts = {name: sum(map(count_bytes, iterate_tensors(encoder))) for name, encoder in encoders.items()}
+    texts = {name: sum(x.nbytes for x in iterate_tensors(encoder)) for name, encoder in encoders.items()}
     return dict(condition), texts, max(live.after, default=0)
 
 
@@ -321,6 +318,7 @@ def fake_encoder(encoder: torch.nn.Module) -> torch.nn.Module:
         return tree_map_only(Tensor, lambda x: torch.zeros(x.shape, dtype=x.dtype, device="cpu"), outputs)
 
     encoder.forward = shapes
+    # `encode` moves encoders to a device and back, where there are no numbers to move.
     encoder.to = lambda *args: encoder  # type: ignore[method-assign]
     return encoder
 

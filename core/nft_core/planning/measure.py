@@ -141,6 +141,7 @@ class Live(TorchDispatchMode):
     ) -> Any:
         kwargs = kwargs or {}
         result = func(*args, **kwargs)
+        # torch counts FLOPs only for its costly operations; the rest hardly matters.
         if func._overloadpacket in flop_registry:
             self.flops += flop_registry[func._overloadpacket](*args, **kwargs, out_val=result)
         # A view, or a change in place, gives back memory that was there already.
@@ -148,6 +149,8 @@ class Live(TorchDispatchMode):
         for storage in self.list_storages(result):
             if storage._cdata not in given and storage._cdata not in self._alive:
                 self.now += storage.nbytes()
+                # Python frees a tensor when its last name goes, and this is called then: what is alive is known
+                # at any time.
                 gone = partial(self._gone, storage._cdata, storage.nbytes())
                 self._alive[storage._cdata] = weakref.ref(storage, gone)
         self.after.append(self.now)

@@ -75,6 +75,7 @@ def plan_phases(s: Settings, f: Footprint, rewards: Mapping[str, int]) -> Phases
     merged = 0 if is_sharded(s) else f.merged
     whole = {**fixed, **policy, **beside}
     latents = images * f.latent
+    # Batches that wait for the reward hold their pixels, and no latents of their own.
     waiting = AHEAD * batch * f.image
     # FSDP has 16-bit weights of a block at a time, which `gathered` counts, and autocast keeps none.
     spared = f.casts if is_sharded(s) and not f.lora else 0
@@ -83,6 +84,7 @@ def plan_phases(s: Settings, f: Footprint, rewards: Mapping[str, int]) -> Phases
     decoding = batch * f.latent + max((batch - decoded) * f.image + f.decode.peak(decoded), 2 * batch * f.image)
     frozen = f.forward.peak(count_together(s, micro)) - spared + visitor
     step = f.steps[s.gradient_checkpointing]
+    # Gradients are put together into one flat message, a second copy of them for a moment.
     exchange = trained if count_planned_processes(s) > 1 else 0
     return {
         "encode": {**loaded, **beside, "text encoders": sum(f.texts.values()), "activations": f.encode},
@@ -206,12 +208,15 @@ def propose_settings(
     """
     # bitsandbytes cannot train weights that processes share.
     optimizers = [s.optimizer] if is_sharded(s) and not f.lora else [s.optimizer, "adamw8bit"]
+    # Halves are what a run itself tries when the memory is full, so a plan proposes the same.
     halvings = [[n >> i for i in range(n.bit_length())] for n in (getattr(s, name) for name in BATCHES)]
     missing = []
     for values in product(dict.fromkeys(optimizers), (False, True), sorted(f.steps), *halvings):
         tried = s.model_copy(update=dict(zip((*ECONOMIES, *BATCHES), values, strict=True)))
         missing.append(count_needed(plan_phases(tried, f, rewards)) - room)
         if missing[-1] <= 0:
+            # `product` goes through economies in the order of their price, so the first that fits is the
+            # cheapest.
             return tried, 0
     return None, min(missing)
 

@@ -89,6 +89,7 @@ class Probe:
         if self.run.at.epoch + 1 != self.epoch:
             return generate(draws, rows, condition)
         self.made += len(rows)
+        # The last batch is traced because the one before it, untraced, then gives the speed.
         last = self.made >= len(list_owned(len(draws)))
         self.trace(last)
         start = read_clock(self.device)
@@ -194,6 +195,7 @@ def measure_product_speed(device: torch.device, dtype: torch.dtype) -> float:
         start = read_clock(device)
         a @ b
         times.append(read_clock(device) - start)
+    # The fastest, since whatever disturbs a measurement can only make it slower.
     return 2 * side**3 / min(times)
 
 

@@ -48,6 +48,7 @@ def assemble_training(
     compiled: whether the transformer's blocks are to be compiled.
     eval_solver: for evaluations; None: the same.
     """
+    # First of all: the text encoders are given up before the copies of the weights take their memory.
     condition, eval_condition, negative = encode_all(s, model, prompts, held_out, device)
     torch.manual_seed(s.seed)  # A LoRA's weights are drawn from torch's own generator.
     policy = make_policy(s, model, device)
@@ -73,6 +74,7 @@ def assemble_training(
         condition=condition,
         eval_condition=eval_condition,
         optimizer=make_optimizer(s, policy.parameters),
+        # The first process sets the real ones once its folder stands.
         observe=tell_no_observer,
         save=lambda: save_training(training, folder),
         at=Progress(

@@ -6,10 +6,8 @@ manifest is whole.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
-import re
 import shlex
 import shutil
 from collections.abc import Callable, Mapping
@@ -23,20 +21,16 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from ..errors import CheckpointError, NftError, SaveError, advise_on_disk
+from ..models.run_folders import MANIFEST, NAME, OF_TRAINING, STATE
 from ..parallel.processes import rank
 from ..training.optimizers import collect_moments, load_moments
 from ..training.policy import Policy
 from ..training.state import Progress, read_progress
+from .fingerprint import digest_file
 
-MANIFEST, STATE, POLICY, OPTIMIZER = (
-    "manifest.json",
-    "state.json",
-    "policy.safetensors",
-    "optimizer.safetensors",
-)
+POLICY, OPTIMIZER = OF_TRAINING
 #: Of JSON files; what is larger was not written here.
 MOST_BYTES = 64 * 2**20
-NAME = re.compile(r"\d{6,}")
 
 
 class Entry(BaseModel):
@@ -49,7 +43,7 @@ class Entry(BaseModel):
 
 
 class Manifest(BaseModel):
-    """What a checkpoint's folder must hold, by path inside it."""
+    """Lists the files that a checkpoint's folder must hold, by path inside it."""
 
     model_config = ConfigDict(extra="forbid")
 
@@ -71,6 +65,7 @@ def save_checkpoint(
     Raises SaveError where the disk will not take it.
     """
     if rank() != 0:
+        # Gathering parts is done by all processes together; the others throw the result away.
         policy.state()
         collect_moments(policy.names, policy.parameters, optimizer)
         return
@@ -82,6 +77,7 @@ def save_checkpoint(
         weights = policy.state()
         policy.save(aside, weights)
         save_file({k: v.cpu().contiguous() for k, v in weights.items()}, aside / POLICY)
+        # They may be several times the model; the moments that follow need memory too.
         del weights
         save_file(collect_moments(policy.names, policy.parameters, optimizer), aside / OPTIMIZER)
         (aside / STATE).write_text(json.dumps(state, allow_nan=False) + "\n", encoding="utf-8")
@@ -91,9 +87,11 @@ def save_checkpoint(
         # The name appears once everything behind it is on the disk.
         for path in (*files, aside / MANIFEST):
             _flush(path)
+        # Two renames, since a folder cannot be replaced in one: `_tidy` mends a kill between them.
         if folder.exists():
             folder.rename(old)
         aside.rename(folder)
+        # Without this, a power cut could forget the new name although the files are on the disk.
         _flush(folder.parent)
         shutil.rmtree(old, ignore_errors=True)
     except (OSError, RuntimeError, ValueError, SafetensorError) as error:
@@ -111,9 +109,7 @@ def _aside(folder: Path, what: str) -> Path:
 
 
 def _entry(path: Path) -> Entry:
-    with path.open("rb") as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
-    return Entry(size=path.stat().st_size, sha256=digest)
+    return Entry(size=path.stat().st_size, sha256=digest_file(path))
 
 
 def _flush(path: Path) -> None:
@@ -167,9 +163,11 @@ def verify_checkpoint(folder: Path) -> None:
     manifest = read_manifest(folder)
     for name, entry in manifest.files.items():
         path = folder / name
+        # A link could lead out of the checkpoint, to a file that was never part of it.
         if path.is_symlink() or not path.is_file():
             raise CheckpointError(f"{name} is missing")
         size = path.stat().st_size
+        # The size is compared first, since reading a large file for its digest takes minutes.
         if size != entry.size:
             raise CheckpointError(f"{name} has {size} bytes of {entry.size}")
         try:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import shutil
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path, PurePosixPath
@@ -12,7 +11,7 @@ from ..errors import NftError, advise_on_disk
 from ..host.local import is_reference
 from ..settings import Settings, make_settings
 from ..settings.places import find_packages
-from .fingerprint import find_source_files
+from .fingerprint import digest_file, find_source_files
 from .places import change_paths
 
 FOLDER = "inputs"
@@ -110,6 +109,7 @@ def copy_files(
         )
         return None
     digests = {inside: digest_file(path) for inside, path in files.items()}
+    # Earlier checkpoints of the run may still need the older copy, so it is kept.
     number, place = 1, folder / FOLDER / name
     while any((place / i).exists() and digest_file(place / i) != d for i, d in digests.items()):
         number += 1
@@ -118,6 +118,7 @@ def copy_files(
         target = place / inside
         if not target.exists():
             target.parent.mkdir(parents=True, exist_ok=True)
+            # Aside first, so that a full disk leaves no half of a file where a copy is expected.
             aside = target.with_name(f".{target.name}")
             shutil.copyfile(path, aside)
             aside.replace(target)
@@ -125,11 +126,6 @@ def copy_files(
         copies.pop(file, None)  # The latest copy of a file stands last.
         copies[file] = Copy(file, str(path), digests[inside])
     return place
-
-
-def digest_file(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def use_copies(values: Mapping[str, Any], folder: Path, copies: Iterable[Copy]) -> dict[str, Any]:

@@ -53,6 +53,7 @@ def fingerprint_evaluation(
     """
     from .setup import find_model
 
+    # Solver, steps and size of evaluations, which may differ from those of rollouts.
     its = for_evaluation(settings)
     values = shorten_paths(its.model_dump(mode="json")) | resolved
     chosen = {name: values[name] for name in OF_PICTURES} | {"model": digest_model(find_model(settings).base)}
@@ -88,7 +89,9 @@ def identify_source(name: str, card: Registered[Any] | None, sources: Mapping[st
     if card is not None:
         return f"{card.distribution} {sources.get(card.distribution, '')}"
     return (
-        str([(path.name, digest_file(path)) for path in find_source_files(name)]) if is_reference(name) else ""
+        str([(path.name, digest_file(path)[:12]) for path in find_source_files(name)])
+        if is_reference(name)
+        else ""
     )
 
 
@@ -114,9 +117,11 @@ def digest_weights(place: Path) -> str:
 
 def digest_origin(source: ModelSource) -> dict[str, str]:
     """Make digests of the weights and LoRAs that stand on a model's pipeline, wherever they lie."""
-    found = {f"LoRA {number}": digest_file(lora.file) for number, lora in enumerate(source.loras, 1)}
+    found = {f"LoRA {number}": digest_file(lora.file)[:12] for number, lora in enumerate(source.loras, 1)}
     if source.transformer:
         found["the transformer's weights"] = digest_weights(source.transformer)
+    if source.file and source.file != source.transformer:  # Its VAE and text encoders.
+        found["the single file's weights"] = digest_weights(source.file)
     return found
 
 
@@ -186,7 +191,7 @@ def collect_sources(host: Host, references: Iterable[str] = ()) -> dict[str, str
             continue
     files: dict[str, list[str]] = {}
     for path in dict.fromkeys(path for r in references if is_reference(r) for path in find_source_files(r)):
-        files.setdefault(path.name, []).append(digest_file(path))
+        files.setdefault(path.name, []).append(digest_file(path)[:12])
     return found | {name: " ".join(sorted(digests)) for name, digests in files.items()}
 
 
@@ -216,7 +221,9 @@ def find_source_files(reference: str) -> list[Path]:
 
 
 def digest_file(path: Path) -> str:
-    return hashlib.sha256(path.read_bytes()).hexdigest()[:12]
+    """Compute the SHA-256 of a file's content."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def compare_sources(before: Mapping[str, str], now: Mapping[str, str]) -> list[str]:

@@ -52,6 +52,7 @@ def holds_a_run(folder: Path) -> bool:
     """Say whether there is a run to go on with. Raises UsageError for a folder of something else."""
     if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
         return False
+    # It raises for a folder with other files, so that nothing of somebody else's is taken for a run.
     read_settings(folder)
     return True
 
@@ -75,6 +76,7 @@ def lock_folder(folder: Path) -> Iterator[None]:
     try:
         yield
     finally:
+        # The lock goes with the descriptor, also when the process is killed: no lock file stays behind.
         os.close(place)
 
 
@@ -142,6 +144,7 @@ def write_settings(
 
     def write(path: Path, content: str) -> None:
         aside.write_text(content, encoding="utf-8")
+        # Renamed when it is whole: who reads meanwhile, or after a kill, finds the old file or the new one.
         aside.replace(path)
 
     try:

@@ -50,5 +50,5 @@ def add_origin(base: Mapping[str, Any], layers: Sequence[Mapping[str, Any]]) -> 
                     f"Setting {name} = {given[name]!r}: training goes on from {top.file}, whose {name} is "
                     f"{value:g}. Leave the setting out, or give --lora-merge to train other weights over it."
                 )
-        brought |= of_file
+        brought |= of_file | {"lora_targets": []}  # A preset's are for a new LoRA.
     return make_settings(base, brought, *layers)

@@ -102,6 +102,7 @@ def change_paths(values: Mapping[str, Any], change: Callable[[str, str], str]) -
         spec = parse_reward(given)
         old = {"name": spec.name, **spec.options}
         new = options(old)
+        # What names no path keeps the form in which the user wrote it.
         return given if new == old else {**new, "weight": spec.weight, **spec.guard.list_changes()}
 
     def observer(given: Any) -> Any:

@@ -82,6 +82,7 @@ def hide_secrets(words: Sequence[str], environment: Mapping[str, str]) -> str:
         # `--api-key VALUE`: the value is the next word.
         follows = before.startswith("--") and "=" not in before and SECRET_NAME.fullmatch(before[2:])
         text = HIDDEN if follows else word
+        # The longest first: a short secret may be a part of a longer one.
         for value in sorted(known, key=len, reverse=True):
             text = text.replace(value, HIDDEN)
         text = SECRET_OPTION.sub(rf"\g<1>{HIDDEN}", text)
@@ -99,6 +100,7 @@ def find_commit(folder: Path) -> str:
         done = subprocess.run(
             [*command, "--exclude=*"],
             cwd=folder,
+            # git would otherwise refresh its index and hold a lock, in a folder where others may work.
             env={**os.environ, "GIT_OPTIONAL_LOCKS": "0"},
             stdin=subprocess.DEVNULL,
             capture_output=True,

@@ -17,18 +17,17 @@ from ..host.host import Host
 from ..parallel.signals import note_signals
 from ..prompts import Prompt, write_prompts
 from ..settings import Settings
-from .copies import copy_inputs, read_copies, tell_changes, use_originals
+from .checks import check_any_weight, check_shares, check_sizes
+from .copies import copy_inputs, read_copies, tell_changes
 from .fingerprint import collect_sources, digest_origin, digest_value, fingerprint_evaluation
 from .folder import claim_folder, holds_a_run, lock_folder, make_folder, read_record, write_settings
 from .inputs import (
     Inputs,
-    check_any_weight,
+    check_run,
     check_same_settings,
-    check_sizes,
     choose_prompts,
     load_rewards,
     make_observers,
-    prepare_inputs,
     register_observers,
 )
 from .observers.evaluations import save_scores
@@ -65,7 +64,7 @@ def name_resume_command(folder: Path) -> str:
 
 
 class Caller(NamedTuple):
-    """What a run does otherwise where Python starts it, and not the command.
+    """Holds what a run does differently where Python starts it, and not the command.
 
     prompts: prompts that were given as lists, by the setting that names the file that they are written to.
     console: whether the run is shown on standard output.
@@ -104,20 +103,18 @@ def run_training(
     environment.check_numbers()
     first = environment.is_first_process()
     tell = say if first else lambda text: None
-    # Of a new run's folder nothing is read: what stands there may be anything.
-    originals = use_originals(settings, folder, read_copies(read_record(folder))) if resume else settings
-    inputs = prepare_inputs(originals, host, caller.prompts)
+    inputs = check_run(settings, folder, host, resume, allow_changes, caller.prompts)
     asked = make_observers(settings, host) if first else {}
     with ExitStack() as stack:
         found: Path | None = None
         goes_on = first and resume and holds_a_run(folder)
         if goes_on:
             stack.enter_context(lock_folder(folder))
+            # Under the lock, so that no other process deletes or adds a checkpoint meanwhile.
             found = choose_checkpoint(folder, settings, allow_changes, tell)
-        elif first:
-            claim_folder(folder)
         device = pick_device(settings.device)
         enter_surroundings(stack, settings, host, device, tell)
+        # Only the first has looked. On a network's disk the others might see another newest checkpoint.
         path = agree_on_checkpoint(folder, found, device)
         check_same_settings(settings, path, device)
         training, compiled = load_training(settings, host, inputs, device, folder, tell, count_operations)
@@ -137,6 +134,7 @@ def run_training(
             run = Run(folder, settings.model_dump(), settings.epochs, training.at.epoch)
             training.observe = register_observers(host, run, asked, caller.console)
             training.keep_scores = partial(save_scores, folder)
+            # Lines of epochs after the checkpoint are of work that is now done again.
             trim_metrics(folder, training.at, tell)
         if other:  # What was allowed holds from here on, whatever comes.
             training.save()
@@ -153,6 +151,7 @@ def record_start(folder: Path, settings: Settings, host: Host, step: int, tell: 
 
     Returns the settings with the copies in the places of these files.
     """
+    # What the folder tells of earlier starts is kept, and this start added to it.
     record = read_record(folder)
     copies = read_copies(record)
     tell_changes(folder, copies, tell)
@@ -209,11 +208,13 @@ def load_training(
     # A reward that a file composes tells its members' weights only now.
     check_any_weight(term.weight for term in reward.terms)
     prompts, held_out = choose_prompts(inputs, reward.check_prompt, settings.unscorable, tell)
-    check_sizes(settings, len(prompts), len(held_out))
+    check_sizes(settings, len(prompts))
+    check_shares(settings, len(held_out))
     if not is_same_everywhere(digest_prompts(prompts, held_out), device):
         raise UsageError("The prompts of this run's processes differ: give the same files on every node.")
     if (source := find_model(settings)).is_changed:
         tell(f"Beginning from {source.describe()}.")
+    # Weights and LoRAs on top of the base come later, in `make_policy`: some of them are trained.
     model = load_base(settings, host, device)
     counts = count_operations if device.type == "cuda" else None
     operations = counts(settings, host, device, tell) if counts else None
@@ -311,6 +312,7 @@ def rescue_training(
 
     name_resume: as of Caller.
     """
+    # The error may have come while old or averaged weights stood in place of the live ones.
     training.policy.restore_live()
     at = training.at
     if training.is_inconsistent:

@@ -8,10 +8,11 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import UsageError
-from ..models.lora_files import DIFFUSERS_FILE
 from ..models.pipeline import PipelineModel
+from ..models.small_files import DIFFUSERS_FILE
 from ..models.sources import ModelSource, find_source
 from ..seeds import hash_key
+from ..settings import for_evaluation
 from ..training.state import Training
 from .setup import image_shape
 
@@ -69,7 +70,7 @@ def write_use(training: Training, model: PipelineModel, source: ModelSource) -> 
 def write_loading(training: Training, model: PipelineModel, source: ModelSource) -> tuple[list[str], list[str]]:
     """Write the lines that load a model; returns the classes that they need, and the lines.
 
-    Raises UsageError for a LoRA in a layout that diffusers does not load.
+    Raises UsageError for what diffusers does not load: LoRAs in some layouts, text encoders of single files.
     """
     dtype = f"dtype={training.policy.dtype if source.loras else 'torch.float32'}"
     classes, lines, given = [model.pipeline_class], [], [f"{name}=None" for name in list_absent(model)]
@@ -82,6 +83,15 @@ def write_loading(training: Training, model: PipelineModel, source: ModelSource)
             lines.append(f"transformer = {kind}.from_single_file({place}, {where}, {dtype})")
         else:
             lines.append(f"transformer = {kind}.from_pretrained({place}, {dtype})")
+    if source.file and model.readers.keys() - {"vae"}:
+        raise UsageError(
+            f"{source.file} holds text encoders, which diffusers loads with whole pipelines alone."
+        )
+    if source.file and model.readers:
+        kind, where = type(model.pipeline.vae).__name__, f'config={write_text(source.base)}, subfolder="vae"'
+        classes.append(kind)
+        given.append("vae=vae")
+        lines.append(f"vae = {kind}.from_single_file({write_text(str(source.file))}, {where}, {dtype})")
     options = ", ".join([write_text(source.base), *given, dtype])
     device = '.to("cuda")' if training.policy.device.type == "cuda" else ""
     lines.append(f"pipeline = {model.pipeline_class}.from_pretrained({options}){device}")
@@ -102,7 +112,7 @@ def write_scheduler(training: Training, model: PipelineModel) -> tuple[list[str]
         own = [f"pipeline.scheduler = {kind}.from_config(pipeline.scheduler.config)"] if kind == "DPM2" else []
         return own, []
     # A multistep scheduler, which would take other times: here they are Euler's, with its shift.
-    steps = count_steps(training)
+    steps = for_evaluation(training.settings).steps
     times = f"sigmas=[1 - i / {steps} for i in range({steps})]"
     return [f"pipeline.scheduler = {kind}(shift={config.get('flow_shift', 1.0)})"], [times]
 
@@ -113,7 +123,7 @@ def write_call(training: Training, model: PipelineModel, more: list[str]) -> lis
     height, width, shape = image_shape(s, model)
     size = ", ".join(map(str, (1, *shape)))
     number = hash_key(s.seed, "eval", 0, 0, 0)  # As `training.evaluation` draws the first image.
-    call: dict[str, Any] = {"num_inference_steps": count_steps(training), **model.unguided}
+    call: dict[str, Any] = {"num_inference_steps": for_evaluation(training.settings).steps, **model.unguided}
     call |= {"height": height, "width": width}
     if "max_sequence_length" in inspect.signature(model.pipeline.__call__).parameters:
         call["max_sequence_length"] = model.max_sequence_length
@@ -125,11 +135,6 @@ def write_call(training: Training, model: PipelineModel, more: list[str]) -> lis
         f"image = pipeline(prompt=prompt, {options}).images[0]",
         'image.save("image.png")',
     ]
-
-
-def count_steps(training: Training) -> int:
-    """Count the solver's steps of an evaluation's image."""
-    return training.settings.eval_steps or training.settings.steps
 
 
 def list_absent(model: PipelineModel) -> list[str]:

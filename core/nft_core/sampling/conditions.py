@@ -88,12 +88,14 @@ def encode_prompts(
         return Encoded(model.encode(texts), rows)
     if cache is not None:
         return Encoded(encode_to_file(model, texts, cache), rows)
+    # All rows of a model have one size, so one text tells how much memory all will take.
     one = model.encode(texts[:1])
     if len(texts) * sum(r.nbytes for r in one.values()) <= MOST_HELD:
         return Encoded(model.encode(texts), rows)
     folder = make_scratch(device)
     try:
         condition = encode_to_file(model, texts, folder)
+        # Nobody removes the file's name before all have opened it.
         processes.barrier()
     finally:
         if is_first_on_machine():
@@ -112,7 +114,9 @@ def encode_to_file(model: FlowModel, texts: Sequence[str], folder: Path) -> Cond
     file = folder / f"{digest_encodings(model, texts)}.safetensors"
     if is_first_on_machine() and not is_readable(file):
         write_encodings(model, texts, file)
+    # The others wait until the file is whole.
     processes.barrier()
+    # `load_file` maps the file: pages are read when they are needed, and shared by all processes.
     return load_file(file) if is_readable(file) else model.encode(texts)
 
 
@@ -145,6 +149,7 @@ def make_scratch(device: torch.device) -> Path:
 def digest_encodings(model: FlowModel, texts: Sequence[str]) -> str:
     """Digest all that encodings depend on: another model, file, option, library or text gives another name."""
     plain = (int, float, str, torch.dtype)
+    # Plain attributes are the family's options; modules and tensors are known by their files.
     options = {n: repr(v) for n, v in sorted(vars(model).items()) if isinstance(v, plain)}
     files = sorted(f for f in Path(model.name).rglob("*") if f.is_file()) if Path(model.name).is_dir() else []
     parts: list[Any] = [
@@ -190,6 +195,7 @@ def map_new_file(file: Path, condition: Condition, count: int) -> dict[str, Tens
     Raises OSError where the disk is too small: to write into a map without room behind it would kill the
     process.
     """
+    # By hand, since safetensors itself can only write tensors that are in memory as a whole.
     header: dict[str, Any] = {}
     end = 0
     # The widest numbers first, so that each begins at a multiple of its size.

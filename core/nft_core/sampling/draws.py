@@ -42,11 +42,14 @@ class Draws:
     def make_generator(self, n: int, purpose: str = "") -> torch.Generator:
         """Make the generator of image n, for its noise or for another purpose."""
         position, image = divmod(n, self.images)
+        # The prompt's place in its file, and not in this epoch: another choice of prompts leaves an image's
+        # noise as it is.
         return make_generator(self.seed, purpose or self.purpose, self.epoch, self.indices[position], image)
 
     def make_batch(self, rows: Tensor, images: Tensor) -> Batch:
         """Make a batch of the images n in `rows`, whose pixels are `images`, with what they were made for."""
         prompts = [self.find_prompt(int(n)) for n in rows]
+        # A prompt's index in its file is the group's number, which is the same in all batches and processes.
         groups = copy_to_device(self.list_groups()[rows], images.device)
         return Batch(images, [p.text for p in prompts], [p.metadata for p in prompts], groups)
 

@@ -6,7 +6,7 @@ import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, wait
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 
 import torch
@@ -21,7 +21,14 @@ from ..parallel.sharding import InStep
 from ..parallel.workers import Worker
 from ..scoring.composer import Composed
 from ..scoring.failures import Tally
-from ..scoring.scores import concatenate_scores, fill_details, gather_names, gather_scores, withhold_scores
+from ..scoring.scores import (
+    concatenate_scores,
+    fill_details,
+    gather_names,
+    gather_notes,
+    gather_scores,
+    withhold_scores,
+)
 from .conditions import Encoded
 from .draws import Draws
 
@@ -77,6 +84,8 @@ class Sampler:
 
     def predict(self, x_t: Tensor, t: float, condition: Condition) -> Tensor:
         """Predict the velocity of a batch at one time, under guidance; `[B, C, h, w]` float32."""
+        # Where processes share the transformer, they ask for velocities together, also for the second one of
+        # guidance.
         predict = self.in_step.velocity if self.in_step else self.velocity
         times = torch.full((len(x_t),), t, device=self.device, dtype=torch.float32)
         v = predict(x_t, times, condition)
@@ -99,7 +108,7 @@ class Rollout:
 
     draws: prompts and seeds of all N images; index: `[n]`, which of them this process generated.
     x_0: `[n, C, h, w]` float32 on the device; empty for an evaluation, which is not trained on.
-    scores: `[N]` on the CPU; groups: `[N]`.
+    scores: `[N]` on the CPU, in an evaluation with the whole's notes; groups: `[N]`.
     tallies: what failures have cost each reward, in all processes.
     skipped: rewards that failed and were left out: their weight in `scores` is 0.
     """
@@ -144,6 +153,7 @@ def roll_out(
     finite: list[Tensor] = []
     pending: list[Future[Scores]] = []
     scores: list[Scores] = []
+    # In this order: when a process fails, its own scoring thread ends first, and then the others are told.
     with (
         fail_together(sampler.device, partial(join_passes, sampler, condition, groups)),
         start_scoring() as scorer,
@@ -156,6 +166,7 @@ def roll_out(
             todo = todo[len(rows) :]
             batch = draws.make_batch(rows, images)
             finite.append(x_0.isfinite().flatten(1).all(1))
+            # Pictures are looked at here because they are gone once they are scored.
             if look:
                 look(rows, batch)
             else:
@@ -170,6 +181,7 @@ def roll_out(
             for future in pending:
                 scores.append(await_scores(future, stop))
                 progress("reward", sum(map(len, scores)), len(index))
+        # Inside `fail_together`, since it raises where details differ, perhaps in one process alone.
         mine = concatenate_scores(scores)
     tallies = sum_tallies(take_tallies(reward), sampler.device)
     if any(t.masked for t in tallies.values()):  # Where a reward failed it gave no details: fill them with NaN.
@@ -178,6 +190,8 @@ def roll_out(
     # A latent that is NaN may get a score all the same, since its picture is merely black. Do not train on it.
     sound = gather_rows(torch.cat(finite).float(), index, len(draws), sampler.device).bool()
     everyones, skipped = finish_scores(withhold_scores(everyones, sound), groups, reward, tallies, draws)
+    if look:  # Nobody reads the notes of an epoch's images.
+        everyones = replace(everyones, notes=gather_notes(mine, index, len(draws), sampler.device))
     x_0 = torch.cat(latents) if latents else torch.empty(0, dtype=torch.float32, device="cpu")
     return Rollout(draws, index, x_0, everyones, groups, tallies, skipped)
 
@@ -187,6 +201,7 @@ def generate_batch(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Generate the first of the images in `todo`, as many as memory allows; returns rows, x_0 and pixels."""
     while True:
+        # Read anew in each attempt, since `halve_batches` makes it smaller.
         rows = todo[: sampler.batch]
         try:
             return rows, *sampler.generate(draws, rows, condition.take_rows(groups[rows], sampler.device))
@@ -216,6 +231,7 @@ def finish_scores(
     """
     if hasattr(reward, "regroup"):  # A group's images were spread over batches and processes until here.
         scores = reward.regroup(scores, groups)
+    # By the tallies of all processes: the reward is left out in all, or totals would differ.
     skipped = tuple(name for name, tally in tallies.items() if tally.skipped)
     if skipped and isinstance(reward, Composed):
         tell_skipped(skipped, tallies, draws)

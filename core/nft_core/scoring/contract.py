@@ -27,6 +27,7 @@ def check_prompt(member: Any, name: str, prompt: str, metadata: Mapping[str, Any
         message = str(error)
         # A composed reward may have named its member already.
         raise PromptError(message if message.startswith(name) else f"{name}: {message}") from error
+    # Ours already say what to do, and Ctrl-C is the user's.
     except (NftError, KeyboardInterrupt):
         raise
     except BaseException as error:
@@ -41,6 +42,7 @@ def regroup_scores(name: str, reward: Any, scores: Scores, groups: Tensor) -> Sc
 
     groups: `[B]` int64, equal for images of the same prompt.
     """
+    # The reward gets copies: it may keep or change what it is given.
     with keep_process_state(f"the call of the reward {name!r}"):
         return call_checked(name, lambda: reward.regroup(copy_for_plugin(scores), groups.clone()), len(groups))
 
@@ -92,6 +94,7 @@ def check_scores(name: str, scores: Any, size: int) -> Scores:
         raise NftError(f"The reward {name!r} must score {size} images, got {len(scores)} values.")
     # Copies: a reward may write to its tensors in its next call.
     values, valid = scores.values.detach().float().cpu(), scores.valid.cpu().clone()
+    # A NaN that counts as valid would spread into every advantage of the epoch.
     if not values[valid].isfinite().all():
         raise NftError(
             f"The reward {name!r} gave a value that is not finite and marked it as valid: a sample that "
@@ -101,8 +104,9 @@ def check_scores(name: str, scores: Any, size: int) -> Scores:
     parts = {
         key: Part(p.weight, check_scores(f"{name}/{key}", p.scores, size)) for key, p in scores.parts.items()
     }
+    notes = {key: list(map(str, texts)) for key, texts in scores.notes.items()}
     # A value that is not valid may be NaN, and NaN times a weight of 0 is NaN: it becomes 0.
-    return Scores(values.where(valid, 0), valid, details, parts)
+    return Scores(values.where(valid, 0), valid, details, parts, notes)
 
 
 def describe_type(figure: object) -> str:

@@ -92,9 +92,11 @@ class Guarded:
         for attempt in range(1, self.policy.retry + 2):
             try:
                 return self.call_once(batch)
+            # A wrong option or a missing prompt is the same in every attempt.
             except UsageError:
                 raise
             except NftError as error:
+                # A prompt that cannot be scored stays so, and further attempts would only cost time.
                 if attempt > self.policy.retry or isinstance(error.__cause__, PromptError):
                     self.hopeless = isinstance(error, Busy)
                     return self.give_up(error, attempt, size)
@@ -142,6 +144,8 @@ class Guarded:
                     cancel()
                 raise self.make_busy_error()
         self.overdue = None  # Its scores are of another batch.
+        # Started at the first call with a deadline and then kept: one thread for all calls, so that two never
+        # run at once.
         self.worker = self.worker or Worker(f"reward {self.name}")
         future = self.worker.submit(wrap_in_side_stream(device, score))
         if not wait([future], limit).done:
@@ -163,6 +167,7 @@ class Guarded:
     def check_details(self, scores: Scores) -> None:
         """Raise NftError where the names of the details are not those of the first batch."""
         names = frozenset(scores.details)
+        # The first batch that succeeds sets the names: a card does not say which details a reward gives.
         if self.details is None:
             self.details = names
         if names != self.details:
@@ -174,6 +179,7 @@ class Guarded:
     def give_up(self, error: NftError, attempts: int, size: int) -> Scores:
         """Return scores of which none is valid, with a warning at the first; under `stop` raise Failed."""
         if self.policy.on_error == "stop":
+            # The reward's own error stays the cause, so that its traceback is not lost behind ours.
             raise Failed.after(error, attempts) from error.__cause__
         if not self.tally.masked:  # The first failure since the tally was taken.
             what = (
@@ -203,7 +209,7 @@ def join_names(names: Iterable[str]) -> str:
 
 def compute_pause(attempt: int) -> float:
     """Compute the pause after an attempt, in seconds; the first attempt is 1."""
-    return min(BACKOFF * 2.0 ** min(attempt - 1, 64), LONGEST)
+    return min(BACKOFF * 2.0 ** (attempt - 1), LONGEST)
 
 
 def guard_reward(reward: Reward, policy: FailurePolicy, name: str) -> Reward:

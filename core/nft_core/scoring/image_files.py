@@ -67,6 +67,7 @@ def find_images(paths: Iterable[Path], tell: Callable[[str], None] = lambda text
         else:
             files = [path]
         for file in files:
+            # A file that is given twice, or by a link too, is scored once, under the name it came with first.
             found.setdefault(file.resolve(), file)
     if left:
         tell(f"Warning:{describe_omissions(left)}")
@@ -124,6 +125,7 @@ def open_image(source: Path | Image.Image, name: Path) -> Iterator[Image.Image]:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # such as odd EXIF
+            # Pillow warns at its limit and raises only at twice of it: here the limit is the limit.
             warnings.simplefilter("error", Image.DecompressionBombWarning)
             # An image that was given stays open, since its owner goes on with it.
             given = source if isinstance(source, Image.Image) else Image.open(source, formats=FORMATS)
@@ -171,6 +173,7 @@ def decode_image(source: Path | Image.Image, name: Path | None = None) -> Tensor
     with open_image(source, name or Path(str(source))) as image:
         upright = ImageOps.exif_transpose(image)
         if upright.has_transparency_data:
+            # Dropping the alpha channel would show colours that nobody sees behind transparent parts.
             layer = upright.convert("RGBA")
             upright = Image.alpha_composite(Image.new("RGBA", layer.size, "white"), layer)
         pixels = np.array(upright.convert("RGB"))

@@ -8,7 +8,7 @@ import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NoReturn, cast
+from typing import Any, cast
 
 import torch
 from PIL import Image
@@ -16,13 +16,15 @@ from torch import Tensor
 
 from nft_plugins import Batch, PromptError, Scores
 
-from ..errors import NftError, UsageError
+from ..errors import NftError, UsageError, name_arguments
 from ..host import lending
 from ..host.specs import RewardSpec
-from .composer import Composed, Given, call_reward, compose
+from .composed import call_reward
+from .composer import Composed, Given, compose
 from .contract import regroup_scores
 from .image_files import decode_image
 from .items import Item, make_item
+from .pictures import NoPrompts, number_groups
 from .scores import concatenate_scores
 
 #: Pixels in a batch, whatever its number of images: 400 MB in float32.
@@ -34,6 +36,7 @@ class Scored:
     """Holds what rewards say of an image, by reward. A figure is None where it is not a valid number.
 
     errors: why a reward has no score at all: it failed, or the file could not be decoded.
+    notes: texts that rewards give beside the score, such as what OCR read.
     """
 
     item: Item
@@ -41,6 +44,7 @@ class Scored:
     valid: dict[str, bool] = field(default_factory=dict)
     details: dict[str, dict[str, float | None]] = field(default_factory=dict)
     errors: dict[str, str] = field(default_factory=dict)
+    notes: dict[str, dict[str, str]] = field(default_factory=dict)
 
     def note_score(self, name: str, value: float, valid: bool, details: Mapping[str, float]) -> None:
         self.valid[name] = valid
@@ -66,22 +70,7 @@ class NoPrompt(UsageError):
         )
 
 
-class NoPrompts(Sequence[str]):
-    """Stands for the prompts of images without one: it has a length, but to read a prompt is an error.
-
-    So a reward that looks at images alone works, and no reward compares images with an empty prompt.
-    """
-
-    def __init__(self, paths: Sequence[Path]) -> None:
-        self.paths = paths
-
-    def __len__(self) -> int:
-        return len(self.paths)
-
-    def __getitem__(self, index: Any) -> NoReturn:
-        raise NoPrompt(self.paths[index if isinstance(index, int) else 0])
-
-
+@name_arguments()
 def score_images(
     images: str | os.PathLike[str] | Image.Image | Iterable[str | os.PathLike[str] | Image.Image],
     prompts: str | Sequence[str] | None,
@@ -129,6 +118,7 @@ def score_items(
     with lending.keep_state("the check of prompts"):
         check_prompts(items, reward)
     results = [Scored(item) for item in items]
+    # Such a reward compares images of a prompt with one another, which may be in different batches.
     groupwise = {t.name: t.reward for t in reward.terms if hasattr(t.reward, "regroup")}
     kept: dict[str, list[tuple[Sequence[Scored], Sequence[int], Scores]]] = {name: [] for name in groupwise}
     for indices, groups in split_batches(items, batch):
@@ -139,6 +129,7 @@ def score_items(
                 image = decode_image(result.item.source, result.item.path)
                 by_shape.setdefault(image.shape, []).append((result, image, group))
             except UsageError as error:
+                # One file that cannot be read costs its own scores alone; the rest of the folder is scored.
                 for term in reward.terms:
                     result.note_failure(term.name, str(error))
         for rows in by_shape.values():
@@ -170,7 +161,9 @@ def _score_batch(
     """Score one batch and note its scores in `results`; returns the scores of the rewards that did not fail."""
     given_scores: dict[str, Scores] = {}
     prompts = [r.item.prompt for r in results if r.item.prompt is not None]
-    given = prompts if len(prompts) == len(results) else NoPrompts([r.item.path for r in results])
+    # `split_batches` keeps images with and without prompts apart, so a batch has all prompts or none.
+    missing = NoPrompts(len(results), lambda i: NoPrompt(results[i].item.path))
+    given = prompts if len(prompts) == len(results) else missing
     batch = Batch(
         images,
         given,
@@ -180,6 +173,7 @@ def _score_batch(
     for name, _, member in reward.terms:
         try:
             scores = call_reward(name, member, batch)
+        # The sequence of prompts does not know who reads it, so the reward's name is added here.
         except NoPrompt as error:
             raise NoPrompt(error.path, name) from error
         except NftError as error:
@@ -201,6 +195,8 @@ def _note_scores(results: Sequence[Scored], name: str, scores: Scores) -> None:
     for i, result in enumerate(results):
         details = {key: float(figure[i]) for key, figure in scores.details.items()}
         result.note_score(name, float(scores.values[i]), bool(scores.valid[i]), details)
+        if scores.notes:
+            result.notes[name] = {key: texts[i] for key, texts in scores.notes.items()}
 
 
 def check_prompts(items: Iterable[Item], reward: Composed) -> None:
@@ -219,19 +215,13 @@ def split_batches(items: Sequence[Item], batch: int) -> Iterator[tuple[list[int]
     A batch has images of one size, and at most PIXELS pixels. Images without a prompt come first, so that a
     reward that reads prompts says so at once. Images of a group follow one another.
     """
-    keys = [json.dumps([i.prompt, i.metadata], sort_keys=True, default=repr) for i in items]
-    # Equal prompts and metadata are a group. Images without a prompt are a group each, by their index: nothing
-    # says that two of them were made for the same prompt.
-    group_of: dict[Any, int] = {}
-    groups = [
-        group_of.setdefault(key if item.prompt is not None else i, len(group_of))
-        for i, (item, key) in enumerate(zip(items, keys, strict=True))
-    ]
+    groups = number_groups([i.prompt for i in items], [i.metadata for i in items])
     kinds: dict[Any, list[int]] = {}
     for i, item in enumerate(items):
         kinds.setdefault((item.prompt is not None, item.size), []).append(i)
     for (_, (height, width)), members in sorted(kinds.items()):
         members.sort(key=lambda i: (groups[i], i))
+        # A single image larger than PIXELS is scored alone rather than refused.
         at_once = max(1, min(batch, PIXELS // max(height * width, 1)))
         for start in range(0, len(members), at_once):
             chosen = members[start : start + at_once]

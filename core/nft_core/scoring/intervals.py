@@ -15,7 +15,8 @@ from torch import Tensor
 
 from ..seeds import make_generator
 
-#: How often the prompts are drawn anew. The ends of an interval then vary by about 3 % of its width.
+#: How often the prompts are drawn anew. The ends of an interval then have a standard deviation
+#: of about 1 % of its width.
 RESAMPLES = 4000
 #: From fewer prompts no interval is made: it would say more than is known.
 LEAST_PROMPTS = 5
@@ -64,29 +65,32 @@ def bootstrap_mean(
 
     Percentiles of few prompts would be too narrow, since a drawn set varies by (n - 1) / n of what it should:
     they are taken further out, as for Student's t (Hesterberg 2015, "What Teachers Should Know About the
-    Bootstrap", section 4.3).
+    Bootstrap", section 4.3). With strata, the degrees of freedom are those of Welch and Satterthwaite.
     """
     valid = torch.ones_like(values, dtype=torch.bool) if valid is None else valid
     kinds = ["" for _ in range(len(values))] if strata is None else list(strata)
     parts = []
     for kind in sorted(set(kinds)):
         members = torch.tensor([k == kind for k in kinds], dtype=torch.bool, device="cpu")
+        # Only sums and counts of each prompt are needed afterwards, whatever its number of images.
         parts.append(_sum_by_group(values, groups, valid & members))
     if not parts or not all(len(counts) for _, counts in parts):
         return None
     mean = sum(float(sums.sum() / counts.sum()) for sums, counts in parts) / len(parts)
-    prompts = min(len(counts) for _, counts in parts)
-    if prompts < LEAST_PROMPTS:
+    # The kind with the fewest prompts limits how far the interval can be trusted.
+    sizes = [len(counts) for _, counts in parts]
+    if min(sizes) < LEAST_PROMPTS:
         return Interval(mean)
+    # A fixed seed: the same scores always give the same interval.
     source = make_generator(0, "bootstrap")
-    drawn = torch.stack([_draw_means(*part, source) for part in parts]).mean(0)
-    # Of the whole, the error is that of the drawn means, but for the same (n - 1) / n.
-    stretch = sqrt(prompts / (prompts - 1))
-    tail = NormalDist().cdf(-stretch * _student_quantile(prompts - 1))
+    drawn = torch.stack([_draw_means(*part, source) for part in parts])
+    stretch, freedom = _correct_variance(drawn.var(1).tolist(), sizes)
+    tail = NormalDist().cdf(-stretch * _student_quantile(freedom))
+    means = drawn.mean(0)
     low, high = torch.quantile(
-        drawn, torch.tensor([tail, 1 - tail], dtype=torch.float64, device="cpu")
+        means, torch.tensor([tail, 1 - tail], dtype=torch.float64, device="cpu")
     ).tolist()
-    return Interval(mean, stretch * float(drawn.std()), low, high)
+    return Interval(mean, stretch * float(means.std()), low, high)
 
 
 def bootstrap_difference(
@@ -102,6 +106,8 @@ def bootstrap_difference(
     groups, strata: as in `bootstrap_mean`. valid: `[N]` bool, images that have both scores.
     Returns None where there is no such image.
     """
+    # In pairs, since both images began from the same noise: what they share drops out, and the interval is
+    # narrower.
     difference = after.double() - before.double()
     interval = bootstrap_mean(difference, groups, valid, strata)
     if interval is None:
@@ -124,6 +130,7 @@ def _draw_means(sums: Tensor, counts: Tensor, source: torch.Generator) -> Tensor
     """Draw as many prompts as there are, with repetition, RESAMPLES times: the means, `[RESAMPLES]`."""
     means, todo = [], RESAMPLES
     while todo:
+        # In parts, since all draws at once would take too much memory for a large file of prompts.
         rows = min(todo, max(AT_ONCE // len(sums), 1))
         drawn = torch.randint(len(sums), (rows, len(sums)), generator=source, dtype=torch.int64, device="cpu")
         means.append(sums[drawn].sum(1) / counts[drawn].sum(1))
@@ -131,7 +138,23 @@ def _draw_means(sums: Tensor, counts: Tensor, source: torch.Generator) -> Tensor
     return torch.cat(means)
 
 
-def _student_quantile(freedom: int) -> float:
+def _correct_variance(variances: Sequence[float], sizes: Sequence[int]) -> tuple[float, float]:
+    """Compute by what the drawn means' deviation is too small, and Student's degrees of freedom.
+
+    variances: of the drawn means of each kind. sizes: its number of prompts.
+    Each kind's variance is too small by its own (n - 1) / n. The more a kind contributes to the whole, the more
+    its few prompts count (Welch and Satterthwaite).
+    """
+    whole = sum(variances)
+    if not whole:  # All drawn means are equal, so that no factor changes anything.
+        return 1.0, float(min(sizes) - 1)
+    corrected = [v / whole * (n / (n - 1)) for v, n in zip(variances, sizes, strict=True)]
+    total = sum(corrected)
+    freedom = 1 / sum((v / total) ** 2 / (n - 1) for v, n in zip(corrected, sizes, strict=True))
+    return sqrt(total), freedom
+
+
+def _student_quantile(freedom: float) -> float:
     """Compute the 97.5 % quantile of Student's t, to 0.3 % from 4 degrees of freedom on.
 
     The series in 1 / freedom of Abramowitz and Stegun, 26.7.5.

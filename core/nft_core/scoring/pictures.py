@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn, TypeAlias
 
@@ -26,18 +26,26 @@ FORM = "a PIL image, the path of a file, a list of these, or a tensor [B, 3, H, 
 
 
 class NoPrompts(Sequence[str]):
-    """The prompts of images that have none: as many as there are images, but to read one is an error."""
+    """Stands for the prompts of images without one: it has a length, but to read a prompt is an error.
 
-    def __init__(self, size: int) -> None:
-        self.size = size
+    So a reward that looks at images alone works, and no reward compares images with an empty prompt.
+    explain: makes the error of a prompt, from its index.
+    """
+
+    def __init__(self, size: int, explain: Callable[[int], UsageError]) -> None:
+        self.size, self.explain = size, explain
 
     def __len__(self) -> int:
         return self.size
 
     def __getitem__(self, index: Any) -> NoReturn:
-        raise UsageError(
-            "The reward reads the prompts of the images, and none were given: call it with (images, prompts)."
-        )
+        raise self.explain(index if isinstance(index, int) else 0)
+
+
+def explain_no_prompts(_: int) -> UsageError:
+    return UsageError(
+        "The reward reads the prompts of the images, and none were given: call it with (images, prompts)."
+    )
 
 
 def make_batches(images: Images, prompts: Any, metadata: Any) -> list[tuple[list[int], Batch]]:
@@ -53,13 +61,13 @@ def make_batches(images: Images, prompts: Any, metadata: Any) -> list[tuple[list
         raise UsageError(f"There is no image to score: expected {FORM}.")
     texts = read_texts(prompts, size)
     extras = read_metadata(metadata, size)
-    groups = number_groups(texts, extras)
+    groups = number_groups(texts or [None] * size, extras)
     return [
         (
             places,
             Batch(
                 stack,
-                NoPrompts(len(places)) if texts is None else [texts[i] for i in places],
+                NoPrompts(len(places), explain_no_prompts) if texts is None else [texts[i] for i in places],
                 [extras[i] for i in places],
                 torch.tensor([groups[i] for i in places], dtype=torch.int64, device=stack.device),
             ),
@@ -83,6 +91,7 @@ def stack_images(images: Any) -> list[tuple[list[int], Tensor]]:
     by_size: dict[tuple[torch.Size, torch.device], list[tuple[int, Tensor]]] = {}
     for number, image in enumerate(images):
         pixels = read_picture(image, number)
+        # A stack has one size and one device, and images in a list may differ in both.
         by_size.setdefault((pixels.shape, pixels.device), []).append((number, pixels))
     return [([i for i, _ in rows], torch.stack([p for _, p in rows])) for rows in by_size.values()]
 
@@ -130,6 +139,7 @@ def check_shape(pixels: Tensor, given: list[int], expected: str) -> None:
     """Raise UsageError for pixels that are not RGB with channels first."""
     if pixels.ndim == expected.split("]")[0].count(",") + 1 and pixels.shape[-3] == 3 and pixels.numel():
         return
+    # NumPy and PIL put channels last, which is the usual reason for a wrong shape.
     last = len(given) > 2 and given[-1] == 3
     order = "0, 3, 1, 2" if len(given) == 4 else "2, 0, 1"
     advice = f"; the channels seem to stand last: give images.permute({order})" if last else ""
@@ -166,10 +176,12 @@ def read_metadata(metadata: Any, size: int) -> list[Mapping[str, Any]]:
     return extras
 
 
-def number_groups(texts: Sequence[str] | None, extras: Sequence[Mapping[str, Any]]) -> list[int]:
-    """Number the groups: images of one prompt and metadata are of one; without prompts each is its own."""
-    if texts is None:
-        return list(range(len(extras)))
-    numbers: dict[str, int] = {}
-    keys = (json.dumps(both, sort_keys=True, default=repr) for both in zip(texts, extras, strict=True))
+def number_groups(texts: Sequence[str | None], extras: Sequence[Mapping[str, Any]]) -> list[int]:
+    """Number the groups: images of one prompt and metadata are of one; an image without a prompt is its own.
+
+    Nothing says that two images without a prompt were made for the same one.
+    """
+    numbers: dict[Any, int] = {}
+    pairs = enumerate(zip(texts, extras, strict=True))
+    keys = (i if p[0] is None else json.dumps(p, sort_keys=True, default=repr) for i, p in pairs)
     return [numbers.setdefault(key, len(numbers)) for key in keys]

@@ -33,6 +33,7 @@ def summarize_scores(
     if groups is not None:
         for name, (values, valid) in everything.items():
             found = bootstrap_mean(values, groups, valid)
+            # None where no image counts, so that a reader finds the same keys in every line.
             rewards[name] |= {part: found and getattr(found, part) for part in ("error", "low", "high")}
     details = {name: _average_valid(*figure) for name, figure in finite.items()}
     # A tag that is null or NaN counts as none. NaN alone is unlike itself.
@@ -52,6 +53,7 @@ def digest_valid_samples(scores: Scores) -> dict[str, str]:
     Means over different samples cannot be compared, and different digests tell that they are different.
     """
     everything, finite = list_figures(scores)
+    # A figure that all samples have needs no digest: its samples are the same by themselves.
     masks = {name: valid.numpy() for name, (_, valid) in {**everything, **finite}.items()}
     return {name: sha256(mask.tobytes()).hexdigest()[:12] for name, mask in masks.items() if not mask.all()}
 
@@ -75,6 +77,7 @@ def _average_valid(values: Tensor, valid: Tensor) -> float | None:
 def _summarize_reward(values: Tensor, valid: Tensor, lost: Tally) -> dict[str, float | int | None]:
     """Summarize a reward: mean, population deviation, and counts."""
     v = values[valid].double()
+    # The population's deviation, as advantages are divided by it.
     std = float(v.std(correction=0)) if len(v) else None
     counts = {"valid": len(v), "invalid": len(valid) - len(v), "masked": lost.masked, "retried": lost.retried}
     return {"mean": _average_valid(values, valid), "std": std, **counts}

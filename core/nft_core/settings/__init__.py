@@ -2,7 +2,7 @@
 
 from .files import RECORD, parse_assignment, read_tables, read_toml, to_toml
 from .groups import GROUP_OF, GROUPS, Attention
-from .settings import Settings, for_evaluation, make_settings, nearest_divisor, shorten_value
+from .settings import Settings, for_evaluation, make_settings, nearest_divisor
 
 __all__ = [
     "GROUPS",
@@ -16,6 +16,5 @@ __all__ = [
     "parse_assignment",
     "read_tables",
     "read_toml",
-    "shorten_value",
     "to_toml",
 ]

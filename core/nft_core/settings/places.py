@@ -40,7 +40,7 @@ def find_place(text: str, folder: Path) -> str:
             f"The settings name {text!r}, a file of the plug-in package {package}, which is not installed "
             "here: install the plug-in that the run was made with."
         )
-    return str((find_packages()[package] if package else folder.absolute()) / rest)
+    return str((find_packages()[package] if package else folder.resolve()) / rest)
 
 
 @cache

@@ -9,7 +9,7 @@ from typing import Any
 
 from pydantic import ValidationError, field_validator, model_validator
 
-from ..errors import UsageError
+from ..errors import UsageError, shorten_value
 from ..objective.schedules import OLD_DECAY
 from .groups import (
     Checkpoint,
@@ -145,12 +145,3 @@ def explain_error(error: Any) -> str:
     if not name:
         return str(message)
     return f"Setting {name} = {shorten_value(error['input'])}: {message[0].lower() + message[1:]}."
-
-
-def shorten_value(value: Any) -> str:
-    """Write a value as an error shows it, cut where it is long."""
-    try:
-        text = repr(value)
-    except (ValueError, RecursionError):  # An integer of thousands of digits, or tables nested as deep.
-        return f"a very large {type(value).__name__}"
-    return text if len(text) <= 200 else f"{text[:200]}..."

@@ -32,6 +32,7 @@ def attention_kernel(name: Attention) -> Iterator[None]:
         return
     if name == "flash3":
         activate_flash3()
+    # The other two stand behind it: without them torch would raise where the first refuses its input.
     with sdpa_kernel([KERNELS[name], SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH], set_priority=True):
         yield
 

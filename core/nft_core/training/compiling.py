@@ -35,6 +35,7 @@ def compile_blocks(transformer: torch.nn.Module, **options: Any) -> None:
     Blocks are compiled for each of: with and without gradients, with the LoRA and without.
     options: of `torch.compile`.
     """
+    # torch gives up after 8 variants of a block, and a run needs more: batch sizes, LoRA, gradients.
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 64)
     for module in find_compiled_modules(transformer):  # diffusers' own function does not know sharded blocks.
         module.compile(**options)
@@ -77,6 +78,7 @@ def make_passes(run: Training) -> None:
         t = torch.full((images,), 0.5, dtype=torch.float32, device=device)
         return policy.velocity(x_t, t, run.condition.take_rows(drawn.repeat(images), device))
 
+    # The same sizes as in `steps.compute_frozen_velocities`: another size would be compiled again in the epoch.
     several = max(run.sampler.batch // s.microbatch, 1)
     with torch.no_grad():
         with policy.use_old(), policy.merge_lora():
@@ -86,4 +88,5 @@ def make_passes(run: Training) -> None:
         if s.kl_weight:
             with policy.use_reference():
                 velocity(min(several, s.train_times_count) * s.microbatch)
+    # Any loss will do: what is compiled is the pass and its gradient, not the loss.
     velocity(s.microbatch).square().mean().backward()

@@ -17,7 +17,7 @@ from ..scoring.statistics import summarize_scores
 from .evaluation import evaluate
 from .state import Progress, Training, count_compiled_graphs
 from .totals import set_total
-from .watch import warnings
+from .watch import list_warnings
 
 
 def finish_epoch(training: Training, rollout: Rollout, seconds: float) -> None:
@@ -28,6 +28,7 @@ def finish_epoch(training: Training, rollout: Rollout, seconds: float) -> None:
     # Each process holds a part of the latents: squares and their number are summed over all.
     square, count = processes.sum_values([norm**2, rollout.x_0.numel()], policy.device)
     phases = dict(training.phases)
+    # What is in no phase is shown too, so that the phases add up to the epoch.
     phases["other"] = seconds - sum(phases.values())
     record = training.record(
         "epoch",
@@ -42,6 +43,7 @@ def finish_epoch(training: Training, rollout: Rollout, seconds: float) -> None:
         kl_weight=at.kl_weight,
         lr=at.lr,
         old_decay=compute_old_decay(s.old_decay, at.step),
+        # Before the old policy moves, or the distance would be the one that is left after the move.
         drift=policy.drift(),
         x0_rms=(square / count) ** 0.5 if isfinite(square) else None,
         flat_groups=measure_flat_groups(scores.values, scores.valid, rollout.groups),
@@ -53,8 +55,9 @@ def finish_epoch(training: Training, rollout: Rollout, seconds: float) -> None:
     )
     training.phases.clear()
     if record["x0_rms"] is not None:
+        # Only the first epoch sets it, also in a run that goes on: a later one may have run away already.
         at.baseline.setdefault("x0_rms", record["x0_rms"])
-    record["warnings"] = warnings(record, at.baseline, s)
+    record["warnings"] = list_warnings(record, at.baseline, s)
     training.observe("nft_epoch_finished", record=record)
     # Weights and counters change together here; no checkpoint is taken in between.
     with training.change_together():
@@ -64,6 +67,7 @@ def finish_epoch(training: Training, rollout: Rollout, seconds: float) -> None:
         at.epoch, at.update, at.evaluated = epoch, 0, False
         at.sums, at.grad_norms, at.nonfinite_steps = [0.0] * len(at.sums), [], 0
         at.skips += bool(rollout.skipped)
+    # Last, when the epoch counts as done: a run that goes on does not repeat it.
     stop_where_asked(training, record)
 
 
@@ -108,6 +112,7 @@ def evaluate_and_save(training: Training) -> None:
     ends = at.epoch in (0, s.epochs)
     due = ends or (s.eval_every and at.epoch % s.eval_every == 0)
     found = evaluate(training) if due else {}
+    # Set before the checkpoint is saved, so that a run that goes on from it does not evaluate again.
     at.evaluated = True
     if s.strict and found:
         raise NftError(f"Stopped by --strict: {' '.join(found.values())}")

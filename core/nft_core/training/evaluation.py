@@ -10,7 +10,7 @@ from ..seeds import reseed
 from .gallery import Gallery
 from .state import Training
 from .totals import set_total
-from .watch import warnings
+from .watch import list_warnings
 
 
 def evaluate(run: Training) -> dict[str, str]:
@@ -21,6 +21,7 @@ def evaluate(run: Training) -> dict[str, str]:
     # Epoch 0 in the key whatever the epoch: before and after differ by the weights alone.
     draws = Draws(run.eval_prompts, indices, s.eval_images, s.seed, "eval", 0)
     gallery = Gallery(draws)
+    # The averaged weights are those that a checkpoint holds for use, so these are evaluated.
     with run.policy.use_ema(), run.policy.merge_lora():
         rollout = roll_out(
             run.eval_sampler,
@@ -32,6 +33,7 @@ def evaluate(run: Training) -> dict[str, str]:
             stop=run.raise_if_stopped,
             look=gallery.add,
         )
+    # An evaluation's time belongs to no epoch.
     run.phases.clear()
     everyones = set_total(rollout.scores, s.combine, at.baseline)
     batch, scores = gallery.collect(everyones, run.policy.device)
@@ -46,10 +48,11 @@ def evaluate(run: Training) -> dict[str, str]:
         at.baseline.setdefault("reward", mean)
         at.baseline.setdefault("reward_std", std)
     record["skipped"] = list(rollout.skipped)
-    record["warnings"] = found = warnings(record, at.baseline, s) if mean is not None else {}
+    record["warnings"] = found = list_warnings(record, at.baseline, s) if mean is not None else {}
     if processes.rank() == 0:  # Observers are there alone.
         run.keep_scores(at.epoch, everyones, rollout.groups)
         run.observe("nft_eval_finished", record=record, batch=batch, scores=scores)
+    # Without a total there is nothing to choose the best checkpoint by.
     if mean is not None:
         at.evaluations[at.step] = mean
     return found

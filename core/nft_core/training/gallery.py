@@ -9,7 +9,7 @@ from nft_plugins import Batch, Scores
 
 from ..parallel.processes import gather_rows
 from ..sampling.draws import Draws
-from ..scoring.scores import map_scores
+from ..scoring.scores import pick_samples
 
 #: Bytes of pictures, as float32, that observers are given: 341 pictures at 512 px.
 MOST_BYTES = 2**30
@@ -34,6 +34,7 @@ class Gallery:
             self.chosen = choose_images(len(self.draws.indices), self.draws.images, batch.images[0].numel() * 4)
         kept = torch.isin(rows, self.chosen)
         self.rows.append(rows[kept])
+        # Bytes take a quarter of the floats' memory, and pictures are written as bytes anyway.
         self.parts.append(batch.uint8[kept.to(batch.images.device)].cpu())
 
     def collect(self, scores: Scores, device: torch.device) -> tuple[Batch, Scores]:
@@ -42,7 +43,7 @@ class Gallery:
         pictures = gather_rows(torch.cat(self.parts), index, len(self.chosen), device)
         self.parts.clear()
         batch = self.draws.make_batch(self.chosen, pictures.float().div_(255))
-        return batch, map_scores(scores, lambda x: x[self.chosen])
+        return batch, pick_samples(scores, self.chosen)
 
 
 def choose_images(prompts: int, each: int, size: int) -> Tensor:
@@ -51,5 +52,6 @@ def choose_images(prompts: int, each: int, size: int) -> Tensor:
     if prompts * each <= most:
         return torch.arange(prompts * each, dtype=torch.int64, device="cpu")
     count = min(most, prompts)
+    # Spread over the file, since neighbours in it are often of one kind.
     chosen = [i * prompts // count * each for i in range(count)]
     return torch.tensor(chosen, dtype=torch.int64, device="cpu")

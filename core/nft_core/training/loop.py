@@ -25,6 +25,7 @@ from .steps import add_gradients, compute_frozen_velocities, sum_figures, take_s
 
 def train(training: Training) -> None:
     """Train to the last epoch, from wherever the run stands; evaluate and save where it is due."""
+    # Before the first epoch too: that is what all later evaluations are compared with.
     evaluate_and_save(training)
     while training.at.epoch < training.settings.epochs:
         train_epoch(training)
@@ -91,6 +92,7 @@ def sample_images(training: Training, epoch: int) -> Rollout:
         raise NftError(
             f"Epoch {epoch}: not one of {len(draws)} images could be scored. {explain_no_scores(rollout)}"
         )
+    # After the check above and before advantages, so that everything else of the epoch is as in a real run.
     if s.shuffle_rewards:
         source = make_generator(s.seed, "shuffle", epoch)
         scores = shuffle_within_groups(rollout.scores, rollout.groups, source)
@@ -105,6 +107,7 @@ def explain_no_scores(rollout: Rollout) -> str:
             "The latents are not finite, so the weights are not, or they overflow: take the weights anew or go "
             "back to an earlier checkpoint, lower lr, or use precision=fp32."
         )
+    # The causes follow from the most basic to the rarest: the first that holds explains the rest.
     if failed := [name for name, tally in rollout.tallies.items() if tally.masked]:
         return (
             f"Calls failed of {', '.join(failed)}. With on_error=mask a call that fails takes all its images "

@@ -11,7 +11,8 @@ from torch.nn.functional import linear
 
 from ..errors import UsageError
 from ..models.libraries import Linear, LoraConfig, LoraLayer, inject_adapter_in_model
-from ..models.lora_files import LoraFile, check_lora_fits
+from ..models.lora_files import LoraFile
+from ..models.weights import check_lora_fits
 
 #: peft's name of the adapter that is trained.
 ADAPTER = "default"
@@ -83,6 +84,7 @@ def add_lora(
         layer.__class__ = LeanLinear  # The same parameters under the same names.
     for name, p in transformer.named_parameters():
         if "lora_" in name:
+            # In float32, whatever the base is in: 16 bits would round away a step of the optimizer.
             p.data = p.data.float()
             p.requires_grad_(True)
     return config
@@ -117,6 +119,7 @@ def merge_adapters(transformer: torch.nn.Module) -> None:
     with torch.no_grad():
         for layer in adapted_layers(transformer):
             weight = cast(Tensor, layer.base_layer.weight)
+            # A new tensor and no sum in place: somebody may still hold the base's own weights.
             weight.data = weight.data + layer.get_delta_weight(ADAPTER).to(weight.dtype)
             layer._disable_adapters = True
 

@@ -38,6 +38,7 @@ def split_images(count: int, steps: int, seed: int, epoch: int) -> Tensor:
     """
     each = count // steps
     source = make_generator(seed, "updates", epoch)
+    # Sorting random numbers row by row gives a permutation of each row: no step gets two of one row.
     order = torch.rand(each, steps, dtype=torch.float64, device="cpu", generator=source).argsort(1)
     return torch.arange(each, dtype=torch.int64, device="cpu") + each * order.T
 
@@ -64,11 +65,13 @@ def make_microbatches(training: Training, rollout: Rollout, images: Tensor, r: T
     They are drawn on the CPU while the device is still at work on the microbatch before.
     """
     s, device = training.settings, rollout.x_0.device
+    # Latents stay in the process that generated them. Only scores are exchanged, which are small.
     mine = torch.isin(rollout.index, images).nonzero().flatten()
     for done, (rows, weight) in enumerate(split_rows(training, mine, images)):
         x_0, index = rollout.x_0[copy_to_device(rows, device)], rollout.index[rows]
         if not weight:  # A latent may be NaN, and NaN times weight 0 is NaN: set it to 0.
             x_0 = torch.zeros_like(x_0)
+        # Drawn for each image by itself: one draw for the whole batch would depend on its size.
         t, noise = draw_times_and_noise(training, rollout, index)
         t, noise = copy_to_device(t, device), copy_to_device(noise, device)
         x_t = torch.stack([add_noise(x_0, e, at) for e, at in zip(noise, t, strict=True)])

@@ -22,6 +22,7 @@ def make_optimizer(s: Settings, parameters: Sequence[Parameter]) -> torch.optim.
     """AdamW of the run's settings. Raises NftError where bitsandbytes is wanted and not there."""
     options = {"lr": s.lr, "betas": (s.adam_beta1, s.adam_beta2), "weight_decay": s.weight_decay}
     if s.optimizer == "adamw":
+        # fused: one kernel for all parameters, where a loop would launch several for each.
         return torch.optim.AdamW(parameters, fused=True, **options)  # type: ignore[arg-type]
     try:
         from bitsandbytes.optim.adamw import AdamW8bit
@@ -61,6 +62,7 @@ def load_moments(
         if name not in found:
             raise CheckpointError(f"the optimizer's state is of another model: {key}")
         found[name][entry] = value
+    # torch and bitsandbytes call their moments differently, which tells the two apart.
     kind = {"exp_avg", "exp_avg_sq"} if isinstance(optimizer, torch.optim.AdamW) else {"state1", "state2"}
     for name, p in zip(names, parameters, strict=True):
         entries = found[name]
@@ -73,10 +75,12 @@ def load_moments(
             for i, (name, p) in enumerate(zip(names, parameters, strict=True))
             if found[name]
         }
+        # Learning rate and its like come from the settings of now, which may have been changed on purpose.
         groups = optimizer.state_dict()["param_groups"]
         optimizer.load_state_dict({"state": numbered, "param_groups": groups})
         return
     for name, p in zip(names, parameters, strict=True):
         if entries := found[name]:
+            # bitsandbytes counts steps as an int, and a checkpoint holds tensors alone.
             step = int(entries.pop("step"))
             optimizer.state[p] = {"step": step, **{k: v.to(p.device) for k, v in entries.items()}}

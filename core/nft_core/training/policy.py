@@ -81,6 +81,7 @@ class Policy:
             targets = lora_targets or model.lora_targets
             self.lora = add_lora(model.transformer, lora_rank, lora_alpha, targets)
         else:
+            # In 16 bits a step of the optimizer would be smaller than the weights' rounding, and be lost.
             model.transformer.float().requires_grad_(True)
         self.fsdp, self.sharded = fsdp, fsdp and not self.lora
         if fsdp:
@@ -93,6 +94,7 @@ class Policy:
         self.names = [name for name, _ in named]
         self.parameters: list[Parameter] = [p for _, p in named]
         self.device = self.parameters[0].device
+        # With fsdp a layer's weights are in parts, to which a whole LoRA cannot be added.
         self.offload, self.merge = offload, merge and not fsdp
         #: The live weights; of sharded ones a copy, while others stand in FSDP's own memory in their place.
         self._live: Weights | None = None if self.sharded else [p.data for p in self.parameters]
@@ -141,6 +143,7 @@ class Policy:
             self._put_in_place(weights)
             yield
         finally:
+            # Not always the live ones: `use_reference` may stand inside `use_old`.
             self._put_in_place(before)
 
     @contextmanager
@@ -149,6 +152,8 @@ class Policy:
         before = [p.data for p, _ in self._base]
         try:
             for p, w in self._base:
+                # Pointers are exchanged, no numbers copied, unless the base's weights are kept in the host's
+                # memory.
                 p.data = w.to(self.device, non_blocking=True)
             with self._without_lora():
                 yield
@@ -243,6 +248,7 @@ class Policy:
 
     def _move_towards_live(self, weights: Weights, share: float) -> None:
         """`weights <- weights + share (theta - weights)`."""
+        # One tensor at a time visits the device, where all at once may not fit.
         if self.offload:
             for w, p in zip(weights, self.parameters, strict=True):
                 w.copy_(torch.lerp(w.to(p.device), take_local_part(p), share))
@@ -287,6 +293,7 @@ class Policy:
         A set that was not kept then: the reference stays what it is at the start, the EMA begins anew.
         """
         kept = {name.partition(".")[0] for name in state}
+        # All shapes are compared before the first number is copied, so that a refusal changes nothing.
         for name, p, _ in self._list_weights():
             kind = name.partition(".")[0]
             if kind in ("reference", "ema") and kind not in kept:

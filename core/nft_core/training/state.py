@@ -50,7 +50,7 @@ class Progress(BaseModel):
     origin: digests of the weights and LoRAs that the run began with, beside those of its pipeline.
     """
 
-    model_config = ConfigDict(extra="forbid", validate_assignment=False)
+    model_config = ConfigDict(extra="forbid")
 
     epoch: Count = 0
     step: Count = 0
@@ -140,6 +140,7 @@ class Training:
     def change_together(self) -> Iterator[None]:
         """Weights, optimizer and counters change together here; no checkpoint is taken in between."""
         self.is_inconsistent = True
+        # No `finally`: after an error inside, the three do not belong together, and must not be saved.
         yield
         self.is_inconsistent = False
 

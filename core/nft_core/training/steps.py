@@ -54,6 +54,7 @@ def sum_figures(policy_loss: Tensor, kl: Tensor, v: Tensor, v_old: Tensor) -> Te
 
     Returns `[5]` float64 on the device. The squares are means over an image's numbers.
     """
+    # Means and not sums over an image's numbers, so that the figures do not depend on the resolution.
     gap, size = (x.square().mean(tuple(range(1, x.ndim))) for x in (v - v_old, v_old))
     rows = torch.stack([policy_loss, kl, gap, size, torch.ones_like(kl)])
     return rows.double().sum(1)
@@ -96,6 +97,7 @@ def take_step(training: Training, sums: Tensor) -> None:
 def update_weights(training: Training) -> None:
     """Let the optimizer take a step at the learning rate of now, and the averaged weights follow."""
     s, policy, at = training.settings, training.policy, training.at
+    # The cosine goes by epochs, so that it ends with the run also where steps were left out.
     decay = compute_lr_decay(s.lr_schedule, at.epoch / s.epochs, s.warmup, at.step)
     at.lr = s.lr * compute_warmup(s.warmup, at.step) * decay
     for group in training.optimizer.param_groups:
@@ -103,12 +105,15 @@ def update_weights(training: Training) -> None:
     if s.precision == "fp16":
         unscale_gradients(policy.parameters, at)
     training.optimizer.step()
+    # After the step, so that the average includes the newest weights.
     policy.move_ema(compute_ema_decay(s.ema_decay, at.step + 1))
 
 
 def leave_step_out(training: Training, norm: float) -> None:
     """Count a step that is not finite. Raises NftError for max_nonfinite of them in a row."""
     s, at = training.settings, training.at
+    # The update counts although it changed nothing: a run that goes on from here must not try it again and
+    # again.
     at.update, at.nonfinite, at.nonfinite_steps = at.update + 1, at.nonfinite + 1, at.nonfinite_steps + 1
     if at.nonfinite >= s.max_nonfinite:
         count, at.nonfinite = at.nonfinite, 0  # The run may be resumed with other settings.

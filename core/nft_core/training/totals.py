@@ -27,6 +27,7 @@ def set_total(scores: Scores, combine: Combine, baseline: MutableMapping[str, fl
     """
     if combine == "sum" or not scores.parts or not scores.valid.any():
         return scores
+    # In float64, since rewards of very different sizes are added up.
     total = torch.zeros(len(scores), dtype=torch.float64, device="cpu")
     for name, (weight, part) in scores.parts.items():
         if weight:  # The value of a reward that is only watched may be NaN.

@@ -1,4 +1,4 @@
-"""What goes wrong in training without an error: figures with thresholds, and advice where one is passed."""
+"""Warns where training goes wrong without an error, because a figure passes its threshold, and gives advice."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ from typing import Any
 from ..settings import Settings
 
 
-def warnings(record: Mapping[str, Any], baseline: Mapping[str, float], s: Settings) -> dict[str, str]:
-    """List what to warn of, by kind, in a line of `metrics.jsonl`; thresholds of 0 watch nothing.
+def list_warnings(record: Mapping[str, Any], baseline: Mapping[str, float], s: Settings) -> dict[str, str]:
+    """List the warnings of a line of `metrics.jsonl`, by kind. A threshold of 0 turns its warning off.
 
     baseline: `x0_rms` of the first epoch, `reward` and `reward_std` of the first evaluation.
     """
     if record["event"] == "eval":
-        return _of_an_evaluation(record, baseline, s)
+        return list_evaluation_warnings(record, baseline, s)
     found = {}
     if record["nonfinite_steps"]:
         found["nonfinite_steps"] = (
@@ -48,7 +48,10 @@ def warnings(record: Mapping[str, Any], baseline: Mapping[str, float], s: Settin
     return found
 
 
-def _of_an_evaluation(record: Mapping[str, Any], baseline: Mapping[str, float], s: Settings) -> dict[str, str]:
+def list_evaluation_warnings(
+    record: Mapping[str, Any], baseline: Mapping[str, float], s: Settings
+) -> dict[str, str]:
+    """List the warnings of an evaluation: the reward has fallen below that of the base model."""
     mean, std = record["rewards"]["total"]["mean"], baseline.get("reward_std")
     if not s.watch_reward or mean is None or not std:
         return {}

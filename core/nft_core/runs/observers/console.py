@@ -16,6 +16,9 @@ from ..fingerprint import is_comparable, list_changes, pick_picture_part
 from .evaluations import Paired, pair_images, read_scores
 from .metrics import read_records
 
+#: Marks an interval that holds 0; and what the mark says, once below the table.
+CHANCE, EXPLAINED = " ?", "?: 0 is in the interval, so the change may be chance."
+
 
 class Console:
     """Follows a run on standard output."""
@@ -105,6 +108,7 @@ class Console:
             samples = run.folder / "samples"
             drawn = f"Pictures: {samples}    " if samples.exists() else ""
             self.say(f"{drawn}figures: {run.folder / 'metrics.jsonl'}")
+            self.say(f"Report:   {run.folder / 'report.html'}")
         if self.checkpoint:
             self.say(f"Weights:  {self.checkpoint}")
 
@@ -155,7 +159,8 @@ def compare_evaluations(
     table = Table(title=f"{base['images']} held-out images, same prompts and noise")
     first = f"epoch {base['epoch']}" if base["epoch"] else "base"
     for title in ("", first, f"epoch {latest['epoch']}", "change", "95 % interval"):
-        table.add_column(title, justify="left" if not title else "right")
+        # In a narrow terminal long names fold, and numbers stay whole.
+        table.add_column(title, justify="right" if title else "left", no_wrap=bool(title), overflow="fold")
     before, after = collect_means(base), collect_means(latest)
     notes = []
     first_scores, latest_scores = (
@@ -171,15 +176,17 @@ def compare_evaluations(
                 change = f"{now - was:+.4g}"
                 interval = describe_interval(pair_images(first_scores, latest_scores, name))
         table.add_row(name, format_figure(was), format_figure(now), change, interval)
+        if interval.endswith(CHANCE) and EXPLAINED not in notes:
+            notes.insert(0, EXPLAINED)
     table.caption = "\n".join(notes) or None
     return table
 
 
 def describe_interval(pair: Paired | None) -> str:
-    """Describe the interval of a change; one that holds 0 says that the change may be chance."""
+    """Describe the interval of a change; one that holds 0 has a mark, since the change may be chance."""
     if pair is None or pair.low is None or pair.high is None:
         return ""
-    return f"{pair.low:+.3g} to {pair.high:+.3g}{', may be chance' if pair.low <= 0 <= pair.high else ''}"
+    return f"{pair.low:+.3g} to {pair.high:+.3g}{CHANCE if pair.low <= 0 <= pair.high else ''}"
 
 
 def explain_difference(base: Mapping[str, Any], latest: Mapping[str, Any], name: str) -> str:
