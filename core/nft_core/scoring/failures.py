@@ -139,6 +139,9 @@ class Guarded:
         if self.overdue:
             wait([self.overdue], limit)
             if self.is_running():
+                # A reward in a child process can be ended; the next attempt finds another child.
+                if cancel := getattr(self.reward, "cancel", None):
+                    cancel()
                 raise self.make_busy_error()
         self.overdue = None  # Its scores are of another batch.
         # Started at the first call with a deadline and then kept: one thread for all calls, so that two never
