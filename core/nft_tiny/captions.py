@@ -25,6 +25,7 @@ WORDS = tuple((Path(__file__).parent / "data" / "words.txt").read_text(encoding=
 #: This many words are kept out of pretraining, so that a model cannot have learned the pictures of their signs.
 HELD_OUT_WORDS = 36
 
+
 def make_plural(shape: str) -> str:
     """Make the plural of a shape's name."""
     return shape + ("es" if shape == "cross" else "s")

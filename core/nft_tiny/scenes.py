@@ -24,8 +24,8 @@ COLORS = {
 }
 RELATIONS = ("left of", "right of", "above", "below")
 NUMBERS = {2: "two", 3: "three", 4: "four"}
-#: A sign's board (left, top, right, bottom), the width of a letter's cell, and a letter's greatest width and its
-#: height, in pixels; and the letters' colour.
+#: A sign's board (left, top, right, bottom), the width of a letter's cell, and a letter's greatest width and
+#: its height, in pixels; and the letters' colour.
 BOARD, CELL, LETTER = (1, 3, 31, 29), 10, (8, 16)
 INK = (20, 20, 24)
 #: Pixels between two shapes, at least.

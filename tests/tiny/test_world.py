@@ -121,6 +121,24 @@ def test_every_letter_can_be_read_on_a_sign():
         assert engine(np.asarray(board)) == word
 
 
+def test_held_out_words_are_read_after_the_autoencoder():
+    """So it is not the decoder that keeps a run from reading every word."""
+    pytest.importorskip("rapidocr")
+    from diffusers import AutoencoderTiny
+
+    from nft_rewards.ocr_engines import make_engine
+    from nft_tiny.pretrain.data import scale_to_bytes, scale_to_model
+
+    engine = make_engine("rapidocr")
+    vae = AutoencoderTiny.from_pretrained(DATA / "pipeline" / "vae", torch_dtype=torch.float32).eval()
+    words = [word.upper() for word in captions.split_words()[1][:8]]
+    with torch.no_grad():
+        latents = vae.encode(scale_to_model(np.stack([draw_word(word) for word in words]))).latents
+        boards = scale_to_bytes(vae.decode(latents).sample)
+    large = [Image.fromarray(board).resize((128, 128), Image.Resampling.BICUBIC) for board in boards]
+    assert [engine(np.asarray(board)) for board in large] == words
+
+
 def test_wrong_captions_are_as_many_as_asked_for_and_name_no_held_out_word():
     from nft_tiny.pretrain.data import make_letter_triples, spoil_prompts
 
@@ -133,7 +151,9 @@ def test_wrong_captions_are_as_many_as_asked_for_and_name_no_held_out_word():
     prompts = spoil_prompts(signs + scenes, 0.4, 0.2, seed=0)
     made = [prompt.split('"')[1] for prompt in prompts[: len(signs)]]
     assert not {word.lower() for word in made} & set(held_out)
-    kept = [a == b for word, sign in zip(made, signs, strict=True) for a, b in zip(word, sign["text"], strict=True)]
+    kept = [
+        a == b for word, sign in zip(made, signs, strict=True) for a, b in zip(word, sign["text"], strict=True)
+    ]
     # A letter that is drawn anew is the same one in one case of 26.
     assert np.mean(kept) == pytest.approx(1 - 0.4 * 25 / 26, abs=0.03)
     same = [a == b for a, b in zip(prompts[len(signs) :], right[len(signs) :], strict=True)]

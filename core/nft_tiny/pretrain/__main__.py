@@ -88,7 +88,9 @@ def train_autoencoder(steps: int, lr: float, init: Path | None, out: Path, seed:
 @click.option("--batch", default=96, show_default=True, help="Pictures a step, of all processes.")
 @click.option("--lr", default=1.5e-3, show_default=True)
 @click.option("--text-share", default=0.25, show_default=True, help="Share of pictures that show a word.")
-@click.option("--wrong-letters", default=0.4, show_default=True, help="Share of wrong letters in signs' captions.")
+@click.option(
+    "--wrong-letters", default=0.4, show_default=True, help="Share of wrong letters in signs' captions."
+)
 @click.option("--wrong-scenes", default=0.0, show_default=True, help="Share of wrong captions of scenes.")
 @click.option("--snapshot-every", default=1000, show_default=True, help="Steps.")
 @click.option("--init", type=click.Path(path_type=Path), help="A snapshot to go on from; take another seed.")
@@ -157,9 +159,7 @@ def train_world_clip(steps: int, lr: float, init: Path | None, out: Path, seed: 
     torch.set_num_threads(threads)
     pictures, captions = make_dataset(PICTURES, seed)
     log = make_logger(out, "clip", seed=seed)
-    model, processor = train_clip(
-        pictures, captions, init=init, steps=steps, seed=seed, lr=lr, log=log
-    )
+    model, processor = train_clip(pictures, captions, init=init, steps=steps, seed=seed, lr=lr, log=log)
     model.save_pretrained(out / "clip")
     processor.save_pretrained(out / "clip")
 

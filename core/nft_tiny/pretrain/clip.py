@@ -58,9 +58,7 @@ def simplify_prompt(prompt: str) -> str:
     return prompt.removeprefix("a photo of ").replace("one ", "a ").replace("a single ", "a ")
 
 
-def draw_similar_words(
-    rng: np.random.Generator, captions: Sequence[Caption], rows: Sequence[int]
-) -> list[int]:
+def draw_similar_words(rng: np.random.Generator, captions: Sequence[Caption], rows: Sequence[int]) -> list[int]:
     """Draw six letters for each of the three places, and find the rows of words made of them.
 
     Many of them differ in one letter, and so the CLIP learns to look at each.
