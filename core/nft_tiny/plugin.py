@@ -58,7 +58,7 @@ def nft_register_presets(register: Callable[[Preset], None]) -> None:
                 "pickscore": CLIP,
                 "clipscore": CLIP,
                 "geneval": {"detector": "nft_tiny.detector:ShapeDetector"},
-                # Letters 12 px high are too small for the OCR engine.
+                # Letters 16 px high are too small for the OCR engine.
                 "ocr": {"upscale": 4},
             },
         )
