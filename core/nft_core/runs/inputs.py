@@ -115,8 +115,7 @@ def check_run(
         else:
             claim_folder(folder)
     find_family(settings, host)
-    announce("loading PyTorch")
-    check_rewards(inputs.rewards, host)
+    check_rewards(inputs.rewards, host, announce)
     return inputs
 
 
