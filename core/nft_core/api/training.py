@@ -51,7 +51,7 @@ def train(
 
     rewards: a spec such as "ocr=0.5", a function that takes images, a reward object, or what `nft_core.reward`
         and arithmetic make; or a list of these; or a dictionary of weights by reward, or of rewards by name.
-    model: the model to train, a local folder or an id on the Hugging Face hub.
+    model: the model to train: a hub id, a pipeline's folder, a run or a checkpoint.
     prompts: the prompts to train on: a list of texts, or of mappings with a `prompt` and metadata, or a file.
     eval_prompts: prompts that are evaluated and never trained on, in the same forms.
     observers: objects with hooks as methods, or specs such as "tensorboard"; one or a list.

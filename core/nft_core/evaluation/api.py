@@ -12,7 +12,7 @@ from typing import Any, cast
 from ..errors import UsageError, name_arguments
 from ..host.host import Host, load_host
 from ..host.specs import RewardSpec
-from ..prompts import Prompt, make_prompt
+from ..prompts import Prompt, make_prompt, refuse_single_prompt
 from ..runs.inputs import choose_preset, make_run_settings, parse_rewards
 from ..scoring.composer import Composed, Given, as_spec
 from ..settings import Settings
@@ -71,6 +71,7 @@ def evaluate(
     settings: further ones by name, such as `eval_images=4`, `eval_steps=40`, `seed=1` or `device="cuda"`.
     Raises UsageError and NftError, with a sentence that says what is wrong.
     """
+    refuse_single_prompt(prompts, "prompts")
     host = host or load_host()
     given = [models] if isinstance(models, str | os.PathLike | Model) else list(models)
     chosen = [m if isinstance(m, Model) else parse_model(os.fspath(m), host) for m in given]

@@ -14,7 +14,7 @@ import torch
 from ..errors import UsageError, name_arguments
 from ..host.host import Host, load_host
 from ..parallel.processes import barrier, gather_texts, process_group, rank, world_size
-from ..prompts import Prompt, make_prompt, read_prompts
+from ..prompts import Prompt, make_prompt, read_prompts, refuse_single_prompt
 from ..quiet import silence_libraries
 from ..runs.inputs import choose_preset, make_run_settings
 from ..runs.setup import autocast_dtype, check_guidance, check_model, image_shape, pick_device
@@ -60,7 +60,7 @@ def sample(
     model: str | os.PathLike[str] | None = None,
     prompts: str | os.PathLike[str] | Sequence[str | Mapping[str, Any] | Prompt] | None = None,
     *,
-    lora: str = "",
+    lora: str | os.PathLike[str] = "",
     preset: str | None = None,
     tiny: bool = False,
     images: int | None = None,
@@ -89,8 +89,9 @@ def sample(
     """
     if grid and out is None:
         raise UsageError("A grid is written to a folder: give `out` too.")
+    refuse_single_prompt(prompts, "prompts")
     host = host or load_host()
-    named = {"lora": lora or None, "images": images, "solver": solver, "steps": steps, "seed": seed}
+    named = {"lora": os.fspath(lora) or None, "images": images, "solver": solver, "steps": steps, "seed": seed}
     named["resolution"] = resolution
     request = make_sample_request(
         *(host, os.fspath(model) if model is not None else None, choose_preset(tiny, preset)),

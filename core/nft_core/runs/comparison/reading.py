@@ -9,7 +9,7 @@ from typing import Any
 
 from ...errors import UsageError
 from ...host.local import is_reference
-from ...models.run_folders import name_checkpoint, suggest_run
+from ...models.run_folders import explain_missing_run, name_checkpoint, suggest_run
 from ...settings import GROUPS, RECORD, read_tables
 from ..copies import read_copies
 from ..observers.history import History
@@ -40,6 +40,8 @@ def read_runs(folders: Sequence[Path]) -> list[RunFigures]:
     for i, folder in enumerate(whole):
         if folder in whole[:i]:
             raise UsageError(f"The run {folders[i]} is given twice: give another run's folder.")
+        if not folder.exists() and not suggest_run(folders[i]):
+            raise UsageError(f"{folders[i]}: {explain_missing_run(folders[i])}")
         if not (folder / "run.toml").is_file():
             raise UsageError(
                 f"{folders[i]} is no run's folder: expected run.toml in it."
