@@ -15,6 +15,7 @@ from ..errors import CheckpointError, NftError, UsageError, unknown_name
 from ..host.host import Host
 from ..host.specs import RewardSpec, parse_observer, parse_reward
 from ..prompts import Prompt, find_refusal, keep_scorable, read_prompts
+from ..remote.environments import require_environment
 from ..settings import Settings, for_evaluation, make_settings
 from .checks import OFFLINE, check_any_weight, check_rewards, check_sizes
 from .copies import read_copies, use_originals
@@ -148,6 +149,9 @@ def parse_rewards(settings: Settings, host: Host) -> list[RewardSpec]:
     specs = [parse_reward(given, settings.reward_defaults) for given in settings.rewards]
     for spec in specs:
         host.find_reward(spec.name)
+        # Here, and not when its turn to be loaded comes, which may be minutes later.
+        if needed := host.find_environment(spec.name, spec.options):
+            require_environment(needed)
     return specs
 
 
