@@ -23,7 +23,8 @@ DPM2 = '''class DPM2(FlowMatchEulerDiscreteScheduler):
 
     def step(self, v, t, x, **_):
         i = self.timesteps.tolist().index(float(t))
-        x, (t, s), log_snr = x.float(), self.sigmas[i : i + 2], lambda t: -torch.logit(t)
+        log_snr = lambda t: -torch.logit(t)
+        x, (t, s) = x.float(), self.sigmas[i : i + 2]
         x_0 = d = x - t * v.float()
         if i and s:
             before, x_before = self.before
@@ -66,8 +67,10 @@ def write_use(training: Training, model: PipelineModel, source: ModelSource) -> 
     scheduler, options = write_scheduler(training, model)
     names += [EULER] if scheduler else []
     solver = DPM2 if training.settings.solver == "dpm2" else ""
-    head = f"import torch\nfrom diffusers import {', '.join(sorted(names))}\n\n{solver}"
-    return head + "\n".join([*load, *scheduler, *write_call(training, model, options)])
+    imported = f"from diffusers import {', '.join(sorted(names))}"
+    imports = [imported] if len(imported) <= WIDTH else fold_call("from diffusers import ", sorted(names))
+    lines = [*load, *scheduler, *write_call(training, model, options)]
+    return "\n".join(["import torch", *imports, "", solver + lines[0], *lines[1:]])
 
 
 def write_loading(training: Training, model: PipelineModel, source: ModelSource) -> tuple[list[str], list[str]]:
