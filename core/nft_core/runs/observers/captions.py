@@ -7,6 +7,7 @@ import unicodedata
 from bisect import bisect_right
 from collections.abc import Iterable
 from functools import cache
+from math import ceil
 from pathlib import Path
 
 from PIL import ImageFont
@@ -115,5 +116,5 @@ def shorten_text(text: str, font: ImageFont.FreeTypeFont, width: int) -> str:
 
     # No letter is narrower than a pixel, so a text of any length takes a few measurements.
     longest = min(len(text), width)
-    kept = bisect_right(range(2, longest), width, key=lambda count: font.getlength(keep(count)))
+    kept = bisect_right(range(2, longest), width, key=lambda count: ceil(font.getlength(keep(count))))
     return keep(kept + 1) if kept else "…"
