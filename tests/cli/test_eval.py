@@ -62,7 +62,7 @@ def test_a_model_beside_the_base(folder):
         (["--reward", "ocr"], "There is no model to evaluate: give a hub id"),
         (["--tiny"], "An evaluation needs a reward: give --reward NAME"),
         (["--tiny", "--reward", "ocrr"], "Unknown reward 'ocrr'. Did you mean 'ocr'"),
-        (["no/model/here", *SMALL], "Cannot load the model 'no/model/here'"),
+        (["no/model/here", *SMALL], "--model no/model/here: there is no such file or folder"),
         (["tiny,lroa=x", *SMALL], "A model is written MODEL[,lora=PATH][,name=TEXT]"),
         ([*SMALL, "--guidance", "1;4"], "--guidance takes a number or several, such as 1,4.5, got '1;4'"),
         ([*SMALL, "--guidance", "-1"], "guidance = -1.0: expected a number from 0 up"),

@@ -235,10 +235,17 @@ BAD = {
         "bad.jsonl:2: not a line of JSON",
     ),
     "no words": (
-        ["--tiny", "--reward", "ocr", "--prompts", "cats.txt", "--set", "unscorable=error"],
+        ["--tiny", "--reward", "ocr", "--prompts", "cats.txt", *sets("unscorable=error", "prompts_per_epoch=3")],
         *(2, "cats.txt:2: ocr: no words to read"),
     ),
-    "no include": (["--tiny", "--reward", "geneval", "--prompts", "cats.txt"], 2, "needs metadata include"),
+    "no include": (
+        ["--tiny", "--reward", "geneval", "--prompts", "cats.txt", *sets("prompts_per_epoch=3")],
+        *(2, "needs metadata include"),
+    ),
+    "few prompts": (
+        ["--tiny", "--reward", "ocr", "--prompts", "cats.txt"],
+        *(2, "there are 3 training prompts to choose from: use --set prompts_per_epoch=3 or less"),
+    ),
     "too many prompts": (
         ["--tiny", "--reward", "ocr", "--set", "prompts_per_epoch=9999"],
         2,

@@ -99,7 +99,7 @@ def test_a_run_goes_on_from_another_folder(project, tmp_path, monkeypatch):
 def test_a_file_that_changes_the_folder_when_it_is_imported(project):
     load_object("mine.py:warmth")
     assert Path.cwd() == project
-    with pytest.raises(UsageError, match=r"There is no file /gone/mine.py: .* --reward says where it is now"):
+    with pytest.raises(UsageError, match=r"There is no file /gone/mine.py: .* such as --reward or --observer"):
         load_object("/gone/mine.py:warmth")
 
 

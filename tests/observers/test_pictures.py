@@ -224,12 +224,7 @@ def test_a_run_that_goes_on_compares_with_where_it_began(run):
 
 
 def test_words_about_pictures_are_kept(run):
-    """A reward may say beside a figure what it saw, in a later contract than this."""
     batch, scores = pictures(["a cat"], images=1)
-
-    class Telling(Scores):
-        notes = {"cat/read": ["<b>MEOW"]}  # noqa: RUF012
-
-    told = Telling(scores.values, scores.valid, {}, {"cat": Part(1.0, scores)})
+    told = Scores(scores.values, scores.valid, {}, {"cat": Part(1.0, scores)}, {"cat/read": ["<b>MEOW"]})
     save_pictures(run.folder, collect_pictures(evaluation(0, 0.1), batch, told))
     assert read_pictures(run.folder, 0, {}).frame.notes == {"cat/read": ["<b>MEOW"]}

@@ -63,8 +63,7 @@ def collect_pictures(
         name_epoch(record["epoch"]),
         [encode_image(Image.fromarray(array)) for array in pixels],
         {name: [values[i] for i in chosen] for name, values in figures.items()},
-        # A later contract gives texts beside figures.
-        {n: [str(texts[i] or "") for i in chosen] for n, texts in getattr(scores, "notes", {}).items()},
+        {n: [str(texts[i] or "") for i in chosen] for n, texts in scores.notes.items()},
     )
     of = pick_picture_part(record.get("evaluation"))
     return Pictures(record["epoch"], of, [cards[i] for i in chosen], frame, details)
