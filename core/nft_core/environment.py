@@ -3,8 +3,13 @@
 from __future__ import annotations
 
 import os
+import time
+from collections.abc import Callable
 
 from .errors import UsageError
+
+#: Variable that holds when the command began, for the processes that it starts.
+STARTED = "NFT_STARTED"
 
 
 def read_number(name: str, default: int) -> int:
@@ -30,3 +35,16 @@ def is_started_by_launcher() -> bool:
 def is_first_process() -> bool:
     """Tell whether this process is the only one or the first of several."""
     return read_number("RANK", 0) == 0
+
+
+def make_announcer(tell: Callable[[str], None]) -> Callable[[str], None]:
+    """Make what tells a line with the seconds since the command began, in the first of its processes.
+
+    A process that another one has started counts from the start of that one, which a variable holds.
+    """
+    if not is_started_by_launcher() or STARTED not in os.environ:
+        os.environ[STARTED] = f"{time.time():.3f}"
+    began = float(os.environ[STARTED])
+    if not is_first_process():
+        return lambda text: None
+    return lambda text: tell(f"{time.time() - began:5.1f} s  {text}")

@@ -46,8 +46,9 @@ class PeerError(NftError):
 
 #: Options of commands that errors name, and what is given instead in Python.
 IN_PYTHON = {
-    "--tiny": 'preset="tiny"',
+    "--tiny": "tiny=True",
     "--reward": "rewards=...",
+    "--observer": "observers=...",
     "--prompt": "prompts=...",
     "--set": "each setting by its name",
     "--allow-changes": "allow_changes=True",
@@ -67,7 +68,7 @@ def name_arguments() -> Iterator[None]:
         text = str(error)
         options = dict.fromkeys(re.findall(r"--[a-z-]+", text))
         if said := [f"{option} is {IN_PYTHON[option]}" for option in options if option in IN_PYTHON]:
-            error.args = (f"{text.rstrip('.')}. In Python {', '.join(said)}.",)
+            error.args = (f"{text}{'' if text.endswith(('.', '?')) else '.'} In Python {', '.join(said)}.",)
         raise
 
 

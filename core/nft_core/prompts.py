@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ast
 import json
+import os
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -15,7 +16,7 @@ from typing import Any, Literal, NamedTuple
 
 from nft_plugins import PromptError
 
-from .errors import NftError, UsageError, advise_on_disk
+from .errors import NftError, UsageError, advise_on_disk, shorten_value
 
 #: Suffixes of prompt files, in lower case. A file without one, such as a pipe, is text.
 TEXT, JSON = (".txt", ""), (".jsonl", ".ndjson", ".json")
@@ -77,6 +78,16 @@ def read_prompts(path: Path) -> list[Prompt]:
     if not prompts:
         raise UsageError(f"The prompt file {path} holds no prompt: expected one a line.")
     return prompts
+
+
+def refuse_single_prompt(given: object, what: str) -> None:
+    """Raise UsageError for a text that an argument in Python holds in place of a list or the path of a file."""
+    # Path.exists raises for a long text.
+    if isinstance(given, str) and not Path(given).suffix and not os.path.exists(given):  # noqa: PTH110
+        raise UsageError(
+            f"{what} = {shorten_value(given)}: there is no such file. For one prompt give a list, "
+            f"{what}=[{shorten_value(given)}]."
+        )
 
 
 def write_prompts(path: Path, prompts: Iterable[Prompt]) -> None:

@@ -25,13 +25,6 @@ WORDS = tuple((Path(__file__).parent / "data" / "words.txt").read_text(encoding=
 #: This many words are kept out of pretraining, so that a model cannot have learned the pictures of their signs.
 HELD_OUT_WORDS = 36
 
-#: These words are not used, since the tokenizer would not spell them by letters: they end as one of its tokens
-#: does ("cow" as "yellow").
-NOT_SPELLED = frozenset(
-    """and ate bed bee bow cow cot den due end eve fee fur hen how low men now one ore our pen red row see
-    she ten the two yes""".split()  # noqa: SIM905 - thirty quoted strings read worse
-)
-
 
 def make_plural(shape: str) -> str:
     """Make the plural of a shape's name."""
@@ -77,9 +70,19 @@ def make_word_caption(word: str) -> Caption:
     return {"tag": "text", "prompt": f'the word "{word.upper()}"', "text": word.upper()}
 
 
+def find_merged_endings() -> set[str]:
+    """Find the two letters in which a word must not end, since the tokenizer would merge them.
+
+    A caption's word, such as "yellow", is one token, merged from its end; so "cow" would be `c` and `ow`.
+    """
+    words = {word for c in make_scene_captions() for word in c["prompt"].split()} | {"the", "word"}
+    return {word[-2:] for word in words if len(word) > 1}
+
+
 def split_words() -> tuple[list[str], list[str]]:
     """Split the words into those of pretraining and those that are held out, always in the same way."""
-    words = [w for w in WORDS if w not in NOT_SPELLED]
+    merged = find_merged_endings()
+    words = [w for w in WORDS if w[1:] not in merged]
     random.Random(1).shuffle(words)
     return words[HELD_OUT_WORDS:], words[:HELD_OUT_WORDS]
 

@@ -51,14 +51,14 @@ def nft_register_presets(register: Callable[[Preset], None]) -> None:
                 # Four times a rollout's steps, as in published runs.
                 "eval_steps": 32,
                 "eval_every": 20,
-                "checkpoint_every": 0,
+                "checkpoint_every": 20,
                 "epochs": 60,
             },
             rewards={
                 "pickscore": CLIP,
                 "clipscore": CLIP,
                 "geneval": {"detector": "nft_tiny.detector:ShapeDetector"},
-                # Letters 12 px high are too small for the OCR engine.
+                # Letters 16 px high are too small for the OCR engine.
                 "ocr": {"upscale": 4},
             },
         )

@@ -1,4 +1,7 @@
-"""Draws the embedded world: 32 x 32 px scenes of flat coloured shapes, and signs with three-letter words."""
+"""Draws the embedded world: 32 x 32 px scenes of flat coloured shapes, and signs with three-letter words.
+
+A sign is a white board with bold black letters that fill it, so that a person can read them at a glance.
+"""
 
 from __future__ import annotations
 
@@ -21,6 +24,10 @@ COLORS = {
 }
 RELATIONS = ("left of", "right of", "above", "below")
 NUMBERS = {2: "two", 3: "three", 4: "four"}
+#: A sign's board (left, top, right, bottom), the width of a letter's cell, and a letter's greatest width and
+#: its height, in pixels; and the letters' colour.
+BOARD, CELL, LETTER = (1, 3, 31, 29), 10, (8, 16)
+INK = (20, 20, 24)
 #: Pixels between two shapes, at least.
 GAP = 2.0
 #: Pictures are drawn larger by this factor and then averaged, for smooth edges.
@@ -68,19 +75,30 @@ def draw_shapes(shapes: list[Shape]) -> np.ndarray:
     return np.asarray(image.resize((SIDE, SIDE), Image.Resampling.BOX))
 
 
-@lru_cache(maxsize=1)
-def _load_font() -> Any:
-    """Load the signs' font once: Pillow's own, which needs no file."""
-    return ImageFont.load_default(size=14)
+@lru_cache(maxsize=64)
+def _draw_letter(letter: str) -> Image.Image:
+    """Draw a letter of a sign, larger by OVERSAMPLE, as a mask that is narrow enough for its cell."""
+    # Pillow's own font needs no file. It has one weight: an outline makes it bold.
+    font, outline = ImageFont.load_default(size=20 * OVERSAMPLE), OVERSAMPLE
+    image = Image.new("L", (40 * OVERSAMPLE,) * 2, 0)
+    at = (10 * OVERSAMPLE,) * 2
+    ImageDraw.Draw(image).text(at, letter, font=font, fill=255, stroke_width=outline)
+    mask = image.crop(image.getbbox())
+    width, height = (n * OVERSAMPLE for n in LETTER)
+    width = min(width, mask.width * height // mask.height)
+    return mask.resize((width, height), Image.Resampling.BOX)
 
 
 def draw_word(word: str) -> np.ndarray:
-    """Draw white letters in three fixed cells across the middle: `[32, 32, 3]` uint8 RGB."""
-    image = Image.new("RGB", (SIDE, SIDE), BACKGROUND)
-    pen = ImageDraw.Draw(image)
+    """Draw a board with black letters, each in its cell: `[32, 32, 3]` uint8 RGB."""
+    image = Image.new("RGB", (SIDE * OVERSAMPLE,) * 2, BACKGROUND)
+    left, top, right, bottom = (n * OVERSAMPLE for n in BOARD)
+    image.paste(COLORS["white"], (left, top, right, bottom))
     for i, letter in enumerate(word):
-        pen.text((6.5 + 9.5 * i, 16), letter, font=_load_font(), fill=COLORS["white"], anchor="mm")
-    return np.asarray(image)
+        mask = _draw_letter(letter)
+        x = (left + right) // 2 + (i - 1) * CELL * OVERSAMPLE - mask.width // 2
+        image.paste(INK, (x, (top + bottom - mask.height) // 2), mask)
+    return np.asarray(image.resize((SIDE, SIDE), Image.Resampling.BOX))
 
 
 def _place_shapes(rng: np.random.Generator, radii: list[float]) -> list[tuple[float, float]]:

@@ -217,7 +217,7 @@ def test_a_finished_run_that_was_moved_goes_on_with_the_command_that_it_prints(p
 
 
 BAD = {
-    "no folder": (["resume", "nowhere"], "nowhere is no run's folder"),
+    "no folder": (["resume", "nowhere"], "nowhere: there is no such file or folder"),
     "another folder": (["resume", "other"], "other is no run's folder"),
     "another seed": (["resume", "run", "--set", "seed=5"], "seed (0 before, 5 now)"),
     "unknown setting": (["resume", "run", "--set", "sed=5"], "Did you mean 'seed'"),

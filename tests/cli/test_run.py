@@ -129,7 +129,7 @@ def test_folder(finished):
     page = (folder / "report.html").read_text()
     (gallery,) = read_data(page, "gallery")
     assert [step["title"] for step in gallery["steps"]] == ["epoch 1", "epoch 2"]
-    assert "state <b>finished</b>" in page
+    assert "state <strong>finished</strong>" in page
     assert not [p for p in folder.rglob(".*") if p.is_file()]
 
 

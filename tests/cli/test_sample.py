@@ -1,14 +1,22 @@
 """`nft sample`: files that `nft score` reads, pictures of a run's evaluation, and what a person gets wrong."""
 
+import errno
 import json
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
 from click.testing import CliRunner
 from PIL import Image
 
 import nft_core
 from nft_core.cli.app import main
+from nft_core.errors import NftError
+from nft_core.evaluation.running import save_images
+from nft_core.evaluation.sample_files import Picture, draw_grid_of_folder, save_picture, write_record
+from nft_core.prompts import Prompt
+from nft_core.sampling.draws import Draws
 
 SMALL = ["--tiny", "--device", "cpu", "--processes", "1"]
 
@@ -57,10 +65,31 @@ def test_images_with_prompts_that_are_scored(folder):
         (f"out/{name}.png", ("a red circle", "two blue squares")[int(name[4])]) for name in names
     ]
     # Python returns the same pictures, those of a prompt side by side.
-    images = nft_core.sample(preset="tiny", prompts="p.jsonl", steps=1, images=2, seed=5, device="cpu")
+    images = nft_core.sample(tiny=True, prompts="p.jsonl", steps=1, images=2, seed=5, device="cpu")
     assert len(images) == 4
     for name, image in zip(names, images, strict=True):
         assert np.array_equal(np.asarray(image), read_pixels(folder / f"out/{name}.png"))
+
+
+def test_a_full_disk_is_said_in_a_sentence(folder, monkeypatch):
+    prompt, image = Prompt("a red circle", {}), Image.new("RGB", (8, 8))
+    draws = Draws([prompt], range(1), 1, 0, "eval", 0)
+    save_picture(folder, Picture(image, prompt, 0, 0))
+
+    def write(*given, **more):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(Image.Image, "save", write)
+    monkeypatch.setattr("pathlib.Path.write_text", write)
+    batch = SimpleNamespace(pil=[image])
+    for save, name in (
+        (lambda: save_picture(folder, Picture(image, prompt, 0, 1)), "00000-1.png"),
+        (lambda: write_record(folder, {}), "sample.json"),
+        (lambda: draw_grid_of_folder(folder, draws, "mine"), "grid.png"),
+        (lambda: save_images(folder, draws, torch.tensor([0]), batch), folder.name),
+    ):
+        with pytest.raises(NftError, match=f"Cannot write .*{name}: .*No space left.* Free some space"):
+            save()
 
 
 def test_a_new_folder_is_named_by_the_time(folder):
@@ -135,7 +164,8 @@ ONE = ["--prompt", "a red circle"]
         (["--tiny", "--prompts", "none.txt"], "Cannot read the prompt file none.txt"),
         (ONE, "There is no model to generate images with"),
         (["--preset", "tiy", *ONE], "Unknown preset 'tiy'. Did you mean 'tiny'"),
-        (["--model", "no/model/here", *ONE], "Cannot load the model 'no/model/here'"),
+        (["--model", "no/model", *ONE], "Cannot load the model 'no/model'"),
+        (["--model", "runs/none", *ONE], "--model runs/none: there is no such file or folder."),
         (["--model", "./none", *ONE], "there is no such file or folder"),
         (["--tiny", *ONE, "--solver", "eulr"], "Unknown solver 'eulr'"),
         (["--tiny", *ONE, "--steps", "-1"], "Setting eval_steps = -1"),

@@ -106,6 +106,18 @@ def test_a_run_comes_back_with_its_records(trained):
     assert first == f"TrainedRun({str(run.folder)!r}): 1 epoch" and " -> " in rest[0] and len(rest) == 4
 
 
+def test_a_run_is_a_model_and_a_folder(trained):
+    run = trained[0]
+    given = {"prompts": ["a red circle"], "steps": 1, "device": "cpu"}
+    ours, by_path = (nft_core.sample(model, **given)[0] for model in (run, str(run.folder)))
+    assert ours.tobytes() == by_path.tobytes()
+    assert nft_core.evaluate(
+        run, warmth, prompts=["a red circle"], eval_steps=1, eval_images=1, device="cpu"
+    ).entries[0].model == str(run.folder)
+    with pytest.raises(UsageError, match="change what is learned.*lr"):
+        nft_core.resume(run, rewards=[warmth, "jpeg_compressibility=0.5", restless], observers=[], lr=1.0)
+
+
 def test_the_process_is_as_it_was(trained):
     for before, after in zip(trained[2], trained[3], strict=True):
         assert before == after
@@ -187,7 +199,7 @@ def test_ctrl_c_saves_and_the_run_goes_on(tmp_path, capsys, heeded_ctrl_c):
         ({"eval_prompts": []}, "eval_prompts is an empty list"),
         ({"observers": [Diary(), Diary()]}, "Two observers are called <Diary>"),
         ({"observers": ["tensorboard", "tensorboard,folder=x"]}, "Two observers are called tensorboard"),
-        ({"observers": 3}, "The factory of the observer 'int' gave int, and it implements no hook"),
+        ({"observers": 3, "tiny": True}, "factory of the observer 'int' gave int, and it implements no hook"),
         ({"observers": "tensorbord"}, "Did you mean 'tensorboard'"),
         ({"preset": "small"}, "Unknown preset 'small'"),
         ({"preset": "small", "tiny": True}, "contradicts it"),
@@ -301,8 +313,16 @@ class Reader:
             "no such file or folder. In Python --model is model=...",
         ),
         (lambda: nft_core.evaluate("tiny"), "In Python --reward is rewards=..."),
-        (lambda: nft_core.evaluate([], "ocr"), 'In Python --tiny is preset="tiny".'),
-        (lambda: nft_core.sample(prompts=["a"]), 'In Python --model is model=..., --tiny is preset="tiny".'),
+        (lambda: nft_core.evaluate([], "ocr"), "In Python --tiny is tiny=True."),
+        (lambda: nft_core.sample(prompts=["a"]), "In Python --model is model=..., --tiny is tiny=True."),
+        (
+            lambda: nft_core.sample("runs/none", ["a"]),
+            "there is no such file or folder. In Python --model is model=...",
+        ),
+        (lambda: nft_core.sample(tiny=True, prompts="a cat"), "give a list, prompts=['a cat']."),
+        (lambda: nft_core.evaluate("tiny", "ocr", prompts="a cat"), "give a list, prompts=['a cat']."),
+        (lambda: nft_core.evaluate([], "ocr", tiny=True, preset="big"), "tiny=True is short for preset='tiny'"),
+        (lambda: nft_core.sample(tiny=True, preset="big"), "tiny=True is short for preset='tiny'"),
     ],
 )
 def test_errors_say_what_options_are_in_python(call, said):

@@ -14,13 +14,14 @@ from safetensors.numpy import load_file, save_file
 
 from nft_core.cli.app import main
 from nft_core.cli.compare import show_comparison
+from nft_core.errors import UsageError
 from nft_core.host.host import load_host
 from nft_core.prompts import Prompt
 from nft_core.runs.assembly import assemble_training
 from nft_core.runs.comparison.figures import pair_runs, summarize
 from nft_core.runs.comparison.page import Comparison, list_figures
 from nft_core.runs.comparison.reading import list_differences, read_runs
-from nft_core.runs.folder import write_settings
+from nft_core.runs.folder import read_settings, write_settings
 from nft_core.runs.inputs import register_observers
 from nft_core.runs.observers.evaluations import save_scores
 from nft_core.runs.observers.metrics import read_records
@@ -115,6 +116,20 @@ def test_figures_are_those_of_the_files(runs):
 def test_what_differs(runs):
     found = list_differences(read_runs(runs))
     assert found == {"lr": [0.05, 0.5], "version of torch": ["2.12", "2.13"], "commit": ["a" * 40, None]}
+
+
+def test_checkpoints_are_called_by_their_runs(runs):
+    for folder, name in zip(runs, ("a", "b"), strict=True):
+        values = {"model": f"/x/{name}/checkpoints/000120", "lora": f"/x/{name}", "rewards": REWARDS}
+        (folder / "run.toml").unlink()
+        write_settings(folder, make_settings(values), 0)
+    found = list_differences(read_runs(runs))
+    assert found == {"model": ["a at 120", "b at 120"], "lora": ["a", "b"]}
+
+
+def test_a_checkpoint_is_no_run_to_go_on_with(runs):
+    with pytest.raises(UsageError, match="is inside of a run: give the run's folder, .*slow"):
+        read_settings(runs[0] / "checkpoints/000001")
 
 
 def test_copies_are_compared_by_what_is_in_them(runs):
@@ -249,7 +264,10 @@ def test_runs_that_have_not_been_evaluated(runs, tmp_path):
         (["slow"], "takes two runs or more"),
         ([], "takes two runs or more"),
         (["slow", "slow"], "is given twice"),
-        (["slow", "nowhere"], "nowhere is no run's folder: expected run.toml in it"),
+        (["slow", "fst"], "fst: there is no such file or folder. Did you mean 'fast'?"),
+        (["slow", "."], "is no run's folder: expected run.toml in it. Give the folder that"),
+        (["slow", "fast/checkpoints/000001"], "is inside of a run: give the run's folder, fast."),
+        (["slow", "nowhere"], "nowhere: there is no such file or folder."),
         (["slow", "fast", "--out", "page.txt"], "a file whose name ends in .html"),
         (["slow", "rubbish"], "is not valid TOML"),
     ],

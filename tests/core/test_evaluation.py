@@ -262,7 +262,7 @@ def test_models_may_be_added_and_protocols_repeated(host, finished, tmp_path, mo
     assert two.figures[0] == one.figures[0]
     assert two.figures[1].changes["jpeg_compressibility"].mean.equal == 6
     with pytest.raises(UsageError, match="The protocol .* says what eval_images is"):
-        evaluate([], protocol=tmp_path / "out", preset="tiny", eval_images=3, host=host)
+        evaluate([], protocol=tmp_path / "out", tiny=True, eval_images=3, host=host)
     with pytest.raises(UsageError, match="Unknown protocol 'earler'. Did you mean 'earlier'"):
         find_protocol("earler")
 

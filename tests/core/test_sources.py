@@ -256,6 +256,20 @@ def test_what_is_no_model_and_no_lora(lora_run, whole_run, sd3_folder, tmp_path)
     refuse("pickled weights", sd3_folder, tmp_path / "a.bin")
     (tmp_path / "run.toml").write_text("")
     refuse("a run that has no whole checkpoint yet. `nft resume", tmp_path)
+    (tmp_path / "checkpoints").mkdir()
+    refuse("--model .*inside of a run: give the run's folder, ", tmp_path / "checkpoints")
+    refuse("--lora .*inside of a run: give the run's folder, ", sd3_folder, tmp_path / "checkpoints")
+
+
+def test_a_run_that_is_not_there_is_no_hub_id(sd3_folder, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "mine/first").mkdir(parents=True)
+    (tmp_path / "mine/first/run.toml").write_text("")
+    for name in ("runs/none", "mine/frist", "mine/first/checkpoints/000001"):
+        for model, lora in ((name, ""), (sd3_folder, name)):
+            with pytest.raises(UsageError, match=f"{name}: there is no such file or folder") as caught:
+                check_model(settings_of(model, lora=lora), load_host())
+            assert ("Did you mean 'mine/first'?" in str(caught.value)) == (name == "mine/frist")
 
 
 def test_a_pipeline_of_a_package_that_lies_elsewhere_now(lora_run, tmp_path):

@@ -243,6 +243,15 @@ def test_what_cannot_be_adapted(result, message):
         reward(cat)(batch())
 
 
+def test_errors_of_calls_name_a_reward_of_a_file_as_figures_do(folder):
+    (folder / "bad.py").write_text(
+        "def short(images):\n    return [1.0]\ndef fails(images):\n    raise ValueError('no')\n"
+    )
+    for name, said in (("short", "must return a number for each"), ("fails", "failed: ValueError: no")):
+        with pytest.raises(NftError, match=f"^The reward '{name}' {said}"):
+            reward(f"{folder}/bad.py:{name}")(batch())
+
+
 def test_a_function_without_fields_is_told_the_names():
     with pytest.raises(
         UsageError, match="cat takes imgs: a reward takes what it needs of images, prompts, meta"

@@ -15,6 +15,7 @@ from nft_core.errors import NftError, advise_on_disk
 from nft_core.output import keep_output_alive
 from nft_core.runs.observers.console import Console, compare_evaluations, format_seconds
 from nft_core.runs.observers.evaluations import save_scores
+from nft_core.runs.observers.live import LiveView
 from nft_core.runs.observers.metrics import Metrics, read_records
 from nft_core.runs.observers.report import Report
 from nft_plugins import Part, Run, Scores
@@ -55,17 +56,37 @@ def test_console_ends_with_a_table_of_before_and_after(run, capsys):
     assert "checkpoints/000004" in shown
 
 
-def test_console_in_a_terminal_shows_bars(run, capsys):
+def test_console_in_a_terminal_shows_bars_and_figures(run, capsys):
     console = Console()
     console.terminal = Terminal(force_terminal=True, width=100)
     console.nft_run_started(run)
+    console.nft_eval_finished(run, evaluation(0, 0.25))
     console.nft_progress(run, "rollout", 3, 8)
     console.nft_epoch_finished(run, epoch_record(1))
+    console.nft_eval_finished(run, evaluation(1, 0.75))
     console.bars.refresh()
     console.nft_run_finished(run, None)
     shown = capsys.readouterr().out
     assert "rollout" in shown and "3/8 images" in shown
-    assert "1/2  cat 0.5  dog 0.5  10.0 img/s  1:30 left" in shown
+    assert "1/2" in shown and "1:30 left, 10.0 img/s" in shown
+    assert "cat  evaluated 0.75 (+0.5), rollouts 0.5" in shown
+
+
+def test_a_terminal_shows_as_many_epochs_as_its_width_takes():
+    view = LiveView(Terminal(force_terminal=True, width=40), 0, 20)
+    for epoch in range(1, 10):
+        view.show_epoch(epoch_record(epoch) | {"rewards": {"cat": {"mean": epoch / 8}}}, "", "")
+    assert view.write_figures(40) == ["cat  evaluated -, rollouts 0.875 1 1.125"]
+    assert view.write_figures(20) == ["cat  evaluated -"]
+
+
+def test_a_dumb_terminal_gets_lines(run, capsys, monkeypatch):
+    monkeypatch.setenv("TERM", "dumb")
+    console = Console()
+    console.terminal = Terminal(force_terminal=True, width=100)
+    console.nft_run_started(run)
+    console.nft_epoch_finished(run, epoch_record(1))
+    assert console.bars is None and "epoch 1/2  cat 0.5" in capsys.readouterr().out
 
 
 def test_nothing_is_said_of_a_run_that_never_began(run, capsys):

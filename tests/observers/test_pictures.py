@@ -7,14 +7,12 @@ import torch
 from PIL import Image, ImageDraw
 from safetensors.numpy import load_file, save_file
 
+from nft_core.pages.thumbnails import SIDE, decode_image, encode_image
 from nft_core.runs.observers import captions
 from nft_core.runs.observers import pictures as kept
 from nft_core.runs.observers.captions import load_font, wrap_text
 from nft_core.runs.observers.pictures import (
-    SIDE,
     collect_pictures,
-    decode_image,
-    encode_image,
     find_first_pictures,
     read_pictures,
     save_pictures,
@@ -87,9 +85,9 @@ def test_a_file_of_something_else_has_no_pictures(harm, run):
     elif harm == "no note":
         save_file(arrays, path)
     elif harm == "other note":
-        save_file(arrays, path, {kept.NOTE: json.dumps({"of": {}, "cards": [1], "figures": [], "texts": 3})})
+        save_file(arrays, path, {kept.NOTE: json.dumps({"of": {}, "cards": [1], "figures": [], "notes": 3})})
     else:
-        note = {"of": {}, "cards": [["a", "", 1]] * 3, "figures": {}, "texts": {}, "details": []}
+        note = {"of": {}, "cards": [["a", "", 1]] * 3, "figures": {}, "notes": {}, "details": []}
         save_file(arrays, path, {kept.NOTE: json.dumps(note)})
     assert read_pictures(run.folder, 0, {}) is None
 
@@ -230,8 +228,8 @@ def test_words_about_pictures_are_kept(run):
     batch, scores = pictures(["a cat"], images=1)
 
     class Telling(Scores):
-        texts = {"cat/read": ["<b>MEOW"]}  # noqa: RUF012
+        notes = {"cat/read": ["<b>MEOW"]}  # noqa: RUF012
 
     told = Telling(scores.values, scores.valid, {}, {"cat": Part(1.0, scores)})
     save_pictures(run.folder, collect_pictures(evaluation(0, 0.1), batch, told))
-    assert read_pictures(run.folder, 0, {}).frame.texts == {"cat/read": ["<b>MEOW"]}
+    assert read_pictures(run.folder, 0, {}).frame.notes == {"cat/read": ["<b>MEOW"]}

@@ -8,8 +8,11 @@ from time import perf_counter
 import pytest
 import torch
 from browser import COMMAND, Browser
+from click.testing import CliRunner
 from pages import read_data
+from PIL import Image
 
+from nft_core.cli.app import main
 from nft_core.errors import NftError
 from nft_core.pages.curves import MOST, Curve
 from nft_core.pages.gallery import Card, Frame, Gallery, describe_gallery, fit_gallery
@@ -97,9 +100,10 @@ def test_a_change_is_told_from_chance(made):
     """By hand: `cat` rises by 0.5 on every image, `dog` falls on all but the first, `owl` has no direction."""
     rows = re.findall('<tr class="first">(.*?)</tr>', draw_changes(read_figures(made)))
     cells = {row[0]: row[1:] for row in (re.findall("<td>(.*?)</td>", row) for row in rows)}
-    assert cells["cat"][2:] == ["+0.5", "+0.5 to +0.5", "8 / 0", "▲ better, larger than chance"]
-    assert cells["dog (lower is better)"][4:] == ["8 / 0", "▼ better, larger than chance"]
-    assert cells["owl (watched)"][5] == "may be chance"
+    assert cells["cat"][2:] == ["+0.5", "▲ better, larger than chance", "+0.5 to +0.5", "8 / 0"]
+    assert cells["dog (lower is better)"][3] == "▼ better, larger than chance"
+    assert cells["dog (lower is better)"][5] == "8 / 0"
+    assert cells["owl (watched)"][3] == "may be chance"
 
 
 def read_figures(folder):
@@ -166,7 +170,7 @@ def test_pages_stay_small(cards, steps, size):
     held = sum(len(p) for frame in describe_gallery(small)["frames"] for p in frame["pictures"])
     assert most / 3 < held <= most
     assert small.steps[-1][0] == f"epoch {steps - 1}" and small.steps[-1][1][0] == 0
-    assert any(str(cards) in n or str(steps - 1) in n for n in small.notes)
+    assert any(str(cards) in n or str(steps - 1) in n for n in small.left_out)
     values = small.frames[-1].figures["cat"]
     assert max(values) == (cards - 1) * (steps - 1) and min(values) == 0  # The best and the worst are there.
 
@@ -329,6 +333,64 @@ def test_runs_stand_beside_one_another(made, tmp_path, browser):
     )
     assert browser.run(titles) == ["<b>run, base model", "<b>run, epoch 4", "other, epoch 4"]
     assert browser.run("document.querySelectorAll('.legend span').length") >= 2
+    check_quiet(browser)
+
+
+@pytest.fixture
+def scored(tmp_path):
+    """The page of a folder with large pictures, a transparent one and one that is no picture."""
+    folder = tmp_path / "<b>pictures"
+    folder.mkdir()
+    for name, colour in (("dark", "#300"), ("light", "#f00")):
+        Image.new("RGB", (300, 200), colour).save(folder / f"{name}.png")
+        (folder / f"{name}.json").write_text(json.dumps({"prompt": f"{name} {BAD}", "tag": name}))
+    Image.new("RGBA", (20, 20)).save(folder / "clear.png")
+    (folder / "broken.png").write_bytes(b"no")
+    (tmp_path / "red.py").write_text("def red(images):\n    return images[:, 0].mean((1, 2))\n")
+    given = [
+        "score",
+        str(folder),
+        "--reward",
+        f"{tmp_path / 'red.py'}:red=-1",
+        "--html",
+        str(tmp_path / "page.html"),
+    ]
+    done = CliRunner().invoke(main, given)
+    assert done.exit_code == 1 and "broken.png" in done.output  # It has no score, and the page is there.
+    return tmp_path / "page.html"
+
+
+def test_scored_images_are_a_page(scored):
+    page = scored.read_text()
+    assert "<script>alert" not in page and "<b>pictures" not in page
+    (gallery,) = read_data(page, "gallery")
+    names = [card["name"].rpartition("/")[2] for card in gallery["cards"]]
+    assert names == ["broken.png", "clear.png", "dark.png", "light.png"]
+    assert gallery["lower"] == ["red"]
+    (frame,) = gallery["frames"]
+    assert frame["figures"]["red"] == [None, 1.0, 0.2, 1.0]
+    assert [picture and picture[:15] for picture in frame["pictures"]] == [
+        *(None, "data:image/png;", "data:image/webp", "data:image/webp")
+    ]
+    assert "Cannot read" in frame["notes"]["red failed"][0] and frame["notes"]["red failed"][1] == ""
+
+
+@pytest.mark.parametrize("name", ["page.txt", "."])
+def test_a_page_of_scores_has_a_name_that_browsers_know(name, tmp_path):
+    done = CliRunner().invoke(main, ["score", "x.png", "--reward", "jpeg_compressibility", "--html", name])
+    assert done.exit_code == 2 and "a file whose name ends in .html" in done.output
+
+
+@needs_browser
+def test_a_reader_looks_at_scored_images(scored, browser):
+    browser.open(scored)
+    choose(browser, "order", "best")
+    assert browser.run(CARDS) == [2, 1, 3, 0]
+    assert browser.run("document.querySelector('[name=order]').options.length") == 5
+    assert browser.run("document.querySelectorAll('[name=step], .missing').length") == 1
+    assert browser.run("document.querySelector('.said').textContent").startswith("red failed: Cannot read")
+    choose(browser, "words", "LIGHT.PNG")
+    assert browser.run(CARDS) == [3]
     check_quiet(browser)
 
 

@@ -5,10 +5,11 @@ import pytest
 from PIL import Image
 
 from nft_core.host.host import load_host
+from nft_core.pages.thumbnails import decode_image, encode_image
 from nft_core.runs.fingerprint import pick_picture_part
 from nft_core.runs.inputs import make_run_settings
 from nft_core.runs.observers.metrics import read_records
-from nft_core.runs.observers.pictures import decode_image, encode_image, read_pictures
+from nft_core.runs.observers.pictures import read_pictures
 from nft_core.runs.run import run_training
 
 SHORT = {"steps": 2, "group_size": 2, "prompts_per_epoch": 2, "updates_per_epoch": 1, "epochs": 1}
@@ -29,6 +30,7 @@ def test_it_makes_the_first_evaluation_picture(rank, solver, tmp_path, monkeypat
     run_training(settings, tmp_path / "run", load_host(), told.append)
     words, code = told[-1].split("\n\n", 1)
     assert words == "To use it in plain diffusers (this makes the run's first evaluation picture):"
+    assert all(len(line) <= 88 for line in code.splitlines() if "/" not in line) and "seed(-" not in code
     monkeypatch.chdir(tmp_path)
     exec(code, {})
     picture = np.asarray(decode_image(encode_image(Image.open("image.png")))).astype(int)

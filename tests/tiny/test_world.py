@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from nft_tiny import captions, plugin
 from nft_tiny.detector import detect_shapes
@@ -105,4 +106,55 @@ def test_clip_ranks_words_and_colours():
 
 
 def test_words_are_drawn_in_their_cells():
-    assert (draw_word("CAT") != draw_word("CAR")).any(-1).any(0)[:20].sum() == 0
+    differs = (draw_word("CAT") != draw_word("CAR")).any(-1).any(0)
+    assert differs[21:].any()
+    assert not differs[:21].any()
+
+
+def test_every_letter_can_be_read_on_a_sign():
+    pytest.importorskip("rapidocr")
+    from nft_rewards.ocr_engines import make_engine
+
+    engine = make_engine("rapidocr")
+    for word in ("ABC", "DEF", "GHI", "JKL", "MNO", "PQR", "STU", "VWX", "YZA"):
+        board = Image.fromarray(draw_word(word)).resize((128, 128), Image.Resampling.BICUBIC)
+        assert engine(np.asarray(board)) == word
+
+
+def test_held_out_words_are_read_after_the_autoencoder():
+    """So it is not the decoder that keeps a run from reading every word."""
+    pytest.importorskip("rapidocr")
+    from diffusers import AutoencoderTiny
+
+    from nft_rewards.ocr_engines import make_engine
+    from nft_tiny.pretrain.data import scale_to_bytes, scale_to_model
+
+    engine = make_engine("rapidocr")
+    vae = AutoencoderTiny.from_pretrained(DATA / "pipeline" / "vae", torch_dtype=torch.float32).eval()
+    words = [word.upper() for word in captions.split_words()[1][:8]]
+    with torch.no_grad():
+        latents = vae.encode(scale_to_model(np.stack([draw_word(word) for word in words]))).latents
+        boards = scale_to_bytes(vae.decode(latents).sample)
+    large = [Image.fromarray(board).resize((128, 128), Image.Resampling.BICUBIC) for board in boards]
+    assert [engine(np.asarray(board)) for board in large] == words
+
+
+def test_wrong_captions_are_as_many_as_asked_for_and_name_no_held_out_word():
+    from nft_tiny.pretrain.data import make_letter_triples, spoil_prompts
+
+    words, held_out = make_letter_triples(), captions.split_words()[1]
+    assert not set(words) & set(held_out)
+    signs = [captions.make_word_caption(word) for word in words[::9]]
+    scenes = list(captions.make_scene_captions())
+    right = [c["prompt"] for c in signs + scenes]
+    assert spoil_prompts(signs + scenes, 0, 0, seed=0) == right
+    prompts = spoil_prompts(signs + scenes, 0.4, 0.2, seed=0)
+    made = [prompt.split('"')[1] for prompt in prompts[: len(signs)]]
+    assert not {word.lower() for word in made} & set(held_out)
+    kept = [
+        a == b for word, sign in zip(made, signs, strict=True) for a, b in zip(word, sign["text"], strict=True)
+    ]
+    # A letter that is drawn anew is the same one in one case of 26.
+    assert np.mean(kept) == pytest.approx(1 - 0.4 * 25 / 26, abs=0.03)
+    same = [a == b for a, b in zip(prompts[len(signs) :], right[len(signs) :], strict=True)]
+    assert np.mean(same) == pytest.approx(0.8, abs=0.05)

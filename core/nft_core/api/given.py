@@ -8,7 +8,6 @@ import json
 import os
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 from nft_plugins import ObserverInfo, RewardInfo
@@ -19,8 +18,7 @@ from ..host.host import Host
 from ..host.local import describe_briefly, make_local_card
 from ..host.objects import name_object
 from ..host.specs import RewardSpec, parse_observer, parse_reward, parse_weight
-from ..prompts import Prompt, make_prompt
-from ..runs.places import path_exists
+from ..prompts import Prompt, make_prompt, refuse_single_prompt
 
 if TYPE_CHECKING:
     from ..scoring.composer import Composed, Term
@@ -201,11 +199,7 @@ def read_prompt_list(given: Any, what: str) -> str | list[Prompt]:
 
     Raises UsageError, with the place in the list, for anything else.
     """
-    if isinstance(given, str) and not Path(given).suffix and not path_exists(Path(given)):
-        raise UsageError(
-            f"{what} = {shorten_value(given)}: there is no such file. For one prompt give a list, "
-            f"{what}=[{shorten_value(given)}]."
-        )
+    refuse_single_prompt(given, what)
     if isinstance(given, str | os.PathLike):
         return os.fspath(given)
     form = f"{what} must be the path of a file, or a list of texts or of mappings with a prompt and metadata"

@@ -9,14 +9,15 @@ from typing import Any
 
 from ..runs.checkpoint import list_checkpoints
 from ..runs.folder import read_settings
-from ..runs.observers.console import collect_means, explain_difference, format_figure
+from ..runs.observers.console import collect_means, explain_difference
+from ..runs.observers.live import format_figure
 from ..runs.observers.metrics import read_records
 from ..settings import make_settings
 
 
 @dataclass(frozen=True)
 class TrainedRun:
-    """A run that was trained: where it is, how, and what came of it.
+    """A run that was trained: where it is, how, and what came of it. Functions take it in place of its folder.
 
     folder: where everything was written; `docs/runs.md` says what is there.
     settings: every setting by its name, as in run.toml.
@@ -41,6 +42,9 @@ class TrainedRun:
     def checkpoint(self) -> Path | None:
         """The folder of the newest checkpoint; None where none was saved."""
         return next(iter(list_checkpoints(self.folder)), None)
+
+    def __fspath__(self) -> str:
+        return str(self.folder)
 
     def __repr__(self) -> str:
         number = len(self.epochs)

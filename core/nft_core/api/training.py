@@ -51,7 +51,7 @@ def train(
 
     rewards: a spec such as "ocr=0.5", a function that takes images, a reward object, or what `nft_core.reward`
         and arithmetic make; or a list of these; or a dictionary of weights by reward, or of rewards by name.
-    model: the model to train, a local folder or an id on the Hugging Face hub.
+    model: the model to train: a hub id, a pipeline's folder, a run or a checkpoint.
     prompts: the prompts to train on: a list of texts, or of mappings with a `prompt` and metadata, or a file.
     eval_prompts: prompts that are evaluated and never trained on, in the same forms.
     observers: objects with hooks as methods, or specs such as "tensorboard"; one or a list.
@@ -67,7 +67,7 @@ def train(
     from ..host.host import load_host
     from ..host.specs import parse_reward
     from ..runs.folder import make_run_folder
-    from ..runs.inputs import make_run_settings
+    from ..runs.inputs import choose_preset, make_run_settings
     from ..runs.places import make_folder_whole, make_paths_whole
     from ..settings import make_settings
     from .given import list_observers, list_rewards, read_prompt_list
@@ -85,10 +85,7 @@ def train(
             lists[name] = read
         elif read:
             given[name] = read
-    if tiny and preset not in (None, "tiny"):
-        raise UsageError(f"tiny=True is short for preset='tiny', so preset={preset!r} contradicts it.")
-    chosen = "tiny" if tiny else preset
-    made = make_run_settings(host, chosen, read_paths(settings), read_paths(given))
+    made = make_run_settings(host, choose_preset(tiny, preset), read_paths(settings), read_paths(given))
     check_processes(settings, made)
     titles = [parse_reward(reward).title for reward in made.rewards]
     with nullcontext(Path(out)) if out is not None else make_run_folder(titles) as place:

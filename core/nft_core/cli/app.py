@@ -260,6 +260,8 @@ def start_run(
         dict(parse_assignment(a) for a in assignments),
         given,
     )
+    if given.get("prompts") and settings.eval_prompts and not given.get("eval_prompts"):
+        click.echo(f"Evaluations are on other prompts than --prompts: those of {settings.eval_prompts}.")
     if plan:
         inputs = prepare_inputs(settings, host)
         find_family(settings, host)  # A model that is not there is told before torch is imported.

@@ -30,17 +30,18 @@ def compare_runs(folders: tuple[Path, ...], out: Path | None, as_json: bool) -> 
     is the difference from the first run at the end, in pairs of pictures from the same prompt and noise. Behind
     a change or a difference stands its 95 % interval over prompts: if 0 is not in it, it is larger than chance.
     """
+    from ..pages.page import check_page, write_asked_page
     from ..runs.comparison.figures import pair_runs, summarize
-    from ..runs.comparison.page import Comparison, check_page, write_page
+    from ..runs.comparison.page import Comparison, draw_page
     from ..runs.comparison.reading import list_differences, read_runs
 
     if out:
-        check_page(out)
+        check_page(out, "--out")
     runs = read_runs(folders)
     summaries = {run.name: summarize(run) for run in runs}
     found = Comparison(runs, list_differences(runs), summaries, *pair_runs(runs))
     if out:
-        write_page(out, found)
+        write_asked_page(out, draw_page(found), "--out")
     if as_json:
         click.echo(json.dumps(describe_comparison(found), indent=2, default=str))
         return

@@ -12,6 +12,7 @@ import platform
 import shutil
 import subprocess
 import sys
+from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
 
@@ -20,6 +21,7 @@ import click
 from ..errors import describe_error
 from ..host.factories import is_installed
 from ..host.host import Host, load_host
+from ..models.hub import find_unfetched
 from .env import describe_environments
 from .listing import describe_readiness
 from .tables import show_rows
@@ -76,7 +78,10 @@ def diagnose(as_json: bool) -> None:
 def examine_installation(host: Host) -> dict[str, Any]:
     """Examine what is installed; `problems` need mending, each with its cause and the command that does it."""
     probed = probe_torch()
-    rewards = [{"name": name, **describe_readiness(card)} for name, card in sorted(host.rewards.items())]
+    rewards = [
+        {"name": name, **describe_readiness(card), "to_fetch": find_files_to_fetch(card.info.files)}
+        for name, card in sorted(host.rewards.items())
+    ]
     names = (
         "nft-hub",
         "nft-plugins",
@@ -154,6 +159,16 @@ def write_problem(problem: dict[str, str]) -> str:
     return f"{problem['what']} is broken: {problem['cause']}. To mend it: {problem['mend']}."
 
 
+def find_files_to_fetch(files: Sequence[str]) -> list[str]:
+    """Find the hub repositories that a card names and nothing was fetched from; none where nobody can know."""
+    return find_unfetched(files) if is_installed("huggingface_hub") else []
+
+
+def describe_weights(to_fetch: Sequence[str]) -> str:
+    """Say that a reward whose packages are installed is ready, and which files it has yet to fetch."""
+    return f"ready; its first use fetches {', '.join(to_fetch)}" if to_fetch else "ready"
+
+
 def find_torch_problems(probed: dict[str, Any]) -> list[dict[str, str]]:
     """Find what is broken in the answer of `probe_torch`."""
     problems = []
@@ -229,7 +244,10 @@ def show_findings(found: dict[str, Any]) -> None:
     if not gpus and torch and name_build(torch) == "CPU" and shutil.which("nvidia-smi"):
         gpus = "not used: nvidia-smi is here, but this torch is built for the CPU alone"
     click.echo(f"GPUs         {gpus or 'none'}\n")
-    rows = [{"reward": r["name"], "ready": r["install"] or "ready"} for r in found["rewards"]]
+    rows = [
+        {"reward": r["name"], "ready": r["install"] or describe_weights(r["to_fetch"])}
+        for r in found["rewards"]
+    ]
     show_rows(rows, {"reward": "reward", "ready": "ready, or the command that installs what it needs"}, False)
     for row in found["environments"]:
         click.echo(f"environment  {row['name']}: {row['state']}, {row['megabytes']:,} MB in {row['folder']}")

@@ -38,7 +38,7 @@ def launch_training(
     from ..runs.inputs import check_run
     from ..runs.places import make_folder_whole, make_paths_whole
     from ..runs.record import COMMAND, describe_command
-    from ..runs.run import run_training
+    from ..runs.run import Caller, run_training
     from ..settings import make_settings, to_toml
 
     # Whoever resumes the run may stand in another folder, where relative paths would mean other files.
@@ -48,13 +48,14 @@ def launch_training(
         settings = make_settings(use_copies(settings.model_dump(), folder, copies))
 
     environment.check_numbers()
+    announce = environment.make_announcer(click.echo)
     end_with_the_parent()
     end_on_signals()
     # A launcher such as torchrun has started all processes already, and this is one of them.
     processes = 1 if environment.is_started_by_launcher() else settings.processes
     if processes != 1:
         # A mistake is told once, and not by each process; and before torch is imported to count GPUs.
-        check_run(settings, folder, host, resume, allow_changes)
+        check_run(settings, folder, host, resume, allow_changes, announce=announce)
         processes = count_processes(processes, settings.device)
     with keep_output_alive():
         if processes == 1:
@@ -67,6 +68,7 @@ def launch_training(
                 allow_changes,
                 count_on_gpu,
                 profile_epoch if profile else None,
+                Caller(announce=announce),
             )
             return
         again = ["--resume", "auto", *(["--allow-changes"] if allow_changes else [])]
@@ -74,6 +76,7 @@ def launch_training(
             claim_folder(folder)
         more = [*(again if resume else []), *(["--profile"] if profile else [])]
         os.environ[COMMAND] = describe_command()
+        announce(f"starting {processes} processes")
         sys.exit(launch_processes(to_toml(settings), folder, processes, more))
 
 

@@ -19,6 +19,7 @@ import click
 from ..errors import NftError, UsageError, advise_on_disk, unknown_name
 from ..host.host import load_host
 from ..host.local import is_reference
+from ..pages.page import check_page, write_asked_page
 from ..quiet import redirect_prints, silence_libraries
 from .summary import list_summary_rows, show_tags, summarise
 from .tables import new_table, print_table
@@ -87,6 +88,13 @@ preset_option = click.option(
     help="Also write a table with a row for each image, which spreadsheets read.",
 )
 @click.option(
+    "--html",
+    "page",
+    metavar="FILE.html",
+    type=click.Path(path_type=Path),
+    help="Also write a page with the images and their scores, to sort and to look at; it works offline.",
+)
+@click.option(
     "--json",
     "as_json",
     is_flag=True,
@@ -103,6 +111,7 @@ def score_files(
     batch: int,
     sort: str | None,
     table: Path | None,
+    page: Path | None,
     as_json: bool,
 ) -> None:
     """Score image files, and folders of them, with rewards.
@@ -127,6 +136,8 @@ def score_files(
 
     if prompt is not None and prompts is not None:
         raise click.UsageError("--prompt is for all images and --prompts for each: give one of them.")
+    if page is not None:
+        check_page(page, "--html")
     host = load_host()
     with redirect_prints():  # Rewards print too.
         settings = make_run_settings(
@@ -153,6 +164,11 @@ def score_files(
         results = sort_images(results, reward, sort)
     if table is not None:
         write_csv(table, results, reward)
+    if page is not None:
+        from .score_page import draw_score_page
+
+        drawn = draw_score_page(results, reward, list_columns(results, reward))
+        write_asked_page(page, drawn, "--html")
     if as_json:
         click.echo(json.dumps([describe_result(r, reward) for r in results], indent=2, default=str))
     else:

@@ -12,8 +12,8 @@ from typing import Any, cast
 from ..errors import UsageError, name_arguments
 from ..host.host import Host, load_host
 from ..host.specs import RewardSpec
-from ..prompts import Prompt, make_prompt
-from ..runs.inputs import make_run_settings, parse_rewards
+from ..prompts import Prompt, make_prompt, refuse_single_prompt
+from ..runs.inputs import choose_preset, make_run_settings, parse_rewards
 from ..scoring.composer import Composed, Given, as_spec
 from ..settings import Settings
 from .entries import Model, parse_model
@@ -49,6 +49,7 @@ def evaluate(
     negative_prompt: str = "",
     protocol: str | os.PathLike[str] | None = None,
     preset: str | None = None,
+    tiny: bool = False,
     out: str | os.PathLike[str] | None = None,
     save_images: bool = False,
     host: Host | None = None,
@@ -65,10 +66,12 @@ def evaluate(
         preset, or those built in.
     guidance: one scale of classifier-free guidance, or several, each evaluated by itself. 1 is without.
     protocol: an earlier one to repeat: its file, or the folder of its results.
+    tiny: the small model that comes with nft-hub, and its settings: the preset `tiny`.
     out: the folder of the results, with which an interrupted evaluation goes on; None keeps no files.
     settings: further ones by name, such as `eval_images=4`, `eval_steps=40`, `seed=1` or `device="cuda"`.
     Raises UsageError and NftError, with a sentence that says what is wrong.
     """
+    refuse_single_prompt(prompts, "prompts")
     host = host or load_host()
     given = [models] if isinstance(models, str | os.PathLike | Model) else list(models)
     chosen = [m if isinstance(m, Model) else parse_model(os.fspath(m), host) for m in given]
@@ -78,7 +81,7 @@ def evaluate(
     scales = [guidance] if isinstance(guidance, int | float) else guidance
     with ExitStack() as stack:
         request = make_request(
-            *(host, chosen, specs, preset, settings),
+            *(host, chosen, specs, choose_preset(tiny, preset), settings),
             prompts=prompts,
             guidance=scales,
             negative_prompt=negative_prompt,

@@ -10,13 +10,12 @@ from pathlib import Path
 
 from ..errors import UsageError
 from ..host.host import Host
+from ..models.run_folders import name_checkpoint
 from ..runs.fingerprint import SAMPLE, digest_model, digest_value
 
 FORM = "MODEL[,lora=PATH][,name=TEXT], such as runs/mine or stabilityai/stable-diffusion-3.5-medium,lora=mine"
 #: What may stand behind a model.
 WORDS = ("lora", "name")
-#: A step's folder in a run, which says nothing without the run's name.
-STEP = re.compile(r"\d{6,}")
 
 
 @dataclass(frozen=True)
@@ -101,10 +100,7 @@ def shorten_name(text: str) -> str:
     path = Path(text)
     if not text or not path.exists():
         return text
-    parts = path.absolute().parts
-    if STEP.fullmatch(parts[-1]) and len(parts) > 3:
-        return f"{parts[-3]} at {int(parts[-1])}"
-    return parts[-1]
+    return name_checkpoint(path.absolute()) or path.absolute().name
 
 
 def digest_files(name: str) -> str:

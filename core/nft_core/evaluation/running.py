@@ -39,7 +39,7 @@ from .generation import Generation, prepare_generation
 from .protocol import Protocol
 from .report import Evaluation, write_markdown
 from .request import Request, check_sizes, use_model
-from .store import RESULTS_JSON, RESULTS_MD, Stored, join, read_parts, write_part, write_text
+from .store import RESULTS_JSON, RESULTS_MD, Stored, join, read_parts, say_unwritable, write_part, write_text
 
 #: Batches of each process in the largest part: enough for scoring and generating to overlap.
 MOST_BATCHES = 8
@@ -263,11 +263,14 @@ def store_rollout(rollout: Rollout, keep_total: bool) -> Stored:
 
 
 def save_images(folder: Path, draws: Draws, rows: Tensor, batch: Batch) -> None:
-    """Save a batch of images, each under the numbers of its prompt and of itself."""
-    folder.mkdir(parents=True, exist_ok=True)
-    for n, image in zip(rows.tolist(), batch.pil, strict=True):
-        position, number = divmod(n, draws.images)
-        image.save(folder / f"{draws.indices[position]:05d}-{number:02d}.png")
+    """Save a batch of images, each under the numbers of its prompt and of itself. Raises NftError."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        for n, image in zip(rows.tolist(), batch.pil, strict=True):
+            position, number = divmod(n, draws.images)
+            image.save(folder / f"{draws.indices[position]:05d}-{number:02d}.png")
+    except OSError as error:
+        raise say_unwritable(folder, error) from error
 
 
 def summarise_progress(work: Work, entry: Entry, stored: Stored) -> Progress:

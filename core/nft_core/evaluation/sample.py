@@ -14,9 +14,9 @@ import torch
 from ..errors import UsageError, name_arguments
 from ..host.host import Host, load_host
 from ..parallel.processes import barrier, gather_texts, process_group, rank, world_size
-from ..prompts import Prompt, make_prompt, read_prompts
+from ..prompts import Prompt, make_prompt, read_prompts, refuse_single_prompt
 from ..quiet import silence_libraries
-from ..runs.inputs import make_run_settings
+from ..runs.inputs import choose_preset, make_run_settings
 from ..runs.setup import autocast_dtype, check_guidance, check_model, image_shape, pick_device
 from ..sampling.draws import Draws
 from ..seeds import reseed
@@ -60,8 +60,9 @@ def sample(
     model: str | os.PathLike[str] | None = None,
     prompts: str | os.PathLike[str] | Sequence[str | Mapping[str, Any] | Prompt] | None = None,
     *,
-    lora: str = "",
+    lora: str | os.PathLike[str] = "",
     preset: str | None = None,
+    tiny: bool = False,
     images: int | None = None,
     solver: str | None = None,
     steps: int | None = None,
@@ -78,6 +79,7 @@ def sample(
 
     model: a hub id, a pipeline's folder, a run or a checkpoint, or a preset's name; None takes the preset's.
     prompts: texts, or mappings with `prompt` and metadata, or a file of them; None takes the held-out ones.
+    tiny: the small model that comes with nft-hub, and its settings: the preset `tiny`.
     images: of each prompt; they stand side by side in the result.
     What is None is as in the evaluations of the run that trained the model, or else as in the preset, with one
     image of each prompt.
@@ -87,11 +89,12 @@ def sample(
     """
     if grid and out is None:
         raise UsageError("A grid is written to a folder: give `out` too.")
+    refuse_single_prompt(prompts, "prompts")
     host = host or load_host()
-    named = {"lora": lora or None, "images": images, "solver": solver, "steps": steps, "seed": seed}
+    named = {"lora": os.fspath(lora) or None, "images": images, "solver": solver, "steps": steps, "seed": seed}
     named["resolution"] = resolution
     request = make_sample_request(
-        *(host, os.fspath(model) if model is not None else None, preset),
+        *(host, os.fspath(model) if model is not None else None, choose_preset(tiny, preset)),
         {**settings, **{name: value for name, value in named.items() if value is not None}},
         prompts=prompts,
         guidance=guidance,

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
@@ -74,17 +76,25 @@ def refuse_used_folder(folder: Path) -> None:
 def save_picture(folder: Path, picture: Picture) -> None:
     """Save a picture, and beside it the prompt with its metadata, as `nft score` reads it."""
     path = folder / f"{name_picture(picture.prompt_number, picture.number)}.png"
-    try:
+    with explain_full_disk(path):
         save_sheet(picture.image, path)
         record = json.dumps({"prompt": picture.prompt.text, **picture.prompt.metadata})
         path.with_suffix(".json").write_text(record + "\n", encoding="utf-8")
+
+
+@contextmanager
+def explain_full_disk(path: Path) -> Iterator[None]:
+    """Raise NftError, which says what helps, where the system refuses to write."""
+    try:
+        yield
     except OSError as error:
         raise NftError(f"Cannot write {path}: {error}. {advise_on_disk(error)}.") from error
 
 
 def write_record(folder: Path, record: dict[str, Any]) -> None:
     """Write all that the images depend on."""
-    (folder / RECORD).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+    with explain_full_disk(folder / RECORD):
+        (folder / RECORD).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
 
 
 def draw_grid_of_folder(folder: Path, draws: Draws, title: str) -> None:
@@ -97,4 +107,6 @@ def draw_grid_of_folder(folder: Path, draws: Draws, title: str) -> None:
             small = fit_to_cell(image.convert("RGB"))
         said = text if find_font(clean_text(text), 13) else f"prompt {position}"
         samples.append(Sample(small, said, [Score(name)], position))
-    save_sheet(draw_grid([samples], [title]), folder / GRID)
+    sheet = draw_grid([samples], [title])
+    with explain_full_disk(folder / GRID):
+        save_sheet(sheet, folder / GRID)

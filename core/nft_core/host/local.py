@@ -72,8 +72,8 @@ def import_file(path: Path) -> ModuleType:
     if not path.is_file():
         place = "" if path.is_absolute() else f" in {Path.cwd()}"
         raise UsageError(
-            f"There is no file {path}{place}: expected FILE.py:NAME. If a run's file has moved, --reward says "
-            "where it is now."
+            f"There is no file {path}{place}: expected FILE.py:NAME. If a run's file has moved, give its new "
+            "place with the option that named it, such as --reward or --observer."
         )
     path = path.resolve()
     name = f"nft_local:{path}"
@@ -135,7 +135,9 @@ def make_local_card(name: str | Callable[..., Any]) -> Registered[RewardInfo]:
     title = name if isinstance(name, str) else getattr(name, "__name__", type(name).__name__)
     if not callable(target):
         raise UsageError(f"{title} is no reward: expected a function, a class or an object that can be called.")
-    return Registered(RewardInfo(title, describe_briefly(target), make_factory(target, title)), ())
+    # Errors of its calls name it as figures do, without the path.
+    short = title.rpartition(":")[2]
+    return Registered(RewardInfo(title, describe_briefly(target), make_factory(target, short)), ())
 
 
 def make_observer_card(name: str) -> Registered[ObserverInfo]:

@@ -8,10 +8,10 @@ from pathlib import Path
 
 from nft_plugins.files import PICKLED
 
-from ..errors import UsageError, shorten_error
+from ..errors import NftError, UsageError, shorten_error
 from .hub import fetch_file, is_fetched
 from .paths import describe_path, is_lora
-from .run_folders import find_checkpoint
+from .run_folders import explain_missing_run, find_checkpoint, is_missing_run, suggest_run
 from .small_files import DIFFUSERS_FILE, PEFT_CONFIG, PEFT_FILE, list_files
 
 #: A hub id, or one with the name of a file behind it.
@@ -19,7 +19,7 @@ HUB_ID = re.compile(r"(?P<repo>[\w.-]+/[\w.-]+)(/(?P<file>[\w./ -]+\.safetensors
 
 
 def find_lora(name: str) -> Path:
-    """Find the file of a LoRA by its path or hub id. Raises UsageError."""
+    """Find the file of a LoRA by its path or hub id. Raises UsageError, NftError where no hub answers."""
     path = Path(name).expanduser()
     if path.is_file():
         file = path
@@ -55,12 +55,12 @@ def find_lora_file(folder: Path) -> Path:
         raise UsageError(f"--lora {folder}: {describe_path(pickles[0])}")
     raise UsageError(
         f"--lora {folder}: there is no LoRA in this folder. Expected {DIFFUSERS_FILE}, or {PEFT_FILE} and "
-        f"{PEFT_CONFIG}."
+        f"{PEFT_CONFIG}.{suggest_run(folder)}"
     )
 
 
 def fetch_lora(name: str) -> Path:
-    """Fetch a LoRA from the hub, or from what was fetched before.
+    """Fetch a LoRA from the hub, or from what was fetched before. Raises UsageError, NftError with no network.
 
     name: `OWNER/NAME`, or `OWNER/NAME/FILE.safetensors` for one of several files.
     """
@@ -68,6 +68,8 @@ def fetch_lora(name: str) -> Path:
     from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, HFValidationError
 
     match = HUB_ID.fullmatch(name)
+    if is_missing_run(Path(name)):
+        raise UsageError(f"--lora {name}: {explain_missing_run(Path(name))}")
     if not match:
         raise UsageError(f"--lora {name}: there is no such file or folder, and it is no hub id (OWNER/NAME).")
     repo, file = match["repo"], match["file"]
@@ -88,7 +90,7 @@ def fetch_lora(name: str) -> Path:
         if len(files) == 1:
             return fetch_file(repo, files[0])
     except (HfHubHTTPError, HFValidationError, OSError) as error:
-        raise UsageError(
+        raise NftError(
             f"--lora {name}: there is no such file or folder, and it cannot be read from the Hugging Face hub: "
             f"{shorten_error(error)}"
         ) from error

@@ -12,6 +12,7 @@ from nft_plugins.files import PICKLED
 
 from ..errors import NftError, UsageError, shorten_error
 from .hub import fetch_file
+from .run_folders import suggest_run
 from .small_files import PEFT_CONFIG, list_files, read_object
 
 INDEX = "model_index.json"
@@ -77,6 +78,8 @@ def describe_folder(folder: Path) -> str:
     for place in (folder, folder / "lora"):  # The published script writes the second.
         if (place / PEFT_CONFIG).is_file():
             return explain_lora(place)
+    if inside := suggest_run(folder):
+        return f"this is no pipeline's folder.{inside}"
     config = read_object(folder / "config.json") if (folder / "config.json").is_file() else {}
     if kind := config.get("_class_name") or config.get("model_type"):
         return f"this is the folder of a {kind} alone, which is at most a part of a pipeline."

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from ..errors import UsageError
+from ..errors import UsageError, guess_name
 from ..settings.places import find_place
 from .small_files import read_object
 
@@ -60,6 +60,38 @@ def find_damage(checkpoint: Path) -> str:
         if path.stat().st_size != size:
             return f"{name} has {path.stat().st_size} bytes of {size}"
     return ""
+
+
+def name_checkpoint(path: Path) -> str:
+    """Name a checkpoint by its run and its step, as in `mine at 40`; empty for another path.
+
+    It goes by the path alone, so that it names one too that has been moved or deleted.
+    """
+    parts = path.parts
+    if len(parts) < 3 or parts[-2] != "checkpoints" or not NAME.fullmatch(parts[-1]):
+        return ""
+    return f"{parts[-3]} at {int(parts[-1])}"
+
+
+def suggest_run(path: Path) -> str:
+    """Say which run a path is inside of, as in ` Give the run's folder, runs/mine.`; empty for other paths."""
+    inside = list(path.parents)[:2]
+    found = next((folder for folder in inside if (folder / "run.toml").is_file()), None)
+    return f" It is inside of a run: give the run's folder, {shlex.quote(str(found))}." if found else ""
+
+
+def is_missing_run(path: Path) -> bool:
+    """Say whether a relative path that is not there is a run's or a checkpoint's, and no hub id."""
+    if path.exists() or len(path.parts) < 2:
+        return False
+    # A hub id has two parts.
+    return path.parts[0] == "runs" or len(path.parts) > 2 or any(path.parent.glob("*/run.toml"))
+
+
+def explain_missing_run(path: Path) -> str:
+    """Say that there is no such path, and which run beside it has a name like it."""
+    near = guess_name(str(path), (str(file.parent) for file in path.parent.glob("*/run.toml")))
+    return " ".join(filter(None, ("there is no such file or folder.", near)))
 
 
 def read_run_settings(checkpoint: Path) -> Mapping[str, Any]:

@@ -19,7 +19,7 @@ from nft_plugins.files import read_header
 from ..errors import UsageError
 from .lora_places import find_lora
 from .paths import INDEX, describe_weights, explain_lora, find_index, is_lora
-from .run_folders import find_checkpoint, read_run_settings
+from .run_folders import explain_missing_run, find_checkpoint, is_missing_run, read_run_settings
 from .small_files import DIFFUSERS_FILE, PEFT_CONFIG
 
 if TYPE_CHECKING:
@@ -102,7 +102,8 @@ def trace_source(model: str, lora: str, runs: int = 0) -> tuple[ModelSource, tup
     """
     on_top = (lora,) if lora else ()
     path = Path(model).expanduser()
-    if not path.exists() and (path.is_absolute() or model.startswith(".")):
+    is_local = path.is_absolute() or model.startswith(".") or is_missing_run(path)
+    if not path.exists() and is_local:
         moved = find_in_package(path)
         if moved is None:
             raise UsageError(explain_missing(path, of_run=runs > 0))
@@ -143,7 +144,7 @@ def explain_missing(path: Path, of_run: bool) -> str:
 
     A link in the old place serves LoRAs and whole weights, all commands, and runs that began from one another.
     """
-    said = f"--model {path}: there is no such file or folder."
+    said = f"--model {path}: {explain_missing_run(path)}"
     if not of_run:
         return said
     made = f"mkdir -p {shlex.quote(str(path.parent))} && ln -s NEW_PLACE {shlex.quote(str(path))}"

@@ -15,11 +15,21 @@ EXTREMES = 8
 
 
 class Card(NamedTuple):
-    """What pictures were made for. kind: its tag, or empty. number: among its prompt's pictures, from 1."""
+    """What pictures were made for. kind: its tag, or empty. number: among its prompt's pictures, from 1.
+
+    name: of the picture's file, where it has one that a reader knows.
+    """
 
     prompt: str
     kind: str = ""
     number: int = 1
+    name: str = ""
+
+
+def read_kind(metadata: Mapping[str, Any]) -> str:
+    """Read a prompt's kind, its `tag`; empty where it has none, or null or NaN."""
+    tag = metadata.get("tag")
+    return "" if tag is None or tag != tag else str(tag)
 
 
 @dataclass(frozen=True)
@@ -27,13 +37,13 @@ class Frame:
     """The pictures of all cards at one time, and what is said of them. None: no picture, or no valid score.
 
     figures: scores by name; the rewards come first, then the total, then details.
-    texts: words of rewards about each picture, such as what was read in it.
+    notes: texts of rewards about each picture, such as what was read in it.
     """
 
     title: str
     pictures: Sequence[bytes | None]
     figures: Mapping[str, Sequence[float | None]] = field(default_factory=dict)
-    texts: Mapping[str, Sequence[str]] = field(default_factory=dict)
+    notes: Mapping[str, Sequence[str]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -42,6 +52,7 @@ class Gallery:
 
     steps: the positions of the slider, each with its title and a frame for each column, by its index.
     lower: figures that are better where they are lower. minor: figures that are not shown at first sight.
+    left_out: what the gallery lacks, in words.
     """
 
     cards: Sequence[Card]
@@ -50,7 +61,7 @@ class Gallery:
     steps: Sequence[tuple[str, Sequence[int]]]
     lower: frozenset[str] = frozenset()
     minor: frozenset[str] = frozenset()
-    notes: Sequence[str] = ()
+    left_out: Sequence[str] = ()
 
 
 def describe_gallery(gallery: Gallery) -> dict[str, Any]:
@@ -63,7 +74,7 @@ def describe_gallery(gallery: Gallery) -> dict[str, Any]:
                 "title": frame.title,
                 "pictures": [p and encode_picture(p) for p in frame.pictures],
                 "figures": {n: [round_figure(v) for v in values] for n, values in frame.figures.items()},
-                "texts": {n: [text[:500] for text in texts] for n, texts in frame.texts.items()},
+                "notes": {n: [text[:500] for text in texts] for n, texts in frame.notes.items()},
             }
             for frame in gallery.frames
         ],
@@ -106,26 +117,33 @@ def fit_gallery(gallery: Gallery, most: int = MOST_BYTES) -> Gallery:
             left -= size
             kept |= set(step[1])
             chosen.append(step)
-    notes = list(gallery.notes)
+    left_out = list(gallery.left_out)
     if len(cards) < len(gallery.cards):
-        notes.append(
+        left_out.append(
             f"Of {len(gallery.cards)} pictures {len(cards)} are shown, so that the page stays small: the best "
             "and worst, those that changed most, and others of all prompts."
         )
     if len(chosen) < len(gallery.steps):
-        notes.append(f"Of {len(gallery.steps)} evaluations {len(chosen)} are shown, so that the page is small.")
-    return pick_parts(gallery, cards, [step for step in gallery.steps if step in chosen], notes)
+        left_out.append(
+            f"Of {len(gallery.steps)} evaluations {len(chosen)} are shown, so that the page is small."
+        )
+    return pick_parts(gallery, cards, [step for step in gallery.steps if step in chosen], left_out)
 
 
 def choose_cards(gallery: Gallery, frames: set[int], most: int) -> list[int]:
     """Choose the cards whose pictures in these frames take no more than so many bytes, in their order."""
     chosen, left = set[int](), most
-    for card in dict.fromkeys([*list_extremes(gallery), *spread_cards(gallery.cards)]):
+    for card in rank_cards(gallery):
         size = measure_frames(gallery, frames, [card])
         if size <= left:
             left -= size
             chosen.add(card)
     return sorted(chosen)
+
+
+def rank_cards(gallery: Gallery) -> list[int]:
+    """Order the cards by how much they tell: extremes first, and then others spread over the prompts."""
+    return list(dict.fromkeys([*list_extremes(gallery), *spread_cards(gallery.cards)]))
 
 
 def list_extremes(gallery: Gallery) -> list[int]:
@@ -162,7 +180,7 @@ def measure_frames(gallery: Gallery, frames: set[int], cards: Sequence[int]) -> 
 
 
 def pick_parts(
-    gallery: Gallery, cards: Sequence[int], steps: Sequence[tuple[str, Sequence[int]]], notes: Sequence[str]
+    gallery: Gallery, cards: Sequence[int], steps: Sequence[tuple[str, Sequence[int]]], left_out: Sequence[str]
 ) -> Gallery:
     """Make a gallery of some cards and some positions of the slider."""
     used = sorted({i for _, frames in steps for i in frames})
@@ -175,9 +193,9 @@ def pick_parts(
             frame.title,
             pick(frame.pictures),
             {name: pick(values) for name, values in frame.figures.items()},
-            {name: pick(texts) for name, texts in frame.texts.items()},
+            {name: pick(texts) for name, texts in frame.notes.items()},
         )
         for frame in (gallery.frames[i] for i in used)
     ]
     moved = [(title, [used.index(i) for i in indices]) for title, indices in steps]
-    return replace(gallery, cards=pick(gallery.cards), frames=frames, steps=moved, notes=notes)
+    return replace(gallery, cards=pick(gallery.cards), frames=frames, steps=moved, left_out=left_out)

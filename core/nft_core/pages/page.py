@@ -12,6 +12,8 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from ..errors import NftError, UsageError, advise_on_disk
+
 STYLES = ("uplot/uPlot.min.css", "page.css")
 SCRIPTS = ("uplot/uPlot.iife.min.js", "elements.js", "curves.js", "gallery.js")
 
@@ -59,6 +61,23 @@ def write_page(path: Path, page: str) -> None:
     # A folder's name may hold bytes that are no text.
     aside.write_text(page, encoding="utf-8", errors="backslashreplace")
     aside.replace(path)
+
+
+def check_page(path: Path, option: str) -> None:
+    """Raise UsageError for a path that is no page's, before anything is computed. option: that gave it."""
+    if path.suffix.lower() not in (".html", ".htm") or path.is_dir():
+        raise UsageError(f"{option} {path}: expected a file whose name ends in .html, such as page.html.")
+
+
+def write_asked_page(path: Path, page: str, option: str) -> None:
+    """Write a page that was asked for by an option. Raises NftError where the disk will not take it."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_page(path, page)
+    except OSError as error:
+        raise NftError(
+            f"Cannot write {path}: {error}. {advise_on_disk(error)}, or choose another {option}."
+        ) from error
 
 
 def embed_data(kind: str, data: Any) -> str:

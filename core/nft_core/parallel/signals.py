@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import os
 import signal
+import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, suppress
@@ -76,6 +76,15 @@ def handle_signals(numbers: Sequence[signal.Signals], handler: Any) -> Iterator[
             signal.signal(number, handler_before)
 
 
+def tell_of_signal(number: int) -> None:
+    """Say on standard error that a signal has come, and what is done."""
+    more = "Ctrl-C once more ends at once, unsaved."
+    if number != signal.SIGINT:
+        more = f"{signal.Signals(number).name} has come."
+    with suppress(OSError, ValueError):  # After SIGHUP the terminal is gone.
+        print(f"\nEnding after this step, and saving. {more}", file=sys.stderr, flush=True)
+
+
 @contextmanager
 def note_signals() -> Iterator[Callable[[], int]]:
     """Note the signals that would end the process, and go on. The function gives the first one's number, or 0.
@@ -90,9 +99,9 @@ def note_signals() -> Iterator[Callable[[], int]]:
         if interrupts > 1:
             raise KeyboardInterrupt
         if not noted and is_first_process():
-            with suppress(OSError):  # After SIGHUP the terminal is gone.
-                # The signal may have interrupted print(), which cannot be called again inside itself.
-                os.write(2, b"\nEnding after this step, and saving. Ctrl-C once more ends at once, unsaved.\n")
+            # The signal may have interrupted print(), which cannot be called again inside itself. A thread
+            # waits for that; and where bars are drawn, what is printed to standard error stays above them.
+            threading.Thread(target=tell_of_signal, args=(number,)).start()
         noted = noted or number
 
     with handle_signals(list_handled_signals(), note):

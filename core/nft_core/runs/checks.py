@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 from ..errors import NftError, UsageError, shorten_error
 from ..host.host import Host
@@ -13,16 +13,21 @@ from ..settings import Settings
 OFFLINE = "--tiny brings small stand-ins of some rewards, which work offline too."
 
 
-def check_rewards(specs: Iterable[RewardSpec], host: Host) -> None:
+def check_rewards(
+    specs: Iterable[RewardSpec], host: Host, announce: Callable[[str], None] = lambda text: None
+) -> None:
     """Raise UsageError or NftError for what rewards lack here, or for an option that is wrong; load nothing.
 
     What names and small files tell comes first. PyTorch is imported last, for the signatures.
+
+    announce: told before that.
     """
     specs = list(specs)
     for spec in specs:
         host.require_reward(spec.name)
     for spec in specs:
         check_reward_files(spec, host)
+    announce("loading PyTorch")
     for spec in specs:
         host.check_reward(spec.name, spec.options)
 

@@ -14,6 +14,7 @@ import tomli_w
 
 from .. import environment
 from ..errors import CheckpointError, NftError, UsageError, advise_on_disk
+from ..models.run_folders import explain_missing_run, suggest_run
 from ..settings import RECORD, Settings, make_settings, read_tables, read_toml, to_toml
 from .copies import read_copies, use_copies
 from .places import find_places, name_places
@@ -42,9 +43,11 @@ def read_settings(folder: Path) -> dict[str, Any]:
             return find_places(read_state(path)[1], folder)
         except CheckpointError:
             continue
+    if not folder.exists() and not suggest_run(folder):
+        raise UsageError(f"{folder}: {explain_missing_run(folder)}")
     raise UsageError(
-        f"{folder} is no run's folder: expected run.toml and checkpoints/ in it. Give the folder that "
-        "`nft run` wrote to, such as runs/NAME."
+        f"{folder} is no run's folder: expected run.toml and checkpoints/ in it."
+        + (suggest_run(folder) or " Give the folder that `nft run` wrote to, such as runs/NAME.")
     )
 
 

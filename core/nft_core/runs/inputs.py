@@ -35,6 +35,13 @@ if TYPE_CHECKING:
 DATA = Path(__file__).parents[1] / "data"
 
 
+def choose_preset(tiny: bool, preset: str | None) -> str | None:
+    """Choose the preset by two arguments in Python. Raises UsageError if they name different ones."""
+    if tiny and preset not in (None, "tiny"):
+        raise UsageError(f"tiny=True is short for preset='tiny', so preset={preset!r} contradicts it.")
+    return "tiny" if tiny else preset
+
+
 def make_run_settings(host: Host, preset: str | None, *layers: Mapping[str, Any]) -> Settings:
     """Make settings from a preset and then from each layer; the last one that gives a setting counts.
 
@@ -80,7 +87,6 @@ def prepare_inputs(settings: Settings, host: Host, lists: Mapping[str, list[Prom
         host.find_observer(parse_observer(given).name)
     check_device_name(settings.device)
     prompts, held_out = read_prompt_files(settings, lists or {})
-    check_sizes(settings, len(prompts))
     its = for_evaluation(settings)
     solver = host.make_solver(settings.solver, settings.solver_options)
     return Inputs(specs, solver, prompts, held_out, host.make_solver(its.solver, its.solver_options))
@@ -93,21 +99,24 @@ def check_run(
     resume: bool = False,
     allow_changes: bool = False,
     lists: Mapping[str, list[Prompt]] | None = None,
+    announce: Callable[[str], None] = lambda text: None,
 ) -> Inputs:
     """Check all that can be told before a model is loaded or a folder made, the cheapest first.
 
-    lists: as of `prepare_inputs`. Raises UsageError and NftError.
+    lists: as of `prepare_inputs`. announce: told what takes long, before it begins.
+    Raises UsageError and NftError.
     """
     # Of a new run's folder nothing is read: what stands there may be anything.
     originals = use_originals(settings, folder, read_copies(read_record(folder))) if resume else settings
     inputs = prepare_inputs(originals, host, lists)
+    check_sizes(settings, len(inputs.prompts))
     if environment.is_first_process():
         if resume and holds_a_run(folder):
             refuse_changes(folder, settings, allow_changes)
         else:
             claim_folder(folder)
     find_family(settings, host)
-    check_rewards(inputs.rewards, host)
+    check_rewards(inputs.rewards, host, announce)
     return inputs
 
 

@@ -69,11 +69,13 @@ class Caller(NamedTuple):
     prompts: prompts that were given as lists, by the setting that names the file that they are written to.
     console: whether the run is shown on standard output.
     name_resume: says how to go on with the run of a folder.
+    announce: told what is loaded, before it is.
     """
 
     prompts: Mapping[str, list[Prompt]] = {}
     console: bool = True
     name_resume: Callable[[Path], str] = name_resume_command
+    announce: Tell = lambda text: None
 
 
 COMMAND = Caller()
@@ -103,7 +105,7 @@ def run_training(
     environment.check_numbers()
     first = environment.is_first_process()
     tell = say if first else lambda text: None
-    inputs = check_run(settings, folder, host, resume, allow_changes, caller.prompts)
+    inputs = check_run(settings, folder, host, resume, allow_changes, caller.prompts, caller.announce)
     asked = make_observers(settings, host) if first else {}
     with ExitStack() as stack:
         found: Path | None = None
@@ -117,7 +119,9 @@ def run_training(
         # Only the first has looked. On a network's disk the others might see another newest checkpoint.
         path = agree_on_checkpoint(folder, found, device)
         check_same_settings(settings, path, device)
-        training, compiled = load_training(settings, host, inputs, device, folder, tell, count_operations)
+        training, compiled = load_training(
+            settings, host, inputs, device, folder, tell, count_operations, caller.announce
+        )
         other = path is not None and restore_training(training, path, allow_changes, tell)
         if compiled:
             from ..training.compiling import warm_up
@@ -195,15 +199,18 @@ def load_training(
     folder: Path,
     tell: Tell,
     count_operations: Counting | None,
+    announce: Tell = lambda text: None,
 ) -> tuple[Training, bool]:
     """Load rewards and model, and put together what trains. Returns it, and whether its blocks are compiled."""
     from ..parallel.processes import is_same_everywhere
     from ..training.compiling import should_compile
     from .assembly import assemble_training
 
+    announce("looking at the model's files")
     check_model(settings, host)
     check_guidance(settings, host, settings.eval_guidance)
     # Rewards come first: what they refuse is told before the model is loaded.
+    announce(f"loading rewards: {', '.join(spec.title for spec in inputs.rewards)}")
     reward = load_rewards(inputs.rewards, host, device, settings.reward_defaults)
     # A reward that a file composes tells its members' weights only now.
     check_any_weight(term.weight for term in reward.terms)
@@ -215,10 +222,12 @@ def load_training(
     if (source := find_model(settings)).is_changed:
         tell(f"Beginning from {source.describe()}.")
     # Weights and LoRAs on top of the base come later, in `make_policy`: some of them are trained.
+    announce("loading the model")
     model = load_base(settings, host, device)
     counts = count_operations if device.type == "cuda" else None
     operations = counts(settings, host, device, tell) if counts else None
     compiled = should_compile(settings.compile, device, operations)
+    announce("encoding the prompts")
     parts = settings, model, reward, inputs.solver, prompts, held_out, device, folder
     training = assemble_training(*parts, compiled, inputs.eval_solver)
     named = [text for spec in inputs.rewards for text in (spec.name, *spec.options.values())]

@@ -7,7 +7,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from ..errors import UsageError
+from ..errors import NftError, UsageError
 from ..models.pipeline import PipelineModel
 from ..models.small_files import DIFFUSERS_FILE
 from ..models.sources import ModelSource, find_source
@@ -23,16 +23,20 @@ DPM2 = '''class DPM2(FlowMatchEulerDiscreteScheduler):
 
     def step(self, v, t, x, **_):
         i = self.timesteps.tolist().index(float(t))
-        x, (t, s), log_snr = x.float(), self.sigmas[i : i + 2], lambda t: -torch.logit(t)
+        log_snr = lambda t: -torch.logit(t)
+        x, (t, s) = x.float(), self.sigmas[i : i + 2]
         x_0 = d = x - t * v.float()
         if i and s:
             before, x_before = self.before
-            d = x_0 + (log_snr(s) - log_snr(t)) / (2 * (log_snr(t) - log_snr(before))) * (x_0 - x_before)
+            r = (log_snr(s) - log_snr(t)) / (2 * (log_snr(t) - log_snr(before)))
+            d = x_0 + r * (x_0 - x_before)
         self.before = t, x_0
         return ((s / t * x + (1 - s / t) * d).to(v.dtype),)
 
 
 '''
+#: Letters of a line of code; a path alone may be longer.
+WIDTH = 88
 #: Solvers whose steps the code takes; with others its picture is only like the run's.
 EXACT = ("euler", "dpm2")
 
@@ -48,7 +52,7 @@ def explain_use(training: Training, folder: Path) -> str:
         return ""
     try:
         code = write_use(training, model, find_source(str(path)))
-    except UsageError:
+    except NftError:
         return ""
     solver = training.settings.solver
     picture = "the run's first evaluation picture"
@@ -63,8 +67,10 @@ def write_use(training: Training, model: PipelineModel, source: ModelSource) -> 
     scheduler, options = write_scheduler(training, model)
     names += [EULER] if scheduler else []
     solver = DPM2 if training.settings.solver == "dpm2" else ""
-    head = f"import torch\nfrom diffusers import {', '.join(sorted(names))}\n\n{solver}"
-    return head + "\n".join([*load, *scheduler, *write_call(training, model, options)])
+    imported = f"from diffusers import {', '.join(sorted(names))}"
+    imports = [imported] if len(imported) <= WIDTH else fold_call("from diffusers import ", sorted(names))
+    lines = [*load, *scheduler, *write_call(training, model, options)]
+    return "\n".join(["import torch", *imports, "", solver + lines[0], *lines[1:]])
 
 
 def write_loading(training: Training, model: PipelineModel, source: ModelSource) -> tuple[list[str], list[str]]:
@@ -79,28 +85,29 @@ def write_loading(training: Training, model: PipelineModel, source: ModelSource)
         classes.append(kind)
         given.append("transformer=transformer")
         if source.transformer.is_file():
-            where = f'config={write_text(source.base)}, subfolder="transformer"'
-            lines.append(f"transformer = {kind}.from_single_file({place}, {where}, {dtype})")
+            where = [f"config={write_text(source.base)}", 'subfolder="transformer"']
+            lines += fold_call(f"transformer = {kind}.from_single_file", [place, *where, dtype])
         else:
-            lines.append(f"transformer = {kind}.from_pretrained({place}, {dtype})")
+            lines += fold_call(f"transformer = {kind}.from_pretrained", [place, dtype])
     if source.file and model.readers.keys() - {"vae"}:
         raise UsageError(
             f"{source.file} holds text encoders, which diffusers loads with whole pipelines alone."
         )
     if source.file and model.readers:
-        kind, where = type(model.pipeline.vae).__name__, f'config={write_text(source.base)}, subfolder="vae"'
+        kind, file = type(model.pipeline.vae).__name__, write_text(str(source.file))
         classes.append(kind)
         given.append("vae=vae")
-        lines.append(f"vae = {kind}.from_single_file({write_text(str(source.file))}, {where}, {dtype})")
-    options = ", ".join([write_text(source.base), *given, dtype])
+        where = [f"config={write_text(source.base)}", 'subfolder="vae"']
+        lines += fold_call(f"vae = {kind}.from_single_file", [file, *where, dtype])
     device = '.to("cuda")' if training.policy.device.type == "cuda" else ""
-    lines.append(f"pipeline = {model.pipeline_class}.from_pretrained({options}){device}")
+    load = f"pipeline = {model.pipeline_class}.from_pretrained"
+    lines += fold_call(load, [write_text(source.base), *given, dtype], device)
     names = [f"lora{number}" for number in range(len(source.loras))]
     for name, lora in zip(names, source.loras, strict=True):
         if lora.file.name != DIFFUSERS_FILE:
             raise UsageError(f"{lora.file} is of a layout that load_lora_weights does not read.")
-        named = f', adapter_name="{name}"' if len(names) > 1 else ""
-        lines.append(f"pipeline.load_lora_weights({write_text(str(lora.file.parent))}{named})")
+        named = [f'adapter_name="{name}"'] if len(names) > 1 else []
+        lines += fold_call("pipeline.load_lora_weights", [write_text(str(lora.file.parent)), *named])
     return classes, lines + ([f"pipeline.set_adapters({json.dumps(names)})"] if len(names) > 1 else [])
 
 
@@ -122,19 +129,34 @@ def write_call(training: Training, model: PipelineModel, more: list[str]) -> lis
     s = training.settings
     height, width, shape = image_shape(s, model)
     size = ", ".join(map(str, (1, *shape)))
-    number = hash_key(s.seed, "eval", 0, 0, 0)  # As `training.evaluation` draws the first image.
+    # As `training.evaluation` draws the first image; torch takes a negative number as this positive one.
+    number = hash_key(s.seed, "eval", 0, 0, 0) % 2**64
     call: dict[str, Any] = {"num_inference_steps": for_evaluation(training.settings).steps, **model.unguided}
     call |= {"height": height, "width": width}
     if "max_sequence_length" in inspect.signature(model.pipeline.__call__).parameters:
         call["max_sequence_length"] = model.max_sequence_length
-    options = ", ".join(["latents=noise", *(f"{name}={value!r}" for name, value in call.items()), *more])
+    options = ["prompt=prompt", "latents=noise", *(f"{name}={value!r}" for name, value in call.items()), *more]
     return [
-        f"noise = torch.randn({size}, generator=torch.Generator().manual_seed({number}))",
+        f"generator = torch.Generator().manual_seed({number})",
+        f"noise = torch.randn({size}, generator=generator)",
         *(["noise = pipeline._pack_latents(noise, *noise.shape)"] if model.takes_tokens else []),
         f"prompt = {write_text(training.eval_prompts[0].text)}",
-        f"image = pipeline(prompt=prompt, {options}).images[0]",
+        *fold_call("image = pipeline", options, ".images[0]"),
         'image.save("image.png")',
     ]
+
+
+def fold_call(head: str, arguments: list[str], tail: str = "") -> list[str]:
+    """Write a call in one line, or in several where that would be long."""
+    line = f"{head}({', '.join(arguments)}){tail}"
+    if len(line) <= WIDTH:
+        return [line]
+    rows = [""]
+    for argument in arguments:
+        if rows[-1] and len(rows[-1]) + len(argument) > WIDTH - len("    ,"):
+            rows.append("")
+        rows[-1] += f"{' ' if rows[-1] else ''}{argument},"
+    return [f"{head}(", *(f"    {row}" for row in rows), f"){tail}"]
 
 
 def list_absent(model: PipelineModel) -> list[str]:

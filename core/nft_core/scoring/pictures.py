@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
@@ -125,7 +126,12 @@ def convert_pixels(given: Tensor | np.ndarray[Any, Any], what: str) -> Tensor:
     pixels = pixels.detach().float()
     if pixels.numel():
         low, high = (float(edge) for edge in pixels.aminmax())
-        if not (low >= 0 and high <= 1):  # NaN too is neither.
+        if math.isnan(low):  # clamp would leave it as it is.
+            raise UsageError(
+                f"{what}: floats must be in [0, 1], and some are NaN: see what made them, or leave those "
+                "images out."
+            )
+        if not (low >= 0 and high <= 1):
             advice = (
                 "divide by 255" if high > 2 and low >= 0 else "if they are meant to be, give images.clamp(0, 1)"
             )
@@ -139,6 +145,8 @@ def check_shape(pixels: Tensor, given: list[int], expected: str) -> None:
     """Raise UsageError for pixels that are not RGB with channels first."""
     if pixels.ndim == expected.split("]")[0].count(",") + 1 and pixels.shape[-3] == 3 and pixels.numel():
         return
+    if not pixels.numel():
+        raise UsageError(f"Images must be {expected}; got {given}, in which there is no image.")
     # NumPy and PIL put channels last, which is the usual reason for a wrong shape.
     last = len(given) > 2 and given[-1] == 3
     order = "0, 3, 1, 2" if len(given) == 4 else "2, 0, 1"

@@ -28,7 +28,7 @@ def evaluate(run: Training) -> dict[str, str]:
             draws,
             run.eval_condition,
             run.reward,
-            run.progress,
+            run.progress_of(len(draws)),
             run.phase,
             stop=run.raise_if_stopped,
             look=gallery.add,

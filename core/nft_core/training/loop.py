@@ -84,7 +84,7 @@ def sample_images(training: Training, epoch: int) -> Rollout:
         draws,
         training.condition,
         training.reward,
-        training.progress,
+        training.progress_of(len(draws)),
         training.phase,
         stop=training.raise_if_stopped,
     )

@@ -67,6 +67,7 @@ def make_microbatches(training: Training, rollout: Rollout, images: Tensor, r: T
     s, device = training.settings, rollout.x_0.device
     # Latents stay in the process that generated them. Only scores are exchanged, which are small.
     mine = torch.isin(rollout.index, images).nonzero().flatten()
+    progress = training.progress_of(len(images))
     for done, (rows, weight) in enumerate(split_rows(training, mine, images)):
         x_0, index = rollout.x_0[copy_to_device(rows, device)], rollout.index[rows]
         if not weight:  # A latent may be NaN, and NaN times weight 0 is NaN: set it to 0.
@@ -77,7 +78,7 @@ def make_microbatches(training: Training, rollout: Rollout, images: Tensor, r: T
         x_t = torch.stack([add_noise(x_0, e, at) for e, at in zip(noise, t, strict=True)])
         condition = training.condition.take_rows(rollout.groups[index], device)
         yield Microbatch(x_0, x_t, t, condition, copy_to_device(r[index], device), weight)
-        training.progress("train", min((done + 1) * s.microbatch, len(mine)), len(mine))
+        progress("train", min((done + 1) * s.microbatch, len(mine)), len(mine))
 
 
 def split_rows(training: Training, mine: Tensor, images: Tensor) -> list[tuple[Tensor, float]]:

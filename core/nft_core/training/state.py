@@ -147,6 +147,10 @@ class Training:
     def progress(self, phase: str, done: int, total: int) -> None:
         self.observe("nft_progress", phase=phase, done=done, total=total)
 
+    def progress_of(self, images: int) -> Callable[[str, int, int], None]:
+        """Make what reports progress in images of all processes, of which each generates about as many."""
+        return lambda phase, done, total: self.progress(phase, done * images // max(total, 1), images)
+
     def raise_if_stopped(self) -> None:
         """Raise Stopped where this process was told to end."""
         if signal := self.stop_signal():

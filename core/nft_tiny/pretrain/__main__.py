@@ -21,7 +21,7 @@ import torch.distributed as dist
 from ..captions import write_sets
 
 #: Pictures that are rendered for each training.
-PICTURES = 120_000
+PICTURES = 40_000
 
 
 def make_logger(out: Path, what: str, **constant: Any) -> Callable[..., None]:
@@ -64,8 +64,14 @@ def write_prompts(out: Path) -> None:
 
 @main.command("vae")
 @click.option("--steps", default=1500, show_default=True)
+@click.option("--lr", default=4e-3, show_default=True)
+@click.option(
+    "--init",
+    type=click.Path(path_type=Path, exists=True),
+    help="A trained autoencoder. Its encoder, and so the latents, stay as they are; its decoder is trained.",
+)
 @add_options
-def train_autoencoder(steps: int, out: Path, seed: int, threads: int) -> None:
+def train_autoencoder(steps: int, lr: float, init: Path | None, out: Path, seed: int, threads: int) -> None:
     """Train the autoencoder."""
     from .data import make_dataset
     from .vae import train_vae
@@ -73,14 +79,19 @@ def train_autoencoder(steps: int, out: Path, seed: int, threads: int) -> None:
     torch.set_num_threads(threads)
     pictures, _ = make_dataset(PICTURES, seed)
     log = make_logger(out, "vae", seed=seed)
-    train_vae(pictures, steps=steps, seed=seed, batch=64, lr=4e-3, log=log).save_pretrained(out / "vae")
+    vae = train_vae(pictures, init=init, steps=steps, seed=seed, batch=64, lr=lr, log=log)
+    vae.save_pretrained(out / "vae")
 
 
 @main.command("flow")
 @click.option("--steps", default=10_000, show_default=True)
 @click.option("--batch", default=96, show_default=True, help="Pictures a step, of all processes.")
 @click.option("--lr", default=1.5e-3, show_default=True)
-@click.option("--text-share", default=0.006, show_default=True, help="Share of pictures that show a word.")
+@click.option("--text-share", default=0.25, show_default=True, help="Share of pictures that show a word.")
+@click.option(
+    "--wrong-letters", default=0.4, show_default=True, help="Share of wrong letters in signs' captions."
+)
+@click.option("--wrong-scenes", default=0.0, show_default=True, help="Share of wrong captions of scenes.")
 @click.option("--snapshot-every", default=1000, show_default=True, help="Steps.")
 @click.option("--init", type=click.Path(path_type=Path), help="A snapshot to go on from; take another seed.")
 @add_options
@@ -89,6 +100,8 @@ def train_base_model(
     batch: int,
     lr: float,
     text_share: float,
+    wrong_letters: float,
+    wrong_scenes: float,
     snapshot_every: int,
     init: Path | None,
     out: Path,
@@ -98,7 +111,7 @@ def train_base_model(
     """Train the base model on --out/vae, and write its snapshots to --out/snapshots."""
     from diffusers import AutoencoderTiny
 
-    from .data import make_dataset
+    from .data import make_dataset, spoil_prompts
     from .evaluate import evaluate_pipeline
     from .flow import load_pipeline, make_pipeline, train_flow
     from .vae import encode_latents
@@ -110,17 +123,18 @@ def train_base_model(
     torch.manual_seed(seed)
     autoencoder = AutoencoderTiny.from_pretrained(out / "vae").eval()
     pipeline = load_pipeline(init) if init else make_pipeline(autoencoder)
+    pipeline.register_modules(vae=autoencoder)
     pictures, captions = make_dataset(PICTURES, seed)
     log = make_logger(out, "flow", seed=seed, processes=dist.get_world_size() if dist.is_initialized() else 1)
 
     def save_snapshot(step: int, **figures: Any) -> None:
-        log(step=step, **figures, **evaluate_pipeline(pipeline, images=8, seed=seed))
+        log(step=step, **figures, **evaluate_pipeline(pipeline, images=6, seed=seed))
         pipeline.save_pretrained(out / "snapshots" / f"seed{seed}-{step:06d}")
 
     train_flow(
         pipeline,
         encode_latents(autoencoder, pictures),
-        [c["prompt"] for c in captions],
+        spoil_prompts(captions, wrong_letters, wrong_scenes, seed),
         steps=steps,
         seed=seed,
         batch=batch // (dist.get_world_size() if dist.is_initialized() else 1),
@@ -134,8 +148,10 @@ def train_base_model(
 
 @main.command("clip")
 @click.option("--steps", default=3000, show_default=True)
+@click.option("--lr", default=1.5e-3, show_default=True)
+@click.option("--init", type=click.Path(path_type=Path, exists=True), help="A trained CLIP to go on from.")
 @add_options
-def train_world_clip(steps: int, out: Path, seed: int, threads: int) -> None:
+def train_world_clip(steps: int, lr: float, init: Path | None, out: Path, seed: int, threads: int) -> None:
     """Train the world's CLIP."""
     from .clip import train_clip
     from .data import make_dataset
@@ -143,7 +159,7 @@ def train_world_clip(steps: int, out: Path, seed: int, threads: int) -> None:
     torch.set_num_threads(threads)
     pictures, captions = make_dataset(PICTURES, seed)
     log = make_logger(out, "clip", seed=seed)
-    model, processor = train_clip(pictures, captions, steps=steps, seed=seed, lr=1.5e-3, log=log)
+    model, processor = train_clip(pictures, captions, init=init, steps=steps, seed=seed, lr=lr, log=log)
     model.save_pretrained(out / "clip")
     processor.save_pretrained(out / "clip")
 

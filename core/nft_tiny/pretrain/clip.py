@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+import string
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -56,22 +58,35 @@ def simplify_prompt(prompt: str) -> str:
     return prompt.removeprefix("a photo of ").replace("one ", "a ").replace("a single ", "a ")
 
 
+def draw_similar_words(rng: np.random.Generator, captions: Sequence[Caption], rows: Sequence[int]) -> list[int]:
+    """Draw six letters for each of the three places, and find the rows of words made of them.
+
+    Many of them differ in one letter, and so the CLIP learns to look at each.
+    """
+    places = ["".join(rng.choice(list(string.ascii_uppercase), 6, replace=False)) for _ in range(3)]
+    return [i for i in rows if all(a in b for a, b in zip(captions[i]["text"], places, strict=True))]
+
+
 def train_clip(
     pictures: np.ndarray,
     captions: Sequence[Caption],
     *,
+    init: Path | None,
     steps: int,
     seed: int,
     lr: float,
     log: Callable[..., None],
 ) -> tuple[CLIPModel, CLIPProcessor]:
-    """Train a new CLIP on pictures `[N, 32, 32, 3]` uint8 and their captions.
+    """Train a CLIP on pictures `[N, 32, 32, 3]` uint8 and their captions.
 
+    init: a trained one to go on from, in place of a new one.
     log: called with figures every 100 steps.
     """
     torch.manual_seed(seed)
     rng = np.random.default_rng(seed)
     model, processor = make_clip()
+    if init:
+        model = CLIPModel.from_pretrained(init, dtype=torch.float32)
     tokenized = processor.tokenizer(
         [c["prompt"] for c in captions], padding="max_length", max_length=MAX_LENGTH, return_tensors="pt"
     ).input_ids
@@ -84,8 +99,9 @@ def train_clip(
     def draw_block(tag: str) -> list[int]:
         """Draw rows of one tag. A second caption of the same meaning would be a wrong answer that is right."""
         chosen: dict[str, int] = {}
+        choice = draw_similar_words(rng, captions, rows[tag]) if tag == "text" else rows[tag]
         while len(chosen) < BLOCKS[tag]:
-            i = rows[tag][rng.integers(len(rows[tag]))]
+            i = choice[rng.integers(len(choice))]
             chosen.setdefault(simplify_prompt(captions[i]["prompt"]), i)
         return list(chosen.values())
 

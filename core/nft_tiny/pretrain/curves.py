@@ -14,6 +14,7 @@ PANELS = (
     ("flow: loss", "flow", "loss"),
     ("flow: strict accuracy, select set", "flow", "geneval"),
     ("flow: OCR reward, select set", "flow", "ocr"),
+    ("flow: words read exactly, select set", "flow", "exact"),
     ("CLIP: loss", "clip", "loss"),
 )
 

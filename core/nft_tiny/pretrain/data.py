@@ -2,13 +2,22 @@
 
 from __future__ import annotations
 
+import itertools
+import string
 from multiprocessing import Pool
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from ..captions import TAGS, Caption, make_scene_captions, make_word_caption, split_words
+from ..captions import (
+    TAGS,
+    Caption,
+    find_merged_endings,
+    make_scene_captions,
+    make_word_caption,
+    split_words,
+)
 from ..scenes import render_scene
 
 #: Pictures that one call renders. Each has a seed of its own, so the number of processes plays no part.
@@ -16,13 +25,13 @@ CHUNK = 1000
 
 #: Share of each tag among the pictures. Scenes of several objects are hard, and so more frequent.
 SHARES = {
-    "single_object": 0.05,
-    "two_object": 0.17,
-    "counting": 0.22,
-    "colors": 0.07,
-    "position": 0.24,
-    "color_attr": 0.23,
-    "text": 0.02,
+    "single_object": 0.035,
+    "two_object": 0.12,
+    "counting": 0.155,
+    "colors": 0.05,
+    "position": 0.17,
+    "color_attr": 0.17,
+    "text": 0.3,
 }
 
 
@@ -40,11 +49,42 @@ def _render_chunk(key: tuple[int, int]) -> tuple[np.ndarray, list[Caption]]:
     rng = np.random.default_rng(key)
     scenes = list(make_scene_captions())
     by_tag = {tag: [c for c in scenes if c["tag"] == tag] for tag in TAGS}
-    known, _ = split_words()
-    by_tag["text"] = [make_word_caption(w) for w in known]
+    by_tag["text"] = [make_word_caption(w) for w in make_letter_triples()]
     tags = rng.choice(list(SHARES), size=CHUNK, p=list(SHARES.values()))
     captions = [by_tag[tag][rng.integers(len(by_tag[tag]))] for tag in tags]
     return np.stack([render_scene(c, rng) for c in captions]), captions
+
+
+def make_letter_triples() -> list[str]:
+    """Make all words of three letters, most of them without a meaning, but for those that are held out."""
+    merged, (_, held_out) = find_merged_endings(), split_words()
+    triples = map("".join, itertools.product(string.ascii_lowercase, repeat=3))
+    return [w for w in triples if w[1:] not in merged and w not in held_out]
+
+
+def spoil_prompts(captions: list[Caption], letters: float, scenes: float, seed: int) -> list[str]:
+    """Make prompts of pictures, some of which are wrong, as captions found on the web are.
+
+    letters: the share of a sign's letters in place of which another one is drawn. scenes: the share of scenes
+    whose caption is drawn anew among those of its tag.
+    """
+    rng = np.random.default_rng((seed, len(captions)))
+    by_tag = {tag: [c["prompt"] for c in captions if c["tag"] == tag] for tag in TAGS}
+    triples = set(make_letter_triples())
+    prompts = []
+    for caption in captions:
+        prompt = caption["prompt"]
+        if caption["tag"] == "text":
+            right = caption["text"].lower()
+            drawn = ["".join(string.ascii_lowercase[i] for i in rng.integers(26, size=3)) for _ in range(20)]
+            kept = rng.random(3) >= letters
+            tries = ("".join(np.where(kept, list(right), list(word))) for word in drawn)
+            # A held-out word, or one that would not be spelled, must not come in by chance.
+            prompt = make_word_caption(next((word for word in tries if word in triples), right))["prompt"]
+        elif rng.random() < scenes:
+            prompt = by_tag[caption["tag"]][rng.integers(len(by_tag[caption["tag"]]))]
+        prompts.append(prompt)
+    return prompts
 
 
 def scale_to_model(pictures: np.ndarray) -> Tensor:

@@ -47,7 +47,8 @@ def generate_pictures(
 def evaluate_pipeline(
     pipeline: StableDiffusion3Pipeline, images: int, seed: int, name: str = "select"
 ) -> dict[str, Any]:
-    """Compute the share of right pictures of each tag, their mean `geneval`, and the mean OCR reward `ocr`.
+    """Compute the share of right pictures of each tag, their mean `geneval`, the mean OCR reward `ocr`
+    and the share of words that were read exactly, `exact`.
 
     images: pictures of each caption. name: of the set. The rewards are those of training, found through the
     plug-in host as in a run.
@@ -70,7 +71,9 @@ def evaluate_pipeline(
             pictures.permute(0, 3, 1, 2).float() / 255, prompts, chosen, torch.arange(len(chosen), device="cpu")
         )
         if tag == "text":
-            figures["ocr"] = rewards["ocr"](batch).values.mean().item()
+            scores = rewards["ocr"](batch)
+            figures["ocr"] = scores.values.mean().item()
+            figures["exact"] = scores.details["ocr/exact"].mean().item()
         else:
             figures[tag] = rewards["geneval"](batch).details["geneval/strict"].mean().item()
     figures["geneval"] = sum(figures[tag] for tag in TAGS) / len(TAGS)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -30,12 +31,25 @@ def make_vae() -> AutoencoderTiny:
 
 
 def train_vae(
-    pictures: np.ndarray, *, steps: int, seed: int, batch: int, lr: float, log: Callable[..., Any]
+    pictures: np.ndarray,
+    *,
+    init: Path | None,
+    steps: int,
+    seed: int,
+    batch: int,
+    lr: float,
+    log: Callable[..., Any],
 ) -> AutoencoderTiny:
-    """Train a new autoencoder on pictures `[N, 32, 32, 3]` uint8. log: called with figures every 100 steps."""
+    """Train an autoencoder on pictures `[N, 32, 32, 3]` uint8.
+
+    init: a trained one, whose decoder alone is trained on, so that a base model of its latents stays right.
+    log: called with figures every 100 steps.
+    """
     torch.manual_seed(seed)
-    vae = make_vae().to(memory_format=torch.channels_last)
-    optimizer = torch.optim.AdamW(vae.parameters(), lr=lr, weight_decay=0)
+    vae = AutoencoderTiny.from_pretrained(init, torch_dtype=torch.float32) if init else make_vae()
+    vae.to(memory_format=torch.channels_last).encoder.requires_grad_(init is None)
+    parameters = [p for p in vae.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(parameters, lr=lr, weight_decay=0)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, total_steps=steps, pct_start=0.1)
     for step in range(steps):
         x = scale_to_model(pictures[torch.randint(len(pictures), (batch,), device="cpu").numpy()])
@@ -46,12 +60,14 @@ def train_vae(
         error = mse_loss(vae.decode(z + noise).sample, x)
         optimizer.zero_grad()
         (error + 1e-3 * spread).backward()
-        torch.nn.utils.clip_grad_norm_(vae.parameters(), 1.0)
+        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
         schedule.step()
         if step % 100 == 0 or step == steps - 1:
             log(step=step, error=error.item())
     vae.eval().requires_grad_(False)
+    if init:
+        return vae
     # As SD3's autoencoders do, the config holds what scales latents to mean 0 and deviation 1.
     z = torch.cat([vae.encode(scale_to_model(part)).latents for part in np.array_split(pictures[:8000], 8)])
     vae.register_to_config(scaling_factor=1 / z.std().item(), shift_factor=z.mean().item())

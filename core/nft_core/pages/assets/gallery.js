@@ -57,8 +57,8 @@ const ORDERS = {
 function sortCards(data, state) {
   const words = state.words.toLowerCase();
   const cards = data.cards.map((_, i) => i).filter((i) => {
-    const { prompt, kind } = data.cards[i];
-    return (!state.kind || kind === state.kind) && prompt.toLowerCase().includes(words);
+    const { prompt, kind, name } = data.cards[i];
+    return (!state.kind || kind === state.kind) && `${prompt} ${name}`.toLowerCase().includes(words);
   });
   const key = ORDERS[state.order][1];
   if (key) {
@@ -120,25 +120,28 @@ function drawPicture(uri, alt) {
 }
 
 function drawFigures(data, state, card, names) {
+  const titles = titleColumns(data, state);
+  const between = `from ${titles[0]} to ${titles[titles.length - 1]}`;
   const rows = names.map((name) => {
     const { values, change, better } = readFigure(data, state, name, card);
     const cells = values.map((value) => make("td", { text: formatFigure(value) }));
     if (change !== null) {
       const kind = change === 0 ? "same" : change * better > 0 ? "better" : "worse";
       const arrow = change > 0 ? "▲ " : change < 0 ? "▼ " : "";
-      cells.push(make("td", { class: kind, title: kind, text: arrow + formatChange(change) }));
+      cells.push(make("td", { class: kind, title: `${kind}, ${between}`, text: arrow + formatChange(change) }));
     }
     return make("tr", {}, make("th", { scope: "row", text: name, title: nameFigure(data, name) }), ...cells);
   });
   return make("table", { class: "scores" }, make("tbody", {}, ...rows));
 }
 
-function drawTexts(data, state, card) {
+function drawNotes(data, state, card) {
   const said = [];
-  data.columns.forEach((column, i) => {
-    const { texts } = frameAt(data, state, i);
-    for (const [name, values] of Object.entries(texts)) {
-      if (values[card]) said.push(make("p", { class: "said" }, make("b", { text: (data.columns.length > 1 ? column + ", " : "") + name + ": " }), values[card]));
+  const titles = titleColumns(data, state);
+  data.columns.forEach((_, i) => {
+    const { notes } = frameAt(data, state, i);
+    for (const [name, values] of Object.entries(notes)) {
+      if (values[card]) said.push(make("p", { class: "said" }, make("b", { text: (data.columns.length > 1 ? titles[i] + ", " : "") + name + ": " }), values[card]));
     }
   });
   return said;
@@ -149,17 +152,20 @@ function titleColumns(data, state) {
 }
 
 function drawCard(data, state, card, open) {
-  const { prompt, kind, number } = data.cards[card];
+  const { prompt } = data.cards[card];
   const titles = titleColumns(data, state);
   const pictures = titles.map((title, column) => make("figure", {},
     drawPicture(frameAt(data, state, column).pictures[card], `${title}: ${prompt}`),
     data.columns.length > 1 ? make("figcaption", { text: title }) : null));
   const major = data.figures.filter((name) => !data.minor.includes(name));
   const button = make("button", { class: "pictures", type: "button", onclick: open, "aria-label": "Show larger: " + prompt }, ...pictures);
-  const more = [kind ? make("span", { class: "chip", text: kind }) : null, number > 1 ? make("span", { class: "chip", text: "#" + number }) : null];
   return make("article", { "data-card": card }, button,
-    make("p", { class: "prompt", title: prompt, text: prompt || "no prompt" }),
-    make("p", { class: "chips" }, ...more), drawFigures(data, state, card, major), ...drawTexts(data, state, card));
+    make("p", { class: "prompt", title: prompt, text: prompt || "no prompt" }), drawChips(data.cards[card]), drawFigures(data, state, card, major), ...drawNotes(data, state, card));
+}
+
+function drawChips({ kind, number, name }) {
+  const words = [kind, number > 1 ? "#" + number : "", name].filter((text) => text);
+  return make("p", { class: "chips" }, ...words.map((text) => make("span", { class: "chip", text })));
 }
 
 // A picture in all columns and all evaluations, with everything that is said of it.
@@ -177,15 +183,15 @@ function makeViewer(data, state, listShown) {
   };
   const draw = (which) => {
     card = which;
-    const { prompt, kind, number } = data.cards[card];
+    const { prompt } = data.cards[card];
     const titles = titleColumns(data, state);
     const large = titles.map((title, column) => make("figure", {}, drawPicture(frameAt(data, state, column).pictures[card], title), make("figcaption", { text: title })));
     const strip = data.frames.map((frame) => make("figure", {}, drawPicture(frame.pictures[card], frame.title), make("figcaption", { text: frame.title })));
     inside.replaceChildren(
       make("div", { class: "large" }, ...large),
       make("p", { class: "prompt", text: prompt || "no prompt" }),
-      make("p", { class: "chips" }, kind ? make("span", { class: "chip", text: kind }) : null, number > 1 ? make("span", { class: "chip", text: "#" + number }) : null),
-      drawFigures(data, state, card, data.figures), ...drawTexts(data, state, card),
+      drawChips(data.cards[card]),
+      drawFigures(data, state, card, data.figures), ...drawNotes(data, state, card),
       data.frames.length > data.columns.length ? make("div", { class: "strip" }, ...strip) : "");
   };
   element.addEventListener("keydown", (event) => {

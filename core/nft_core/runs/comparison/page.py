@@ -4,10 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from html import escape
-from pathlib import Path
 from typing import Any, NamedTuple
 
-from ...errors import NftError, UsageError, advise_on_disk
 from ...pages import page as pages
 from ...pages.page import draw_notes, draw_section, draw_table
 from ..observers.evaluations import Paired
@@ -29,23 +27,6 @@ class Comparison(NamedTuple):
     summaries: Mapping[str, Mapping[str, Summary]]
     pairs: Mapping[str, Mapping[str, Paired]]
     notes: Sequence[str]
-
-
-def write_page(path: Path, found: Comparison) -> None:
-    """Write the page, whole or not at all. Raises NftError where the disk will not take it."""
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        pages.write_page(path, draw_page(found))
-    except OSError as error:
-        raise NftError(
-            f"Cannot write {path}: {error}. {advise_on_disk(error)}, or choose another --out."
-        ) from error
-
-
-def check_page(path: Path) -> None:
-    """Raise UsageError for a path that is no page's, before anything is computed."""
-    if path.suffix.lower() not in (".html", ".htm") or path.is_dir():
-        raise UsageError(f"--out {path}: expected a file whose name ends in .html, such as compare.html.")
 
 
 def draw_page(found: Comparison) -> str:

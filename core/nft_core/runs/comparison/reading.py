@@ -9,6 +9,7 @@ from typing import Any
 
 from ...errors import UsageError
 from ...host.local import is_reference
+from ...models.run_folders import explain_missing_run, name_checkpoint, suggest_run
 from ...settings import GROUPS, RECORD, read_tables
 from ..copies import read_copies
 from ..observers.history import History
@@ -39,10 +40,12 @@ def read_runs(folders: Sequence[Path]) -> list[RunFigures]:
     for i, folder in enumerate(whole):
         if folder in whole[:i]:
             raise UsageError(f"The run {folders[i]} is given twice: give another run's folder.")
+        if not folder.exists() and not suggest_run(folders[i]):
+            raise UsageError(f"{folders[i]}: {explain_missing_run(folders[i])}")
         if not (folder / "run.toml").is_file():
             raise UsageError(
-                f"{folders[i]} is no run's folder: expected run.toml in it. Give the folder that `nft run` "
-                "wrote to, such as runs/NAME."
+                f"{folders[i]} is no run's folder: expected run.toml in it."
+                + (suggest_run(folders[i]) or " Give the folder that `nft run` wrote to, such as runs/NAME.")
             )
     # The last part of a path is its name, where it tells the runs apart.
     names = [folder.name for folder in whole]
@@ -75,7 +78,9 @@ def read_loosely(tables: Mapping[str, Any], record: Mapping[str, Any]) -> dict[s
     def shorten(_: str, text: str) -> str:
         location, colon, attribute = text.rpartition(":") if is_reference(text) else (text, "", "")
         digest = f" ({digests[location]})" if location in digests else ""
-        return f"{shorten_path(location)}{digest}{colon}{attribute}"
+        # A checkpoint's step says nothing without its run.
+        short = name_checkpoint(Path(location)) or shorten_path(location)
+        return f"{short}{digest}{colon}{attribute}"
 
     try:
         return change_paths(flat, shorten)

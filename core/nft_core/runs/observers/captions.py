@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import os
 import unicodedata
+from bisect import bisect_right
 from collections.abc import Iterable
 from functools import cache
+from math import ceil
 from pathlib import Path
 
 from PIL import ImageFont
@@ -106,10 +108,13 @@ def wrap_text(text: str, font: ImageFont.FreeTypeFont, width: int) -> list[str]:
 
 def shorten_text(text: str, font: ImageFont.FreeTypeFont, width: int) -> str:
     """Shorten a text to so many pixels, with dots in its middle where something is left out."""
-    if font.getlength(text) <= width:
+    if len(text) <= width and font.getlength(text) <= width:
         return text
-    for kept in range(len(text) - 1, 1, -1):
-        short = f"{text[: kept - kept // 2]}…{text[len(text) - kept // 2 :]}"
-        if font.getlength(short) <= width:
-            return short
-    return "…"
+
+    def keep(count: int) -> str:
+        return f"{text[: count - count // 2]}…{text[len(text) - count // 2 :]}"
+
+    # No letter is narrower than a pixel, so a text of any length takes a few measurements.
+    longest = min(len(text), width)
+    kept = bisect_right(range(2, longest), width, key=lambda count: ceil(font.getlength(keep(count))))
+    return keep(kept + 1) if kept else "…"

@@ -4,20 +4,23 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
+from time import monotonic
 from typing import Any
 
 from rich.console import Console as Terminal
-from rich.progress import BarColumn, Progress, TaskID, TextColumn
 from rich.table import Table
 
 from nft_plugins import Run, hookimpl
 
 from ..fingerprint import is_comparable, list_changes, pick_picture_part
 from .evaluations import Paired, pair_images, read_scores
+from .live import LiveView, format_figure, format_seconds, list_means
 from .metrics import read_records
 
 #: Marks an interval that holds 0; and what the mark says, once below the table.
 CHANCE, EXPLAINED = " ?", "?: 0 is in the interval, so the change may be chance."
+#: Seconds between two lines of an evaluation's progress where there is no terminal.
+QUIET = 30.0
 
 
 class Console:
@@ -31,7 +34,8 @@ class Console:
         self.latest: Mapping[str, Any] | None = None
         self.checkpoint: Path | None = None
         self.warned: set[str] = set()
-        self.bars: Progress | None = None
+        self.bars: LiveView | None = None
+        self.began = self.told = monotonic()
 
     @hookimpl
     def nft_run_started(self, run: Run) -> None:
@@ -41,32 +45,28 @@ class Console:
         for record in read_records(run.folder):
             if is_evaluation(record):
                 self.find_base(record)
-        if self.terminal.is_terminal:
-            columns = (
-                TextColumn("{task.description:<10}"),
-                BarColumn(16),
-                TextColumn("{task.fields[note]}", markup=False),
-            )
-            self.bars = Progress(*columns, console=self.terminal)
-            self.epochs: TaskID = self.bars.add_task("epoch", total=run.epochs, completed=run.epoch, note="")
-            self.phase: TaskID = self.bars.add_task("eval", total=None, note="")
+        # A dumb terminal, such as an editor's, cannot move its cursor.
+        if self.terminal.is_terminal and not self.terminal.is_dumb_terminal:
+            self.bars = LiveView(self.terminal, run.epoch, run.epochs)
             self.bars.start()
 
     @hookimpl
     def nft_progress(self, run: Run, phase: str, done: int, total: int) -> None:
         if self.bars:
-            note = f"{done}/{total} images"
-            self.bars.update(self.phase, description=phase, completed=done, total=total, note=note)
+            self.bars.show_phase(phase, done, total)
+        elif phase == "eval" and monotonic() - self.told >= QUIET:
+            self.told = monotonic()
+            self.say(f"eval: {done}/{total} images")
 
     @hookimpl
     def nft_epoch_finished(self, run: Run, record: Mapping[str, Any]) -> None:
         count = f"{record['epoch']:>{len(str(run.epochs))}}/{run.epochs}"
         left = format_seconds((run.epochs - record["epoch"]) * record["epoch_seconds"])
-        speed = f"{record['images_per_second']:.1f} img/s  {left} left"
+        self.told = monotonic()
         if self.bars:
-            note = f"{count}  {write_means(record)}  {speed}"
-            self.bars.update(self.epochs, completed=record["epoch"], note=note)
+            self.bars.show_epoch(record, count, left)
         else:
+            speed = f"{record['images_per_second']:.1f} img/s  {left} left"
             losses = (
                 f"loss {format_figure(record['loss'], '.3f')}  grad {format_figure(record['grad_norm'], '.2f')}"
             )
@@ -84,6 +84,11 @@ class Console:
         first = f"epoch {self.base['epoch']}" if self.base["epoch"] else "base"
         note = f"  ({first} {compared})" if compared else ""
         self.say(f"eval at epoch {record['epoch']}: {write_means(record)}{note}")
+        self.told = monotonic()
+        if self.bars:
+            like = self.base
+            known = {n: m for n, m in list_means(like) if not explain_difference(like, record, n)}
+            self.bars.show_evaluation(record, {} if like is record else known)
         self.warn(record)
 
     def find_base(self, record: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -108,9 +113,12 @@ class Console:
             samples = run.folder / "samples"
             drawn = f"Pictures: {samples}    " if samples.exists() else ""
             self.say(f"{drawn}figures: {run.folder / 'metrics.jsonl'}")
-            self.say(f"Report:   {run.folder / 'report.html'}")
+            if (report := run.folder / "report.html").exists():
+                self.say(f"Report:   {report}")
         if self.checkpoint:
             self.say(f"Weights:  {self.checkpoint}")
+        if self.latest:
+            self.say(f"Time:     {format_seconds(monotonic() - self.began)} since it began here")
 
     def warn(self, record: Mapping[str, Any]) -> None:
         """Say each warning once, and again where it comes back."""
@@ -223,13 +231,3 @@ def write_means(record: Mapping[str, Any], like: Mapping[str, Any] | None = None
         if name != "total" and not (like and explain_difference(record, like, name))
     }
     return "  ".join(f"{name} {format_figure(mean)}" for name, mean in rewards.items())
-
-
-def format_figure(value: float | None, form: str = ".4g") -> str:
-    return "-" if value is None else f"{value:{form}}"
-
-
-def format_seconds(seconds: float) -> str:
-    minutes, seconds = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"

@@ -8,22 +8,20 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping, Sequence
-from io import BytesIO
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from PIL import Image, features
+from PIL import Image
 
-from ...pages.gallery import Card, Frame, spread_cards
+from ...pages.gallery import Card, Frame, read_kind, spread_cards
+from ...pages.thumbnails import encode_image
 from ..fingerprint import pick_picture_part
 
 if TYPE_CHECKING:
     from nft_plugins import Batch, Scores
 
 FOLDER, NOTE = "samples", "nft_pictures"
-#: Pixels of a picture's longer side; pictures up to EXACT are kept as they are, and others as WebP.
-SIDE, EXACT = 192, 128
 #: Pictures of an evaluation, and bytes of its file.
 MOST, MOST_BYTES = 1024, 32 * 2**20
 
@@ -57,9 +55,7 @@ def collect_pictures(
     groups = batch.groups.tolist()
     for i, (prompt, metadata) in enumerate(zip(batch.prompts, batch.metadata, strict=True)):
         count = count + 1 if i and groups[i] == groups[i - 1] else 1
-        tag = metadata.get("tag")
-        # NaN alone is unlike itself.
-        cards.append(Card(prompt, "" if tag is None or tag != tag else str(tag), count))
+        cards.append(Card(prompt, read_kind(metadata), count))
     chosen = choose(cards)
     figures, details = list_values(scores)
     pixels = batch.uint8[chosen].permute(0, 2, 3, 1).cpu().numpy()
@@ -67,8 +63,8 @@ def collect_pictures(
         name_epoch(record["epoch"]),
         [encode_image(Image.fromarray(array)) for array in pixels],
         {name: [values[i] for i in chosen] for name, values in figures.items()},
-        # A later contract may give words beside figures.
-        {n: [str(texts[i] or "") for i in chosen] for n, texts in getattr(scores, "texts", {}).items()},
+        # A later contract gives texts beside figures.
+        {n: [str(texts[i] or "") for i in chosen] for n, texts in getattr(scores, "notes", {}).items()},
     )
     of = pick_picture_part(record.get("evaluation"))
     return Pictures(record["epoch"], of, [cards[i] for i in chosen], frame, details)
@@ -96,27 +92,6 @@ def name_epoch(epoch: int) -> str:
     return f"epoch {epoch}" if epoch else "base model"
 
 
-def encode_image(image: Image.Image) -> bytes:
-    """Write an image as a small file: exact if it is small, or else reduced."""
-    exact = max(image.size) <= EXACT
-    if not exact:
-        image.thumbnail((SIDE, SIDE), Image.Resampling.LANCZOS, reducing_gap=2.0)
-    stream = BytesIO()
-    if exact or not features.check("webp"):
-        image.save(stream, "PNG")
-    else:
-        image.save(stream, "WEBP", quality=80, method=2)
-    return stream.getvalue()
-
-
-def decode_image(data: bytes) -> Image.Image:
-    """Read what `encode_image` wrote. Raises OSError or ValueError for anything else."""
-    with Image.open(BytesIO(data), formats=["PNG", "WEBP"]) as image:
-        if max(image.size) > SIDE:  # Somebody else's, which may be very large when it is unpacked.
-            raise ValueError(f"the picture has {image.size} pixels")
-        return image.convert("RGB")
-
-
 def save_pictures(folder: Path, pictures: Pictures) -> None:
     """Write an evaluation's pictures to a run's folder, whole or not at all."""
     import numpy as np
@@ -128,7 +103,7 @@ def save_pictures(folder: Path, pictures: Pictures) -> None:
         "cards": pictures.cards,
         "figures": frame.figures,
         "details": sorted(pictures.details),
-        "texts": frame.texts,
+        "notes": frame.notes,
     }
     path = find_pictures(folder, pictures.epoch)
     path.parent.mkdir(exist_ok=True)
@@ -156,15 +131,15 @@ def read_pictures(folder: Path, epoch: int, of: Mapping[str, Any]) -> Pictures |
             if note["of"] != of:
                 return None
             images = [file.get_tensor(name).tobytes() for name in sorted(file.keys())]
-        cards = [Card(str(prompt), str(kind), int(number)) for prompt, kind, number in note["cards"]]
+        cards = [Card(str(prompt), str(kind), int(number)) for prompt, kind, number, *_ in note["cards"]]
         figures = {name: [None if v is None else float(v) for v in vs] for name, vs in note["figures"].items()}
-        texts = {name: [str(text) for text in each] for name, each in note["texts"].items()}
+        notes = {name: [str(text) for text in each] for name, each in note["notes"].items()}
         details = frozenset(map(str, note["details"]))
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError, SafetensorError):
         return None
-    if any(len(column) != len(cards) for column in (images, *figures.values(), *texts.values())):
+    if any(len(column) != len(cards) for column in (images, *figures.values(), *notes.values())):
         return None
-    return Pictures(epoch, of, cards, Frame(name_epoch(epoch), images, figures, texts), details)
+    return Pictures(epoch, of, cards, Frame(name_epoch(epoch), images, figures, notes), details)
 
 
 def find_first_pictures(folder: Path, now: Pictures) -> Pictures | None:

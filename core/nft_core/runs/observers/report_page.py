@@ -81,7 +81,9 @@ def draw_facts(run: RunFigures, state: str, epochs: int) -> str:
     versions = record.get("versions")
     listed = ", ".join(f"{k} {v}" for k, v in versions.items()) if isinstance(versions, Mapping) else ""
     lines = "".join(
-        f"<span>{escape(name)} <b>{escape(str(value))}</b></span>" for name, value in facts.items() if value
+        f"<span>{escape(name)} <strong>{escape(str(value))}</strong></span>"
+        for name, value in facts.items()
+        if value
     )
     command = f"<pre>{escape(str(record['command']))}</pre>" if record.get("command") else ""
     said = f"<p class=note>{escape(listed)}</p>" if listed else ""
@@ -114,9 +116,9 @@ def draw_changes(run: RunFigures) -> str:
         describe_change(name, found[name], ends, weights, name in rewards)
         for name in sorted(found, key=lambda name: name not in rewards)
     ]
-    titles = ["figure", *map(name_epoch, ends), "change", "95 % interval", "prompts better / worse", ""]
+    titles = ["figure", *map(name_epoch, ends), "change", "", "95 % interval", "prompts better / worse"]
     notes = ["0 is in the interval of what may be chance: other prompts of this kind might show no change."]
-    return draw_table(titles, rows, "changes") + draw_notes(notes if any(r[-1] == CHANCE for r in rows) else [])
+    return draw_table(titles, rows, "changes") + draw_notes(notes if any(CHANCE in row for row in rows) else [])
 
 
 def describe_change(
@@ -137,7 +139,7 @@ def describe_change(
     counts = [change.worse, change.better] if lower else [change.better, change.worse]
     interval = f"{change.low:+.3g} to {change.high:+.3g}"
     verdict = judge_change(change.low, change.high, lower, is_reward)
-    return [*cells, interval, " / ".join(map(str, counts)) if is_reward else "", verdict]
+    return [*cells, verdict, interval, " / ".join(map(str, counts)) if is_reward else ""]
 
 
 def judge_change(low: float, high: float, lower: bool, is_reward: bool) -> str:
@@ -199,7 +201,7 @@ def draw_run_gallery(runs: Sequence[RunFigures]) -> str:
     if gallery is None:
         return draw_notes(["There are no pictures yet."])
     small = fit_gallery(gallery)
-    return draw_notes(small.notes) + embed_data("gallery", describe_gallery(small))
+    return draw_notes(small.left_out) + embed_data("gallery", describe_gallery(small))
 
 
 def make_run_gallery(runs: Sequence[RunFigures]) -> Gallery | None:
@@ -234,12 +236,12 @@ def make_run_gallery(runs: Sequence[RunFigures]) -> Gallery | None:
         steps,
         frozenset[str]().union(*(list_lower(each) for each in weights)),
         frozenset[str]().union(*(p.details for found in alike for p in found)),
-        list_gallery_notes(runs, read, alike),
+        list_left_out(runs, read, alike),
     )
 
 
 def list_parts(frame: Frame) -> tuple[Any, Any, Any]:
-    return frame.pictures, frame.figures, frame.texts
+    return frame.pictures, frame.figures, frame.notes
 
 
 def list_run_pictures(run: RunFigures) -> list[Pictures]:
@@ -260,7 +262,7 @@ def find_frame(place: Mapping[int, int], epoch: int) -> int:
     return place[max(before) if before else min(place)]
 
 
-def list_gallery_notes(
+def list_left_out(
     runs: Sequence[RunFigures], read: Sequence[Sequence[Pictures]], alike: Sequence[Sequence[Pictures]]
 ) -> list[str]:
     """List in words which pictures are left out, and why."""

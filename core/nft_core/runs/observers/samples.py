@@ -12,8 +12,9 @@ from PIL import Image, ImageDraw
 from nft_plugins import Batch, Run, Scores, hookimpl
 
 from ...pages.gallery import Card
+from ...pages.thumbnails import decode_image
 from .captions import clean_text, find_font, load_font, shorten_text, wrap_text
-from .pictures import Pictures, collect_pictures, decode_image, find_first_pictures, save_pictures
+from .pictures import Pictures, collect_pictures, find_first_pictures, save_pictures
 from .weights import list_lower, read_weights
 
 #: Pictures a grid, and in a row of it.
