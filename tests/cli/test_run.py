@@ -235,7 +235,14 @@ BAD = {
         "bad.jsonl:2: not a line of JSON",
     ),
     "no words": (
-        ["--tiny", "--reward", "ocr", "--prompts", "cats.txt", *sets("unscorable=error", "prompts_per_epoch=3")],
+        [
+            "--tiny",
+            "--reward",
+            "ocr",
+            "--prompts",
+            "cats.txt",
+            *sets("unscorable=error", "prompts_per_epoch=3"),
+        ],
         *(2, "cats.txt:2: ocr: no words to read"),
     ),
     "no include": (

@@ -88,8 +88,7 @@ def make_gallery(results: Sequence[Scored], reward: Composed, columns: Columns) 
 
 def list_notes(results: Sequence[Scored]) -> dict[str, list[str]]:
     """List what rewards say beside their scores, and why they failed, by name a text for each image."""
-    # A later version of results has notes.
-    told = [getattr(result, "notes", {}) for result in results]
+    told = [result.notes for result in results]
     names = dict.fromkeys((n, note) for each in told for n, notes in each.items() for note in notes)
     found = {f"{n}/{note}": [each.get(n, {}).get(note, "") for each in told] for n, note in names}
     failed = dict.fromkeys(name for result in results for name in result.errors)

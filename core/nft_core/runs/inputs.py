@@ -14,6 +14,7 @@ from .. import environment
 from ..errors import CheckpointError, NftError, UsageError, unknown_name
 from ..host.host import Host
 from ..host.specs import RewardSpec, parse_observer, parse_reward
+from ..models.run_folders import find_checkpoint
 from ..prompts import Prompt, find_refusal, keep_scorable, read_prompts
 from ..remote.environments import require_environment
 from ..settings import Settings, for_evaluation, make_settings
@@ -136,7 +137,13 @@ def check_given(
     for model, lora in models:
         find_family(make_run_settings(host, preset, {"model": model, "lora": lora}), host)
     if listed := list(rewards):
-        check_rewards(parse_rewards(make_run_settings(host, preset, {"rewards": listed}), host), host)
+        specs = parse_rewards(make_run_settings(host, preset, {"rewards": listed}), host)
+        if any(find_checkpoint(Path(p).expanduser()) for each in models for p in each if p):
+            # The run that trained a model may say which files its rewards take: only names can be wrong yet.
+            for spec in specs:
+                host.require_reward(spec.name)
+        else:
+            check_rewards(specs, host)
 
 
 def parse_rewards(settings: Settings, host: Host) -> list[RewardSpec]:
