@@ -145,7 +145,7 @@ def test_the_command(runs, tmp_path):
     done = compare(*runs, "--out", tmp_path / "new" / "page.html")
     assert done.exit_code == 0, done.output
     assert "Page: " in done.stdout
-    (row,) = re.findall(r"^ *redness +fast .*$", done.stdout, re.MULTILINE)
+    *_, row = re.findall(r"^ *redness +fast .*$", done.stdout, re.MULTILINE)
     assert len(re.findall(r"\[[+-][\d.e-]+, [+-][\d.e-]+\]", row)) == 2
     told = json.loads(compare(*runs, "--json").stdout)
     assert told["against"] == "slow" and list(told["differences"]) == ["fast"]
