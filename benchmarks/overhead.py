@@ -53,7 +53,7 @@ PARTS = [
     ("nft_core.runs.observers.metrics", "append_record"),
     ("nft_core.training.loop", "reseed"),
     ("nft_core.training.loop", "sum_figures"),
-    ("nft_core.training.epochs", "warnings"),
+    ("nft_core.training.epochs", "list_warnings"),
     ("nft_core.training.epochs", "compute_epoch_means"),
     ("nft_core.parallel.processes", "sum_values"),
     ("nft_core.sampling.rollout", "sum_tallies"),
