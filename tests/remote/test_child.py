@@ -149,7 +149,8 @@ def test_a_python_that_is_not_there_is_told():
 
 PARENT = """
 import signal, sys, time
-signal.signal(signal.SIGINT, signal.default_int_handler)  # A shell lets what it runs in the background ignore it.
+# A shell lets what it runs in the background ignore Ctrl-C.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 sys.path.append({here!r})
 from pathlib import Path
 from nft_core.remote.reward import ChildReward, Start
