@@ -52,7 +52,8 @@ def kill(place: Path, count: int, draw: random.Random) -> dict[str, Any]:
     longest, expected = time.monotonic() - begin, contents(place / "peace")
     kills = compared = 0
     differing: list[str] = []
-    while kills < count or folder.exists():
+    # An attempt killed before it made its folder leaves nothing to compare: one that ends must follow.
+    while kills < count or not compared or folder.exists():
         status = attempt(command(folder, prompts), log, draw.uniform(0, longest) if kills < count else 1e9)
         if status == -signal.SIGKILL:
             kills += 1
