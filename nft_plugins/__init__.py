@@ -2,7 +2,7 @@
 
 # First of all: what follows may import what reads it.
 from . import telemetry  # noqa: F401  isort: skip
-from .cards import ModelInfo, ObserverInfo, Preset, RewardInfo, SolverInfo
+from .cards import Environment, ModelInfo, ObserverInfo, Preset, RewardInfo, SolverInfo
 from .data import Batch, Part, PromptError, Scores
 from .hookspecs import CONTRACT, ENTRY_POINT_GROUP, PROJECT, ContractDeprecation, Run, hookimpl
 from .interfaces import (
@@ -24,6 +24,7 @@ __all__ = [
     "Batch",
     "Condition",
     "ContractDeprecation",
+    "Environment",
     "EpochRecord",
     "EvalRecord",
     "FlowModel",

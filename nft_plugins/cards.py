@@ -14,6 +14,23 @@ Factory: TypeAlias = "str | Callable[..., Any]"
 
 
 @dataclass(frozen=True)
+class Environment:
+    """What a reward needs that cannot be installed beside nft-hub. It then runs in a child process that has it.
+
+    python: versions of Python, such as `>=3.10,<3.11`; empty for any from 3.9 on.
+    requirements: packages as pip reads them, such as `transformers<4.48`. The contract and the reward's own
+        package need not be named.
+    system: programs that must be on the path and that pip does not install, such as `ffmpeg`.
+    options: options of the reward under which it is needed, such as `{"engine": "package"}`; empty for always.
+    """
+
+    python: str = ""
+    requirements: tuple[str, ...] = ()
+    system: tuple[str, ...] = ()
+    options: Mapping[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
 class RewardInfo:
     """A reward's card.
 
@@ -31,6 +48,9 @@ class RewardInfo:
     metadata: prompt metadata that it needs.
     modules: Python modules that it imports beyond the base install.
     extra: the extra of the distribution that installs them.
+    environment: what it needs that cannot be installed beside nft-hub; several, with different `options`, where
+        some options need one and others another. None: it runs in the process of the run. Where there is one,
+        `factory` must be `"module:attribute"`.
     """
 
     name: str
@@ -45,6 +65,7 @@ class RewardInfo:
     metadata: tuple[str, ...] = ()
     modules: tuple[str, ...] = ()
     extra: str = ""
+    environment: Environment | tuple[Environment, ...] | None = None
 
 
 @dataclass(frozen=True)

@@ -39,6 +39,9 @@ class Reward(Protocol):
     that compares the images of a group with one another also defines `regroup(scores, groups) -> Scores`.
     A run calls it, on every process, with what `__call__` returned for all N images of an epoch and with
     their groups `[N]`; all that it needs must be in the values, `valid` and `details`.
+
+    A reward in another process is sent images of 8 bits, and its `batch.images` are `uint8 / 255`. One that
+    needs the exact floats defines `needs_floats = True`, an attribute.
     """
 
     def __call__(self, batch: Batch) -> Scores: ...

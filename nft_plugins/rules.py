@@ -11,12 +11,16 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from . import hookspecs
-from .cards import Factory, SolverInfo
+from .cards import Environment, Factory, RewardInfo, SolverInfo
 
 #: A factory is given these if it takes them, so they are no options.
 OFFERED = frozenset({"device", "make_reward"})
 #: Words of every reward's spec, which the host keeps to itself.
 RESERVED = ("on_error", "retry", "max_seconds")
+#: Words that say where a reward runs, which the host keeps to itself too.
+PLACING = ("run_in", "offload")
+#: Versions of a package or of Python, as pip reads them: ">=3.10,<3.11".
+_VERSIONS = re.compile(r"\s*((~=|==|!=|<=|>=|<|>)\s*\d+(\.(\d+|\*))*\s*(,\s*|$))*")
 #: All hooks, by name.
 HOOKS = frozenset(name for name in vars(hookspecs) if name.startswith("nft_"))
 
@@ -71,7 +75,52 @@ def find_malformed_field(card: Any) -> str:
         kind, words = kinds.get(str(field.type), other)
         if not isinstance(value, kind) or (kind is tuple and not all(isinstance(v, str) for v in value)):
             return f"{field.name} = {value!r}, not {words}"
-    return ""
+    return find_malformed_environment(card) if isinstance(card, RewardInfo) else ""
+
+
+def find_malformed_environment(card: RewardInfo) -> str:
+    """Find what is wrong with the environments of a reward's card; an empty string where all are well."""
+    if card.environment is None:
+        return ""
+    environments = list_environments(card)
+    if not environments or not all(isinstance(e, Environment) for e in environments):
+        return f"environment = {card.environment!r}, not an Environment or several in a tuple"
+    for environment in environments:
+        if wrong := find_malformed_field(environment):
+            return f"an environment with {wrong}"
+        if not _VERSIONS.fullmatch(environment.python):
+            return f"an environment with python = {environment.python!r}, not versions such as '>=3.10,<3.11'"
+        # A line that begins with a hyphen is an option of pip, such as another index.
+        if odd := [r for r in environment.requirements if not re.match(r"[A-Za-z0-9]", r) or "\n" in r]:
+            return f"an environment with the requirement {odd[0]!r}, not a package"
+        if not all(isinstance(word, str) for pair in environment.options.items() for word in pair):
+            return f"an environment with options = {environment.options!r}, not a mapping of texts"
+    if not isinstance(card.factory, str):
+        return f"an environment and factory = {card.factory!r}, not text as 'module:attribute'"
+    names = [name_environment(card, environment) for environment in environments]
+    return "" if len({*names}) == len(names) else f"two environments with the same options: {', '.join(names)}"
+
+
+def list_environments(card: RewardInfo) -> tuple[Environment, ...]:
+    """List the environments of a reward's card; most have none."""
+    given = card.environment
+    return () if given is None else given if isinstance(given, tuple) else (given,)
+
+
+def name_environment(card: RewardInfo, environment: Environment) -> str:
+    """Name an environment after its reward and the options that need it: `imagereward-package`."""
+    words = [card.name, *(environment.options[key] for key in sorted(environment.options))]
+    return re.sub("[^a-z0-9_-]", "_", "-".join(words).lower())
+
+
+def choose_environment(card: RewardInfo, options: Mapping[str, Any]) -> Environment | None:
+    """Choose the environment that a reward needs with these options: the one with the most of them, or None."""
+    fitting = [
+        environment
+        for environment in list_environments(card)
+        if all(str(options.get(key)) == value for key, value in environment.options.items())
+    ]
+    return max(fitting, key=lambda environment: len(environment.options), default=None)
 
 
 def resolve_factory(factory: Factory) -> Callable[..., Any]:

@@ -18,12 +18,14 @@ from ..hookspecs import CONTRACT, OFFERS, PROJECT
 from ..rules import (
     HOOKS,
     OFFERED,
+    PLACING,
     RESERVED,
     compare_versions,
     find_hooks,
     find_malformed_field,
     find_unmarked_hooks,
     is_name,
+    list_environments,
     parse_version,
     read_types,
     resolve_factory,
@@ -137,6 +139,12 @@ def check_card(card: Card, options: Mapping[str, Any] | None = None) -> None:
             "on_error, retry and max_seconds are nft-hub's own options: a reward's must have other names",
             about,
         )
+        hold(
+            not set(PLACING) & set(parameters),
+            "run_in and offload are nft-hub's own options: a reward's must have other names",
+            about,
+        )
+        check_environments(card, parameters)
     check_mentions(card, parameters)
     if isinstance(card, ModelInfo):
         with may_not_raise("a model's factory must take factory(path_or_hub_id, device=, dtype=)", about):
@@ -152,6 +160,18 @@ def check_card(card: Card, options: Mapping[str, Any] | None = None) -> None:
     for name, parameter in parameters.items():
         if parameter.kind is not parameter.VAR_KEYWORD and name not in fixed:
             check_option(f"{name!r} of {card.name!r}", parameter, hints.get(name), name in (options or {}))
+
+
+def check_environments(card: RewardInfo, parameters: Mapping[str, inspect.Parameter]) -> None:
+    """Check that the options under which a reward needs an environment are options of its factory."""
+    if any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
+        return
+    unknown = sorted({key for e in list_environments(card) for key in e.options} - set(parameters))
+    hold(
+        not unknown,
+        "an option under which a card needs an environment must be a parameter of its factory",
+        f"{card.name!r} names {', '.join(unknown)}; its factory takes {', '.join(parameters) or 'none'}",
+    )
 
 
 def check_words(card: Card) -> None:

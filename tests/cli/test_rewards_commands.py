@@ -11,6 +11,7 @@ from nft_core.cli.app import main
 from nft_core.cli.rewards import list_options, write_type
 from nft_core.host.host import load_host
 from nft_plugins import RewardInfo, Scores
+from nft_plugins.rules import list_environments, name_environment
 
 
 def nft(*arguments):
@@ -39,10 +40,15 @@ def test_info_shows_the_whole_card(name):
     assert result.exit_code == 0, result.stderr
     found = json.loads(nft("info", name, "--json").stdout)
     for field in RewardInfo.__dataclass_fields__:
+        if field == "environment":
+            continue
         value = getattr(card, field)
         assert found[field] == (list(value) if isinstance(value, tuple) else value)
         for part in value if isinstance(value, tuple) else [value]:
             assert part in result.stdout
+    names = [name_environment(card, each) for each in list_environments(card)]
+    assert [each["name"] for each in found["environment"]] == names
+    assert all(f"{name} (for " in result.stdout for name in names)
     assert found["distribution"] == "nft-hub"
     assert found["plugin"].endswith("(nft_rewards)")
 

@@ -7,7 +7,7 @@ from typing import Literal
 
 import pytest
 
-from nft_plugins import ModelInfo, ObserverInfo, Preset, RewardInfo, SolverInfo, hookimpl
+from nft_plugins import Environment, ModelInfo, ObserverInfo, Preset, RewardInfo, SolverInfo, hookimpl
 from nft_plugins.testing import check_plugin, check_reward
 
 HOOKS = {
@@ -143,8 +143,24 @@ FIELDS = "a card's fields must be of their types"
 ORDER = "a solver's order must be"
 PRESET = "a preset's rewards must be"
 RESERVED = "on_error, retry and max_seconds are nft-hub's own options"
+PLACING = "run_in and offload are nft-hub's own options"
+NEEDED = "an option under which a card needs an environment"
 MENTIONED = "an option that a card's summary or definition mentions"
 KEYWORD = "an option must be a parameter that can be given by keyword"
+
+ENGINE = Environment(options={"engine": "paddle"})
+ENVIRONMENTS = (
+    "transformers<4.48",
+    (),
+    (ENGINE, None),
+    (ENGINE, ENGINE),
+    Environment(python="3.10"),
+    Environment(requirements="torch"),
+    Environment(requirements=("--index-url http://here",)),
+    Environment(requirements=("torch\n-r other.txt",)),
+    Environment(options=[("engine", "paddle")]),
+    Environment(options={"upscale": 4}),
+)
 
 MUTANTS = [
     ("a plug-in's module must be importable", "no_such_module"),
@@ -191,6 +207,11 @@ MUTANTS = [
     (RESERVED, plugin(reward(factory=lambda *, on_error="stop": None))),
     (RESERVED, plugin(reward(factory=lambda *, retry=0: None))),
     (RESERVED, plugin(reward(factory=lambda *, max_seconds=0.0: None))),
+    (PLACING, plugin(reward(factory=lambda *, run_in="process": None))),
+    (PLACING, plugin(reward(factory=lambda *, offload=False: None))),
+    *((FIELDS, plugin(reward(factory="math:sqrt", environment=wrong))) for wrong in ENVIRONMENTS),
+    (FIELDS, plugin(reward(environment=Environment()))),  # Another process cannot be given a function.
+    (NEEDED, plugin(reward(summary="one", factory="nft_rewards.jpeg:JPEGCompressibility", environment=ENGINE))),
     (MENTIONED, plugin(reward(summary="upscale=4"))),
     (MENTIONED, plugin(reward(definition="the mean; score=strict: all"))),
     (KEYWORD, plugin(reward(factory=positional))),

@@ -44,6 +44,7 @@ def show_reward(name: str, as_json: bool) -> None:
         return
     click.echo(f"{row['name']}: {row['summary']}\n")
     facts = {k: v for k, v in row.items() if k not in ("name", "summary", "options", "doc", "install")}
+    facts["environment"] = [write_environment(each) for each in row["environment"]]
     facts["ready"] = "yes" if row["ready"] else f"no: {row['install']}"
     for key, value in facts.items():
         text = "; ".join(map(str, value)) if isinstance(value, (list, tuple)) else str(value)
@@ -77,6 +78,14 @@ def describe_reward(host: Host, name: str) -> dict[str, Any]:
         return row | {"options": list_options(factory), "doc": inspect.getdoc(factory) or ""}
     except NftError as error:
         return row | {"options": str(error), "doc": ""}
+
+
+def write_environment(environment: Mapping[str, Any]) -> str:
+    """Write an environment in a line: its name, when it is needed, and what is in it."""
+    options = ",".join(f"{key}={value}" for key, value in environment["options"].items())
+    when = f" (for {options})" if options else ""
+    parts = [f"Python {environment['python'] or '>=3.9'}", *environment["requirements"], *environment["system"]]
+    return f"{environment['name']}{when}: {', '.join(parts)}"
 
 
 def list_options(factory: Callable[..., Any]) -> list[dict[str, Any]]:

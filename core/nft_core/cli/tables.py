@@ -5,10 +5,13 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Mapping
-from dataclasses import fields
+from dataclasses import asdict, fields
 from typing import TYPE_CHECKING, Any
 
 import click
+
+from nft_plugins import RewardInfo
+from nft_plugins.rules import list_environments, name_environment
 
 from ..host.discovery import Registered
 
@@ -61,7 +64,13 @@ def format_cell(value: Any) -> str:
 
 def describe_cards(registered: Mapping[str, Registered[Any]]) -> list[dict[str, Any]]:
     """Describe cards as rows, sorted by name: each field of a card, and the plug-ins that offer it."""
-    return [
-        {f.name: getattr(card.info, f.name) for f in fields(card.info)} | {"plugin": " and ".join(card.owners)}
-        for _, card in sorted(registered.items())
-    ]
+    rows = []
+    for _, card in sorted(registered.items()):
+        row = {f.name: getattr(card.info, f.name) for f in fields(card.info)}
+        if isinstance(card.info, RewardInfo):
+            row["environment"] = [
+                {"name": name_environment(card.info, each), **asdict(each)}
+                for each in list_environments(card.info)
+            ]
+        rows.append(row | {"plugin": " and ".join(card.owners)})
+    return rows
