@@ -22,6 +22,7 @@ from .new import begin_package
 from .rewards import check_contract, show_reward
 from .sample import sample_images
 from .score import choose_preset, score_files
+from .serve import serve_rewards
 from .settings import list_settings
 
 
@@ -77,6 +78,7 @@ for command in (
     evaluate,
     sample_images,
     score_files,
+    serve_rewards,
     compare_runs,
     diagnose,
     list_plugins,

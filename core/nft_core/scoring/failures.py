@@ -147,6 +147,8 @@ class Guarded:
         future = self.worker.submit(wrap_in_side_stream(device, score))
         if not wait([future], limit).done:
             self.overdue = future
+            if cancel := getattr(self.reward, "cancel", None):  # A reward in another process can be stopped.
+                cancel()
             raise NftError(f"The reward {self.name!r} failed: it took longer than max_seconds = {limit:g} s.")
         return future.result()
 
