@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from nft_plugins import RewardInfo, hookimpl
+from nft_plugins import Environment, RewardInfo, hookimpl
 
-CONTRACT = "1.0"
+CONTRACT = "1.2"
 CLIP_L = "openai/clip-vit-large-patch14"
 
 REWARDS = (
@@ -84,6 +84,20 @@ REWARDS = (
         memory="1.8 GB in fp32, 0.9 GB in bf16",
         licence="Apache-2.0",
         range="about -2.3 to 2",
+        # The authors' package needs functions that transformers 5 removed, and imports clip without saying so.
+        environment=Environment(
+            python=">=3.11,<3.13",
+            requirements=(
+                "image-reward==1.5",
+                "openai-clip",
+                "transformers<4.48",
+                "diffusers<0.33",
+                "setuptools<80",
+                "torch>=2.4",
+                "torchvision",
+            ),
+            options={"engine": "package"},
+        ),
     ),
     RewardInfo(
         "ocr",
@@ -96,6 +110,11 @@ REWARDS = (
         metadata=('text, or "quoted words" in the prompt',),
         modules=("rapidocr", "onnxruntime", "rapidfuzz"),
         extra="ocr",
+        environment=Environment(
+            python=">=3.11,<3.14",
+            requirements=("paddleocr>=3.3,<4", "paddlepaddle>=3.0,<4", "rapidfuzz>=3.9", "torch>=2.4"),
+            options={"engine": "paddle"},
+        ),
     ),
     RewardInfo(
         "geneval",

@@ -15,6 +15,7 @@ from ..errors import MEMORY_FULL, NftError, Stopped, UsageError, is_memory_full
 from ..objective.choices import Combine
 from .compare import compare_runs
 from .doctor import diagnose, explain_broken_torchvision
+from .env import manage_environments
 from .evaluate import evaluate
 from .launch import launch_training
 from .listing import list_models, list_observers, list_plugins, list_rewards, list_solvers
@@ -88,6 +89,7 @@ for command in (
     list_observers,
     list_settings,
     begin_package,
+    manage_environments,
 ):
     main.add_command(command)
 for command in (show_reward, check_contract):
@@ -211,6 +213,9 @@ for command in (show_reward, check_contract):
     metavar="N",
     help="With --plan: tell the least seconds of an epoch at this speed, in TFLOP/s; higher is faster.",
 )
+@click.option(
+    "--create-envs", is_flag=True, help="Make the environments that the rewards need and that are not made yet."
+)
 @click.option("--profile", is_flag=True, help="Trace a part of the second epoch, and say what takes the time.")
 def start_run(
     rewards_: tuple[str, ...],
@@ -225,6 +230,7 @@ def start_run(
     plan: bool,
     card: float | None,
     peak_tflops: float | None,
+    create_envs: bool,
     profile: bool,
     **options: Any,
 ) -> None:
@@ -262,6 +268,10 @@ def start_run(
         return
     if card or peak_tflops:
         raise UsageError("--card and --peak-tflops belong to --plan, which trains nothing: give that too.")
+    if create_envs:
+        from .env import create_missing
+
+        create_missing(host, settings.rewards, settings.reward_defaults)
     if resume == "auto" and not out:
         raise UsageError("--resume auto needs --out, the folder of the run to go on with.")
     from ..runs.folder import make_run_folder

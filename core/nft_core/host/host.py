@@ -19,11 +19,13 @@ from nft_plugins import (
     SolverInfo,
 )
 from nft_plugins.hookspecs import OFFERS
-from nft_plugins.rules import OFFERED, RESERVED
+from nft_plugins.rules import OFFERED, RESERVED, list_environments
 
 from ..errors import NftError, UsageError, missing_part, unknown_name
 from ..quiet import redirect_prints
 from ..remote.address import is_address, make_served_card
+from ..remote.environments import Needed, require_environment
+from ..remote.placing import Place, choose_place, split_placing, start_child
 from .discovery import Cards, Info, Plugin, Registered, discover, find_hook_problem
 from .factories import (
     call_factory,
@@ -93,6 +95,13 @@ class Host:
             return loaded[key]
         card = self.find_reward(name)
         name, what = card.info.name, name_card("reward", card)
+        words, options = split_placing(options)
+        place = choose_place(card.info, card.distribution, options, words)
+        if place.in_child:
+            check_child(card, place, options, what)
+            with keep_state(f"the start of the {what}", making=True):
+                loaded[key] = start_child(card.info, place, options, device)
+            return loaded[key]
         require_modules(card, what)
 
         def make_another(spec: str) -> Reward:
@@ -125,8 +134,28 @@ class Host:
         """Raise what `make_reward` raises for a name, an option or a missing module, and load nothing."""
         card = self.find_reward(name)
         what = name_card("reward", card)
+        words, options = split_placing(options)
+        place = choose_place(card.info, card.distribution, options, words)
+        if place.in_child:
+            check_child(card, place, options, what)
+            return
         require_modules(card, what)
         fit_options(what, import_factory(card.info.factory), (), options, dict.fromkeys(OFFERED))
+
+    def list_environments(self) -> list[Needed]:
+        """List the environments that rewards of this installation need, sorted by name."""
+        needed = [
+            Needed(card.info, environment, card.distribution)
+            for card in self.rewards.values()
+            for environment in list_environments(card.info)
+        ]
+        return sorted(needed, key=lambda each: each.name)
+
+    def find_environment(self, name: str | Callable[..., Any], options: Mapping[str, Any]) -> Needed | None:
+        """Find the environment that a reward needs with these options; None where it needs none."""
+        card = self.find_reward(name)
+        words, options = split_placing(options)
+        return choose_place(card.info, card.distribution, options, words).needed
 
     def make_solver(self, name: str, options: Mapping[str, Any]) -> Solver:
         """Make a solver by name, or by `FILE.py:NAME`; the family `diffusers:` makes `diffusers:CLASS`."""
@@ -270,6 +299,18 @@ def name_card(kind: str, card: Registered[Any]) -> str:
     """Name a card in a message: kind and name, and for a stranger's the package that brings it."""
     brought = "" if card.built_in or not card.distribution else f" of {card.distribution}"
     return f"{kind} {card.info.name!r}{brought}"
+
+
+def check_child(card: Registered[RewardInfo], place: Place, options: Mapping[str, Any], what: str) -> None:
+    """Check what a child process will need. Raises UsageError for options, NftError without the environment."""
+    try:
+        factory = import_factory(card.info.factory)
+    except NftError:  # Its module may import what the environment alone has. The child checks the options.
+        pass
+    else:
+        fit_options(what, factory, (), options, dict.fromkeys(OFFERED))
+    if place.needed:
+        require_environment(place.needed)
 
 
 def find_missing_modules(card: Registered[Any]) -> list[str]:

@@ -139,6 +139,9 @@ class Guarded:
         if self.overdue:
             wait([self.overdue], limit)
             if self.is_running():
+                # A reward in another process can be stopped, and the next attempt may succeed.
+                if cancel := getattr(self.reward, "cancel", None):
+                    cancel()
                 raise self.make_busy_error()
         self.overdue = None  # Its scores are of another batch.
         # Started at the first call with a deadline and then kept: one thread for all calls, so that two never
@@ -147,8 +150,6 @@ class Guarded:
         future = self.worker.submit(wrap_in_side_stream(device, score))
         if not wait([future], limit).done:
             self.overdue = future
-            if cancel := getattr(self.reward, "cancel", None):  # A reward in another process can be stopped.
-                cancel()
             raise NftError(f"The reward {self.name!r} failed: it took longer than max_seconds = {limit:g} s.")
         return future.result()
 
