@@ -248,7 +248,8 @@ def _pack_part(scores: Scores, prefix: str, tensors: dict[str, Any]) -> dict[str
         {"name": name, "weight": part.weight, **_pack_part(part.scores, f"{prefix}part{i}.", tensors)}
         for i, (name, part) in enumerate(scores.parts.items())
     ]
-    return {"details": list(scores.details), "parts": parts}
+    notes = {name: list(texts) for name, texts in scores.notes.items()}
+    return {"details": list(scores.details), "notes": notes, "parts": parts}
 
 
 def unpack_scores(message: Message) -> Scores:
@@ -267,6 +268,9 @@ def _unpack_part(head: Any, prefix: str, tensors: Mapping[str, Any], deepest: in
     parts: Any = head.get("parts") if isinstance(head, dict) else None
     if not is_list_of(names, str) or not is_list_of(parts, dict) or len({*names}) != len(names):
         raise WireError("scores need details, a list of different names, and parts, a list of objects")
+    notes: Any = head.get("notes", {})
+    if not isinstance(notes, dict) or not all(is_list_of(texts, str) for texts in notes.values()):
+        raise WireError("the notes of scores must be lists of texts by name")
     if not deepest:
         raise WireError(f"scores may have parts in parts {DEEPEST} deep")
     values, valid = tensors[f"{prefix}values"], tensors[f"{prefix}valid"]
@@ -282,7 +286,7 @@ def _unpack_part(head: Any, prefix: str, tensors: Mapping[str, Any], deepest: in
         if not isinstance(name, str) or name in inner or not isinstance(weight, (int, float)):
             raise WireError("a part of scores needs a name of its own and a weight, a number")
         inner[name] = Part(float(weight), _unpack_part(part, f"{prefix}part{i}.", tensors, deepest - 1))
-    return Scores(values, valid, details, inner)
+    return Scores(values, valid, details, inner, notes)
 
 
 def is_list_of(value: object, kind: type) -> bool:

@@ -103,7 +103,8 @@ for command in (show_reward, check_contract):
     metavar="SPEC",
     multiple=True,
     help="Reward to train on, as NAME[=WEIGHT][,KEY=VALUE...]; a higher weight makes it count more. "
-    "FILE.py:FUNCTION or MODULE:NAME is one of yours. Repeatable; `nft rewards` lists them.",
+    "FILE.py:FUNCTION or MODULE:NAME is one of yours, http://HOST:PORT/NAME one on a server (`nft serve`). "
+    "Repeatable; `nft rewards` lists them.",
 )
 @click.option(
     "--model",

@@ -152,11 +152,4 @@ def find_card(name: str, server: str, offers: Mapping[str, Any]) -> dict[str, An
 
 def read_scores(data: bytes) -> Scores:
     """Read the scores in an answer. Raises WireError where there are none."""
-    message = decode_message(data, limit=LARGEST)
-    scores = unpack_scores(message)
-    notes = message.head.get("notes", {})
-    try:
-        texts = {str(name): [str(text) for text in each] for name, each in notes.items()}
-        return Scores(scores.values, scores.valid, scores.details, scores.parts, texts)
-    except (AttributeError, TypeError, ValueError) as error:
-        raise WireError(f"the notes of a message cannot be read: {error}") from error
+    return unpack_scores(decode_message(data, limit=LARGEST))

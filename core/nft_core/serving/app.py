@@ -16,7 +16,7 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
 from nft_plugins import PromptError, Scores
-from nft_plugins.wire import Message, WireError, decode_message, encode_message, is_list_of, pack_scores
+from nft_plugins.wire import Message, WireError, decode_message, encode_message, pack_scores
 
 from ..errors import NftError
 from ..remote.http import MESSAGE
@@ -93,7 +93,7 @@ class Service:
             begun = monotonic()
             scores = await await_scores(request, job, seconds)
             self.metrics.seconds.labels(name).observe(monotonic() - begun)
-            return Response(encode_scores(scores), media_type=MESSAGE)
+            return Response(encode_message(*pack_scores(scores)), media_type=MESSAGE)
 
         return await self.admit(request, ask)
 
@@ -216,13 +216,6 @@ async def await_scores(request: Request, job: Job, seconds: float) -> Scores:
     finally:
         gone.cancel()
         future.cancel()  # One that is queued is not begun then.
-
-
-def encode_scores(scores: Scores) -> bytes:
-    """Write scores as a message."""
-    head, tensors = pack_scores(scores)
-    notes = {name: list(texts) for name, texts in scores.notes.items() if is_list_of(list(texts), str)}
-    return encode_message(head | ({"notes": notes} if notes else {}), tensors)
 
 
 class TokenGuard:

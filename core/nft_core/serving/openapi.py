@@ -17,8 +17,8 @@ ASKED = (
     "The JSON has `reward`, its name, `digest`, as /rewards gives it, and `seconds`, how long to wait at most. "
 )
 SCORED = (
-    "A message whose JSON has `scores` (names of details, and parts) and `notes`, and whose tensors are "
-    "`values`, `valid` and `detail0`, `detail1` and so on."
+    "A message whose JSON has `scores` (names of details, notes and parts), and whose tensors are `values`, "
+    "`valid` and `detail0`, `detail1` and so on."
 )
 REFUSALS = {
     "400": "The request is no message of the form that is asked for.",
