@@ -52,7 +52,8 @@ from nft_core.host.host import load_host
 from nft_core.prompts import Prompt
 from nft_core.quiet import silence_libraries
 from nft_core.runs.assembly import assemble_training
-from nft_core.runs.inputs import check_sizes, choose_prompts, load_rewards, prepare_inputs
+from nft_core.runs.checks import check_sizes
+from nft_core.runs.inputs import choose_prompts, load_rewards, prepare_inputs
 from nft_core.runs.setup import autocast_dtype, pick_device
 from nft_core.settings import Settings, parse_assignment
 from nft_core.training.compiling import warm_up
@@ -116,7 +117,7 @@ def prepared(job: Job) -> Prepared:
     inputs = prepare_inputs(settings, host)
     reward = load_rewards(inputs.rewards, host, device, settings.reward_defaults)
     prompts, held_out = choose_prompts(inputs, reward.check_prompt, settings.unscorable, lambda text: None)
-    check_sizes(settings, len(prompts), len(held_out))
+    check_sizes(settings, len(prompts))
     return Prepared(settings, host, device, Clock(device), reward, inputs.solver, prompts, held_out[:1])
 
 

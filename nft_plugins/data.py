@@ -85,7 +85,7 @@ class Scores:
     details: named per-sample figures, `[B]` each (GenEval's `strict`, OCR's `distance`).
     parts: for a composed reward, each member's weight and scores by name.
     notes: named texts, B each, for people to read beside the score (what OCR read, what GenEval found). Nothing
-        is computed from them, and whoever passes scores on may leave them out.
+        is computed from them. Evaluations keep them, of a composed reward as `NAME/NOTE`; training does not.
     """
 
     values: Tensor
@@ -113,7 +113,10 @@ class Scores:
 
     @classmethod
     def cat(cls, batches: Sequence[Scores]) -> Scores:
-        """The scores of consecutive batches as one. Raises ValueError where their details differ."""
+        """The scores of consecutive batches as one. A note is "" in a batch that lacks it.
+
+        Raises ValueError where their details differ.
+        """
         import torch
 
         first = batches[0]
@@ -126,6 +129,10 @@ class Scores:
             torch.cat([s.valid for s in batches]),
             {name: torch.cat([s.details[name] for s in batches]) for name in first.details},
             {n: Part(p.weight, cls.cat([s.parts[n].scores for s in batches])) for n, p in first.parts.items()},
+            {
+                name: [text for s in batches for text in s.notes.get(name, [""] * len(s))]
+                for name in dict.fromkeys(name for s in batches for name in s.notes)
+            },
         )
 
     def __len__(self) -> int:

@@ -3,7 +3,8 @@
 import errno
 import re
 import traceback
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from difflib import get_close_matches
 from pathlib import Path
 
@@ -41,6 +42,33 @@ class PeerError(NftError):
     """This process is well, and ends because another one of the run has failed."""
 
     exit_code = 75  # A code of its own, so that the launcher blames the process that failed and not this one.
+
+
+#: Options of commands that errors name, and what is given instead in Python.
+IN_PYTHON = {
+    "--tiny": 'preset="tiny"',
+    "--reward": "rewards=...",
+    "--prompt": "prompts=...",
+    "--set": "each setting by its name",
+    "--allow-changes": "allow_changes=True",
+    "--lora-merge": "lora_merge=True",
+    "--eval-prompts": "eval_prompts=...",
+    **{f"--{n}": f"{n}=..." for n in ("model", "lora", "preset", "prompts", "out", "device", "batch")},
+    **{f"--{n}": f"{n}=..." for n in ("solver", "seed", "guidance", "resolution", "epochs")},
+}
+
+
+@contextmanager
+def name_arguments() -> Iterator[None]:
+    """Add to errors what the options that they name are in Python, where no command was given."""
+    try:
+        yield
+    except NftError as error:
+        text = str(error)
+        options = dict.fromkeys(re.findall(r"--[a-z-]+", text))
+        if said := [f"{option} is {IN_PYTHON[option]}" for option in options if option in IN_PYTHON]:
+            error.args = (f"{text.rstrip('.')}. In Python {', '.join(said)}.",)
+        raise
 
 
 MEMORY_FULL = (

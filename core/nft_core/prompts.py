@@ -13,12 +13,9 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-import torch
-
 from nft_plugins import PromptError
 
 from .errors import NftError, UsageError, advise_on_disk
-from .seeds import make_generator
 
 #: Suffixes of prompt files, in lower case. A file without one, such as a pipe, is text.
 TEXT, JSON = (".txt", ""), (".jsonl", ".ndjson", ".json")
@@ -55,7 +52,10 @@ def read_prompts(path: Path) -> list[Prompt]:
         text = path.read_text(encoding="utf-8-sig")
     except (OSError, ValueError) as error:  # ValueError: no UTF-8, or a path that no file can have.
         what = "; expected text in UTF-8" if isinstance(error, UnicodeDecodeError) else ""
-        raise UsageError(f"Cannot read the prompt file {path}: {error}{what}.") from error
+        cause = (
+            error.strerror if isinstance(error, OSError) else ""
+        ) or error  # The whole text repeats the path.
+        raise UsageError(f"Cannot read the prompt file {path}: {cause}{what}.") from error
     if "\0" in text:  # UTF-16 without its mark, or no text at all.
         raise UsageError(f"Cannot read the prompt file {path}: it holds null bytes; expected text in UTF-8.")
     for start, what in INSTEAD.items():
@@ -274,6 +274,10 @@ def draw_prompts_of_epoch(count: int, per_epoch: int, seed: int, epoch: int) -> 
     All prompts are shuffled and cut into epochs. When too few are left for an epoch they are dropped, and all
     are shuffled anew: so no prompt comes twice in an epoch, and each shuffle drops others.
     """
+    import torch
+
+    from .seeds import make_generator
+
     # Counted from the epoch's number alone, so that a run that is resumed needs nothing else.
     shuffle, part = divmod(epoch - 1, count // per_epoch)
     order = torch.randperm(count, generator=make_generator(seed, "prompts", shuffle), device="cpu")

@@ -47,12 +47,13 @@ class Rank:
         values = scores.values.float()
         # A value that is no number has no rank, whatever the other reward says of it.
         valid = scores.valid & values.isfinite()
-        return self.regroup(Scores(values, valid, {**scores.details, "value": values}), batch.groups)
+        details = {**scores.details, "value": values}
+        return self.regroup(Scores(values, valid, details, notes=scores.notes), batch.groups)
 
     def regroup(self, scores: Scores, groups: Tensor) -> Scores:
         """Rank again from the detail `value`: a run calls this once it has the scores of whole groups."""
         ranks = rank_groups(scores.details["value"], scores.valid, groups.to(scores.valid.device))
-        return Scores(ranks, scores.valid, scores.details)
+        return Scores(ranks, scores.valid, scores.details, notes=scores.notes)
 
 
 def rank_groups(values: Tensor, valid: Tensor, groups: Tensor) -> Tensor:

@@ -9,6 +9,7 @@ from pathlib import Path
 import forks
 import pytest
 from click.testing import CliRunner
+from pages import read_data
 
 from nft_core.cli.app import main
 from nft_core.runs.folder import make_run_folder, read_settings
@@ -125,7 +126,10 @@ def test_folder(finished):
         *("before-after.png", "epoch-0000.png", "epoch-0001.png", "epoch-0002.png")
     ]
     assert sorted(p.name for p in (folder / "checkpoints").iterdir()) == ["000002", "000004"]
-    assert "<svg" in (folder / "report.html").read_text()
+    page = (folder / "report.html").read_text()
+    (gallery,) = read_data(page, "gallery")
+    assert [step["title"] for step in gallery["steps"]] == ["epoch 1", "epoch 2"]
+    assert "state <b>finished</b>" in page
     assert not [p for p in folder.rglob(".*") if p.is_file()]
 
 

@@ -114,6 +114,7 @@ def test_held_out_pictures_are_those_of_the_runs_evaluation(folder, monkeypatch,
     assert not all(np.array_equal(np.asarray(first[n]), np.asarray(images[n][0])) for n in first)
     result = nft(*("sample", "--model", "run", "--held-out", "--device", "cpu", "--out", "out"))
     assert result.exit_code == 0, result.output
+    assert result.stderr == "What is not given is as the run of run evaluates.\n"
     assert len(images) == len(list((folder / "out").glob("*.png"))) == 6
     for n, (picture, text) in images.items():
         name = f"{n // 2:05d}-{n % 2}"

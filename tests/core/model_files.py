@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import diffusers
 import torch
 from peft import LoraConfig, get_peft_model
@@ -90,8 +92,36 @@ FUSED = {
 }
 
 
-def make_single_file(file, transformer):
-    """A transformer of SD3 in one file, as its original trainer names and orders its weights."""
+def name_as_trainer(vae):
+    """A VAE's weights, as its original trainer names and shapes them."""
+    names = {
+        "conv_norm_out": "norm_out",
+        "conv_shortcut": "nin_shortcut",
+        "mid_block.attentions.0": "mid.attn_1",
+    }
+    names |= {
+        "group_norm": "norm",
+        "to_out.0": "proj_out",
+        "to_": "",
+        "samplers.0": "sample",
+        "resnets": "block",
+    }
+    names |= {"mid_block.block.0": "mid.block_1", "mid_block.block.1": "mid.block_2", "down_blocks": "down"}
+    last, made = len(vae.config.up_block_types) - 1, {}
+    for name, x in vae.state_dict().items():
+        x = x[:, :, None, None] if "attentions" in name and x.ndim == 2 else x
+        name = re.sub(r"up_blocks\.(\d+)", lambda found: f"up.{last - int(found[1])}", name)
+        for ours, theirs in names.items():
+            name = name.replace(ours, theirs)
+        made[name] = x.contiguous()
+    return made
+
+
+def make_single_file(file, transformer, more=None):
+    """A transformer of SD3 in one file, as its original trainer names and orders its weights.
+
+    more: other tensors in the file.
+    """
     weights, made = dict(transformer.state_dict()), {}
 
     def swapped(x):
@@ -113,7 +143,8 @@ def make_single_file(file, transformer):
         theirs = next(t for t in ORIGINAL if name == t or name.startswith(f"{t}."))
         x = swapped(x) if theirs == "norm_out.linear" else x
         made[name.replace(theirs, ORIGINAL[theirs])] = x
-    save_file({f"model.diffusion_model.{name}": x.contiguous() for name, x in made.items()}, file)
+    made = {f"model.diffusion_model.{name}": x.contiguous() for name, x in made.items()}
+    save_file(made | (more or {}), file)
 
 
 @torch.no_grad()

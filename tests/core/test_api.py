@@ -15,11 +15,12 @@ import numpy as np
 import pytest
 import torch
 from click.testing import CliRunner
+from PIL import Image
 
 import nft_core
 from nft_core.api.given import list_observers, list_rewards, read_prompt_list
 from nft_core.cli.app import main
-from nft_core.errors import UsageError
+from nft_core.errors import UsageError, name_arguments
 from nft_core.host.host import load_host
 from nft_core.runs.folder import read_settings
 from nft_core.settings import read_toml
@@ -284,3 +285,34 @@ def test_names_are_there_and_nothing_is_imported_for_them():
         nft_core.trian  # noqa: B018
     code = "import nft_core, sys; dir(nft_core); sys.exit(bool({'torch', 'pydantic'} & sys.modules.keys()))"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+
+
+class Reader:
+    def __call__(self, batch):
+        return Scores.of(torch.tensor([float(len(p)) for p in batch.prompts]))
+
+
+@pytest.mark.parametrize(
+    ("call", "said"),
+    [
+        (lambda: nft_core.score_images(Image.new("RGB", (4, 4)), None, Reader()), "--prompt is prompts=..."),
+        (
+            lambda: nft_core.train("ocr", model="./none"),
+            "no such file or folder. In Python --model is model=...",
+        ),
+        (lambda: nft_core.evaluate("tiny"), "In Python --reward is rewards=..."),
+        (lambda: nft_core.evaluate([], "ocr"), 'In Python --tiny is preset="tiny".'),
+        (lambda: nft_core.sample(prompts=["a"]), 'In Python --model is model=..., --tiny is preset="tiny".'),
+    ],
+)
+def test_errors_say_what_options_are_in_python(call, said):
+    with pytest.raises(nft_core.UsageError) as caught:
+        call()
+    assert said in str(caught.value)
+
+
+def test_errors_that_name_no_option_of_ours_stay_as_they_are():
+    for text in ("pip install --force-reinstall x", "The end."):
+        with pytest.raises(nft_core.NftError) as caught, name_arguments():
+            raise nft_core.NftError(text)
+        assert str(caught.value) == text

@@ -122,6 +122,16 @@ def test_plugins_times_the_command_line(load, monkeypatch, capsys):
     assert "| nft --help | 0 |" in out and "| nft plugins | 1 |" in out
 
 
+def test_cheap_checks_measures_a_mistake(load, monkeypatch, capsys):
+    checks = load("cheap_checks")
+    monkeypatch.setattr(checks, "MISTAKES", {name: checks.MISTAKES[name] for name in ("no reward", "no GPU")})
+    call_main(checks, monkeypatch, "reward")
+    rows = capsys.readouterr().out.splitlines()[2:]
+    cells = [cell.strip() for cell in rows[0].split("|")]
+    assert len(rows) == 1 and cells[1] == "no reward" and cells[4] == "2" and float(cells[2]) > 0
+    assert cells[5].startswith("Error: A run needs a reward")
+
+
 def test_ocr_reads_the_words(load, monkeypatch, capsys):
     ocr = load("ocr")
     for name, kept in (

@@ -2,15 +2,19 @@
 
 import json
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
 
+from nft_core.cli.evaluate import show_results
 from nft_core.errors import NftError, UsageError
 from nft_core.evaluation.api import evaluate
 from nft_core.evaluation.entries import Model, list_entries, parse_model
 from nft_core.evaluation.figures import (
+    Change,
     EntryFigures,
+    Figure,
     Measured,
     find_published,
     make_changes,
@@ -24,12 +28,14 @@ from nft_core.evaluation.store import Stored, join, read_parts, write_part
 from nft_core.host.host import load_host
 from nft_core.runs.inputs import make_run_settings
 from nft_core.scoring.failures import Tally
-from nft_core.scoring.intervals import Interval
+from nft_core.scoring.intervals import Difference, Interval
 from nft_plugins import Scores
 
 PROMPTS = [{"prompt": f"a red {shape}", "tag": tag} for tag in "ab" for shape in ("circle", "square", "ring")]
 SMALL = {"preset": "tiny", "prompts": PROMPTS, "eval_images": 2, "eval_steps": 1, "rollout_batch": 4}
 SMALL |= {"processes": 1, "device": "cpu"}
+
+LONG = ("imagereward", "imagereward/strict")
 
 
 @pytest.fixture(scope="module")
@@ -353,3 +359,24 @@ def test_bad_input_is_a_sentence(host, monkeypatch, given, said):
     monkeypatch.setattr("nft_core.evaluation.running.load_rewards", None)
     with pytest.raises(UsageError, match=said):
         evaluate([], redness, host=host, **{**SMALL, **given})
+
+
+def test_tables_of_two_models_fit_into_a_terminal(monkeypatch, capsys):
+    monkeypatch.setenv("COLUMNS", "80")
+    interval = Interval(-0.4861, 0.0553, -0.5731, -0.3982)
+    figures = {name: Figure(interval, 12, 4, 6, 4, {"a": interval, "b": interval}) for name in LONG}
+    change = {name: Change(Difference(interval, 120, 115, 265)) for name in LONG}
+    entries = [EntryFigures("stable-diffusion-3.5-medium, guidance 1", 16, figures)]
+    entries.append(EntryFigures("runs/a-run-with-a-long-name, guidance 4.5", 16, figures, change))
+    show_results(SimpleNamespace(figures=entries, folder="out"), as_json=False)
+    lines = capsys.readouterr().out.splitlines()
+    assert max(map(len, lines)) <= 80
+    for whole in ("-0.573 to -0.398", "12/16, 4 failed", "120 / 115 / 265", "higher / lower /", "± 0.055"):
+        assert any(whole in line for line in lines), whole
+    # Of each of the two figures, the first has no difference to itself.
+    assert sum("120 / 115 / 265" in line for line in lines) == 2
+    assert any(line.startswith("Differences from stable-diffusion-3.5-medium, guidance 1,") for line in lines)
+    assert not any("Intervals need" in line for line in lines)
+    entries = [EntryFigures("tiny", 16, {name: Figure(Interval(0.5), 12, 4, 3) for name in LONG})]
+    show_results(SimpleNamespace(figures=entries, folder="out"), as_json=False)
+    assert "Intervals need images of at least 5 prompts" in capsys.readouterr().out

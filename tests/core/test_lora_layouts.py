@@ -8,6 +8,7 @@ from safetensors.torch import save_file
 
 from nft_core.errors import UsageError
 from nft_core.host.host import load_host
+from nft_core.models import lora_files
 from nft_core.models.sources import find_source
 from nft_core.runs.inputs import make_run_settings
 from nft_core.runs.setup import check_model, load_model
@@ -117,3 +118,15 @@ def test_text_encoders_in_kohyas_layout_are_left_out(family_folder, tmp_path, ca
     assert "its 1 tensors for text encoders, such as lora_te1_text_model" in caplog.text
     with pytest.raises(UsageError, match="kohya's layout .* for a AuraFlowPipeline"):
         find_source(family_folder("auraflow"), str(file))
+
+
+def test_a_file_is_converted_once_until_it_changes(family_folder, tmp_path, monkeypatch):
+    folder, file = family_folder("flux-dev"), tmp_path / "mine.safetensors"
+    calls, convert = [], lora_files.convert_lora
+    monkeypatch.setattr(lora_files, "convert_lora", lambda *given: calls.append(given) or convert(*given))
+    first = dict(list(LAYOUTS["flux-dev, kohya"].items())[:2])
+    for layers, count in ((first, 4), (LAYOUTS["flux-dev, kohya"], 6)):
+        make_lora(file, layers)
+        for _ in range(2):
+            assert len(find_source(folder, str(file)).loras[0].layers) == count
+    assert len(calls) == 2

@@ -183,6 +183,6 @@ def test_an_origin_that_has_changed_or_is_gone(places, tmp_path):
     base = shutil.copytree(places["base"], tmp_path / "base")
     other = make_run(tmp_path / "other", base, lora_rank=2)
     shutil.rmtree(base)
-    with pytest.raises(NftError, match="no such file or folder. The run of .* began from it: put it back"):
+    with pytest.raises(NftError, match="no such file or folder.* Or name both: --model BASE --lora .*other"):
         find_source(str(other))
     assert find_source(str(places["base"]), str(other)).loras[0].rank == 2

@@ -8,7 +8,7 @@ import pytest
 from nft_core.errors import UsageError
 from nft_core.evaluation.api import make_request
 from nft_core.evaluation.entries import Model
-from nft_core.evaluation.sample import make_sample_request
+from nft_core.evaluation.sample import describe_request, make_sample_request
 from nft_core.host.host import load_host
 from nft_core.runs.inputs import make_run_settings
 
@@ -114,6 +114,14 @@ def test_images_of_a_preset_are_one_a_prompt(host, make_run):
         return asked.settings.eval_images
 
     assert images(None, "tiny") == 1 and images(make_run(), None) == 2
+
+
+def test_images_say_what_their_defaults_are_as(host, make_run):
+    asked = make_sample_request(host, make_run(), None, {"device": "cpu"}, prompts=["a"])
+    assert asked.defaults == describe_request(asked, 8, 8)["defaults"] == "the run of a evaluates"
+    assert asked.notes == ["What is not given is as the run of a evaluates."]
+    asked = make_sample_request(host, None, "tiny", {"device": "cpu"}, prompts=["a"])
+    assert (asked.defaults, asked.notes) == ("the preset tiny says", [])
 
 
 def test_images_are_checked_before_rewards_choose_the_prompts(host, make_run, monkeypatch):

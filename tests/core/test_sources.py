@@ -180,6 +180,11 @@ BAD = {
         "in kohya's layout .lora_unet_\\.\\.\\.., and diffusers .* does not turn these into its own for a "
         "StableDiffusion3Pipeline",
     ),
+    "int8": ({f"{FIRST}.lora_A.weight": X.to(torch.int8)}, "the weights are quantised"),
+    "no rank": (
+        {f"{FIRST}.lora_A.weight": torch.ones(0, 16), f"{FIRST}.lora_B.weight": torch.ones(16, 0)},
+        "lora_A and lora_B of .*to_q are empty",
+    ),
     "dora": ({f"{FIRST}.lora_magnitude_vector": X}, "no part of a LoRA, .*magnitude"),
 }
 
@@ -190,6 +195,36 @@ def test_a_lora_that_cannot_be_used(lora_run, sd3_folder, tmp_path, harm):
     change(lora_run, **tensors)(tmp_path / LORA)
     with pytest.raises(UsageError, match=said):
         check_model(settings_of(sd3_folder, lora=str(tmp_path / LORA)), load_host())
+
+
+SETTINGS = {
+    "{": "its metadata is no JSON object",
+    "[1]": "its metadata is no JSON object",
+    '{"lora_alpha": "six"}': "mine.safetensors: its settings give the layer .* the alpha 'six'",
+    '{"alpha_pattern": [1]}': r"alpha_pattern of its settings is \[1\]: expected values by layers' names",
+    '{"rank_pattern": {"(a+)+": 1}}': r"its settings name layers by '\(a\+\)\+'",
+}
+
+
+@pytest.mark.parametrize("settings", SETTINGS)
+def test_settings_of_a_lora_that_cannot_be_read(lora_run, sd3_folder, tmp_path, settings):
+    file = tmp_path / "mine.safetensors"
+    save_file(load_file(lora_run / LORA), file, {"lora_adapter_metadata": settings})
+    with pytest.raises(UsageError, match=SETTINGS[settings]):
+        find_source(str(sd3_folder), str(file))
+
+
+def test_a_lora_of_no_numbers(lora_run, sd3_folder, tmp_path):
+    change(lora_run, **{f"{FIRST}.lora_A.weight": X * torch.nan})(tmp_path / LORA)
+    with pytest.raises(UsageError, match="numbers for the layer .*to_q are not all finite"):
+        load(sd3_folder, lora=str(tmp_path))
+
+
+def test_a_lora_of_peft_without_its_settings(sd3_folder, tmp_path, caplog):
+    make_peft_lora(tmp_path, sd3_folder)
+    (tmp_path / "adapter_config.json").unlink()
+    assert find_source(str(sd3_folder), str(tmp_path)).loras[0].alpha == 3
+    assert "no adapter_config.json beside it, which says its strength: alpha is taken to be the" in caplog.text
 
 
 def test_tensors_of_text_encoders_are_left_out(lora_run, sd3_folder, base_images, tmp_path, caplog):
@@ -269,6 +304,20 @@ def test_a_single_file_that_says_whose_it_is(tmp_path):
     assert find_source(str(tmp_path / "a.safetensors")).base == "stabilityai/stable-diffusion-3.5-medium"
     save_file({"x": torch.zeros(1)}, tmp_path / "b.safetensors")
     refuse("is one file of 1 weights, which does not say of which model. Put it", tmp_path / "b.safetensors")
+
+
+def test_a_base_that_lies_elsewhere_now(sd3_folder, tmp_path):
+    """A whole checkpoint says which link helps; what began from it says the same."""
+    base = shutil.copytree(sd3_folder, tmp_path / "old place")
+    whole = make_run(tmp_path / "whole", base, lora_rank=0)
+    lora = make_run(tmp_path / "lora", whole, lora_rank=2)
+    expected = generate(load(lora))
+    base = base.rename(tmp_path / "new")
+    link = f"mkdir -p {tmp_path} && ln -s NEW_PLACE '{tmp_path / 'old place'}'"
+    for checkpoint in (whole, lora):
+        refuse(f"^{checkpoint} needs the model that its run began from. --model .*: {link}", checkpoint)
+    (tmp_path / "old place").symlink_to(base)
+    assert torch.equal(generate(load(lora)), expected)
 
 
 def test_whole_weights_of_another_model(whole_run, tmp_path):

@@ -39,7 +39,9 @@ def make_scores():
     values = torch.tensor([0.1, float("nan"), -3e38])
     valid = torch.tensor([True, False, True])
     details = {"distance": torch.tensor([1, 2, 3]), "half": torch.ones(3, dtype=torch.bfloat16)}
-    return Scores(values, valid, details, {"a": Part(0.5, inner), "b/c": Part(-1, inner)})
+    return Scores(
+        values, valid, details, {"a": Part(0.5, inner), "b/c": Part(-1, inner)}, {"read": ["a", "", "ü"]}
+    )
 
 
 def sent(pack, *given, **options):
@@ -49,6 +51,7 @@ def sent(pack, *given, **options):
 def assert_same(a, b):
     assert a.values.equal(b.values) or a.values.isnan().equal(b.values.isnan())
     assert a.values.nan_to_num().equal(b.values.nan_to_num()) and a.valid.equal(b.valid)
+    assert a.notes == b.notes
     assert list(a.details) == list(b.details) and list(a.parts) == list(b.parts)
     assert all(
         x.equal(y) and x.dtype == y.dtype for x, y in zip(a.details.values(), b.details.values(), strict=True)
@@ -214,6 +217,8 @@ def nested(depth):
         ({"scores": {"details": ["a"], "parts": []}}, {}),
         ({"scores": {"details": [], "parts": [{}]}}, {}),
         ({"scores": nested(500)}, {}),
+        ({"scores": {"details": [], "parts": [], "notes": {"a": "abc"}}}, {"valid": torch.ones(3) > 0}),
+        ({"scores": {"details": [], "parts": [], "notes": {"a": ["b"]}}}, {"valid": torch.ones(3) > 0}),
         ({"scores": {"details": [], "parts": []}}, {"valid": torch.ones(3)}),
         ({"scores": {"details": [], "parts": []}}, {"valid": torch.ones(2, dtype=torch.bool)}),
         ({"scores": {"details": [], "parts": []}}, {"values": torch.ones(3, dtype=torch.complex64)}),

@@ -1,14 +1,14 @@
 """The code that a run prints at its end, run as it stands in plain diffusers."""
 
-import json
-
 import numpy as np
 import pytest
 from PIL import Image
 
 from nft_core.host.host import load_host
+from nft_core.runs.fingerprint import pick_picture_part
 from nft_core.runs.inputs import make_run_settings
-from nft_core.runs.observers.samples import NOTE, cut_sample, fit_to_cell
+from nft_core.runs.observers.metrics import read_records
+from nft_core.runs.observers.pictures import decode_image, encode_image, read_pictures
 from nft_core.runs.run import run_training
 
 SHORT = {"steps": 2, "group_size": 2, "prompts_per_epoch": 2, "updates_per_epoch": 1, "epochs": 1}
@@ -16,9 +16,9 @@ SHORT |= {"eval_images": 1, "eval_steps": 4, "train_times_count": 1, "processes"
 
 
 def first_picture(folder, epoch):
-    with Image.open(folder / f"samples/epoch-{epoch:04d}.png") as sheet:
-        note = json.loads(sheet.info[NOTE])["samples"][0]
-        return np.asarray(cut_sample(sheet, 0, *note).image).astype(int)
+    line = next(r for r in read_records(folder) if r["event"] == "eval" and r["epoch"] == epoch)
+    found = read_pictures(folder, epoch, pick_picture_part(line["evaluation"]))
+    return np.asarray(decode_image(found.frame.pictures[0])).astype(int)
 
 
 @pytest.mark.parametrize(("rank", "solver"), [(0, "dpm2"), (4, "dpm2"), (4, "euler")])
@@ -31,7 +31,7 @@ def test_it_makes_the_first_evaluation_picture(rank, solver, tmp_path, monkeypat
     assert words == "To use it in plain diffusers (this makes the run's first evaluation picture):"
     monkeypatch.chdir(tmp_path)
     exec(code, {})
-    picture = np.asarray(fit_to_cell(Image.open("image.png"))).astype(int)
+    picture = np.asarray(decode_image(encode_image(Image.open("image.png")))).astype(int)
     assert np.abs(picture - first_picture(tmp_path / "run", 1)).max() <= 1
     assert np.abs(picture - first_picture(tmp_path / "run", 0)).max() > 1
 

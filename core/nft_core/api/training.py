@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from nft_plugins.process import all_places, noted, put_back
 
 from .. import environment
-from ..errors import Stopped, UsageError
+from ..errors import Stopped, UsageError, name_arguments
 
 if TYPE_CHECKING:
     from ..host.host import Host
@@ -33,6 +33,7 @@ def keep_surroundings() -> Iterator[None]:
 
 
 @keep_surroundings()
+@name_arguments()
 def train(
     rewards: Rewards,
     *,
@@ -98,6 +99,7 @@ def train(
 
 
 @keep_surroundings()
+@name_arguments()
 def resume(
     folder: str | os.PathLike[str],
     *,

@@ -244,8 +244,9 @@ def start_run(
     from ..host.host import load_host
     from ..host.specs import parse_reward
     from ..runs.folder import read_run_file
-    from ..runs.inputs import make_run_settings
+    from ..runs.inputs import make_run_settings, prepare_inputs
     from ..runs.record import COMMAND
+    from ..runs.setup import find_family
     from ..settings import parse_assignment
 
     chosen = choose_preset(tiny, preset)
@@ -263,9 +264,11 @@ def start_run(
         given,
     )
     if plan:
+        inputs = prepare_inputs(settings, host)
+        find_family(settings, host)  # A model that is not there is told before torch is imported.
         from .plan import show_plan
 
-        show_plan(settings, host, card, peak_tflops)
+        show_plan(settings, host, inputs, card, peak_tflops)
         return
     if card or peak_tflops:
         raise UsageError("--card and --peak-tflops belong to --plan, which trains nothing: give that too.")

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from .tables import format_cell, new_table, print_table
+from .tables import format_cell, new_table, print_table, show_figures
 
 if TYPE_CHECKING:
     from ..runs.comparison.page import Comparison
@@ -87,7 +87,9 @@ def show_comparison(found: Comparison) -> None:
         click.echo("The settings of these runs are the same.\n")
     titles, figures = list_figures(found)
     if figures:
-        show_table(titles, figures)
+        # Two tables, since one with all columns is wider than a terminal.
+        show_figures(titles[:5], [row[:5] for row in figures], names=2)
+        show_figures([*titles[:2], *titles[5:]], [[*row[:2], *row[5:]] for row in figures], names=2)
     for note in found.notes:
         click.echo(note)
 

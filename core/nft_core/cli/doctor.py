@@ -20,6 +20,7 @@ import click
 from ..errors import describe_error
 from ..host.factories import is_installed
 from ..host.host import Host, load_host
+from .env import describe_environments
 from .listing import describe_readiness
 from .servers import examine_servers, find_server_problems, show_servers
 from .tables import show_rows
@@ -67,8 +68,9 @@ print("\\n" + json.dumps(found))
 def diagnose(as_json: bool, rewards: tuple[str, ...]) -> None:
     """Say what is installed, what is broken and how to mend it.
 
-    It looks at Python, torch, torchvision, the GPUs, all plug-ins, and the packages that each reward needs. It
-    exits with 1 if torch, torchvision or a plug-in cannot be loaded, or a server does not work, else with 0.
+    It looks at Python, torch, torchvision, the GPUs, all plug-ins, the packages that each reward needs, the
+    environments of rewards, and the servers that --reward names. It exits with 1 if torch, torchvision or a
+    plug-in cannot be loaded, an environment is stale or a server does not work, else with 0.
     """
     found = examine_installation(load_host())
     found["servers"] = examine_servers(rewards)
@@ -104,7 +106,8 @@ def examine_installation(host: Host) -> dict[str, Any]:
         "gpus": probed.get("gpus", []),
         "plugins": [asdict(plugin) for plugin in host.plugins],
         "rewards": rewards,
-        "problems": [*find_torch_problems(probed), *find_plugin_problems(host)],
+        "environments": [row for row in describe_environments(host) if row["made"]],
+        "problems": [*find_torch_problems(probed), *find_plugin_problems(host), *find_stale_environments(host)],
     }
 
 
@@ -206,6 +209,19 @@ def find_plugin_problems(host: Host) -> list[dict[str, str]]:
     return [{"what": f"plug-in {p.name} of {p.distribution}", "cause": p.cause, "mend": p.mend} for p in broken]
 
 
+def find_stale_environments(host: Host) -> list[dict[str, str]]:
+    """Find environments that were made for another card, or for other versions, than are here now."""
+    return [
+        {
+            "what": f"environment {row['name']}",
+            "cause": row["state"],
+            "mend": f"nft env update {row['name']}",
+        }
+        for row in describe_environments(host)
+        if row["state"].startswith("stale")
+    ]
+
+
 def show_findings(found: dict[str, Any]) -> None:
     """Print what was found, and last how to mend what is broken."""
     click.echo(f"Python       {found['python']}, {found['executable']}")
@@ -227,6 +243,8 @@ def show_findings(found: dict[str, Any]) -> None:
     click.echo()
     rows = [{"reward": r["name"], "ready": r["install"] or "ready"} for r in found["rewards"]]
     show_rows(rows, {"reward": "reward", "ready": "ready, or the command that installs what it needs"}, False)
+    for row in found["environments"]:
+        click.echo(f"environment  {row['name']}: {row['state']}, {row['megabytes']:,} MB in {row['folder']}")
     for problem in found["problems"]:
         click.echo(f"\n{problem['what']} is broken: {problem['cause']}\n  to mend it: {problem['mend']}")
     if not found["problems"]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -18,7 +18,7 @@ from ..errors import UsageError
 from ..output import keep_output_alive
 from .repeating import repeat_command
 from .score import choose_preset
-from .tables import new_table, print_table
+from .tables import show_figures
 
 if TYPE_CHECKING:
     from ..evaluation.report import Evaluation
@@ -111,23 +111,28 @@ def evaluate(
     evaluations of the run that trained MODEL, the first such one. The protocol is written beside the results,
     and --protocol repeats it. Whatever ends an evaluation, the same command goes on with it.
     """
-    from ..evaluation.api import make_request
     from ..evaluation.entries import parse_model
-    from ..evaluation.folders import check_folder
-    from ..evaluation.running import run_evaluation
     from ..host.host import load_host
-    from ..parallel.launch import count_processes, end_with_the_parent, launch_command
-    from ..parallel.signals import end_on_signals
+    from ..runs.inputs import check_given
     from ..settings import parse_assignment
 
-    host = load_host()
+    host, chosen = load_host(), choose_preset(tiny, preset)
+    listed = [parse_model(text, host) for text in models]
+    check_given(host, chosen, rewards, [(m.model, m.lora) for m in listed], options["prompts"])
+    # These import torch.
+    from ..evaluation.api import make_request
+    from ..evaluation.folders import check_folder
+    from ..evaluation.running import run_evaluation
+    from ..parallel.launch import count_processes, end_with_the_parent, launch_command
+    from ..parallel.signals import end_on_signals
+
     renamed = {"images": "eval_images", "steps": "eval_steps", "prompts": "eval_prompts"}
     given = dict(parse_assignment(text) for text in assignments)
     given |= {renamed.get(name, name): value for name, value in options.items() if value is not None}
     if rewards:
         given["rewards"] = list(rewards)
     request = make_request(
-        *(host, [parse_model(text, host) for text in models], [], choose_preset(tiny, preset), given),
+        *(host, listed, [], chosen, given),
         guidance=parse_guidance(guidance) if guidance is not None else None,
         negative_prompt=negative_prompt,
         protocol=protocol,
@@ -201,28 +206,20 @@ def write_means(progress: Progress) -> str:
 def show_results(results: Evaluation, as_json: bool) -> None:
     """Print the results: tables, and where they are kept."""
     from ..evaluation.report import COLUMNS, OF_CHANGES, TAG_COLUMNS, list_rows, list_tag_rows
+    from ..scoring.intervals import LEAST_PROMPTS
 
     if as_json:
         click.echo(json.dumps(results.to_json(), indent=2))
         return
-    compared = len(results.figures) > 1
-    show_rows((*COLUMNS, *(OF_CHANGES if compared else ())), list_rows(results.figures))
+    rows, means = list_rows(results.figures), len(COLUMNS)
+    show_figures(COLUMNS, [row[:means] for row in rows], names=2)
+    if len(results.figures) > 1:  # A table of their own, since one with all columns is wider than a terminal.
+        first = results.figures[0].name
+        click.echo(f"Differences from {first}, in pairs:\n")
+        changes = [[*row[:2], *row[means:]] for row in rows if row[1] != first]
+        show_figures(("reward", "model", *OF_CHANGES), changes, names=2)
     if tags := list_tag_rows(results.figures):
-        show_rows(TAG_COLUMNS, tags)
+        show_figures(TAG_COLUMNS, tags, names=3)
+    if all(f.interval is None or f.interval.error is None for e in results.figures for f in e.figures.values()):
+        click.echo(f"Intervals need images of at least {LEAST_PROMPTS} prompts that have a score.")
     click.echo(f"Results: {results.folder}")
-
-
-def show_rows(titles: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-    """Print a table whose rows of one figure stand together."""
-    from rich.markup import escape
-
-    table = new_table()
-    for i, title in enumerate(titles):
-        table.add_column(title, justify="left" if i < titles.index("mean") else "right", overflow="fold")
-    before = None
-    for row in rows:
-        if before is not None and row[0].partition("/")[0] != before:
-            table.add_section()
-        before = row[0].partition("/")[0]
-        table.add_row(*map(escape, row))
-    print_table(table)

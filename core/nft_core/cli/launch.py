@@ -35,7 +35,7 @@ def launch_training(
     from ..parallel.signals import end_on_signals
     from ..runs.copies import read_copies, use_copies
     from ..runs.folder import claim_folder, holds_a_run, read_record
-    from ..runs.inputs import prepare_inputs
+    from ..runs.inputs import check_run
     from ..runs.places import make_folder_whole, make_paths_whole
     from ..runs.record import COMMAND, describe_command
     from ..runs.run import run_training
@@ -51,9 +51,11 @@ def launch_training(
     end_with_the_parent()
     end_on_signals()
     # A launcher such as torchrun has started all processes already, and this is one of them.
-    processes = (
-        1 if environment.is_started_by_launcher() else count_processes(settings.processes, settings.device)
-    )
+    processes = 1 if environment.is_started_by_launcher() else settings.processes
+    if processes != 1:
+        # A mistake is told once, and not by each process; and before torch is imported to count GPUs.
+        check_run(settings, folder, host, resume, allow_changes)
+        processes = count_processes(processes, settings.device)
     with keep_output_alive():
         if processes == 1:
             run_training(
@@ -67,7 +69,6 @@ def launch_training(
                 profile_epoch if profile else None,
             )
             return
-        prepare_inputs(settings, host)  # A mistake in them is told once, and not by each process.
         again = ["--resume", "auto", *(["--allow-changes"] if allow_changes else [])]
         if not (resume and holds_a_run(folder)):
             claim_folder(folder)

@@ -33,13 +33,13 @@ from ..planning.plan import (
 )
 from ..prompts import Prompt, list_prompts_of_run
 from ..quiet import silence_libraries
-from ..runs.inputs import prepare_inputs
+from ..runs.inputs import Inputs
 from ..runs.setup import pick_device
 from ..settings import Settings
 from .tables import new_table, print_table
 
 
-def show_plan(s: Settings, host: Host, card: float | None, rate: float | None) -> None:
+def show_plan(s: Settings, host: Host, inputs: Inputs, card: float | None, rate: float | None) -> None:
     """Print what a run takes, whether that fits, and which settings would.
 
     card: memory of the GPU to plan for, in GiB; None plans for this machine's GPU, or with the device cpu for
@@ -47,16 +47,15 @@ def show_plan(s: Settings, host: Host, card: float | None, rate: float | None) -
     rate: speed in TFLOP/s, for the shortest time that an epoch can take; None gives no time.
     """
     silence_libraries("diffusers", "transformers")
-    specs, _, prompts, held_out, _ = prepare_inputs(s, host)
     # The plan of a GPU is made without a GPU too, such as on a laptop.
     there = s.device == "cpu" or torch.cuda.is_available()
     device = pick_device(s.device) if there else torch.device("cuda")
-    rewards, unknown = count_reward_bytes(specs, host, device.type)
+    rewards, unknown = count_reward_bytes(inputs.rewards, host, device.type)
     f = count_footprint(s, host, device, both=True)
     table = plan_phases(s, f, rewards)
     click.echo(write_headline(s, f, device))
     show_phases(table)
-    for line in write_remarks(s, f, table, unknown, prompts, held_out):
+    for line in write_remarks(s, f, table, unknown, inputs.prompts, inputs.held_out):
         click.echo(line)
     show_works(s, f, rate)
     rooms = [(f"a GPU of {size:g} GiB", round(size * GIB * USABLE)) for size in CARDS]

@@ -86,14 +86,22 @@ def sample_images(
     the pictures of the run's evaluation, on a CPU bit for bit.
     """
     check_prompts_given(texts, file, held_out)
+    from ..evaluation.entries import parse_model
+    from ..host.host import load_host
+    from ..runs.inputs import check_given
+
+    host, chosen = load_host(), choose_preset(tiny, preset)
+    if model is not None:
+        named = parse_model(model, host)
+        check_given(host, chosen, [], [(named.model, options["lora"] or named.lora)], file)
+    # These import torch.
     from ..evaluation.sample import make_sample_request, run_sampling
     from ..evaluation.sample_files import claim_new_folder, name_folder, refuse_used_folder
-    from ..host.host import load_host
     from ..parallel.launch import count_processes, end_with_the_parent, launch_command
     from ..parallel.signals import end_on_signals
     from ..settings import parse_assignment
 
-    host, first = load_host(), environment.is_first_process()
+    first = environment.is_first_process()
     if out and first:
         refuse_used_folder(out)
     given = dict(parse_assignment(text) for text in assignments)
@@ -101,7 +109,7 @@ def sample_images(
     if processes is not None:
         given["processes"] = parse_assignment(f"processes={processes}")[1]
     request = make_sample_request(
-        *(host, model, choose_preset(tiny, preset), given),
+        *(host, model, chosen, given),
         prompts=list(texts) or file,
         guidance=guidance,
         negative_prompt=negative_prompt,
@@ -118,6 +126,8 @@ def sample_images(
     folder = out or name_folder()
     if first:
         claim_new_folder(folder)
+        for note in request.notes:
+            click.echo(note, err=True)
     total = len(request.prompts) * s.eval_images
     tell = click.echo if first else lambda text: None
     with keep_output_alive():

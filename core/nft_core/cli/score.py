@@ -122,6 +122,7 @@ def score_files(
     Below several images stand the means, their standard errors and 95 % intervals; where metadata has a tag,
     these by tag too, and GenEval as it is published.
     """
+    from ..runs.checks import check_rewards
     from ..runs.inputs import load_rewards, make_run_settings, parse_rewards
     from ..runs.setup import pick_device
 
@@ -135,6 +136,7 @@ def score_files(
         specs = parse_rewards(settings, host)
         if sort is not None and not any(is_reference(str(spec.name)) for spec in specs):
             check_sort(sort, [*(spec.title for spec in specs), "total"])
+        check_rewards(specs, host)
         if table is not None and not table.absolute().parent.is_dir():
             raise UsageError(f"--csv {table}: there is no folder {table.parent}; make it first.")
         from ..scoring.image_files import find_images

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
+import textwrap
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, fields
 from typing import TYPE_CHECKING, Any
 
@@ -18,6 +19,8 @@ from ..host.discovery import Registered
 if TYPE_CHECKING:
     from rich.table import Table
 
+#: Letters of a line in the title of a column of numbers: as many as most intervals have.
+TITLE = 16
 
 json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON, for programs to read.")
 
@@ -32,6 +35,26 @@ def show_rows(rows: list[dict[str, Any]], columns: Mapping[str, str], as_json: b
         table.add_column(title, no_wrap=i == 0, overflow="fold")
     for row in rows:
         table.add_row(*(format_cell(row[key]) for key in columns))
+    print_table(table)
+
+
+def show_figures(titles: Sequence[str], rows: Sequence[Sequence[str]], names: int) -> None:
+    """Print a table of figures, in which the rows of a reward and its details stand together.
+
+    names: the number of columns in front that hold names. Where the terminal is narrow these fold, and numbers
+    stay whole.
+    """
+    table = new_table()
+    table.collapse_padding = True
+    for i, title in enumerate(titles):
+        text = format_cell(title if i < names else textwrap.fill(title, TITLE))
+        table.add_column(text, justify="right" if i >= names else "left", no_wrap=i >= names, overflow="fold")
+    before = None
+    for row in rows:
+        if before is not None and row[0].partition("/")[0] != before:
+            table.add_section()
+        before = row[0].partition("/")[0]
+        table.add_row(*map(format_cell, row))
     print_table(table)
 
 

@@ -9,7 +9,7 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, cast
 
-from ..errors import UsageError
+from ..errors import UsageError, name_arguments
 from ..host.host import Host, load_host
 from ..host.specs import RewardSpec
 from ..prompts import Prompt, make_prompt
@@ -18,7 +18,7 @@ from ..scoring.composer import Composed, Given, as_spec
 from ..settings import Settings
 from .entries import Model, parse_model
 from .folders import check_folder
-from .own import Own, describe_own, read_all_own, read_held_out_of_run
+from .own import Own, describe_own, name_defaults, read_all_own, read_held_out_of_run
 from .protocol import GivenReward, find_protocol, read_protocol
 from .report import Evaluation
 from .request import Request, prepare_request, read_held_out
@@ -39,6 +39,7 @@ FREE = (
 )
 
 
+@name_arguments()
 def evaluate(
     models: str | os.PathLike[str] | Model | Iterable[str | os.PathLike[str] | Model],
     rewards: Given | Iterable[Given] = (),
@@ -140,7 +141,7 @@ def make_request(
         scales,
         negative_prompt,
         notes=notes,
-        defaults=f"the run of {own.name} evaluates" if own else f"the preset {preset} says" if preset else "",
+        defaults=name_defaults(own, preset),
     )
 
 
@@ -152,8 +153,8 @@ def parse_rewards_for_evaluation(settings: Settings, host: Host, own: Own | None
     if not settings.rewards:
         trained = f"The run of {own.name} was trained on {', '.join(own.rewards)}. " if own else ""
         raise UsageError(
-            "An evaluation needs a reward: give --reward NAME, as in --reward pickscore (in Python "
-            f"rewards=...). {trained}`nft rewards` lists them; FILE.py:FUNCTION is a reward of yours."
+            f"An evaluation needs a reward: give --reward NAME, as in --reward pickscore. {trained}"
+            "`nft rewards` lists them; FILE.py:FUNCTION is a reward of yours."
         )
     return parse_rewards(settings, host)
 

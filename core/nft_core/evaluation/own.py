@@ -99,8 +99,9 @@ def read_own(model: Model, host: Host, given: Iterable[str]) -> Own | None:
                 refuse_code(called, setting, str(found.get(setting, "")), host)
             defaults, left_out = keep_known_options(found.get("reward_defaults", {}), host)
             found["reward_defaults"] = defaults
-            parts = ({n: found[n] for n in names if n in found} for names in (OF_IMAGES, OF_PROMPTS))
-            return Own(called, *parts, left_out)
+            of_images = {name: found[name] for name in OF_IMAGES if name in found}
+            of_prompts = {name: found[name] for name in OF_PROMPTS if name in found}
+            return Own(called, of_images, of_prompts, left_out)
     return None
 
 
@@ -110,7 +111,7 @@ def refuse_code(called: str, setting: str, solver: str, host: Host) -> None:
     if is_reference(solver) and family + colon not in host.solvers:
         raise UsageError(
             f"The run of {called} evaluates with {setting} = {solver!r}, which is code that a run's file names "
-            f"and is not run for that alone: give the solver, as in --solver {solver} (in Python solver)."
+            f"and is not run for that alone: give the solver, as in --solver {solver}."
         )
 
 
@@ -150,7 +151,7 @@ def describe_own(owns: Sequence[Own], given: Iterable[str]) -> list[str]:
     if not owns:
         return []
     first, *others = owns
-    notes = [f"What is not given is as the run of {first.name} evaluates."]
+    notes = [f"What is not given is as {name_defaults(first, None)}."]
     if first.left_out:
         notes.append(
             f"Options of rewards in that run's file are not taken from there: {'; '.join(first.left_out)}. "
@@ -171,6 +172,11 @@ def describe_own(owns: Sequence[Own], given: Iterable[str]) -> list[str]:
             flags = ", ".join(OPTIONS.get(n, f"--set {n}=...") for n in differ)
             notes.append(f"The run of {other.name} evaluates with {said}. All are alike here; {flags} decide.")
     return notes
+
+
+def name_defaults(own: Own | None, preset: str | None) -> str:
+    """Name what the values of settings that are not given are as; empty where nothing was named."""
+    return f"the run of {own.name} evaluates" if own else f"the preset {preset} says" if preset else ""
 
 
 def is_other(a: Any, b: Any) -> bool:
@@ -205,7 +211,6 @@ def read_held_out_of_run(own: Own, host: Host) -> list[Prompt]:
     if settings.unscorable == "drop" and code:
         raise UsageError(
             f"Which prompts the run of {own.name} holds out depends on its reward {code[0]}, which is code "
-            "or a server that a run's file names and is not asked for that alone: give --prompts FILE "
-            "(in Python prompts)."
+            "or a server that a run's file names and is not asked for that alone: give --prompts FILE."
         )
     return choose_held_out(settings, host)

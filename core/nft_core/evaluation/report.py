@@ -91,7 +91,7 @@ def difference_to_json(difference: Difference | None) -> dict[str, Any] | None:
 
 #: Titles of the columns of `list_rows`, and of those that only comparisons have.
 COLUMNS = ("reward", "model", "mean", "error", "95 % interval", "valid")
-OF_CHANGES = ("difference", "95 % interval", "better / worse / equal prompts")
+OF_CHANGES = ("difference", "95 % interval", "higher / lower / equal prompts")
 
 
 def list_rows(entries: Sequence[EntryFigures]) -> list[list[str]]:

@@ -259,7 +259,7 @@ def store_rollout(rollout: Rollout, keep_total: bool) -> Stored:
         del rewards["total"]
     image = torch.arange(len(rollout.groups), device="cpu") % rollout.draws.images
     skipped = frozenset(rollout.skipped)
-    return Stored(rollout.groups, image, rewards, details, rollout.tallies, skipped)
+    return Stored(rollout.groups, image, rewards, details, rollout.tallies, skipped, rollout.scores.notes)
 
 
 def save_images(folder: Path, draws: Draws, rows: Tensor, batch: Batch) -> None:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from ..errors import UsageError
+from ..errors import UsageError, name_arguments
 from ..host.host import Host, load_host
 from ..parallel.processes import barrier, gather_texts, process_group, rank, world_size
 from ..prompts import Prompt, make_prompt, read_prompts
@@ -25,7 +25,7 @@ from ..training.attention import attention_kernel
 from ..training.lora import merge_adapters
 from .entries import Entry, Model, parse_model
 from .generation import Generation, prepare_generation
-from .own import OF_IMAGES, choose_held_out, read_own
+from .own import OF_IMAGES, choose_held_out, name_defaults, read_own
 from .request import find_resolution, read_held_out
 from .running import explain_memory_errors
 from .sample_files import Picture, check_grid, claim_new_folder, draw_grid_of_folder, save_picture, write_record
@@ -39,7 +39,11 @@ READ = (*OF_IMAGES, "lora", "device", "processes", "cache", "join_timeout", "pee
 
 @dataclass(frozen=True)
 class SampleRequest:
-    """Images that can be generated. settings: solver, steps and size are those of these images."""
+    """Images that can be generated.
+
+    settings: solver, steps and size are those of these images. defaults: where those that the user did not
+    give came from. notes: sentences for the user on that.
+    """
 
     settings: Settings
     prompts: Sequence[Prompt]
@@ -47,8 +51,11 @@ class SampleRequest:
     negative_prompt: str
     device: torch.device
     grid: bool = False
+    defaults: str = ""
+    notes: Sequence[str] = ()
 
 
+@name_arguments()
 def sample(
     model: str | os.PathLike[str] | None = None,
     prompts: str | os.PathLike[str] | Sequence[str | Mapping[str, Any] | Prompt] | None = None,
@@ -140,7 +147,9 @@ def make_sample_request(
         texts = choose_held_out(held_out, host) if own else read_held_out(s)
         if grid:
             check_grid(len(texts) * s.eval_images)
-    return SampleRequest(s, texts, guidance, negative_prompt, device, grid)
+    defaults = name_defaults(own, preset)
+    notes = [f"What is not given is as {defaults}."] if own else []
+    return SampleRequest(s, texts, guidance, negative_prompt, device, grid, defaults, notes)
 
 
 def name_settings(host: Host, model: str | None, given: Mapping[str, Any]) -> dict[str, Any]:
@@ -241,5 +250,6 @@ def describe_request(request: SampleRequest, height: int, width: int) -> dict[st
         **{name: getattr(s, name) for name in more},
         "device": str(request.device),
         "processes": world_size(),
+        "defaults": request.defaults,
         "prompts": [{"prompt": p.text, **p.metadata} for p in request.prompts],
     }

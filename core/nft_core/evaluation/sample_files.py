@@ -14,7 +14,7 @@ from ..errors import NftError, UsageError, advise_on_disk
 from ..prompts import Prompt
 from ..runs.folder import make_folder
 from ..runs.observers.captions import clean_text, find_font
-from ..runs.observers.samples import Sample, draw_grid, fit_to_cell, save_sheet
+from ..runs.observers.samples import Sample, Score, draw_grid, fit_to_cell, save_sheet
 from ..sampling.draws import Draws
 
 RECORD, GRID = "sample.json", "grid.png"
@@ -96,5 +96,5 @@ def draw_grid_of_folder(folder: Path, draws: Draws, title: str) -> None:
         with Image.open(folder / f"{name}.png", formats=["PNG"]) as image:
             small = fit_to_cell(image.convert("RGB"))
         said = text if find_font(clean_text(text), 13) else f"prompt {position}"
-        samples.append(Sample(small, said, name, position))
+        samples.append(Sample(small, said, [Score(name)], position))
     save_sheet(draw_grid([samples], [title]), folder / GRID)

@@ -13,6 +13,7 @@ import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -38,6 +39,7 @@ class Stored:
     prompt, image: `[N]` int64, the number of each image's prompt, and its own among those of the prompt.
     rewards, details: by name, values `[N]` and where they count `[N]`; `total` is the weighted sum.
     tallies: what failures have cost, by reward. skipped: rewards that were left out of some part.
+    notes: by name N texts for people to read, such as what OCR read; "" for an image that has none.
     """
 
     prompt: Tensor
@@ -46,6 +48,7 @@ class Stored:
     details: Figures = field(default_factory=dict)
     tallies: Mapping[str, Tally] = field(default_factory=dict)
     skipped: frozenset[str] = frozenset()
+    notes: Mapping[str, Sequence[str]] = field(default_factory=dict)
 
     def __len__(self) -> int:
         return len(self.prompt)
@@ -60,6 +63,7 @@ def join(parts: Sequence[Stored]) -> Stored:
         rows = {n: [getattr(part, kind).get(n) or blank(len(part)) for part in parts] for n in names}
         return {n: (torch.cat([v for v, _ in r]), torch.cat([ok for _, ok in r])) for n, r in rows.items()}
 
+    notes = dict.fromkeys(name for part in parts for name in part.notes)
     tallies = {n: [p.tallies[n] for p in parts if n in p.tallies] for p in parts for n in p.tallies}
     return Stored(
         torch.cat([part.prompt for part in parts]),
@@ -68,6 +72,7 @@ def join(parts: Sequence[Stored]) -> Stored:
         cat("details"),
         {name: add_tallies(each) for name, each in tallies.items()},
         frozenset().union(*(part.skipped for part in parts)),
+        {n: [text for part in parts for text in part.notes.get(n, [""] * len(part))] for n in notes},
     )
 
 
@@ -143,7 +148,12 @@ def write_part(folder: Path, entry: Entry, part: Stored, fingerprint: str) -> No
     for kind in ("rewards", "details"):
         for name, (values, valid) in getattr(part, kind).items():
             tensors |= {f"{kind}/{name}": values, f"{kind}/{name} is valid": valid}
-    words = {"fingerprint": fingerprint, "tallies": part.tallies, "skipped": sorted(part.skipped)}
+    words = {
+        "fingerprint": fingerprint,
+        "tallies": part.tallies,
+        "skipped": sorted(part.skipped),
+        "notes": dict(part.notes),
+    }
     file = folder / "scores" / entry.folder / f"part-{int(part.prompt[0]):06d}.safetensors"
     aside = file.with_name(f".{file.name}.part")
     try:
@@ -180,13 +190,20 @@ def read_parts(folder: Path, entry: Entry, fingerprint: str) -> list[Stored]:
     return parts
 
 
-def make_stored(tensors: Mapping[str, Tensor], counts: Mapping[str, object]) -> Stored:
+def make_stored(tensors: Mapping[str, Tensor], counts: Mapping[str, Any]) -> Stored:
     """Make scores of what a part's file holds."""
     figures: dict[str, Figures] = {"rewards": {}, "details": {}}
     for name, values in tensors.items():
         kind, slash, rest = name.partition("/")
         if slash and f"{name} is valid" in tensors:
             figures[kind][rest] = (values, tensors[f"{name} is valid"])
-    tallies = {name: Tally(*each) for name, each in dict(counts["tallies"]).items()}  # type: ignore[call-overload]
-    skipped = frozenset(counts["skipped"])  # type: ignore[call-overload]
-    return Stored(tensors["prompt"], tensors["image"], **figures, tallies=tallies, skipped=skipped)
+    tallies = {name: Tally(*each) for name, each in counts["tallies"].items()}
+    return Stored(
+        tensors["prompt"],
+        tensors["image"],
+        figures["rewards"],
+        figures["details"],
+        tallies,
+        frozenset(counts["skipped"]),
+        counts.get("notes", {}),
+    )

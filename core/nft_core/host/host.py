@@ -130,7 +130,7 @@ class Host:
         loaded[key] = made
         return made
 
-    def check_reward(self, name: str, options: Mapping[str, Any]) -> None:
+    def check_reward(self, name: str | Callable[..., Any], options: Mapping[str, Any]) -> None:
         """Raise what `make_reward` raises for a name, an option or a missing module, and load nothing."""
         card = self.find_reward(name)
         what = name_card("reward", card)
@@ -175,17 +175,27 @@ class Host:
             raise NftError(f"The factory of the {what} gave {type(made).__name__}, not a solver.")
         return made
 
+    def require_reward(self, name: str | Callable[..., Any]) -> None:
+        """Raise what `make_reward` raises for a name or a missing module, and import nothing of the reward."""
+        card = self.find_reward(name)
+        require_modules(card, name_card("reward", card))
+
+    def find_observer(self, name: str) -> Registered[ObserverInfo]:
+        """Find the card of an observer whose modules are installed, or make one for `FILE.py:CLASS`."""
+        if is_object_name(name) and name not in self.observers:
+            raise missing_object("observer", name)
+        card = (
+            make_observer_card(name)
+            if is_reference(name)
+            else self._find_card("observer", name, self.observers)
+        )
+        require_modules(card, name_card("observer", card))
+        return card
+
     def make_observer(self, spec: ObserverSpec) -> object:
         """Make an observer by name or by `FILE.py:CLASS`. Raises what `make_reward` raises."""
-        if is_object_name(spec.name) and spec.name not in self.observers:
-            raise missing_object("observer", spec.name)
-        card = (
-            make_observer_card(spec.name)
-            if is_reference(spec.name)
-            else self._find_card("observer", spec.name, self.observers)
-        )
+        card = self.find_observer(spec.name)
         what = name_card("observer", card)
-        require_modules(card, what)
         made = call_factory(what, card.info.factory, (), spec.options, {})
         if problem := find_hook_problem(made):
             raise NftError(f"The factory of the {what} gave {type(made).__name__}, and {problem}.")

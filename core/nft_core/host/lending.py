@@ -136,7 +136,7 @@ def copy_for_plugin(value: Any) -> Any:
     if isinstance(value, Scores):
         details = {name: figure.clone() for name, figure in value.details.items()}
         parts = {name: Part(part.weight, copy_for_plugin(part.scores)) for name, part in value.parts.items()}
-        return Scores(value.values.clone(), value.valid.clone(), details, parts)
+        return Scores(value.values.clone(), value.valid.clone(), details, parts, copy_for_plugin(value.notes))
     if isinstance(value, Run):
         return replace(value, settings=copy_for_plugin(value.settings))
     if isinstance(value, Mapping):

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+from . import libraries  # noqa: F401  isort: skip  Before anything of diffusers.
 import importlib
 import inspect
-import json
 import math
 from collections.abc import Iterable, Mapping
 from contextlib import suppress
@@ -28,6 +28,7 @@ from nft_plugins.vocabulary import check_end, check_tokenizer
 
 from .headers import check_dtypes, check_shapes
 from .schedulers import check_scheduler, read_prediction_type
+from .small_files import list_files, read_object
 
 #: Libraries that a pipeline's parts may be of.
 LIBRARIES = ("diffusers", "transformers")
@@ -162,30 +163,6 @@ def find_class(library: str, name: str) -> Any:
             f"model_index.json names a {name} of {library}, and {library} {version(library)}, which is "
             "installed, has no such class: it may be of a newer version."
         )
-    return found
-
-
-def read_object(file: Path) -> dict[str, Any]:
-    """Read the JSON object in a file. Raises OSError where there is none."""
-    if not file.is_file():
-        raise OSError(f"There is no file {file}. Download all of the model's files again.")
-    try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise OSError(f"{file} is no JSON, or cut short: {error}. Download it again.") from error
-    if not isinstance(content, dict):
-        raise OSError(
-            f"{file} should hold a JSON object, and holds {type(content).__name__}. Download it again."
-        )
-    return content
-
-
-def list_files(folder: Path, *suffixes: str) -> list[Path]:
-    """List a folder's files with one of the suffixes. Raises OSError for a pipe or a link to nothing."""
-    found = sorted(f for f in folder.iterdir() if f.suffix in suffixes)
-    for file in found:
-        if not file.is_file():  # Reading a named pipe would wait for ever.
-            raise OSError(f"{file} is no file, or a link to one that is not there.")
     return found
 
 

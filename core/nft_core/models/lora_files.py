@@ -23,16 +23,12 @@ from torch import Tensor
 from nft_plugins.files import read_header
 
 from ..errors import UsageError, shorten_error
-from .checks import read_object
+from .headers import check_dtypes
 from .lora_layouts import OF_TEXT, convert_lora, find_layout
+from .small_files import PEFT_CONFIG, PEFT_FILE, read_object
 
 log = logging.getLogger(__name__)
 
-DIFFUSERS_FILE, PEFT_FILE, PEFT_CONFIG = (
-    "pytorch_lora_weights.safetensors",
-    "adapter_model.safetensors",
-    "adapter_config.json",
-)
 #: Name of a tensor of a transformer's LoRA: its layer, and which of the two factors it is.
 NAME = re.compile(
     r"(?:base_model\.model\.)?(?:transformer\.)?(?P<layer>.+?)\."
@@ -79,10 +75,17 @@ class LoraFile:
         return Counter(f.alpha for f in self.layers.values()).most_common(1)[0][0]
 
     def read_factors(self) -> dict[str, tuple[Tensor, Tensor]]:
-        """Read A and B of each layer, in float32, by the layer's name."""
+        """Read A and B of each layer, in float32, by the layer's name. Raises UsageError for NaN in them."""
         names = self.converted_for
         weights = convert_lora(self.file, names) if names else load_file(self.file)
-        return {layer: (weights[f.a].float(), weights[f.b].float()) for layer, f in self.layers.items()}
+        read = {layer: (weights[f.a].float(), weights[f.b].float()) for layer, f in self.layers.items()}
+        for layer, pair in read.items():
+            if not all(x.isfinite().all() for x in pair):
+                raise UsageError(
+                    f"{self.file}: its numbers for the layer {layer} are not all finite: its training has "
+                    "failed, or the file is damaged. Take another one."
+                )
+        return read
 
     def describe(self) -> str:
         """Describe the LoRA in a few words."""
@@ -98,9 +101,11 @@ def read_lora_file(file: Path, find_pipeline: Callable[[], str]) -> LoraFile:
     Raises UsageError, which says what is wrong with the file.
     """
     try:
-        shapes = {name: shape for name, (_, shape) in read_header(file).items()}
+        header = read_header(file)
+        check_dtypes({name: dtype for name, (dtype, _) in header.items()}, file)
     except OSError as error:
         raise UsageError(f"{error}") from error
+    shapes = {name: shape for name, (_, shape) in header.items()}
     texts = [name for name in shapes if name.startswith(OF_TEXT)]
     shapes = {name: shape for name, shape in shapes.items() if name not in texts}
     if not shapes and texts:
@@ -119,9 +124,14 @@ def read_lora_file(file: Path, find_pipeline: Callable[[], str]) -> LoraFile:
     layers = {}
     for layer, (a, b) in factors.items():
         (rank, inputs), (outputs, _) = check_shapes(file, layer, shapes[a], shapes[b])
-        alpha = alphas[layer] if layer in alphas else find_alpha(config, layer, rank)
+        alpha = alphas[layer] if layer in alphas else find_alpha(file, config, layer, rank)
         layers[layer] = Factors(a, b, inputs, outputs, rank, alpha)
     warn_of_other_ranks(file, config, layers)
+    if file.name == PEFT_FILE and not config and not alphas:
+        log.warning(
+            "%s: there is no %s beside it, which says its strength: alpha is taken to be the rank, %d.",
+            *(file, PEFT_CONFIG, LoraFile(file, layers).rank),
+        )
     return LoraFile(file, layers, pipeline)
 
 
@@ -156,6 +166,8 @@ def check_shapes(file: Path, layer: str, a: list[int], b: list[int]) -> tuple[li
             f"{file}: lora_A of {layer} is of shape {a} and lora_B of shape {b}, and only LoRAs of linear "
             "layers are read, whose factors have two dimensions."
         )
+    if not a[0] or not b[1]:
+        raise UsageError(f"{file}: lora_A and lora_B of {layer} are empty. Download the file again.")
     if a[0] != b[1]:
         raise UsageError(
             f"{file}: lora_A of {layer} has {a[0]} rows and lora_B {b[1]} columns, which should be the same "
@@ -189,26 +201,31 @@ def read_config(file: Path) -> dict[str, Any]:
         known = json.loads(text)
         known = {name.removeprefix("transformer."): value for name, value in dict(known).items()}
     except (ValueError, TypeError, RecursionError) as error:
-        raise UsageError(f"{file}: its metadata is not JSON: {shorten_error(error)}") from error
+        raise UsageError(f"{file}: its metadata is no JSON object: {shorten_error(error)}") from error
     return known
 
 
-def find_alpha(config: Mapping[str, Any], layer: str, rank: int) -> float:
+def find_alpha(file: Path, config: Mapping[str, Any], layer: str, rank: int) -> float:
     """Find a layer's alpha, as peft would; without settings it is the rank, so that `B A` is added as it is."""
-    alpha = find_by_pattern(config.get("alpha_pattern"), layer, config.get("lora_alpha", rank))
+    alpha = find_by_pattern(file, config, "alpha_pattern", layer, config.get("lora_alpha", rank))
     if not isinstance(alpha, int | float) or isinstance(alpha, bool) or not 0 < alpha < float("inf"):
-        raise UsageError(f"The LoRA's settings give the layer {layer} the alpha {alpha!r}: expected a number.")
+        raise UsageError(
+            f"{file}: its settings give the layer {layer} the alpha {alpha!r}: expected a number above 0."
+        )
     # Rank-stabilised LoRAs divide by the root of the rank.
     return float(alpha * rank**0.5 if config.get("use_rslora") else alpha)
 
 
-def find_by_pattern(patterns: Any, layer: str, default: Any) -> Any:
+def find_by_pattern(file: Path, config: Mapping[str, Any], name: str, layer: str, default: Any) -> Any:
     """Find the value that peft's patterns give a layer: they are ends of names; others have the default."""
-    for pattern, value in dict(patterns or {}).items():
+    patterns = config.get(name) or {}
+    if not isinstance(patterns, Mapping):
+        raise UsageError(f"{file}: {name} of its settings is {patterns!r}: expected values by layers' names.")
+    for pattern, value in patterns.items():
         # peft takes them as regular expressions, which could run for ever.
         if not re.fullmatch(r"\^?[\w.]+", pattern):
             raise UsageError(
-                f"The LoRA's settings name layers by {pattern!r}: expected the end of a name, as attn.to_q is."
+                f"{file}: its settings name layers by {pattern!r}: expected the end of a name, as attn.to_q is."
             )
         if layer == pattern.removeprefix("^") or layer.endswith(f".{pattern}"):
             return value
@@ -218,7 +235,7 @@ def find_by_pattern(patterns: Any, layer: str, default: Any) -> Any:
 def warn_of_other_ranks(file: Path, config: Mapping[str, Any], layers: Mapping[str, Factors]) -> None:
     """Warn where the tensors have another rank than the settings say; what the tensors say is used."""
     for layer, factors in layers.items():
-        said = find_by_pattern(config.get("rank_pattern"), layer, config.get("r"))
+        said = find_by_pattern(file, config, "rank_pattern", layer, config.get("r"))
         if said is not None and said != factors.rank:
             log.warning(
                 "%s: its settings give the layer %s the rank %s, and its tensors have %d: these are used, with "

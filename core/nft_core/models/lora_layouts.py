@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from . import libraries  # noqa: F401  isort: skip  Before anything of diffusers.
 import math
 from collections.abc import Iterable
 from pathlib import Path

@@ -9,10 +9,10 @@ from pathlib import Path
 from nft_plugins.files import PICKLED
 
 from ..errors import UsageError, shorten_error
-from .checks import list_files
-from .lora_files import DIFFUSERS_FILE, PEFT_CONFIG, PEFT_FILE
+from .hub import fetch_file, is_fetched
 from .paths import describe_path, is_lora
 from .run_folders import find_checkpoint
+from .small_files import DIFFUSERS_FILE, PEFT_CONFIG, PEFT_FILE, list_files
 
 #: A hub id, or one with the name of a file behind it.
 HUB_ID = re.compile(r"(?P<repo>[\w.-]+/[\w.-]+)(/(?P<file>[\w./ -]+\.safetensors))?")
@@ -64,7 +64,7 @@ def fetch_lora(name: str) -> Path:
 
     name: `OWNER/NAME`, or `OWNER/NAME/FILE.safetensors` for one of several files.
     """
-    from huggingface_hub import hf_hub_download, list_repo_files
+    from huggingface_hub import list_repo_files
     from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, HFValidationError
 
     match = HUB_ID.fullmatch(name)
@@ -73,18 +73,20 @@ def fetch_lora(name: str) -> Path:
     repo, file = match["repo"], match["file"]
     try:
         if file:
-            return Path(hf_hub_download(repo, file))
-        for wanted in (DIFFUSERS_FILE, PEFT_FILE, f"lora/{PEFT_FILE}"):
+            return fetch_file(repo, file)
+        places = (DIFFUSERS_FILE, PEFT_FILE, f"lora/{PEFT_FILE}")
+        # What was fetched before is found without a network.
+        for expected in sorted(places, key=lambda place: not is_fetched(repo, place)):
             try:
-                found = Path(hf_hub_download(repo, wanted))
-                if wanted.endswith(PEFT_FILE):
-                    hf_hub_download(repo, wanted.replace(PEFT_FILE, PEFT_CONFIG))
+                found = fetch_file(repo, expected)
+                if expected.endswith(PEFT_FILE):
+                    fetch_file(repo, expected.replace(PEFT_FILE, PEFT_CONFIG))
                 return found
             except EntryNotFoundError:
                 continue
         files = [f for f in list_repo_files(repo) if f.endswith(".safetensors") and "/" not in f]
         if len(files) == 1:
-            return Path(hf_hub_download(repo, files[0]))
+            return fetch_file(repo, files[0])
     except (HfHubHTTPError, HFValidationError, OSError) as error:
         raise UsageError(
             f"--lora {name}: there is no such file or folder, and it cannot be read from the Hugging Face hub: "

@@ -6,14 +6,13 @@ import shlex
 from pathlib import Path
 from typing import Any
 
-from diffusers import DiffusionPipeline
 from safetensors import SafetensorError, safe_open
 
 from nft_plugins.files import PICKLED
 
-from ..errors import UsageError
-from .checks import list_files, read_object
-from .lora_files import PEFT_CONFIG
+from ..errors import NftError, UsageError, shorten_error
+from .hub import fetch_file
+from .small_files import PEFT_CONFIG, list_files, read_object
 
 INDEX = "model_index.json"
 #: Makes a pipeline's folder of one file.
@@ -32,7 +31,7 @@ def read_index(source: str) -> dict[str, Any]:
             f"{INDEX} and a folder for each of its parts, the hub id of one, a run or a checkpoint of one."
         )
     if not path.exists():
-        index: Any = DiffusionPipeline.load_config(source)
+        index: Any = read_object(fetch_file(source, INDEX))
     else:
         try:
             index = read_object(path / INDEX)
@@ -41,6 +40,21 @@ def read_index(source: str) -> dict[str, Any]:
     if not isinstance(index, dict) or not isinstance(index.get("_class_name"), str):
         raise UsageError(f"{INDEX} of {source} names no pipeline class: expected _class_name with a string.")
     return index
+
+
+def find_index(source: str) -> dict[str, Any]:
+    """Read a pipeline's model_index.json. Raises NftError, also where a hub id cannot be read."""
+    try:
+        return read_index(source)
+    except NftError:
+        raise
+    except (OSError, ValueError) as error:
+        raise NftError(
+            f"Cannot load the model {source!r}: looked for a diffusers pipeline (model_index.json) in a folder "
+            f"of that name and on the Hugging Face hub. {shorten_error(error)} Check the name, your network "
+            "and, for a gated model, `hf auth login`; a local folder with --model PATH works offline, "
+            "and so does --tiny, which brings its own small model."
+        ) from error
 
 
 def describe_path(path: Path) -> str:

@@ -6,6 +6,7 @@ are encoded, and can be given up afterwards: of a large model they are half of t
 
 from __future__ import annotations
 
+from . import libraries  # noqa: F401  isort: skip  Before anything of diffusers.
 import logging
 import operator
 from collections.abc import Callable, Mapping, Sequence
@@ -84,6 +85,8 @@ class PipelineModel:
             weights = self.has_weights and self.device.type != "meta"
             check_pipeline(Path(self.source), self.index, weights=weights)
         self.said_what_is_cut = False
+        #: By name of a part: reads it from elsewhere than the pipeline's folder, in a dtype.
+        self.readers: dict[str, Callable[[torch.dtype], torch.nn.Module]] = {}
         self.pipeline = self._load(lambda name: not name.startswith(OF_TEXT), {})
         self._texts: Any = None
         self.transformer: torch.nn.Module = self.pipeline.transformer.to(self.device)
@@ -144,6 +147,8 @@ class PipelineModel:
         return isinstance(cls, type) and issubclass(cls, torch.nn.Module)
 
     def _load_module(self, part: str) -> torch.nn.Module:
+        if part in self.readers:
+            return self.readers[part](self._dtype(part))
         library, kind = self._parts()[part]
         # Where weights are missing, both libraries put random numbers in their place, and warn.
         return load_part(Path(self.source) / part, library, kind, self._dtype(part))

@@ -10,7 +10,7 @@ from typing import Any
 
 from ..errors import UsageError
 from ..settings.places import find_place
-from .checks import read_object
+from .small_files import read_object
 
 MANIFEST, STATE = "manifest.json", "state.json"
 #: What resuming needs, and using the model does not.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from . import libraries  # noqa: F401  isort: skip  Before anything of diffusers.
 import inspect
 from collections.abc import Mapping, Sequence
 from typing import Any, cast

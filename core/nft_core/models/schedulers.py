@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from . import libraries  # noqa: F401  isort: skip  Before anything of diffusers.
 from collections.abc import Mapping
 from itertools import pairwise
 from typing import Any

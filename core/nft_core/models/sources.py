@@ -6,22 +6,24 @@ run's checkpoint is a model too: the run's settings name what it began from, and
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from functools import lru_cache
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
-
-import torch
-from diffusers.loaders.single_file_utils import DIFFUSERS_DEFAULT_PIPELINE_PATHS, infer_diffusers_model_type
+from typing import TYPE_CHECKING, Any
 
 from nft_plugins.files import read_header
 
 from ..errors import UsageError
-from .lora_files import DIFFUSERS_FILE, LoraFile, read_lora_file
 from .lora_places import find_lora
-from .paths import INDEX, describe_weights, explain_lora, is_lora, read_index
+from .paths import INDEX, describe_weights, explain_lora, find_index, is_lora
 from .run_folders import find_checkpoint, read_run_settings
+from .small_files import DIFFUSERS_FILE, PEFT_CONFIG
+
+if TYPE_CHECKING:
+    from .lora_files import LoraFile
 
 #: Runs that may have begun from one another.
 MOST_RUNS = 100
@@ -33,6 +35,7 @@ class ModelSource:
 
     base: the pipeline, as a local folder or a hub id. transformer: a folder or a single file of weights that
     stand in place of the base's, or None. loras: those on top, the lowest first.
+    file: a single file, whose VAE and text encoders stand in place of the base's where it has some, or None.
     settings: of the run that made it; empty where no run did.
     checkpoint: the checkpoint that it is; None where it is none.
     """
@@ -42,6 +45,7 @@ class ModelSource:
     loras: tuple[LoraFile, ...] = ()
     settings: Mapping[str, Any] = field(default_factory=dict)
     checkpoint: Path | None = None
+    file: Path | None = None
 
     @property
     def is_changed(self) -> bool:
@@ -65,13 +69,35 @@ def find_source(model: str, lora: str = "") -> ModelSource:
     Raises UsageError, which says what a path is instead and what to do.
     """
     source, names = trace_source(model, lora)
-    pipeline = lambda: str(read_index(source.base)["_class_name"])  # noqa: E731
-    return replace(source, loras=tuple(read_lora_file(find_lora(name), pipeline) for name in names))
+    files = [find_lora(name) for name in names]
+    return replace(source, loras=tuple(read_lora(file, source.base, stamp_lora(file)) for file in files))
+
+
+@lru_cache(maxsize=MOST_RUNS)
+def read_lora(file: Path, base: str, stamp: tuple[Any, ...]) -> LoraFile:
+    """Read a LoRA's header once, as a start asks for it several times and converting other layouts is slow.
+
+    stamp: of `stamp_lora`, so that a file that has changed is read again.
+    """
+    # It imports torch, which most commands that name a model do not need yet.
+    from .lora_files import read_lora_file
+
+    def find_pipeline() -> str:
+        return str(find_index(base)["_class_name"])
+
+    return read_lora_file(file, find_pipeline)
+
+
+def stamp_lora(file: Path) -> tuple[tuple[int, int], ...]:
+    """List the times and sizes of a LoRA's file and of its settings, which change when these do."""
+    found = [p.stat() for p in (file, file.with_name(PEFT_CONFIG)) if p.is_file()]
+    return tuple((s.st_mtime_ns, s.st_size) for s in found)
 
 
 def trace_source(model: str, lora: str, runs: int = 0) -> tuple[ModelSource, tuple[str, ...]]:
     """Follow a model down to its pipeline.
 
+    runs: how many were followed to come to this model.
     Returns what it is made of, and the names of its LoRAs, the lowest first.
     """
     on_top = (lora,) if lora else ()
@@ -79,7 +105,7 @@ def trace_source(model: str, lora: str, runs: int = 0) -> tuple[ModelSource, tup
     if not path.exists() and (path.is_absolute() or model.startswith(".")):
         moved = find_in_package(path)
         if moved is None:
-            raise UsageError(f"--model {model}: there is no such file or folder.")
+            raise UsageError(explain_missing(path, of_run=runs > 0))
         model, path = str(moved), moved
     checkpoint = find_checkpoint(path)
     if checkpoint is None:
@@ -101,15 +127,27 @@ def trace_source(model: str, lora: str, runs: int = 0) -> tuple[ModelSource, tup
     try:
         below, names = trace_source(begun, own if merged else "", runs + 1)
     except UsageError as error:
-        raise UsageError(
-            f"{error} The run of {checkpoint} began from it: put it back. A LoRA can also be given with "
-            "another place of its base, --model BASE --lora CHECKPOINT."
-        ) from error
+        if runs:
+            raise
+        both = "" if whole.is_dir() else f" Or name both: --model BASE --lora {shlex.quote(str(checkpoint))}"
+        raise UsageError(f"{checkpoint} needs the model that its run began from. {error}{both}") from error
     kept = names if merged or own else names[:-1]
     found = replace(below, settings=settings, checkpoint=checkpoint)
     if whole.is_dir():
         return replace(found, transformer=whole), on_top
     return found, (*kept, str(checkpoint / DIFFUSERS_FILE), *on_top)
+
+
+def explain_missing(path: Path, of_run: bool) -> str:
+    """Say that a model is not where it should be, and for one that a run began from what can be done.
+
+    A link in the old place serves LoRAs and whole weights, all commands, and runs that began from one another.
+    """
+    said = f"--model {path}: there is no such file or folder."
+    if not of_run:
+        return said
+    made = f"mkdir -p {shlex.quote(str(path.parent))} && ln -s NEW_PLACE {shlex.quote(str(path))}"
+    return f"{said} If it lies elsewhere now, put a link in its old place: {made}"
 
 
 def find_in_package(path: Path) -> Path | None:
@@ -127,12 +165,20 @@ def trace_single_file(file: Path) -> ModelSource:
     """Find the pipeline that a single file of weights is for. Raises UsageError where it does not say."""
     if is_lora(file):
         raise UsageError(f"--model {file}: {explain_lora(file)}")
-    if (file.parent / INDEX).is_file():  # As hub repositories have it.
-        return ModelSource(str(file.parent), file)
+    import torch
+
+    from . import libraries  # noqa: F401  isort: skip  Before anything of diffusers.
+    from diffusers.loaders.single_file_utils import DIFFUSERS_DEFAULT_PIPELINE_PATHS, infer_diffusers_model_type
+
+    from .headers import check_dtypes
+
     try:
         header = read_header(file)
+        check_dtypes({name: dtype for name, (dtype, _) in header.items()}, file)
     except OSError as error:
         raise UsageError(f"--model {file}: {error}") from error
+    if (file.parent / INDEX).is_file():  # As hub repositories have it.
+        return ModelSource(str(file.parent), file, file=file)
     shapes = {
         name: torch.empty(shape, dtype=torch.float32, device="meta") for name, (_, shape) in header.items()
     }
@@ -142,4 +188,5 @@ def trace_single_file(file: Path) -> ModelSource:
         kind = "v1"
     if kind == "v1":  # diffusers takes what it does not know for that.
         raise UsageError(f"--model {file}: {describe_weights(file)}")
-    return ModelSource(str(DIFFUSERS_DEFAULT_PIPELINE_PATHS[kind]["pretrained_model_name_or_path"]), file)
+    base = str(DIFFUSERS_DEFAULT_PIPELINE_PATHS[kind]["pretrained_model_name_or_path"])
+    return ModelSource(base, file, file=file)

@@ -120,6 +120,8 @@ def digest_origin(source: ModelSource) -> dict[str, str]:
     found = {f"LoRA {number}": digest_file(lora.file)[:12] for number, lora in enumerate(source.loras, 1)}
     if source.transformer:
         found["the transformer's weights"] = digest_weights(source.transformer)
+    if source.file and source.file != source.transformer:  # Its VAE and text encoders.
+        found["the single file's weights"] = digest_weights(source.file)
     return found
 
 

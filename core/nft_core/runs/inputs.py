@@ -10,14 +10,19 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from nft_plugins import Run, Solver
 
+from .. import environment
 from ..errors import CheckpointError, NftError, UsageError, unknown_name
 from ..host.host import Host
 from ..host.specs import RewardSpec, parse_observer, parse_reward
 from ..prompts import Prompt, find_refusal, keep_scorable, read_prompts
 from ..settings import Settings, for_evaluation, make_settings
+from .checks import OFFLINE, check_any_weight, check_rewards, check_sizes
+from .copies import read_copies, use_originals
+from .folder import claim_folder, holds_a_run, read_record
 from .origin import add_origin, begins_from_something
 from .places import shorten_paths
-from .resume import FREE
+from .resume import FREE, refuse_changes
+from .setup import check_device_name, find_family
 
 if TYPE_CHECKING:
     import torch
@@ -62,22 +67,66 @@ class Inputs(NamedTuple):
 
 
 def prepare_inputs(settings: Settings, host: Host, lists: Mapping[str, list[Prompt]] | None = None) -> Inputs:
-    """Make and check what can be, without loading anything heavy. Raises UsageError.
+    """Make and check what can be, without loading anything heavy. Raises UsageError and NftError.
+
+    What names and small files tell comes first. PyTorch is imported last, for the signatures of rewards.
 
     lists: prompts that stand in no file yet, by the setting that names their file.
     """
-    solver = host.make_solver(settings.solver, settings.solver_options)
     specs = parse_rewards(settings, host)
     check_any_weight(spec.weight for spec in specs)
+    for given in settings.observers:
+        host.find_observer(parse_observer(given).name)
+    check_device_name(settings.device)
+    prompts, held_out = read_prompt_files(settings, lists or {})
+    check_sizes(settings, len(prompts))
     its = for_evaluation(settings)
-    eval_solver = host.make_solver(its.solver, its.solver_options)
-    return Inputs(specs, solver, *read_prompt_files(settings, lists or {}), eval_solver)
+    solver = host.make_solver(settings.solver, settings.solver_options)
+    return Inputs(specs, solver, prompts, held_out, host.make_solver(its.solver, its.solver_options))
 
 
-def check_any_weight(weights: Iterable[float]) -> None:
-    """Raise UsageError where every reward has the weight 0."""
-    if not any(weights):
-        raise UsageError("Every reward has the weight 0, so nothing would be learned: give one another weight.")
+def check_run(
+    settings: Settings,
+    folder: Path,
+    host: Host,
+    resume: bool = False,
+    allow_changes: bool = False,
+    lists: Mapping[str, list[Prompt]] | None = None,
+) -> Inputs:
+    """Check all that can be told before a model is loaded or a folder made, the cheapest first.
+
+    lists: as of `prepare_inputs`. Raises UsageError and NftError.
+    """
+    # Of a new run's folder nothing is read: what stands there may be anything.
+    originals = use_originals(settings, folder, read_copies(read_record(folder))) if resume else settings
+    inputs = prepare_inputs(originals, host, lists)
+    if environment.is_first_process():
+        if resume and holds_a_run(folder):
+            refuse_changes(folder, settings, allow_changes)
+        else:
+            claim_folder(folder)
+    find_family(settings, host)
+    check_rewards(inputs.rewards, host)
+    return inputs
+
+
+def check_given(
+    host: Host,
+    preset: str | None,
+    rewards: Iterable[str],
+    models: Iterable[tuple[str, str]],
+    prompts: str | None,
+) -> None:
+    """Refuse what a command is given, as far as names and small files tell, before PyTorch is imported.
+
+    models: each with its LoRA, or with "". prompts: a file. Raises UsageError and NftError.
+    """
+    if prompts:
+        read_prompts(Path(prompts))
+    for model, lora in models:
+        find_family(make_run_settings(host, preset, {"model": model, "lora": lora}), host)
+    if listed := list(rewards):
+        check_rewards(parse_rewards(make_run_settings(host, preset, {"rewards": listed}), host), host)
 
 
 def parse_rewards(settings: Settings, host: Host) -> list[RewardSpec]:
@@ -102,7 +151,7 @@ def load_rewards(
         return compose(specs, host=host, device=str(device), defaults=defaults)
     except NftError as error:
         if isinstance(error.__cause__, OSError):
-            raise NftError(f"{error} --tiny brings small stand-ins, which work offline too.") from error
+            raise NftError(f"{error} {OFFLINE}") from error
         raise
 
 
@@ -171,23 +220,6 @@ def split_held_out(prompts: list[Prompt], tell: Callable[[str], None]) -> tuple[
     tell(f"No --eval-prompts: {count} of {len(texts)} prompts are held out for evaluation.")
     first = {p.text: p for p in reversed(prompts)}
     return [p for p in prompts if p.text not in chosen], [first[t] for t in texts if t in chosen]
-
-
-def check_sizes(settings: Settings, prompts: int, held_out: int) -> None:
-    """Raise UsageError, with the nearest possible sizes, for sizes that the prompts or processes rule out."""
-    from ..parallel.processes import world_size
-
-    if settings.prompts_per_epoch > prompts:
-        raise UsageError(
-            f"prompts_per_epoch = {settings.prompts_per_epoch}, but there are {prompts} training prompts "
-            f"to choose from: use --set prompts_per_epoch={prompts} or less, or give more prompts."
-        )
-    images = min(settings.prompts_per_epoch * settings.group_size, held_out * settings.eval_images)
-    if images < world_size():
-        raise UsageError(
-            f"{images} images cannot be shared by {world_size()} processes: give more prompts, a larger "
-            "group_size or eval_images, or use fewer processes."
-        )
 
 
 def check_same_settings(settings: Settings, path: Path | None, device: torch.device) -> None:

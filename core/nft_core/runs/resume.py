@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, Any
 
 from ..errors import CheckpointError, UsageError
 from ..host.specs import FailurePolicy, RewardSpec, parse_reward
+from ..models.run_folders import STATE, find_checkpoint
+from ..models.small_files import read_object
 from ..settings import Settings, make_settings
 from .fingerprint import compare_sources
 from .folder import read_settings
@@ -54,7 +56,7 @@ def choose_checkpoint(
         tell(f"{folder} has no checkpoint yet: the run begins anew.")
         return None
     progress, before = read_checkpoint(path)
-    check_changes(before, settings, allow_changes, tell, has_finished(progress, before))
+    check_changes(before, settings, allow_changes, tell, has_finished(progress.epoch, before))
     update = f", {progress.update} steps into epoch {progress.epoch + 1}" if progress.update else ""
     tell(f"Going on from {path}: epoch {progress.epoch} of {settings.epochs}{update}.")
     if progress.epoch >= settings.epochs:
@@ -71,9 +73,27 @@ def read_checkpoint(path: Path) -> tuple[Progress, dict[str, Any]]:
     return progress, find_places(settings, path.parent.parent)
 
 
-def has_finished(progress: Progress, settings: Mapping[str, Any]) -> bool:
+def has_finished(epoch: int, settings: Mapping[str, Any]) -> bool:
     """Say whether a run came to the end of all the epochs that its settings named."""
-    return progress.epoch >= make_settings(settings).epochs
+    return epoch >= make_settings(settings).epochs
+
+
+def refuse_changes(folder: Path, settings: Settings, allow_changes: bool) -> None:
+    """Raise UsageError for settings that would change what is learned, as far as small files tell.
+
+    `choose_checkpoint` compares all, and reads the whole checkpoint for that.
+    """
+    try:
+        path = find_checkpoint(folder)
+        state = read_object(path / STATE) if path else {}
+    except (UsageError, OSError):  # `choose_checkpoint` says what is wrong with it.
+        return
+    before, progress = state.get("settings"), state.get("progress")
+    if isinstance(before, dict) and isinstance(progress, dict) and type(progress.get("epoch")) is int:
+        before = find_places(before, folder)
+        check_changes(
+            before, settings, allow_changes, lambda text: None, has_finished(progress["epoch"], before)
+        )
 
 
 def check_changes(
@@ -91,8 +111,7 @@ def check_changes(
     if grave and not allow_changes:
         raise UsageError(
             "These settings change what is learned, and the checkpoint was made with others: "
-            f"{'; '.join(grave)}. Leave them as they were, or go on all the same with --allow-changes "
-            "(in Python allow_changes=True)."
+            f"{'; '.join(grave)}. Leave them as they were, or go on all the same with --allow-changes."
         )
     if grave or free:
         tell(f"Settings that have changed: {'; '.join([*grave, *free])}.")
@@ -163,7 +182,7 @@ def restore_training(
         raise UsageError(explain_other_origin(progress.origin, training.at.origin))
     # After all checks, so that a refusal leaves the run as it was assembled.
     load_checkpoint(path, training.policy, training.optimizer)
-    grave, _ = describe_changes(before, training.settings, has_finished(progress, before))
+    grave, _ = describe_changes(before, training.settings, has_finished(progress.epoch, before))
     now = training.at
     other = bool(grave) or progress.prompts != now.prompts
     if differ := compare_sources(progress.sources, now.sources):

@@ -17,18 +17,17 @@ from ..host.host import Host
 from ..parallel.signals import note_signals
 from ..prompts import Prompt, write_prompts
 from ..settings import Settings
-from .copies import copy_inputs, read_copies, tell_changes, use_originals
+from .checks import check_any_weight, check_shares, check_sizes
+from .copies import copy_inputs, read_copies, tell_changes
 from .fingerprint import collect_sources, digest_origin, digest_value, fingerprint_evaluation
 from .folder import claim_folder, holds_a_run, lock_folder, make_folder, read_record, write_settings
 from .inputs import (
     Inputs,
-    check_any_weight,
+    check_run,
     check_same_settings,
-    check_sizes,
     choose_prompts,
     load_rewards,
     make_observers,
-    prepare_inputs,
     register_observers,
 )
 from .observers.evaluations import save_scores
@@ -104,10 +103,7 @@ def run_training(
     environment.check_numbers()
     first = environment.is_first_process()
     tell = say if first else lambda text: None
-    # Of a new run's folder nothing is read: what stands there may be anything.
-    originals = use_originals(settings, folder, read_copies(read_record(folder))) if resume else settings
-    # In every process, not only the first: each makes its own rewards and solver from them.
-    inputs = prepare_inputs(originals, host, caller.prompts)
+    inputs = check_run(settings, folder, host, resume, allow_changes, caller.prompts)
     asked = make_observers(settings, host) if first else {}
     with ExitStack() as stack:
         found: Path | None = None
@@ -116,9 +112,6 @@ def run_training(
             stack.enter_context(lock_folder(folder))
             # Under the lock, so that no other process deletes or adds a checkpoint meanwhile.
             found = choose_checkpoint(folder, settings, allow_changes, tell)
-        elif first:
-            # A mistake here is told before minutes of loading; the folder is made only when all is loaded.
-            claim_folder(folder)
         device = pick_device(settings.device)
         enter_surroundings(stack, settings, host, device, tell)
         # Only the first has looked. On a network's disk the others might see another newest checkpoint.
@@ -215,7 +208,8 @@ def load_training(
     # A reward that a file composes tells its members' weights only now.
     check_any_weight(term.weight for term in reward.terms)
     prompts, held_out = choose_prompts(inputs, reward.check_prompt, settings.unscorable, tell)
-    check_sizes(settings, len(prompts), len(held_out))
+    check_sizes(settings, len(prompts))
+    check_shares(settings, len(held_out))
     if not is_same_everywhere(digest_prompts(prompts, held_out), device):
         raise UsageError("The prompts of this run's processes differ: give the same files on every node.")
     if (source := find_model(settings)).is_changed:

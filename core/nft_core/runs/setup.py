@@ -6,9 +6,7 @@ import os
 from collections.abc import Mapping
 from math import isfinite
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
-
-import torch
+from typing import TYPE_CHECKING, Any, cast
 
 from nft_plugins import FlowModel
 
@@ -18,22 +16,26 @@ from ..host.host import Host
 from ..settings import Settings
 
 if TYPE_CHECKING:
+    import torch
+
     from ..models.sources import ModelSource
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+#: Names of torch's dtypes by ours.
+DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
 
 
 def pick_device(name: str) -> torch.device:
     """Find the device by name; `auto` is this process's GPU where there is one. Raises UsageError."""
+    check_device_name(name)
     environment.check_numbers()
+    import torch
+
     local = environment.read_number("LOCAL_RANK", 0)
     if name == "auto":
         name = f"cuda:{local}" if torch.cuda.is_available() else "cpu"
-    kind, _, index = name.partition(":")
     if name == "cpu":
         return torch.device(name)
-    if kind != "cuda" or not (name == kind or index.isdigit()):
-        raise UsageError(f"Unknown device {name!r}: expected cpu, cuda, cuda:N or auto.")
+    index = name.partition(":")[2]
     count = torch.cuda.device_count()
     if not count:
         raise UsageError(f"--device {name}: this torch ({torch.__version__}) sees no GPU; use cpu.")
@@ -56,6 +58,13 @@ def pick_device(name: str) -> torch.device:
     return device
 
 
+def check_device_name(name: str) -> None:
+    """Raise UsageError for a name that no device has. Torch is not imported, so nobody knows which are here."""
+    kind, _, index = name.partition(":")
+    if name not in ("auto", "cpu", "cuda") and not (kind == "cuda" and index.isdigit()):
+        raise UsageError(f"Unknown device {name!r}: expected cpu, cuda, cuda:N or auto.")
+
+
 def find_model(settings: Settings) -> ModelSource:
     """Find what the settings' model is made of: a pipeline, whole weights and LoRAs. Raises UsageError."""
     from ..models.sources import find_source
@@ -65,20 +74,10 @@ def find_model(settings: Settings) -> ModelSource:
 
 def find_family(settings: Settings, host: Host) -> tuple[str, Mapping[str, Any]]:
     """Find the family of the base model, by the pipeline class in its `model_index.json`, and that index."""
-    from ..models.paths import read_index
+    from ..models.paths import find_index
 
     name = find_model(settings).base
-    try:
-        index = read_index(name)
-    except NftError:
-        raise
-    except (OSError, ValueError) as error:
-        raise NftError(
-            f"Cannot load the model {name!r}: looked for a diffusers pipeline (model_index.json) in a folder "
-            f"of that name and on the Hugging Face hub. {shorten_error(error)} Check the name, your network "
-            "and, for a gated model, `hf auth login`; a local folder with --model PATH works offline, "
-            "and so does --tiny, which brings its own small model."
-        ) from error
+    index = find_index(name)
     pipeline = str(index["_class_name"])
     family = host.choose_family(pipeline, settings.family)
     if family is None:
@@ -151,19 +150,28 @@ def say_unloadable(model: str, error: Exception) -> NftError:
 
 
 def load_base(settings: Settings, host: Host, device: torch.device) -> FlowModel:
-    """Load the pipeline that the model is based on, without the weights and LoRAs that stand on it."""
-    name = find_model(settings).base
+    """Load the pipeline that the model is based on, without what stands on its transformer."""
+    import torch
+
+    from ..models.pipeline import PipelineModel
+    from ..models.single_files import use_parts_of_file
+
+    source = find_model(settings)
+    name = source.base
     family, _ = find_family(settings, host)
     # A LoRA's frozen base can stand in half precision; weights that are trained stay in float32.
     half = autocast_dtype(settings, device) if settings.lora_rank else None
     dtype = half or torch.float32
     options = {"max_sequence_length": settings.max_sequence_length}
     try:
-        return host.make_model(family, name, settings.model_options, device=device, dtype=dtype, **options)
+        model = host.make_model(family, name, settings.model_options, device=device, dtype=dtype, **options)
+        if source.file and isinstance(model, PipelineModel):
+            use_parts_of_file(source.file, model)
     except NftError:
         raise
     except Exception as error:  # A file cut short, too little memory, a plug-in's own mistake.
         raise say_unloadable(name, error) from error
+    return model
 
 
 def load_model(settings: Settings, host: Host, device: torch.device) -> FlowModel:
@@ -186,16 +194,20 @@ def load_model(settings: Settings, host: Host, device: torch.device) -> FlowMode
 
 def autocast_dtype(settings: Settings, device: torch.device) -> torch.dtype | None:
     """Choose the dtype of matrix products; None: float32, without autocast."""
+    import torch
+
     if settings.precision == "auto":
         return torch.bfloat16 if device.type == "cuda" else None
-    return DTYPES[settings.precision] if settings.precision != "fp32" else None
+    return getattr(torch, DTYPES[settings.precision]) if settings.precision != "fp32" else None
 
 
 def decode_dtype(settings: Settings, device: torch.device) -> torch.dtype:
     """Choose the dtype that the VAE decodes in."""
+    import torch
+
     if settings.decode_precision == "auto":
         return torch.bfloat16 if device.type == "cuda" else torch.float32
-    return DTYPES[settings.decode_precision]
+    return cast("torch.dtype", getattr(torch, DTYPES[settings.decode_precision]))
 
 
 def image_shape(settings: Settings, model: FlowModel) -> tuple[int, int, tuple[int, ...]]:

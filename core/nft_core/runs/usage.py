@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import UsageError
-from ..models.lora_files import DIFFUSERS_FILE
 from ..models.pipeline import PipelineModel
+from ..models.small_files import DIFFUSERS_FILE
 from ..models.sources import ModelSource, find_source
 from ..seeds import hash_key
 from ..settings import for_evaluation
@@ -70,7 +70,7 @@ def write_use(training: Training, model: PipelineModel, source: ModelSource) -> 
 def write_loading(training: Training, model: PipelineModel, source: ModelSource) -> tuple[list[str], list[str]]:
     """Write the lines that load a model; returns the classes that they need, and the lines.
 
-    Raises UsageError for a LoRA in a layout that diffusers does not load.
+    Raises UsageError for what diffusers does not load: LoRAs in some layouts, text encoders of single files.
     """
     dtype = f"dtype={training.policy.dtype if source.loras else 'torch.float32'}"
     classes, lines, given = [model.pipeline_class], [], [f"{name}=None" for name in list_absent(model)]
@@ -83,6 +83,15 @@ def write_loading(training: Training, model: PipelineModel, source: ModelSource)
             lines.append(f"transformer = {kind}.from_single_file({place}, {where}, {dtype})")
         else:
             lines.append(f"transformer = {kind}.from_pretrained({place}, {dtype})")
+    if source.file and model.readers.keys() - {"vae"}:
+        raise UsageError(
+            f"{source.file} holds text encoders, which diffusers loads with whole pipelines alone."
+        )
+    if source.file and model.readers:
+        kind, where = type(model.pipeline.vae).__name__, f'config={write_text(source.base)}, subfolder="vae"'
+        classes.append(kind)
+        given.append("vae=vae")
+        lines.append(f"vae = {kind}.from_single_file({write_text(str(source.file))}, {where}, {dtype})")
     options = ", ".join([write_text(source.base), *given, dtype])
     device = '.to("cuda")' if training.policy.device.type == "cuda" else ""
     lines.append(f"pipeline = {model.pipeline_class}.from_pretrained({options}){device}")

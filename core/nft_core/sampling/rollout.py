@@ -6,7 +6,7 @@ import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, wait
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 
 import torch
@@ -21,7 +21,14 @@ from ..parallel.sharding import InStep
 from ..parallel.workers import Worker
 from ..scoring.composer import Composed
 from ..scoring.failures import Tally
-from ..scoring.scores import concatenate_scores, fill_details, gather_names, gather_scores, withhold_scores
+from ..scoring.scores import (
+    concatenate_scores,
+    fill_details,
+    gather_names,
+    gather_notes,
+    gather_scores,
+    withhold_scores,
+)
 from .conditions import Encoded
 from .draws import Draws
 
@@ -101,7 +108,7 @@ class Rollout:
 
     draws: prompts and seeds of all N images; index: `[n]`, which of them this process generated.
     x_0: `[n, C, h, w]` float32 on the device; empty for an evaluation, which is not trained on.
-    scores: `[N]` on the CPU; groups: `[N]`.
+    scores: `[N]` on the CPU, in an evaluation with the whole's notes; groups: `[N]`.
     tallies: what failures have cost each reward, in all processes.
     skipped: rewards that failed and were left out: their weight in `scores` is 0.
     """
@@ -183,6 +190,8 @@ def roll_out(
     # A latent that is NaN may get a score all the same, since its picture is merely black. Do not train on it.
     sound = gather_rows(torch.cat(finite).float(), index, len(draws), sampler.device).bool()
     everyones, skipped = finish_scores(withhold_scores(everyones, sound), groups, reward, tallies, draws)
+    if look:  # Nobody reads the notes of an epoch's images.
+        everyones = replace(everyones, notes=gather_notes(mine, index, len(draws), sampler.device))
     x_0 = torch.cat(latents) if latents else torch.empty(0, dtype=torch.float32, device="cpu")
     return Rollout(draws, index, x_0, everyones, groups, tallies, skipped)
 

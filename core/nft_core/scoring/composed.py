@@ -20,7 +20,7 @@ from ..host.specs import RewardSpec
 from .contract import call_checked, check_prompt, regroup_scores
 from .failures import Failed, Guarded, Tally, add_tallies
 from .pictures import Images, make_batches
-from .scores import concatenate_scores, map_scores
+from .scores import concatenate_scores, pick_samples
 
 
 @dataclass(frozen=True)
@@ -103,7 +103,7 @@ class Composed:
         order = torch.tensor([i for part in places for i in part], dtype=torch.int64, device="cpu").argsort()
         groups = torch.cat([batch.groups.cpu() for batch in batches])[order]
         # Images of one prompt may be of several sizes.
-        return self.regroup(map_scores(concatenate_scores(scored), lambda figures: figures[order]), groups)
+        return self.regroup(pick_samples(concatenate_scores(scored), order), groups)
 
     @cached_property
     def members(self) -> tuple[Term, ...]:

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from nft_plugins import Batch, PromptError, Scores
 
-from ..errors import NftError, UsageError
+from ..errors import NftError, UsageError, name_arguments
 from ..host import lending
 from ..host.specs import RewardSpec
 from .composed import call_reward
@@ -70,6 +70,7 @@ class NoPrompt(UsageError):
         )
 
 
+@name_arguments()
 def score_images(
     images: str | os.PathLike[str] | Image.Image | Iterable[str | os.PathLike[str] | Image.Image],
     prompts: str | Sequence[str] | None,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
@@ -16,12 +17,23 @@ from ..parallel.processes import gather_rows, gather_texts, is_same_everywhere
 
 
 def map_scores(scores: Scores, f: Callable[[Tensor], Tensor]) -> Scores:
-    """Apply f to every tensor of the scores and of their parts."""
+    """Apply f to every tensor of the scores and of their parts; notes are left out: f may move samples."""
     return Scores(
         f(scores.values),
         f(scores.valid),
         {name: f(d) for name, d in scores.details.items()},
         {name: Part(w, map_scores(part, f)) for name, (w, part) in scores.parts.items()},
+    )
+
+
+def pick_samples(scores: Scores, index: Tensor) -> Scores:
+    """Pick samples, `index` `[M]` int64, in that order: a sample moves with its details, parts and notes."""
+    return Scores(
+        scores.values[index],
+        scores.valid[index],
+        {name: d[index] for name, d in scores.details.items()},
+        {name: Part(w, pick_samples(part, index)) for name, (w, part) in scores.parts.items()},
+        {name: [texts[i] for i in index.tolist()] for name, texts in scores.notes.items()},
     )
 
 
@@ -78,7 +90,7 @@ def fill_details(scores: Scores, names: Names) -> Scores:
         nothing = torch.full_like(scores.values, torch.nan)
         details = {name: details.get(name, nothing) for name in names.details}
     parts = {name: Part(w, fill_details(part, names.parts[name])) for name, (w, part) in scores.parts.items()}
-    return Scores(scores.values, scores.valid, details, parts)
+    return replace(scores, details=details, parts=parts)
 
 
 def concatenate_scores(scores: Sequence[Scores]) -> Scores:
@@ -94,7 +106,7 @@ def concatenate_scores(scores: Sequence[Scores]) -> Scores:
 
 
 def gather_scores(scores: Scores, index: Tensor, count: int, device: torch.device) -> Scores:
-    """Gather the scores of all processes' images, `[count]` in their order.
+    """Gather the scores of all processes' images, `[count]` in their order, without their notes.
 
     index: which of the images this process's scores are for.
     Raises NftError where processes' details differ.
@@ -115,17 +127,32 @@ def gather_scores(scores: Scores, index: Tensor, count: int, device: torch.devic
     return map_scores(scores, gather)
 
 
+def gather_notes(scores: Scores, index: Tensor, count: int, device: torch.device) -> dict[str, list[str]]:
+    """Gather the notes of all processes' images, by name `count` texts; "" for an image that has none.
+
+    index: which of the images this process's scores are for.
+    """
+    gathered: dict[str, list[str]] = {}
+    notes = {name: list(texts) for name, texts in scores.notes.items()}
+    for rows, sent in map(json.loads, gather_texts(json.dumps([index.tolist(), notes]), device)):
+        for name, texts in sent.items():
+            whole = gathered.setdefault(name, [""] * count)
+            for row, text in zip(rows, texts, strict=True):
+                whole[row] = text
+    return gathered
+
+
 def withhold_scores(scores: Scores, kept: Tensor) -> Scores:
     """Make scores invalid, in all their parts, where `kept`, `[N]` bool, is False."""
     parts = {name: Part(w, withhold_scores(part, kept)) for name, (w, part) in scores.parts.items()}
-    return Scores(scores.values.where(kept, 0), scores.valid & kept, scores.details, parts)
+    return replace(scores, values=scores.values.where(kept, 0), valid=scores.valid & kept, parts=parts)
 
 
 def shuffle_within_groups(scores: Scores, groups: Tensor, source: torch.Generator) -> Scores:
-    """Shuffle scores within each group. A sample moves as a whole, with its details and parts."""
+    """Shuffle scores within each group. A sample moves as a whole, with its details, parts and notes."""
     order = torch.arange(len(groups), device="cpu")
     for g in groups.unique():
         # Within the group only, so that its mean and deviation stay what they are.
         members = (groups == g).nonzero().flatten()
         order[members] = members[torch.randperm(len(members), generator=source, device="cpu")]
-    return map_scores(scores, lambda x: x[order])
+    return pick_samples(scores, order)

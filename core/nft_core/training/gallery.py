@@ -9,7 +9,7 @@ from nft_plugins import Batch, Scores
 
 from ..parallel.processes import gather_rows
 from ..sampling.draws import Draws
-from ..scoring.scores import map_scores
+from ..scoring.scores import pick_samples
 
 #: Bytes of pictures, as float32, that observers are given: 341 pictures at 512 px.
 MOST_BYTES = 2**30
@@ -43,7 +43,7 @@ class Gallery:
         pictures = gather_rows(torch.cat(self.parts), index, len(self.chosen), device)
         self.parts.clear()
         batch = self.draws.make_batch(self.chosen, pictures.float().div_(255))
-        return batch, map_scores(scores, lambda x: x[self.chosen])
+        return batch, pick_samples(scores, self.chosen)
 
 
 def choose_images(prompts: int, each: int, size: int) -> Tensor:

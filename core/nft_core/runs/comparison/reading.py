@@ -11,9 +11,7 @@ from ...errors import UsageError
 from ...host.local import is_reference
 from ...settings import GROUPS, RECORD, read_tables
 from ..copies import read_copies
-from ..observers.console import is_evaluation
-from ..observers.metrics import read_records
-from ..observers.report import Report
+from ..observers.history import History
 from ..places import change_paths, shorten_path
 
 
@@ -22,7 +20,7 @@ class RunFigures:
     """A run as its folder tells it.
 
     settings: by flat name, with a digest in place of a path to a copy. record: how the run was made.
-    evaluations: lines of `metrics.jsonl`. curves: what the report draws of these and of epochs.
+    evaluations: lines of `metrics.jsonl`. curves: what is drawn of these and of epochs.
     """
 
     name: str
@@ -30,7 +28,7 @@ class RunFigures:
     settings: Mapping[str, Any]
     record: Mapping[str, Any]
     evaluations: Sequence[Mapping[str, Any]]
-    curves: Report
+    curves: History
 
 
 def read_runs(folders: Sequence[Path]) -> list[RunFigures]:
@@ -59,20 +57,9 @@ def read_run(folder: Path, name: str) -> RunFigures:
     tables = read_tables(folder / "run.toml")
     record = tables.pop(RECORD, None)
     record = record if isinstance(record, dict) else {}
-    curves, evaluations = Report(), []
-    for line in read_records(folder):
-        curves.add(line)
-        if is_whole(line):
-            evaluations.append(line)
-    return RunFigures(name, folder, read_loosely(tables, record), record, evaluations, curves)
-
-
-def is_whole(line: Mapping[str, Any]) -> bool:
-    """Say whether a line is an evaluation with all that is compared: others may have written the file."""
-    inside = [line.get(name, {}) for name in ("details", "which")]
-    if not is_evaluation(line) or not all(isinstance(one, Mapping) for one in inside):
-        return False
-    return all("mean" in reward for reward in line["rewards"].values())
+    curves = History()
+    curves.read_on(folder)
+    return RunFigures(name, folder, read_loosely(tables, record), record, curves.list_whole(), curves)
 
 
 def read_loosely(tables: Mapping[str, Any], record: Mapping[str, Any]) -> dict[str, Any]:

@@ -1,9 +1,8 @@
-"""Text under pictures, in a font that has its letters: Pillow's own has ASCII alone, the system's have more."""
+"""Text under pictures, in a font that has its letters: the one that comes along, or one of the system."""
 
 from __future__ import annotations
 
 import os
-import textwrap
 import unicodedata
 from collections.abc import Iterable
 from functools import cache
@@ -11,10 +10,14 @@ from pathlib import Path
 
 from PIL import ImageFont
 
+#: Latin with its accents, Greek, Cyrillic and Hebrew letters, and arrows.
+OWN = Path(__file__).parent / "font" / "Arimo.ttf"
 #: Names of faces that are harder to read, or are boxes.
 ODD = ("bold", "italic", "oblique", "mono", "serif", "condensed", "light", "thin", "black", "lastresort")
 #: No font has this one, so it looks as all do that a font lacks.
 MISSING = "\U0010ffff"
+#: Lines of a text: about 2000 characters. A sheet must not become endless.
+MOST_LINES = 60
 
 
 def clean_text(text: str) -> str:
@@ -23,16 +26,22 @@ def clean_text(text: str) -> str:
     return "".join(c for c in composed if c.isspace() or unicodedata.category(c) not in ("Cc", "Cf"))
 
 
+@cache
+def load_font(size: int) -> ImageFont.FreeTypeFont:
+    """Load the font that comes with this package."""
+    # Simple shapes: with Raqm, which some builds of Pillow have, the same text would be set otherwise.
+    return ImageFont.truetype(OWN, size, layout_engine=ImageFont.Layout.BASIC)
+
+
 def find_font(text: str, size: int) -> ImageFont.FreeTypeFont | None:
-    """Find a font that has all letters of a text; None where neither Pillow nor the system has one."""
+    """Find a font that has all letters of a text; None where neither this package nor the system has one."""
     return _font_for(frozenset(c for c in text if not c.isspace()), size)
 
 
 @cache
 def _font_for(letters: frozenset[str], size: int) -> ImageFont.FreeTypeFont | None:
-    default = ImageFont.load_default(size)
-    if isinstance(default, ImageFont.FreeTypeFont) and has_letters(default, letters):
-        return default
+    if has_letters(own := load_font(size), letters):
+        return own
     for path in list_system_fonts():
         try:
             font = ImageFont.truetype(path, size)
@@ -71,9 +80,36 @@ def list_system_fonts() -> list[Path]:
     return sorted(files, key=oddity)
 
 
-def wrap_text(text: str, font: ImageFont.FreeTypeFont, width: int, columns: int) -> list[str]:
-    """Wrap a text into two lines at most, of so many pixels and columns at most."""
-    if not text.isascii():
-        columns = min(columns, max(5, int(width * len(text) / max(font.getlength(text), 1))))
-    lines = textwrap.wrap(text, columns)
-    return lines if len(lines) <= 2 else [lines[0], lines[1][: columns - 3] + " ..."]
+def wrap_text(text: str, font: ImageFont.FreeTypeFont, width: int) -> list[str]:
+    """Wrap a text into lines of so many pixels at most, between words where that is possible.
+
+    A text of more than MOST_LINES ends with dots.
+    """
+    lines, line = [], ""
+    for word in text[: MOST_LINES * width].split():
+        joined = f"{line} {word}" if line else word
+        if font.getlength(joined) <= width:
+            line = joined
+            continue
+        lines += [line] if line else []
+        line = word
+        while font.getlength(line) > width:  # One without spaces, such as a sentence in Chinese.
+            fits = next(
+                n for n in range(min(len(line), width), 0, -1) if n == 1 or font.getlength(line[:n]) <= width
+            )
+            lines.append(line[:fits])
+            line = line[fits:]
+        if len(lines) > MOST_LINES:
+            return [*lines[: MOST_LINES - 1], shorten_text(f"{lines[MOST_LINES - 1]} …", font, width)]
+    return [*lines, line] if line else lines
+
+
+def shorten_text(text: str, font: ImageFont.FreeTypeFont, width: int) -> str:
+    """Shorten a text to so many pixels, with dots in its middle where something is left out."""
+    if font.getlength(text) <= width:
+        return text
+    for kept in range(len(text) - 1, 1, -1):
+        short = f"{text[: kept - kept // 2]}…{text[len(text) - kept // 2 :]}"
+        if font.getlength(short) <= width:
+            return short
+    return "…"

@@ -108,6 +108,7 @@ class Console:
             samples = run.folder / "samples"
             drawn = f"Pictures: {samples}    " if samples.exists() else ""
             self.say(f"{drawn}figures: {run.folder / 'metrics.jsonl'}")
+            self.say(f"Report:   {run.folder / 'report.html'}")
         if self.checkpoint:
             self.say(f"Weights:  {self.checkpoint}")
 

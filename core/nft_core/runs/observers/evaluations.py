@@ -1,13 +1,17 @@
 """`evaluations/`: the scores of every image of each evaluation, from which intervals of differences are made.
 
 `evaluations/NNNNNN.safetensors`, by epoch, has `prompt`, the index of each image's prompt among the held-out
-ones, and for each figure `values/NAME` and `valid/NAME`, whether the image has it.
+ones, and for each figure `values/NAME` and `valid/NAME`, whether the image has it. Its metadata has `notes`, as
+JSON by `REWARD/NOTE` a text for each image, which rewards give beside their scores, such as what OCR read.
 """
 
 from __future__ import annotations
 
+import json
 import re
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ...errors import NftError, advise_on_disk
@@ -21,14 +25,17 @@ FOLDER = "evaluations"
 NAME = re.compile(r"(\d{6,18})\.safetensors")
 #: Bytes of a file. Where all figures take more, details are left out, and then rewards.
 MOST_BYTES = 16 * 2**20
+#: Bytes of its notes, as JSON; those that do not fit are left out.
+MOST_NOTES = 2**20
 
 
 class Scored(NamedTuple):
     """Scores of an evaluation's images, as NumPy's arrays: the prompt of each image, then by figure values and
-    whether they count."""
+    whether they count; and by `REWARD/NOTE` a text for each image, "" where it has none."""
 
     prompt: Any
     figures: dict[str, tuple[Any, Any]]
+    notes: Mapping[str, Sequence[str]] = MappingProxyType({})
 
 
 class Paired(NamedTuple):
@@ -69,12 +76,36 @@ def save_scores(folder: Path, epoch: int, scores: Scores, groups: torch.Tensor) 
     aside = path.with_name(f".{path.name}")
     try:
         path.parent.mkdir(exist_ok=True)
-        save_file(arrays, aside)
+        save_file(arrays, aside, {"notes": write_notes(scores.notes)} if scores.notes else None)
         aside.replace(path)
     except (OSError, SafetensorError) as error:
         raise NftError(
             f"Cannot write {path}: {error}. {advise_on_disk(error)}, then resume the run."
         ) from error
+
+
+def write_notes(notes: Mapping[str, Sequence[str]]) -> str:
+    """Write notes as JSON, by name as many as MOST_NOTES has room for."""
+    kept: dict[str, list[str]] = {}
+    for name, texts in notes.items():
+        if len(json.dumps({**kept, name: list(texts)})) <= MOST_NOTES:
+            kept[name] = list(texts)
+    return json.dumps(kept)
+
+
+def read_notes(text: str, count: int) -> dict[str, list[str]]:
+    """Read the notes of so many images; what is something else is left out."""
+    try:
+        read = json.loads(text)
+    except (ValueError, RecursionError):
+        return {}
+    if not isinstance(read, dict):
+        return {}
+    return {
+        name: texts
+        for name, texts in read.items()
+        if isinstance(texts, list) and len(texts) == count and all(isinstance(t, str) for t in texts)
+    }
 
 
 def list_scores(folder: Path) -> dict[int, Path]:
@@ -90,10 +121,11 @@ def read_scores(folder: Path, epoch: int) -> Scored | None:
 
     path = folder / FOLDER / f"{epoch:06d}.safetensors"
     try:
-        if path.stat().st_size > MOST_BYTES + 2**20:  # with its header
+        if path.stat().st_size > MOST_BYTES + 2 * MOST_NOTES + 2**20:  # Its header escapes notes again.
             return None
         with safe_open(path, "np") as file:
             arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            notes = (file.metadata() or {}).get("notes", "{}")
     except (OSError, ValueError, SafetensorError):
         return None
     prompt = arrays.get("prompt")
@@ -106,7 +138,7 @@ def read_scores(folder: Path, epoch: int) -> Scored | None:
             return None
         if (values.dtype, valid.dtype) == (np.float32, np.bool_):
             found[name] = values, valid
-    return Scored(prompt, found)
+    return Scored(prompt, found, read_notes(notes, len(prompt)))
 
 
 def pair_images(before: Scored | None, after: Scored | None, name: str) -> Paired | None:

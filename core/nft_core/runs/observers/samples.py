@@ -2,86 +2,100 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from PIL import Image, ImageDraw, ImageFont
-from PIL.PngImagePlugin import PngInfo
+from PIL import Image, ImageDraw
 
 from nft_plugins import Batch, Run, Scores, hookimpl
 
-from ..fingerprint import pick_picture_part
-from .captions import clean_text, find_font, wrap_text
+from ...pages.gallery import Card
+from .captions import clean_text, find_font, load_font, shorten_text, wrap_text
+from .pictures import Pictures, collect_pictures, decode_image, find_first_pictures, save_pictures
+from .weights import list_lower, read_weights
 
 #: Pictures a grid, and in a row of it.
 COUNT, ROW = 12, 6
-NAME, NOTE, PROMPTS = "epoch-{:04d}.png", "nft-samples", "prompts.txt"
-CELL, MARGIN, CAPTION = 176, 14, 62
+NAME = "epoch-{:04d}.png"
+CELL, MARGIN, TITLE = 176, 14, 26
+#: Height of a line of a prompt and of a score.
+LINE, SMALL = 16, 14
 PAPER, INK, FAINT = (255, 255, 255), (32, 33, 36), (110, 113, 120)
+BETTER, WORSE = (0, 115, 90), (184, 67, 0)
+
+
+class Score(NamedTuple):
+    """A line below a picture. change: from the base. lower: whether a lower value is better."""
+
+    text: str
+    change: float | None = None
+    lower: bool = False
 
 
 @dataclass(frozen=True)
 class Sample:
-    """One picture with its prompt and its score. number: of the prompt among those that are drawn, from 1."""
+    """One picture with its prompt and its scores. number: of the prompt among those that are drawn, from 1."""
 
     image: Image.Image
     prompt: str
-    score: str
+    scores: Sequence[Score]
     number: int
 
 
-class Sheet(NamedTuple):
-    """The samples of an evaluation, and the fingerprint of its pictures."""
-
-    epoch: int
-    samples: list[Sample]
-    of: Mapping[str, Any]
-
-
 class Samples:
-    """Writes `epoch-NNNN.png` at each evaluation, and `before-after.png` from the second on."""
+    """Keeps pictures of each evaluation, and draws `epoch-NNNN.png` and then `before-after.png`."""
 
     def __init__(self) -> None:
-        self.base: Sheet | None = None
+        self.base: Pictures | None = None
 
     @hookimpl
     def nft_eval_finished(self, run: Run, record: Mapping[str, Any], batch: Batch, scores: Scores) -> None:
-        epoch = record["epoch"]
-        now = Sheet(epoch, choose_samples(batch, scores), pick_picture_part(record.get("evaluation")))
-        folder = run.folder / "samples"
-        folder.mkdir(exist_ok=True)
+        now = collect_pictures(record, batch, scores)
+        save_pictures(run.folder, now)
         if not self.base:  # Where this run goes on from a checkpoint, it may be on the disk.
-            self.base = find_first_sheet(folder, now) or now
+            self.base = find_first_pictures(run.folder, now) or now
         elif self.base.of != now.of:  # Other prompts or other noise: before and after would say nothing.
             self.base = now
-        save_sheet(draw_grid([now.samples], [f"epoch {epoch}"]), folder / NAME.format(epoch), now)
-        if any(write_caption(sample) != clean_text(sample.prompt) for sample in now.samples):
-            lines = (f"{s.number}. {' '.join(s.prompt.split())}\n" for s in now.samples)
-            (folder / PROMPTS).write_text("".join(lines), encoding="utf-8", errors="backslashreplace")
-        if self.base is not now:
-            first = f"epoch {self.base.epoch}" if self.base.epoch else "base model"
-            every = -(-len(now.samples) // ROW)
-            both = draw_grid([self.base.samples[::every], now.samples[::every]], [first, f"epoch {epoch}"])
-            save_sheet(both, folder / "before-after.png")
+        lower = list_lower(read_weights(run.settings))
+        base = None if self.base is now else self.base
+        drawn, folder = draw_samples(now, base, lower), run.folder / "samples"
+        save_sheet(draw_grid([drawn], [now.frame.title]), folder / NAME.format(now.epoch))
+        if base:
+            every = -(-len(drawn) // ROW)
+            rows = [draw_samples(base, None, lower)[::every], drawn[::every]]
+            save_sheet(draw_grid(rows, [base.frame.title, now.frame.title]), folder / "before-after.png")
 
 
-def choose_samples(batch: Batch, scores: Scores) -> list[Sample]:
-    """Choose the first image of up to 12 prompts, spread evenly over the file."""
-    groups = batch.groups.tolist()
-    first = [i for i, g in enumerate(groups) if i == 0 or groups[i - 1] != g]
+def choose_drawn(cards: Sequence[Card]) -> list[int]:
+    """Choose the first picture of up to 12 prompts, spread evenly over the file, by their index."""
+    first = [i for i, card in enumerate(cards) if card.number == 1]
     count = min(COUNT, len(first))
-    indices = [first[i * len(first) // count] for i in range(count)]
-    parts = {name: part.scores for name, part in scores.parts.items()} or {"score": scores}
+    return [first[k * len(first) // count] for k in range(count)]
+
+
+def choose_samples(record: Mapping[str, Any], batch: Batch, scores: Scores) -> list[Sample]:
+    """Choose the pictures that the grids show, for observers that show them elsewhere."""
+    return draw_samples(collect_pictures(record, batch, scores, choose_drawn), None, frozenset())
+
+
+def draw_samples(now: Pictures, base: Pictures | None, lower: frozenset[str]) -> list[Sample]:
+    """Draw the pictures that the grids show, with changes from the base."""
     samples = []
-    for number, i in enumerate(indices, 1):
-        pixels = (batch.images[i] * 255).round().clamp(0, 255).byte().permute(1, 2, 0).cpu().numpy()
-        values = [f"{n} {float(s.values[i]):.3g}" if s.valid[i] else f"{n} invalid" for n, s in parts.items()]
-        samples.append(
-            Sample(fit_to_cell(Image.fromarray(pixels)), batch.prompts[i], ", ".join(values), number)
-        )
+    for number, i in enumerate(choose_drawn(now.cards), 1):
+        data = now.frame.pictures[i]
+        if data is None:
+            continue
+        scores = []
+        for name, values in now.frame.figures.items():
+            if name not in now.details:
+                value, was = values[i], base.frame.figures.get(name) if base else None
+                before = was[i] if was else None
+                change = None if value is None or before is None else value - before
+                text = f"{name} {'invalid' if value is None else format(value, '.3g')}"
+                scores.append(Score(text, change, name in lower))
+        samples.append(Sample(fit_to_cell(decode_image(data)), now.cards[i].prompt, scores, number))
     return samples
 
 
@@ -97,81 +111,66 @@ def fit_to_cell(image: Image.Image) -> Image.Image:
 
 
 def draw_grid(rows: list[list[Sample]], titles: list[str]) -> Image.Image:
-    """Draw titled blocks of pictures, six in a row, each over its prompt and score."""
+    """Draw titled blocks of pictures, six in a row, each over its whole prompt and a line for each score."""
     lines = [
-        (title, row[i : i + ROW])
+        (title if i == 0 else "", row[i : i + ROW])
         for title, row in zip(titles, rows, strict=True)
         for i in range(0, len(row), ROW)
     ]
+    prompts = {id(sample): wrap_prompt(sample) for _, row in lines for sample in row}
+
+    def measure(row: list[Sample]) -> tuple[int, int]:
+        """Where the words begin below the pictures of a row, and how high it is."""
+        top = TITLE + max(s.image.height for s in row) + 4
+        return top, top + max(LINE * len(prompts[id(s)]) + SMALL * len(s.scores) for s in row) + MARGIN
+
     columns = max(len(row) for _, row in lines)
-    width = MARGIN + columns * (CELL + MARGIN)
-    height = MARGIN + len(lines) * (26 + CELL + CAPTION)
-    sheet = Image.new("RGB", (width, height), PAPER)
+    size = (MARGIN + columns * (CELL + MARGIN), MARGIN + sum(measure(row)[1] for _, row in lines))
+    sheet = Image.new("RGB", size, PAPER)
     pen = ImageDraw.Draw(sheet)
-    title_font = ImageFont.load_default(17)
-    y, said = MARGIN // 2, ""
+    y = MARGIN // 2
     for title, row in lines:
-        if title != said:
-            pen.text((MARGIN, y), title, INK, title_font)
-            said = title
+        pen.text((MARGIN, y), title, INK, load_font(17))
+        top, high = measure(row)
         for column, sample in enumerate(row):
-            x = MARGIN + column * (CELL + MARGIN)
-            sheet.paste(sample.image, (x, y + 26))
-            text, font = choose_font(write_caption(sample), 13)
-            lines_of_text = wrap_text(text, font, CELL, 27)
-            for i, line in enumerate(lines_of_text):
-                pen.text((x, y + 30 + CELL + 15 * i), line, INK, font)
-            score, small = choose_font(clean_text(sample.score), 11)
-            pen.text((x, y + 32 + CELL + 15 * len(lines_of_text)), score, FAINT, small)
-        y += 26 + CELL + CAPTION
+            x, below = MARGIN + column * (CELL + MARGIN), y + top
+            sheet.paste(sample.image, (x, y + TITLE))
+            for text in prompts[id(sample)]:
+                pen.text((x, below), text, INK, find_font(text, 13) or load_font(13))
+                below += LINE
+            for score in sample.scores:
+                draw_score(pen, x, below + 2, score)
+                below += SMALL
+        y += high
     return sheet
 
 
-def write_caption(sample: Sample) -> str:
-    """Write a picture's prompt, or where it stands if no font has its letters."""
+def draw_score(pen: ImageDraw.ImageDraw, x: int, y: int, score: Score) -> None:
+    """Draw a score in one line, which ends in its change: green where it is for the better."""
+    small = load_font(11)
+    change, colour = "", FAINT
+    if score.change is not None:
+        arrow = "▲ " if score.change > 0 else "▼ " if score.change < 0 else ""
+        change = f"{arrow}{score.change:+.2g}"
+        if score.change:
+            colour = BETTER if (score.change > 0) != score.lower else WORSE
+    name, _, value = clean_text(score.text).rpartition(" ")
+    room = CELL - int(small.getlength(f" {value}  {change}"))
+    pen.text((x, y), f"{shorten_text(name, small, room)} {value}".strip(), FAINT, small)
+    pen.text((x + CELL - int(small.getlength(change)), y), change, colour, small)
+
+
+def wrap_prompt(sample: Sample) -> list[str]:
+    """Wrap a picture's whole prompt, or say where it stands if no font has its letters."""
     text = clean_text(sample.prompt)
-    return text if find_font(text, 13) else f"prompt {sample.number} of samples/{PROMPTS}"
+    font = find_font(text, 13)
+    if not font:
+        return [f"prompt {sample.number}: see the report"]
+    return wrap_text(text, font, CELL)
 
 
-def choose_font(text: str, size: int) -> tuple[str, Any]:
-    """Choose a font that has a text's letters; where none has, the letters are written as numbers."""
-    font = find_font(text, size)
-    return (text, font) if font else (ascii(text)[1:-1], ImageFont.load_default(size))
-
-
-def save_sheet(image: Image.Image, path: Path, noted: Sheet | None = None) -> None:
-    """Save a picture, whole or not at all. noted: is written into the file, for `read_sheet`."""
-    aside, notes = path.with_name(f".{path.name}"), PngInfo()
-    if noted:
-        samples = [[s.prompt, s.score, *s.image.size] for s in noted.samples]
-        notes.add_text(NOTE, json.dumps({"epoch": noted.epoch, "samples": samples, "of": noted.of}))
-    image.save(aside, format="PNG", pnginfo=notes)
+def save_sheet(image: Image.Image, path: Path) -> None:
+    """Save a picture, whole or not at all."""
+    aside = path.with_name(f".{path.name}")
+    image.save(aside, format="PNG")
     aside.replace(path)
-
-
-def find_first_sheet(folder: Path, now: Sheet) -> Sheet | None:
-    """Find the first sheet of the same pictures that was written at an earlier epoch."""
-    for path in sorted(folder.glob("epoch-*.png")):
-        found = read_sheet(path, now.of)
-        if found and found.epoch < now.epoch:
-            return found
-    return None
-
-
-def read_sheet(path: Path, of: Mapping[str, Any]) -> Sheet | None:
-    """Read what `save_sheet` noted in a file, and its pictures; None for pictures of another fingerprint."""
-    try:
-        with Image.open(path, formats=["PNG"]) as sheet:
-            notes = json.loads(sheet.info[NOTE])
-            if notes["of"] != of:
-                return None
-            samples = [cut_sample(sheet, i, *note) for i, note in enumerate(notes["samples"])]
-            return Sheet(int(notes["epoch"]), samples, of)
-    except (OSError, ValueError, KeyError, TypeError):
-        return None
-
-
-def cut_sample(sheet: Image.Image, i: int, prompt: str, score: str, width: int, height: int) -> Sample:
-    row, column = divmod(i, ROW)
-    x, y = MARGIN + column * (CELL + MARGIN), MARGIN // 2 + row * (26 + CELL + CAPTION) + 26
-    return Sample(sheet.crop((x, y, x + width, y + height)).convert("RGB"), prompt, score, i + 1)

@@ -41,7 +41,7 @@ class TensorBoard:
 
         self._write("eval", record)
         epoch = record["epoch"]
-        pictures = np.asarray(draw_grid([choose_samples(batch, scores)], [f"epoch {epoch}"]))
+        pictures = np.asarray(draw_grid([choose_samples(record, batch, scores)], [f"epoch {epoch}"]))
         self.writer.add_image("eval/samples", pictures, epoch, dataformats="HWC")
 
     @hookimpl

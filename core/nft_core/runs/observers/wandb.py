@@ -58,7 +58,8 @@ class WandB:
     @hookimpl
     def nft_eval_finished(self, record: Mapping[str, Any], batch: Batch, scores: Scores) -> None:
         pictures = [
-            self.wandb.Image(s.image, caption=f"{s.prompt}\n{s.score}") for s in choose_samples(batch, scores)
+            self.wandb.Image(s.image, caption="\n".join([s.prompt, *(score.text for score in s.scores)]))
+            for s in choose_samples(record, batch, scores)
         ]
         self._write("eval", record, samples=pictures)
 
