@@ -202,7 +202,7 @@ def choose_held_out(settings: Settings, host: Host) -> list[Prompt]:
 def read_held_out_of_run(own: Own, host: Host) -> list[Prompt]:
     """Read the prompts that a run holds out, with those that an evaluation's own rewards may leave out.
 
-    Raises UsageError where only the run's rewards could tell which these are, and they are code.
+    Raises UsageError where only the run's rewards could tell which these are, and they are code or on a server.
     """
     settings = make_settings({"model": ""}, own.of_prompts)
     if held_out := read_prompt_files(settings, {})[1]:

@@ -547,6 +547,8 @@ def test_ports_and_tokens(address, monkeypatch):
 
 def test_commands(address, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
+    versions = {"version": torch.__version__, "cuda": None, "hip": None}
+    monkeypatch.setattr("nft_core.cli.doctor.probe_torch", lambda: {"torch": versions})
     Image.effect_noise((16, 16), 90).convert("RGB").save("a.png")
     far = f"{address}/bright=2,token_env=SERVE_TOKEN"
     scored = public.score_images(["a.png"], None, far)[0]
@@ -594,12 +596,11 @@ def test_a_killed_server_that_comes_back_changes_no_score():
         guarded = guard_reward(far, FailurePolicy("stop", 100), "jpeg")
         images, found = batch(4, side=32), []
         here = call_reward("jpeg", JPEGCompressibility(), images)
-        for _ in range(2):
-            thread = threading.Thread(target=come_back)
-            thread.start()
-            while thread.is_alive():
-                found.append(guarded(images))
+        thread = threading.Thread(target=come_back)
+        thread.start()
+        while thread.is_alive():
             found.append(guarded(images))
+        found.append(guarded(images))
         assert guarded.tally.retried and not guarded.tally.masked
         for scores in found:
             same(scores, here)
