@@ -13,12 +13,12 @@ import base64
 import json
 import os
 import socket
-import subprocess
 import sys
 import threading
 from collections import Counter
 from collections.abc import Callable, Sequence
 from statistics import median
+from subprocess import PIPE, Popen
 from time import perf_counter, sleep
 from typing import Any
 
@@ -76,9 +76,9 @@ def serve() -> None:
     make_server(with_json, bound, limits).run([bound])
 
 
-def start_server() -> tuple[subprocess.Popen[str], str]:
+def start_server() -> tuple[Popen[str], str]:
     """Start the server's process; returns it and its address."""
-    process = subprocess.Popen([sys.executable, __file__, "--serve"], stdout=subprocess.PIPE, text=True)
+    process = Popen([sys.executable, __file__, "--serve"], stdout=PIPE, text=True)
     assert process.stdout is not None
     address = process.stdout.readline().strip()
     while True:

@@ -193,9 +193,10 @@ def test_intervals_counts_how_often_they_hold_the_true_mean(load, monkeypatch, c
 
 @pytest.mark.slow
 def test_serve_says_what_clients_get(load, monkeypatch, capsys):
-    monkeypatch.setattr(subprocess, "Popen", forks.Popen)
+    serve = load("serve")
+    monkeypatch.setattr(serve, "Popen", forks.Popen)
     small = {"images": 2, "side": 16, "repeats": 1, "clients": 3, "requests": 2, "slow": 1}
-    load("serve").main([word for name, value in small.items() for word in (f"--{name}", str(value))])
+    serve.main([word for name, value in small.items() for word in (f"--{name}", str(value))])
     out = capsys.readouterr().out
     assert "| good: scores | 6 |" in out and "| a byte a second: cut off | 1 |" in out
     assert (

@@ -24,6 +24,7 @@ from nft_core.host.specs import FailurePolicy, parse_reward
 from nft_core.remote import http
 from nft_core.remote.address import make_served_card, parse_address
 from nft_core.remote.served import ServedReward
+from nft_core.runs.resume import describe_changes
 from nft_core.scoring import failures
 from nft_core.scoring.composed import Composed, Term, call_reward
 from nft_core.scoring.failures import Failed, guard_reward
@@ -34,6 +35,7 @@ from nft_core.serving.openapi import PATHS, SHOWN
 from nft_core.serving.queue import Queue, join_messages, make_job
 from nft_core.serving.running import bind_socket, choose_token, make_server
 from nft_core.serving.workers import Engine, make_offer
+from nft_core.settings import make_settings
 from nft_plugins import Batch, PromptError, RewardInfo, Scores, wire
 from nft_plugins.wire import Message, encode_message, pack_batch, pack_scores
 
@@ -249,7 +251,7 @@ def test_many_clients_at_once_each_get_their_own(address):
             if not scores.values.equal(call_reward("many", REWARDS["many"], images).values):
                 wrong.append(number)
 
-    threads = [threading.Thread(target=ask, args=(n,)) for n in range(12)]  # Twice what the queue holds.
+    threads = [threading.Thread(target=ask, args=(n,)) for n in range(8)]  # More than the queue holds.
     for thread in threads:
         thread.start()
     for thread in threads:
@@ -492,6 +494,16 @@ def test_addresses():
     assert (spec.title, spec.weight, spec.options, spec.guard.retry) == ("hpsv2", 0.3, {"token_env": "T"}, 2)
     assert parse_address(spec.name) == (("http://gpu2:8000/a", "http://[::1]:81/a"), "hpsv2")
     assert parse_reward("ocr:x").title == "x"
+
+
+def test_a_run_may_go_on_with_another_server():
+    before = make_settings({"rewards": ["http://a:1/ocr=0.5,token_env=T", "http://a:1/many"]})
+    for rewards, changed in (
+        (["http://b+c:2/ocr=0.5,token_env=T,retry=3", "https://d/many"], 0),
+        (["http://a:1/ocr=0.5,token_env=T", "http://a:1/other"], 1),
+    ):
+        now = make_settings({"rewards": rewards})
+        assert len(describe_changes(before.model_dump(mode="json"), now)[0]) == changed
 
 
 def test_servers_share_the_work_and_one_may_die(address, capsys):

@@ -48,7 +48,6 @@ MODULES = ("starlette", "uvicorn", "prometheus_client")
 @click.option(
     "--token-env",
     metavar="NAME",
-    default="",
     help="Environment variable with the token that clients must send. Without it one is made, and shown once.",
 )
 @click.option("--no-token", is_flag=True, help="Ask for no token, which only a server on 127.0.0.1 may do.")
@@ -99,7 +98,7 @@ def serve_rewards(
     rewards: tuple[str, ...],
     host: str,
     port: int,
-    token_env: str,
+    token_env: str | None,
     no_token: bool,
     device: str,
     tiny: bool,
@@ -127,7 +126,7 @@ def serve_rewards(
     from ..serving.running import bind_socket, choose_token, make_server, write_address
 
     limits = Limits(batch, wait_ms / 1000, queue, max_images, max_side, max_mib << 20, seconds)
-    token, is_new = choose_token(token_env, no_token, host)
+    token, is_new = choose_token(token_env or "", no_token, host)
     # Mistakes are told, and the port is taken, before anything large is loaded.
     with bind_socket(host, port) as bound:
         app, names = make_application(rewards, choose_preset(tiny, preset), device.split(","), limits, token)

@@ -53,8 +53,8 @@ class Servers:
     """
 
     def __init__(self, addresses: Sequence[str], token_env: str = "", timeout: float = 600.0) -> None:
-        if not timeout > 0:
-            raise ValueError(f"timeout must be above 0, got {timeout}")
+        if not 0 < timeout <= 1e6:
+            raise ValueError(f"timeout must be above 0, and 1e6 seconds at most, got {timeout}")
         self.addresses, self.token_env, self.timeout = list(addresses), token_env, timeout
         read_token(token_env)  # A missing one is told now, and not after the first images.
         # Processes of a run begin with different servers, and so share them evenly.
@@ -62,13 +62,14 @@ class Servers:
         self.avoided: dict[str, float] = {}
         self.running: set[Future[Any]] = set()
 
-    def ask(self, path: str, read: Callable[[bytes], T], body: bytes | None = None) -> T:
+    def ask(self, path: str, read: Callable[[bytes], T], body: bytes | None = None, patience: float = 0.0) -> T:
         """Send a request to one server after the other, until `read` understands an answer, and return that.
 
         The same request may reach two servers: to score twice changes nothing.
+        patience: seconds for which it is tried again where no server answers.
         Raises NftError where none answers, Refused where one refuses, PromptError where its reward raised that.
         """
-        work = self.find_answer(path, read, body)
+        work = self.find_answer(path, read, body, time.monotonic() + patience)
         future = asyncio.run_coroutine_threadsafe(work, start_loop(os.getpid()))
         self.running.add(future)
         try:
@@ -88,7 +89,7 @@ class Servers:
         for future in list(self.running):
             future.cancel()
 
-    async def find_answer(self, path: str, read: Callable[[bytes], T], body: bytes | None) -> T:
+    async def find_answer(self, path: str, read: Callable[[bytes], T], body: bytes | None, until: float) -> T:
         try:
             async with asyncio.timeout(self.timeout):
                 while True:
@@ -100,7 +101,8 @@ class Servers:
                             if status == 200:
                                 return read(content)
                             if status == 429:  # The server is well: it will have time later.
-                                pause = min(pause or FULL, read_pause(headers))
+                                asked = read_pause(headers)
+                                pause = asked if pause is None else min(pause, asked)
                                 continue
                             problems[server] = describe_refusal(status, content)
                         except (httpx.HTTPError, WireError) as error:
@@ -109,10 +111,10 @@ class Servers:
                             if status not in ELSEWHERE:
                                 raise_refusal(server, status, content)
                         self.avoided[server] = time.monotonic() + AVOIDED
-                    if pause is None:
+                    if pause is None and time.monotonic() >= until:
                         told = "; ".join(f"{server}: {problem}" for server, problem in problems.items())
                         raise NftError(f"no server answers ({told})")
-                    await asyncio.sleep(pause * random.uniform(0.5, 1.5))
+                    await asyncio.sleep((pause or FULL) * random.uniform(0.5, 1.5))
         except TimeoutError:
             raise NftError(f"{self.names} gave no answer within timeout = {self.timeout:g} s") from None
 

@@ -26,6 +26,10 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
+#: Seconds for which a server that does not answer is waited for where no `retry` of the user's counts.
+PATIENCE = 60.0
+
+
 class ServedReward:
     """Scores batches on servers. Each call goes to one of them, and to another one where that fails.
 
@@ -96,23 +100,27 @@ class ServedReward:
     def ask_to_regroup(self, scores: Scores, groups: Tensor) -> Scores:
         """Let the reward compare the images of whole groups."""
         head, tensors = pack_scores(scores)
-        return self.ask_for_scores("/regroup", head, tensors | {"groups": groups})
+        return self.ask_for_scores("/regroup", head, tensors | {"groups": groups}, PATIENCE)
 
     def ask_about_prompt(self, prompt: str, metadata: Mapping[str, Any]) -> None:
         """Raise PromptError for a prompt that the reward can never score."""
-        self.ask("/check", lambda data: None, self.encode({"prompt": prompt, "metadata": dict(metadata)}))
+        body = self.encode({"prompt": prompt, "metadata": dict(metadata)})
+        self.ask("/check", lambda data: None, body, PATIENCE)
 
-    def ask_for_scores(self, path: str, head: Mapping[str, Any], tensors: Mapping[str, Any]) -> Scores:
-        return self.ask(path, read_scores, self.encode(head, tensors))
+    def ask_for_scores(
+        self, path: str, head: Mapping[str, Any], tensors: Mapping[str, Any], patience: float = 0.0
+    ) -> Scores:
+        scores: Scores = self.ask(path, read_scores, self.encode(head, tensors), patience)
+        return scores
 
     def encode(self, head: Mapping[str, Any], tensors: Mapping[str, Any] | None = None) -> bytes:
         # The server compares the digest: another reward of the same name must not give a score.
         mine = {"reward": self.name, "digest": self.card["digest"], "seconds": self.servers.timeout}
         return encode_message(mine | dict(head), tensors)
 
-    def ask(self, path: str, read: Any, body: bytes) -> Any:
+    def ask(self, path: str, read: Any, body: bytes, patience: float) -> Any:
         try:
-            return self.servers.ask(path, read, body)
+            return self.servers.ask(path, read, body, patience)
         except NftError as error:
             raise NftError(f"The reward {self.name!r} failed: {error}") from error
 
