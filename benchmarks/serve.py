@@ -12,11 +12,13 @@ import argparse
 import base64
 import json
 import os
+import random
 import socket
 import sys
 import threading
 from collections import Counter
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from statistics import median
 from subprocess import PIPE, Popen
 from time import perf_counter, sleep
@@ -28,13 +30,14 @@ import torch
 from nft_core.errors import NftError
 from nft_core.remote import http
 from nft_core.remote.address import parse_address
-from nft_core.remote.served import ServedReward
+from nft_core.remote.served import ServedReward, read_scores
 from nft_core.scoring.composed import Composed, Term, call_reward
 from nft_core.serving.app import make_app
 from nft_core.serving.limits import Limits
 from nft_core.serving.running import bind_socket, make_server, write_address
 from nft_core.serving.workers import Engine, make_offer
-from nft_plugins import Batch, RewardInfo, Scores
+from nft_plugins import Batch, PromptError, RewardInfo, Scores
+from nft_plugins.wire import WireError, encode_message, pack_scores
 
 #: The variables with the token, for client and server, and with a wrong one.
 TOKEN, WRONG = "NFT_BENCHMARK_TOKEN", "NFT_BENCHMARK_WRONG"
@@ -193,6 +196,39 @@ def load(address: str, clients: int, requests: int, slow: int) -> str:
     return measures.table(head, rows) + "\n\n" + measures.table(["client: what it got", "number"], kinds)
 
 
+def spoil(data: bytes, chance: random.Random) -> bytes:
+    """Change some bytes of a message, mostly near its beginning, or cut it."""
+    spoiled = bytearray(data)
+    for _ in range(chance.randrange(1, 6)):
+        spoiled[chance.randrange(min(len(data), chance.choice([24, 400, len(data)])))] = chance.randrange(256)
+    if chance.random() < 0.3:
+        del spoiled[chance.randrange(len(spoiled)) :]
+    return bytes(spoiled)
+
+
+def fuzz(address: str, process: int, count: int) -> str:
+    """Send spoiled messages to the server, and read spoiled answers; count what came of them."""
+    chance, got, far, batch = random.Random(0), Counter[str](), connect(address), make_images(2, 8)
+    asked = far.encode(*far.pack(batch))
+    answer = encode_message(*pack_scores(add_pixels(batch)))
+    for _ in range(count):
+        try:
+            far.servers.ask(chance.choice(["/score", "/check", "/regroup"]), read_scores, spoil(asked, chance))
+            got["server: scores"] += 1
+        except (NftError, PromptError) as error:
+            got["server: gone" if "Connect" in str(error) else "server: refused"] += 1
+        try:
+            read_scores(spoil(answer, chance))
+            got["client: scores"] += 1
+        except WireError:
+            got["client: refused"] += 1
+    status = Path(f"/proc/{process}/status")
+    peak = [line for line in status.read_text().splitlines() if "VmHWM" in line] if status.is_file() else []
+    rows = [[kind, str(number)] for kind, number in sorted(got.items())]
+    rows += [["server: most memory, MB", str(int(line.split()[1]) // 1000)] for line in peak]
+    return measures.table(["spoiled messages", "number"], rows)
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--serve", action="store_true", help=argparse.SUPPRESS)
@@ -202,6 +238,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--clients", type=int, default=50)
     parser.add_argument("--requests", type=int, default=20)
     parser.add_argument("--slow", type=int, default=5)
+    parser.add_argument("--fuzz", type=int, default=1000, help="spoiled messages at each end")
     given = parser.parse_args(arguments)
     os.environ |= {TOKEN: "a-token-of-the-benchmark", WRONG: "another-token-of-it"}
     if given.serve:
@@ -212,6 +249,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         print(compare_ways(address, given.images, given.side, given.repeats))
         print()
         print(load(address, given.clients, given.requests, given.slow))
+        print()
+        print(fuzz(address, process.pid, given.fuzz))
     finally:
         process.kill()
 

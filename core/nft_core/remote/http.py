@@ -45,6 +45,18 @@ class PromptsNeeded(Refused):
     """The reward reads prompts, and was sent images without any."""
 
 
+class Unanswered(Exception):
+    """A server has given no answer that makes sense."""
+
+
+class Full(Exception):
+    """A server is well and has no time now. pause: seconds after which it is to be asked again."""
+
+    def __init__(self, pause: float) -> None:
+        super().__init__(pause)
+        self.pause = pause
+
+
 class Servers:
     """Some servers that offer the same, of which each request asks one.
 
@@ -90,33 +102,39 @@ class Servers:
             future.cancel()
 
     async def find_answer(self, path: str, read: Callable[[bytes], T], body: bytes | None, until: float) -> T:
+        """Ask the servers in turn, and again as long as one of them is full, or until a time."""
         try:
             async with asyncio.timeout(self.timeout):
                 while True:
-                    problems: dict[str, str] = {}
-                    pause = None
+                    problems, pauses = [], []
                     for server in self.take_order():
                         try:
-                            status, headers, content = await self.send(server + path, body)
-                            if status == 200:
-                                return read(content)
-                            if status == 429:  # The server is well: it will have time later.
-                                asked = read_pause(headers)
-                                pause = asked if pause is None else min(pause, asked)
-                                continue
-                            problems[server] = describe_refusal(status, content)
-                        except (httpx.HTTPError, WireError) as error:
-                            problems[server] = f"{type(error).__name__}: {error}".rstrip(": ")
-                        else:
-                            if status not in ELSEWHERE:
-                                raise_refusal(server, status, content)
-                        self.avoided[server] = time.monotonic() + AVOIDED
-                    if pause is None and time.monotonic() >= until:
-                        told = "; ".join(f"{server}: {problem}" for server, problem in problems.items())
-                        raise NftError(f"no server answers ({told})")
-                    await asyncio.sleep((pause or FULL) * random.uniform(0.5, 1.5))
+                            return await self.ask_one(server, path, read, body)
+                        except Full as full:
+                            pauses.append(full.pause)
+                        except Unanswered as problem:
+                            problems.append(f"{server}: {problem}")
+                            self.avoided[server] = time.monotonic() + AVOIDED
+                    if not pauses and time.monotonic() >= until:
+                        raise NftError(f"no server answers ({'; '.join(problems)})")
+                    # Of different lengths, so that clients that were sent away together do not come together.
+                    await asyncio.sleep(min(pauses, default=FULL) * random.uniform(0.5, 1.5))
         except TimeoutError:
             raise NftError(f"{self.names} gave no answer within timeout = {self.timeout:g} s") from None
+
+    async def ask_one(self, server: str, path: str, read: Callable[[bytes], T], body: bytes | None) -> T:
+        """Ask one server. Raises Unanswered where another one may answer, and Full where it will later."""
+        try:
+            status, headers, content = await self.send(server + path, body)
+            if status == 200:
+                return read(content)
+        except (httpx.HTTPError, WireError) as error:
+            raise Unanswered(f"{type(error).__name__}: {error}".rstrip(": ")) from error
+        if status == 429:
+            raise Full(read_pause(headers))
+        if status in ELSEWHERE:
+            raise Unanswered(f"HTTP {status} {read_refusal(content)[1]}".strip())
+        raise make_refusal(server, status, content)
 
     def take_order(self) -> list[str]:
         """Order the servers for the next request: each is the first in turn, and those that failed are last."""
@@ -194,20 +212,16 @@ def read_refusal(content: bytes) -> tuple[str, str]:
         return "", " ".join(content.decode(errors="replace").split())[:REPEATED]
 
 
-def describe_refusal(status: int, content: bytes) -> str:
-    return f"HTTP {status} {read_refusal(content)[1]}".strip()
-
-
-def raise_refusal(server: str, status: int, content: bytes) -> None:
-    """Raise what a server's refusal means."""
+def make_refusal(server: str, status: int, content: bytes) -> Exception:
+    """Make the error that a server's refusal means."""
     kind, text = read_refusal(content)
     if kind == "prompt":
-        raise PromptError(text)
+        return PromptError(text)
     if kind == "no_prompts":
-        raise PromptsNeeded(text)
+        return PromptsNeeded(text)
     if status == 401:
-        raise Refused(
+        return Refused(
             f"{server} refuses the token: give token_env=NAME, the environment variable with the token that "
             "nft serve showed or was given"
         )
-    raise Refused(f"{server} answers: {text}" if kind else f"{server} answers HTTP {status}: {text}")
+    return Refused(f"{server} answers: {text}" if kind else f"{server} answers HTTP {status}: {text}")

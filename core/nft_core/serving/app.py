@@ -205,9 +205,10 @@ def read_seconds(message: Message, most: float) -> float:
 async def await_scores(request: Request, job: Job, seconds: float) -> Scores:
     """Wait for a job's scores. Raises ClientDisconnect where its client goes, and Late after `seconds`."""
     future = asyncio.wrap_future(job.future)
-    gone = asyncio.ensure_future(request.receive())
+    gone: asyncio.Future[Any] = asyncio.ensure_future(request.receive())
     try:
-        await asyncio.wait({future, gone}, timeout=seconds, return_when=asyncio.FIRST_COMPLETED)
+        waited: set[asyncio.Future[Any]] = {future, gone}
+        await asyncio.wait(waited, timeout=seconds, return_when=asyncio.FIRST_COMPLETED)
         if future.done():
             return future.result()
         if gone.done():

@@ -66,7 +66,7 @@ def describe_api(version: str) -> dict[str, Any]:
         about = {"description": FORMAT + text, "requestBody": body}
         paths[path] = {"post": about | {"responses": {"200": answer} | failures}}
     for path, (text, kind) in SHOWN.items():
-        free = {"security": []} if "no token" in text else {}
+        free: dict[str, Any] = {"security": []} if "no token" in text else {}
         paths[path] = {
             "get": free
             | {"description": text, "responses": {"200": {"description": text, "content": {kind: {}}}}}
