@@ -189,3 +189,16 @@ def test_intervals_counts_how_often_they_hold_the_true_mean(load, monkeypatch, c
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) == 3
     assert all(float(share.rstrip("%")) >= 75 for line in lines[1:] for share in line.split()[-2:])
+
+
+@pytest.mark.slow
+def test_serve_says_what_clients_get(load, monkeypatch, capsys):
+    serve = load("serve")
+    monkeypatch.setattr(serve, "Popen", forks.Popen)
+    small = {"images": 2, "side": 16, "repeats": 1, "clients": 3, "requests": 2, "slow": 1, "fuzz": 20}
+    serve.main([word for name, value in small.items() for word in (f"--{name}", str(value))])
+    out = capsys.readouterr().out
+    assert "| server: refused | " in out and "| client: refused | " in out
+    assert "| good: scores | 6 |" in out and "| a byte a second: cut off | 1 |" in out
+    assert "| wrong token: refuses the token | 1 |" in out
+    assert "| too many images: refused, by its size | 1 |" in out

@@ -23,6 +23,7 @@ from .new import begin_package
 from .rewards import check_contract, show_reward
 from .sample import sample_images
 from .score import choose_preset, score_files
+from .serve import serve_rewards
 from .settings import list_settings
 
 
@@ -78,6 +79,7 @@ for command in (
     evaluate,
     sample_images,
     score_files,
+    serve_rewards,
     compare_runs,
     diagnose,
     list_plugins,
@@ -101,7 +103,8 @@ for command in (show_reward, check_contract):
     metavar="SPEC",
     multiple=True,
     help="Reward to train on, as NAME[=WEIGHT][,KEY=VALUE...]; a higher weight makes it count more. "
-    "FILE.py:FUNCTION or MODULE:NAME is one of yours. Repeatable; `nft rewards` lists them.",
+    "FILE.py:FUNCTION or MODULE:NAME is one of yours, http://HOST:PORT/NAME one on a server (`nft serve`). "
+    "Repeatable; `nft rewards` lists them.",
 )
 @click.option(
     "--model",

@@ -24,6 +24,7 @@ from ..host.host import Host, load_host
 from ..models.hub import find_unfetched
 from .env import describe_environments
 from .listing import describe_readiness
+from .servers import examine_servers, find_server_problems, show_servers
 from .tables import show_rows
 
 #: Seconds that importing torch may take, which is long on a slow disk.
@@ -59,14 +60,23 @@ print("\\n" + json.dumps(found))
 
 @click.command("doctor")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON, for programs to read.")
-def diagnose(as_json: bool) -> None:
+@click.option(
+    "--reward",
+    "rewards",
+    metavar="SPEC",
+    multiple=True,
+    help="Also ask the servers of this reward, http://HOST:PORT/NAME[,token_env=NAME]. Repeatable.",
+)
+def diagnose(as_json: bool, rewards: tuple[str, ...]) -> None:
     """Say what is installed, what is broken and how to mend it.
 
-    It looks at Python, torch, torchvision, the GPUs, all plug-ins, the packages that each reward needs, and the
-    environments of rewards. It exits with 1 if torch, torchvision or a plug-in cannot be loaded or an
-    environment is stale, else with 0.
+    It looks at Python, torch, torchvision, the GPUs, all plug-ins, the packages that each reward needs, the
+    environments of rewards, and the servers that --reward names. It exits with 1 if torch, torchvision or a
+    plug-in cannot be loaded, an environment is stale or a server does not work, else with 0.
     """
     found = examine_installation(load_host())
+    found["servers"] = examine_servers(rewards)
+    found["problems"] += find_server_problems(found["servers"])
     if as_json:
         click.echo(json.dumps(found, indent=2))
     else:
@@ -243,7 +253,9 @@ def show_findings(found: dict[str, Any]) -> None:
     # A torch built for the CPU alone is the usual reason why a GPU that is there stays idle.
     if not gpus and torch and name_build(torch) == "CPU" and shutil.which("nvidia-smi"):
         gpus = "not used: nvidia-smi is here, but this torch is built for the CPU alone"
-    click.echo(f"GPUs         {gpus or 'none'}\n")
+    click.echo(f"GPUs         {gpus or 'none'}")
+    show_servers(found["servers"])
+    click.echo()
     rows = [
         {"reward": r["name"], "ready": r["install"] or describe_weights(r["to_fetch"])}
         for r in found["rewards"]

@@ -59,7 +59,8 @@ preset_option = click.option(
     multiple=True,
     required=True,
     help="Reward to score with, as NAME[=WEIGHT][,KEY=VALUE...]; FILE.py:FUNCTION or MODULE:NAME is one of "
-    "yours. Repeatable; with weights, the weighted sum is shown too. `nft rewards` lists them.",
+    "yours, http://HOST:PORT/NAME one on a server. Repeatable; with weights, the weighted sum is shown too. "
+    "`nft rewards` lists them.",
 )
 @click.option("--prompt", metavar="TEXT", help="Prompt that all images are scored for.")
 @click.option(

@@ -14,6 +14,7 @@ from ..host.host import Host
 from ..host.local import is_reference
 from ..models.run_folders import find_checkpoint, read_run_settings
 from ..prompts import Prompt, keep_scorable
+from ..remote.address import is_address
 from ..runs.inputs import load_rewards, parse_rewards, read_prompt_files, split_held_out
 from ..runs.places import find_places
 from ..settings import Settings, for_evaluation, make_settings
@@ -201,15 +202,15 @@ def choose_held_out(settings: Settings, host: Host) -> list[Prompt]:
 def read_held_out_of_run(own: Own, host: Host) -> list[Prompt]:
     """Read the prompts that a run holds out, with those that an evaluation's own rewards may leave out.
 
-    Raises UsageError where only the run's rewards could tell which these are, and they are code.
+    Raises UsageError where only the run's rewards could tell which these are, and they are code or on a server.
     """
     settings = make_settings({"model": ""}, own.of_prompts)
     if held_out := read_prompt_files(settings, {})[1]:
         return held_out
-    code = [name for name in own.rewards if is_reference(name)]
+    code = [name for name in own.rewards if is_reference(name) or is_address(name)]
     if settings.unscorable == "drop" and code:
         raise UsageError(
             f"Which prompts the run of {own.name} holds out depends on its reward {code[0]}, which is code "
-            "that a run's file names and is not run for that alone: give --prompts FILE."
+            "or a server that a run's file names and is not asked for that alone: give --prompts FILE."
         )
     return choose_held_out(settings, host)

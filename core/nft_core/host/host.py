@@ -23,6 +23,7 @@ from nft_plugins.rules import OFFERED, RESERVED, list_environments
 
 from ..errors import NftError, UsageError, missing_part, unknown_name
 from ..quiet import redirect_prints
+from ..remote.address import is_address, make_served_card
 from ..remote.environments import Needed, require_environment
 from ..remote.placing import Place, choose_place, split_placing, start_child
 from .discovery import Cards, Info, Plugin, Registered, discover, find_hook_problem
@@ -59,7 +60,12 @@ class Host:
         return {hook: getattr(self, hook.removeprefix("nft_register_")) for hook in OFFERS}
 
     def find_reward(self, name: str | Callable[..., Any]) -> Registered[RewardInfo]:
-        """Find the card of a reward by its name, or make one for `FILE.py:NAME`, `MODULE:NAME` or an object."""
+        """Find the card of a reward by its name, or make one for an address, a reference or an object.
+
+        A reference is `FILE.py:NAME` or `MODULE:NAME`.
+        """
+        if is_address(name):
+            return Registered(make_served_card(str(name)), ())
         if not isinstance(name, str) or is_reference(name):
             return make_local_card(name)
         if is_object_name(name) and name not in self.rewards:

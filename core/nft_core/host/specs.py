@@ -10,6 +10,7 @@ from typing import Any, Literal, TypeAlias, get_args
 from nft_plugins.rules import RESERVED
 
 from ..errors import UsageError, shorten_value
+from ..remote.address import is_address, read_reward, refuse_secrets
 from .objects import is_object_name, read_title
 
 FORM = "NAME[=WEIGHT][,KEY=VALUE...], such as pickscore, ocr=0.5 or ocr=0.5,upscale=4"
@@ -61,9 +62,11 @@ class RewardSpec:
 
     @property
     def title(self) -> str:
-        """Give the name that figures have: the reward's, or the last part of `FILE.py:NAME`."""
+        """Give the name that figures have: the reward's, or the last part of a reference or of an address."""
         if is_object_name(self.name):
             return read_title(str(self.name))
+        if is_address(self.name):
+            return read_reward(str(self.name))
         if isinstance(self.name, str):
             return self.name.rpartition(":")[2]
         return str(getattr(self.name, "__name__", type(self.name).__name__))
@@ -91,6 +94,8 @@ def parse_reward(
         if not callable(given):
             raise UsageError(f"A reward is written {FORM}, or is a function; got {shorten_value(given)}.")
         return RewardSpec(given)
+    if is_address(written := given.get("name") if isinstance(given, Mapping) else given):
+        refuse_secrets(str(written))  # Before another message shows a part of it.
     name, weight, options = _parse_spec(given, "A reward", FORM)
     spec = RewardSpec(name, 1.0 if weight == "" else parse_weight(weight, name))
     return spec.with_options((defaults or {}).get(name, {})).with_options(options)

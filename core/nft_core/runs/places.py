@@ -11,6 +11,7 @@ from typing import Any
 from ..errors import UsageError
 from ..host.local import is_reference
 from ..host.specs import parse_observer, parse_reward
+from ..remote.address import is_address, read_reward
 from ..settings.places import PLACE, find_place, name_place
 
 NOT_UTF_8 = "the name is not in UTF-8, in which run files are written; rename what is called so"
@@ -78,7 +79,9 @@ def shorten_paths(values: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def shorten_path(text: str) -> str:
-    """Shorten a whole path to its last part; other text stays as it is."""
+    """Shorten a whole path, or a server's address, to its last part; other text stays as it is."""
+    if is_address(text):  # Another server may do the same work.
+        return f"{read_reward(text)} of a server"
     return Path(text).name if Path(text).is_absolute() or PLACE.fullmatch(text) else text
 
 

@@ -139,7 +139,7 @@ class Guarded:
         if self.overdue:
             wait([self.overdue], limit)
             if self.is_running():
-                # A reward in a child process can be ended; the next attempt finds another child.
+                # A reward in another process can be stopped, and the next attempt may succeed.
                 if cancel := getattr(self.reward, "cancel", None):
                     cancel()
                 raise self.make_busy_error()

@@ -1,0 +1,190 @@
+"""`nft serve` offers rewards to runs in other processes and on other machines."""
+
+from __future__ import annotations
+
+import importlib.metadata
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from ..errors import NftError, UsageError
+from ..host.factories import is_installed
+from ..host.host import Host, load_host
+from ..host.specs import FailurePolicy, RewardSpec
+from ..quiet import redirect_prints, silence_libraries
+from .score import choose_preset, preset_option, tiny_option
+
+if TYPE_CHECKING:
+    import torch
+
+    from ..serving.limits import Limits
+    from ..serving.workers import Offer
+    from ..settings import Settings
+
+#: What the extra `serve` brings.
+MODULES = ("starlette", "uvicorn", "prometheus_client")
+
+
+@click.command("serve")
+@click.option(
+    "--reward",
+    "rewards",
+    metavar="SPEC",
+    multiple=True,
+    required=True,
+    help="Reward to offer, as NAME[,KEY=VALUE...]; FILE.py:FUNCTION or MODULE:NAME is one of yours. "
+    "Repeatable.",
+)
+@click.option(
+    "--host", metavar="ADDRESS", default="127.0.0.1", help="Address to listen on.  [default: 127.0.0.1]"
+)
+@click.option(
+    "--port",
+    type=click.IntRange(0, 65535),
+    default=8000,
+    help="Port to listen on; 0 takes any that is free.  [default: 8000]",
+)
+@click.option(
+    "--token-env",
+    metavar="NAME",
+    help="Environment variable with the token that clients must send. Without it one is made, and shown once.",
+)
+@click.option("--no-token", is_flag=True, help="Ask for no token, which only a server on 127.0.0.1 may do.")
+@click.option(
+    "--device",
+    metavar="NAME[,NAME...]",
+    default="auto",
+    help="Devices to compute on, each with its own copy of the rewards: cpu, cuda, cuda:0,cuda:1, or auto for "
+    "a GPU where there is one.  [default: auto]",
+)
+@tiny_option
+@preset_option
+@click.option(
+    "--batch",
+    type=click.IntRange(min=1),
+    default=64,
+    help="Most images that are scored together when several clients ask at once.  [default: 64]",
+)
+@click.option(
+    "--wait-ms",
+    type=click.FloatRange(min=0, max=10_000),
+    default=5.0,
+    help="Time that a batch waits for requests that are on their way.  [default: 5]",
+)
+@click.option(
+    "--queue",
+    type=click.IntRange(min=1),
+    default=128,
+    help="Requests at once; further clients are told to come again.  [default: 128]",
+)
+@click.option(
+    "--max-images", type=click.IntRange(min=1), default=512, help="Images of a request.  [default: 512]"
+)
+@click.option(
+    "--max-side",
+    type=click.IntRange(min=1),
+    default=4096,
+    help="Pixels of an image's longer side.  [default: 4096]",
+)
+@click.option("--max-mib", type=click.IntRange(min=1), default=256, help="MiB of a request.  [default: 256]")
+@click.option(
+    "--seconds",
+    type=click.FloatRange(min=0, min_open=True, max=86_400),
+    default=600.0,
+    help="Time that a request may take, the queue included.  [default: 600]",
+)
+def serve_rewards(
+    rewards: tuple[str, ...],
+    host: str,
+    port: int,
+    token_env: str | None,
+    no_token: bool,
+    device: str,
+    tiny: bool,
+    preset: str | None,
+    batch: int,
+    wait_ms: float,
+    queue: int,
+    max_images: int,
+    max_side: int,
+    max_mib: int,
+    seconds: float,
+) -> None:
+    """Offer rewards over HTTP, to runs in other processes and on other machines.
+
+    A run, or nft score, then names a reward by its address: --reward http://HOST:PORT/NAME,token_env=VARIABLE.
+    Weights, on_error, retry and max_seconds are given there. Several servers of one reward share the work:
+    http://HOST:PORT+HOST:PORT/NAME.
+
+    /health, /rewards, /metrics (for Prometheus) and /openapi.json tell about the server. Ctrl-C or SIGTERM ends
+    it once the requests that it has begun are answered. It needs the extra serve: pip install "nft-hub[serve]".
+    """
+    if missing := [module for module in MODULES if not is_installed(module)]:
+        raise NftError(f'nft serve needs {", ".join(missing)}, not installed: pip install "nft-hub[serve]".')
+    from ..serving.limits import Limits
+    from ..serving.running import bind_socket, choose_token, make_server, write_address
+
+    limits = Limits(batch, wait_ms / 1000, queue, max_images, max_side, max_mib << 20, seconds)
+    token, is_new = choose_token(token_env or "", no_token, host)
+    # Mistakes are told, and the port is taken, before anything large is loaded.
+    with bind_socket(host, port) as bound:
+        app, names = make_application(rewards, choose_preset(tiny, preset), device.split(","), limits, token)
+        address = write_address(bound)
+        click.echo(f"Serving {', '.join(names)} at {address}")
+        if is_new:
+            click.echo(f"The token, which is not shown again: {token}")
+        variable = "" if no_token else f",token_env={token_env or 'NFT_TOKEN'}"
+        if is_new:
+            click.echo(f"Where a run starts: export NFT_TOKEN={token}")
+        click.echo(f"Use it with: --reward {address}/{names[0]}{variable}")
+        make_server(app, bound, limits).run([bound])
+
+
+def make_application(
+    rewards: Sequence[str], preset: str | None, devices: Sequence[str], limits: Limits, token: str
+) -> tuple[Any, list[str]]:
+    """Load rewards and make the application that offers them; returns it and their names."""
+    from ..runs.inputs import make_run_settings, parse_rewards
+    from ..runs.setup import pick_device
+    from ..serving.app import make_app
+    from ..serving.workers import Engine
+
+    host = load_host()
+    settings = make_run_settings(host, preset, {"rewards": list(rewards)})
+    specs = parse_rewards(settings, host)
+    check_specs(specs)
+    places = [pick_device(name.strip()) for name in devices]
+    silence_libraries("transformers")
+    with redirect_prints():  # Rewards print too.
+        offers = [load_offer(spec, host, places, settings) for spec in specs]
+    engine = Engine(offers, places, limits, importlib.metadata.version("nft-hub"))
+    return make_app(engine, token), [offer.name for offer in offers]
+
+
+def check_specs(specs: Sequence[RewardSpec]) -> None:
+    """Raise UsageError for what a server cannot offer: two rewards of one name, and what a run decides."""
+    names = [spec.title for spec in specs]
+    if doubled := next((name for name in names if names.count(name) > 1), ""):
+        raise UsageError(f"The reward {doubled!r} is given twice: serve one of them on another port.")
+    for spec in specs:
+        if spec.weight != 1 or spec.guard != FailurePolicy():
+            raise UsageError(
+                f"The reward {spec.title!r} is offered without weight, on_error, retry and max_seconds: give "
+                "these to the run, as in --reward http://HOST:PORT/NAME=0.5,retry=3."
+            )
+
+
+def load_offer(spec: RewardSpec, host: Host, places: Sequence[torch.device], settings: Settings) -> Offer:
+    """Load a reward on each device, and say what it is."""
+    from ..runs.fingerprint import collect_sources, identify_source
+    from ..runs.inputs import load_rewards
+    from ..serving.workers import make_offer
+
+    card = host.find_reward(spec.name)
+    copies = [load_rewards([spec], host, place, settings.reward_defaults) for place in places]
+    source = identify_source(
+        str(spec.name), host.rewards.get(str(spec.name)), collect_sources(host, [str(spec.name)])
+    )
+    options = ",".join(f"{key}={value}" for key, value in sorted(spec.options.items()))
+    return make_offer(spec.title, card.info, f"{source} {options}".strip(), copies)
