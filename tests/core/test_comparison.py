@@ -110,7 +110,7 @@ def test_figures_are_those_of_the_files(runs):
     expected = bootstrap_difference(*arrays, groups, torch.from_numpy(valid)).interval
     assert (pair.low, pair.high) == (expected.low, expected.high)
     assert pair.low < pair.mean < pair.high
-    assert pair.better + pair.worse == len(groups[torch.from_numpy(valid)].unique())
+    assert pair.higher + pair.lower == len(groups[torch.from_numpy(valid)].unique())
 
 
 def test_what_differs(runs):

@@ -93,7 +93,7 @@ def test_differences_are_in_pairs_over_images_valid_in_both():
     difference = make_changes(before, after)["r"].mean
     # Images 0, 2, 3 and 5: +1, -1, 0, 0.
     assert difference.interval.mean == 0.0
-    assert (difference.better, difference.worse, difference.equal) == (1, 1, 1)
+    assert (difference.higher, difference.lower, difference.equal) == (1, 1, 1)
 
 
 def test_geneval_is_known_by_its_details():
@@ -158,9 +158,13 @@ def test_figures_of_an_evaluation(finished):
     assert base.valid == 12 and base.prompts == 6 and set(base.by_tag) == {"a", "b"}
     change = results["tiny, guidance 2"].changes["redness"].mean
     assert change.interval.mean == pytest.approx(guided.interval.mean - base.interval.mean, abs=1e-6)
-    assert change.better + change.worse + change.equal == 6
+    assert change.higher + change.lower + change.equal == 6
     assert not results.figures[0].changes
     written = json.loads((folder / "results.json").read_text())
+    base, guided = written["entries"]
+    told = guided["figures"]["redness"]["difference"]
+    assert told["to"] == "tiny, guidance 1" and "difference" not in base["figures"]["redness"]
+    assert (told["prompts_higher"], told["prompts_lower"]) == (change.higher, change.lower)
     assert written == json.loads(json.dumps(results.to_json())) and written["complete"]
     assert (folder / "results.md").read_text() == write_markdown(results)
     assert [row[0] for row in list_rows(results.figures)] == ["redness"] * 2 + ["redness/red"] * 2

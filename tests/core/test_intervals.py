@@ -95,14 +95,14 @@ def test_a_paired_difference_is_more_exact_than_two_intervals_apart():
     assert not found.interval.includes(0)
     assert found.interval.error < 0.1 * bootstrap_mean(before, groups).error
     means = (after - before).view(50, 4).mean(1)
-    assert (found.better, found.worse, found.equal) == (int((means > 0).sum()), int((means < 0).sum()), 0)
+    assert (found.higher, found.lower, found.equal) == (int((means > 0).sum()), int((means < 0).sum()), 0)
 
 
 def test_equal_scores_differ_by_exactly_nothing():
     values, groups = simulate(20, 4, torch.Generator().manual_seed(5))
     found = bootstrap_difference(values, values.clone(), groups)
     assert found.interval == (0.0, 0.0, 0.0, 0.0) and found.interval.includes(0)
-    assert (found.better, found.worse, found.equal) == (0, 0, 20)
+    assert (found.higher, found.lower, found.equal) == (0, 0, 20)
 
 
 def test_the_quantile_of_students_t_is_that_of_the_tables():

@@ -53,15 +53,18 @@ class Evaluation:
                     "guidance": entry.guidance,
                     "images": each.images,
                     "skipped": list(each.skipped),
-                    "figures": {n: figure_to_json(f, each.changes.get(n)) for n, f in each.figures.items()},
+                    "figures": {
+                        n: figure_to_json(f, each.changes.get(n), self.entries[0].name)
+                        for n, f in each.figures.items()
+                    },
                 }
                 for entry, each in zip(self.entries, self.figures, strict=False)
             ],
         }
 
 
-def figure_to_json(figure: Figure, change: Change | None) -> dict[str, Any]:
-    """Return a figure, and its difference to the first entry's, as JSON holds them."""
+def figure_to_json(figure: Figure, change: Change | None, first: str) -> dict[str, Any]:
+    """Return a figure, and its difference to that of the entry named `first`, as JSON holds them."""
     row = interval_to_json(figure.interval) | {
         "valid": figure.valid,
         "invalid": figure.invalid,
@@ -72,21 +75,22 @@ def figure_to_json(figure: Figure, change: Change | None) -> dict[str, Any]:
         row["by_tag"] = {tag: interval_to_json(each) for tag, each in figure.by_tag.items()}
         row["tag_mean"] = interval_to_json(figure.tag_mean)
     if change:
-        row["difference"] = difference_to_json(change.mean)
+        row["difference"] = difference_to_json(change.mean, first)
         if figure.by_tag:
-            row["tag_mean_difference"] = difference_to_json(change.tag_mean)
+            row["tag_mean_difference"] = difference_to_json(change.tag_mean, first)
     return row
 
 
 def interval_to_json(interval: Interval | None) -> dict[str, Any]:
-    return (interval._asdict() if interval else dict.fromkeys(Interval._fields)) | {}
+    return interval._asdict() if interval else dict.fromkeys(Interval._fields)
 
 
-def difference_to_json(difference: Difference | None) -> dict[str, Any] | None:
+def difference_to_json(difference: Difference | None, first: str) -> dict[str, Any] | None:
+    """Return a difference, and in how many prompts the entry scores higher or lower than the first one."""
     if difference is None:
         return None
-    counts = {"better": difference.better, "worse": difference.worse, "equal": difference.equal}
-    return interval_to_json(difference.interval) | counts
+    counts = {f"prompts_{way}": getattr(difference, way) for way in ("higher", "lower", "equal")}
+    return {"to": first, **interval_to_json(difference.interval), **counts}
 
 
 #: Titles of the columns of `list_rows`, and of those that only comparisons have.
@@ -159,12 +163,12 @@ def write_interval(interval: Interval | None) -> list[str]:
 
 
 def write_difference(difference: Difference | None) -> list[str]:
-    """Write a difference with its sign, its interval, and in how many prompts which is better."""
+    """Write a difference with its sign, its interval, and how many prompts are higher, lower and equal."""
     if difference is None:
         return ["", "", ""]
     mean, _, ends = write_interval(difference.interval)
     sign = "+" if difference.interval.mean > 0 else ""
-    return [sign + mean, ends, f"{difference.better} / {difference.worse} / {difference.equal}"]
+    return [sign + mean, ends, f"{difference.higher} / {difference.lower} / {difference.equal}"]
 
 
 def count_digits(error: float) -> int:

@@ -41,14 +41,15 @@ class Interval(NamedTuple):
 
 
 class Difference(NamedTuple):
-    """A mean difference with its error and interval, and in how many prompts which is better.
+    """A mean difference with its error and interval, and in how many prompts the second mean is higher.
 
-    better, worse, equal: numbers of prompts whose mean rose, fell or stayed the same.
+    higher, lower, equal: numbers of prompts whose mean rose, fell or stayed the same. Higher is better for a
+        reward, unless its weight is negative.
     """
 
     interval: Interval
-    better: int
-    worse: int
+    higher: int
+    lower: int
     equal: int
 
 
@@ -114,8 +115,8 @@ def bootstrap_difference(
         return None
     counted = torch.ones_like(difference, dtype=torch.bool) if valid is None else valid
     sums, _ = _sum_by_group(difference, groups, counted)
-    better, worse = int((sums > 0).sum()), int((sums < 0).sum())
-    return Difference(interval, better, worse, len(sums) - better - worse)
+    higher, lower = int((sums > 0).sum()), int((sums < 0).sum())
+    return Difference(interval, higher, lower, len(sums) - higher - lower)
 
 
 def _sum_by_group(values: Tensor, groups: Tensor, valid: Tensor) -> tuple[Tensor, Tensor]:

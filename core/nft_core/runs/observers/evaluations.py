@@ -42,15 +42,15 @@ class Paired(NamedTuple):
     """A mean difference between the same images of two evaluations, with its 95 % interval.
 
     low, high: None where the scores of single images are not kept, or there are too few prompts.
-    better, worse: numbers of prompts whose mean rose or fell, or None where that is not known.
+    higher, lower: numbers of prompts whose mean rose or fell, or None where that is not known.
     images: that have both scores.
     """
 
     mean: float
     low: float | None = None
     high: float | None = None
-    better: int | None = None
-    worse: int | None = None
+    higher: int | None = None
+    lower: int | None = None
     images: int | None = None
 
 
@@ -158,4 +158,4 @@ def pair_images(before: Scored | None, after: Scored | None, name: str) -> Paire
     if not found:
         return None
     interval = found.interval
-    return Paired(interval.mean, interval.low, interval.high, found.better, found.worse, int(valid.sum()))
+    return Paired(interval.mean, interval.low, interval.high, found.higher, found.lower, int(valid.sum()))

@@ -136,7 +136,7 @@ def describe_change(
     cells.append(f"{change.mean:+.4g}")
     if change.low is None or change.high is None:
         return [*cells, "", "", ""]
-    counts = [change.worse, change.better] if lower else [change.better, change.worse]
+    counts = [change.lower, change.higher] if lower else [change.higher, change.lower]
     interval = f"{change.low:+.3g} to {change.high:+.3g}"
     verdict = judge_change(change.low, change.high, lower, is_reward)
     return [*cells, verdict, interval, " / ".join(map(str, counts)) if is_reward else ""]
