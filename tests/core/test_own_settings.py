@@ -53,7 +53,7 @@ def test_a_run_evaluates_again_as_it_did_and_what_is_given_wins(host, make_run):
     request = ask(host, run)
     p = request.protocol
     assert (p.solver, p.steps, p.seed, p.images, p.guidance) == ("euler", 3, 7, 2, [2.0])
-    assert request.settings.rollout_batch == 5 and request.unscorable == "drop"
+    assert request.settings.rollout_batch == 5 and request.settings.unscorable == "drop"
     assert p.reward_defaults["geneval"] == {"detector": "nft_tiny.detector:ShapeDetector"}
     assert len(request.prompts) > 9 and p.defaults == "the run of a evaluates"
     assert request.notes == ["What is not given is as the run of a evaluates."]

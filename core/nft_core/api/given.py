@@ -75,7 +75,7 @@ def list_reward(host: Host, given: Any, weight: float = 1.0, title: str = "") ->
     from ..scoring.composer import Composed, Mapped, Term, reward
 
     if isinstance(given, str) and weight == 1:
-        parse_reward(given)
+        parse_reward(given)  # For its errors alone: run files keep the form in which the user wrote it.
         return [given]
     if not isinstance(given, Composed):
         spec = given if isinstance(given, RewardSpec) else parse_reward(given)
@@ -85,13 +85,14 @@ def list_reward(host: Host, given: Any, weight: float = 1.0, title: str = "") ->
         if not spec.options:
             name = register_reward(host, spec.name, title or spec.title)
             return [write_spec(replace(spec, name=name))]
+        # Options may be of any type in Python; a composition keeps them, and a run file could not.
         return list_reward(host, reward(spec), 1.0, title)
     if not given.terms:
         raise UsageError("A composition without rewards was given: add one to it.")
     composed = weight * given
     if title:  # A sum that has a name is one reward, as one that is mapped is.
         return list_term(host, Term(title, 1.0, Mapped(composed, lambda values: values)))
-    if composed.constant:
+    if composed.constant:  # A list of rewards with weights has no place for the number that is added.
         return [
             write_spec(RewardSpec(register_reward(host, composed, "+".join(t.name for t in composed.terms))))
         ]
@@ -105,6 +106,7 @@ def list_term(host: Host, term: Term) -> list[str | dict[str, Any]]:
 
     member = term.reward
     if isinstance(member, Named) and isinstance(member.spec.name, str) and not (member.host or member.device):
+        # TOML has no null, and a spec's `none` is read as None.
         options = {k: "none" if v is None else v for k, v in member.spec.options.items()}
         if all(isinstance(value, PLAIN) for value in options.values()):
             return [write_spec(replace(member.spec, weight=term.weight, options=options))]
@@ -141,6 +143,7 @@ def register_reward(host: Host, target: Any, title: str) -> str:
 
 def digest_code(target: Any) -> str:
     """Make a few letters of an object's code, which differ where the code does."""
+    # By its code, since an object has no version: a changed function makes another evaluation.
     digest = hashlib.sha256()
     for part in list_code(target):
         digest.update(part.encode())
@@ -210,8 +213,10 @@ def read_prompt_list(given: Any, what: str) -> str | list[Prompt]:
         where = f"{what}[{number}]"
         if not isinstance(one, str | Mapping):
             raise UsageError(f"{form}; {where} is {shorten_value(one)}.")
+        # JSON takes no mapping but a dictionary, and a hub's data set gives others.
         record = {"prompt": str(one)} if isinstance(one, str) else dict(one)
         try:
+            # What the run's file of prompts will give back: a run that goes on reads that file.
             record = json.loads(json.dumps(record))
         except (TypeError, ValueError, RecursionError) as error:
             raise UsageError(

@@ -53,7 +53,7 @@ class TrainedRun:
             first, last = self.evaluations[0], self.evaluations[-1]
             before, after = collect_means(first), collect_means(last)
             for name, mean in after.items():
-                if "/" in name:  # A detail of a reward.
+                if "/" in name:  # Details of rewards would fill the screen of a notebook.
                     continue
                 alike = last is not first and name in before and not explain_difference(first, last, name)
                 was = f"{format_figure(before[name])} -> " if alike else ""
@@ -63,5 +63,6 @@ class TrainedRun:
 
 def read_run(folder: Path) -> TrainedRun:
     """Read a run from its folder."""
+    # Of the folder and not of the call: a run that goes on has settings that nobody gave again.
     settings = make_settings(read_settings(folder)).model_dump()
     return TrainedRun(folder, settings, list(read_records(folder)))

@@ -91,6 +91,7 @@ def train(
     with nullcontext(Path(out)) if out is not None else make_run_folder(titles) as place:
         folder = make_folder_whole(place)
         files = {name: str(folder / f"{name.replace('_', '-')}.jsonl") for name in lists}
+        # One process, whatever a preset says: a notebook cannot be started a second time.
         made = make_settings(make_paths_whole(made.model_dump()), {"processes": 1}, files)
         return run_here(made, folder, host, lists, quiet)
 
@@ -151,6 +152,7 @@ def run_here(
     from ..runs.run import Caller, run_training
     from .result import read_run
 
+    # Objects are in no file, so the command of a shell could not go on with them.
     named = [*settings.rewards, *settings.observers]
     again = ", rewards=..." if any(is_object_name(name_of(one)) for one in named) else ""
 
@@ -180,6 +182,7 @@ def read_paths(settings: Mapping[str, Any]) -> dict[str, Any]:
 
 def check_processes(given: Mapping[str, Any], settings: Settings) -> None:
     """Raise UsageError where several processes are asked for, which only the command starts."""
+    # Only what the caller asked for is refused: a preset's number is left out without a word.
     asked = "processes" in given or "processes" in dict(given.get("parallel") or {})
     if asked and settings.processes not in (1, "auto") and not environment.is_started_by_launcher():
         raise UsageError(

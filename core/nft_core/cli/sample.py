@@ -96,14 +96,15 @@ def sample_images(
         check_given(host, chosen, [], [(named.model, options["lora"] or named.lora)], file)
     # These import torch.
     from ..evaluation.sample import make_sample_request, run_sampling
-    from ..evaluation.sample_files import claim_new_folder, name_folder, refuse_used_folder
+    from ..evaluation.sample_files import claim_new_folder, name_folder
     from ..parallel.launch import count_processes, end_with_the_parent, launch_command
     from ..parallel.signals import end_on_signals
+    from ..runs.folder import claim_folder
     from ..settings import parse_assignment
 
     first = environment.is_first_process()
     if out and first:
-        refuse_used_folder(out)
+        claim_folder(out)
     given = dict(parse_assignment(text) for text in assignments)
     given |= {name: value for name, value in options.items() if value is not None}
     if processes is not None:

@@ -75,6 +75,7 @@ def evaluate(
     host = host or load_host()
     given = [models] if isinstance(models, str | os.PathLike | Model) else list(models)
     chosen = [m if isinstance(m, Model) else parse_model(os.fspath(m), host) for m in given]
+    # A mapping is the table of one reward, as run files have it, and no weights by name as for `compose`.
     one = isinstance(rewards, str | Mapping | RewardSpec | Composed) or callable(rewards)
     listed = cast(Iterable[Given], [rewards] if one else rewards)
     specs: list[GivenReward] = [r if isinstance(r, Composed) else as_spec(r) for r in listed]
@@ -89,6 +90,7 @@ def evaluate(
         )
         if out is None:
             out = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="nft-eval-"))) / "evaluation"
+        # Before rewards are loaded, which may take minutes; once more when all of the protocol is known.
         check_folder(Path(out), request)
         return run_evaluation(request, host, Path(out), save_images=save_images, tell=tell, show=show)
 
@@ -125,6 +127,7 @@ def make_request(
         specs = rewards or parse_rewards(s, host)
         return prepare_request(s, host, models or default_models(s, preset), specs, texts, protocol=known)
     specs = rewards or parse_rewards_for_evaluation(s, host, own)
+    # What a run held out is no default for who gives prompts, and need not even be read.
     by_hand = prompts is not None or "eval_prompts" in settings
     given = {*settings, *(["prompts"] if by_hand else []), *(["guidance"] if guidance else [])}
     notes = describe_own(owns, given)

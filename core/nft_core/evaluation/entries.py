@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -11,7 +10,7 @@ from pathlib import Path
 from ..errors import UsageError
 from ..host.host import Host
 from ..models.run_folders import name_checkpoint
-from ..runs.fingerprint import SAMPLE, digest_model, digest_value
+from ..runs.fingerprint import digest_value, digest_weights
 
 FORM = "MODEL[,lora=PATH][,name=TEXT], such as runs/mine or stabilityai/stable-diffusion-3.5-medium,lora=mine"
 #: What may stand behind a model.
@@ -43,6 +42,7 @@ class Entry:
     @property
     def folder(self) -> str:
         """A name for the folder of its scores, which no other entry of an evaluation has."""
+        # Two names may read alike without their odd letters, so a digest tells them apart.
         readable = re.sub(r"[^\w.-]+", "-", self.name).strip("-.")[:60]
         return f"{readable or 'model'}-{digest_value(self.identity)[:6]}"
 
@@ -57,6 +57,7 @@ def parse_model(given: str, host: Host) -> Model:
 
     Raises UsageError for another form.
     """
+    # Only a comma before one of these words ends the model: a path may have commas of its own.
     head, *rest = re.split(rf",\s*(?=(?:{'|'.join(WORDS)})\s*=)", given)
     words: dict[str, str] = {}
     for item in rest:
@@ -65,9 +66,11 @@ def parse_model(given: str, host: Host) -> Model:
             raise UsageError(f"A model is written {FORM}, got {given!r}.")
         words[key] = value
     model = head.strip()
+    # `,word=` that is left is a misspelt word, unless a path is really called so.
     if not model or (re.search(r",\s*\w+\s*=", model) and not Path(model).exists()):
         raise UsageError(f"A model is written {FORM}, got {given!r}.")
     name = words.get("name", "")
+    # A folder that is there comes before a preset of that name, as a path means what it says.
     if model in host.presets and not Path(model).exists():
         settings = host.presets[model].info.settings
         if "model" not in settings:
@@ -105,14 +108,4 @@ def shorten_name(text: str) -> str:
 
 def digest_files(name: str) -> str:
     """Make a digest of a local model's or LoRA's files; empty for a hub id."""
-    path = Path(name)
-    if name and path.is_dir():
-        return digest_model(str(path.absolute())).rpartition(" ")[2]
-    if not name or not path.is_file():
-        return ""
-    digest, size = hashlib.sha256(), path.stat().st_size
-    with path.open("rb") as file:  # Weights are large, and other ones differ nearly everywhere.
-        for place in (0, size // 2, max(size - SAMPLE, 0)):
-            file.seek(place)
-            digest.update(file.read(SAMPLE))
-    return digest.hexdigest()[:12]
+    return digest_weights(Path(name).absolute()) if name and Path(name).exists() else ""

@@ -96,6 +96,7 @@ def make_figure(
     values: Tensor, valid: Tensor, groups: Tensor, tags: Sequence[str] = (), failed: int = 0
 ) -> Figure:
     """Make the figure of one score of N images."""
+    # An image without a tag is of no kind, so the mean over kinds leaves it out.
     tagged, strata = select_tagged(tags)
     kinds = sorted(set(strata))
     return Figure(
@@ -138,6 +139,7 @@ def select_tagged(tags: Sequence[str]) -> tuple[Tensor, list[str]]:
 
 def find_published(figures: Mapping[str, Any]) -> dict[str, str]:
     """Find rewards that are GenEval, by their details; returns the benchmark's own detail by reward."""
+    # Not by a name: the user may give the reward another one, and plug-ins may bring it too.
     return {
         name: f"{name}/{PUBLISHED}"
         for name in figures

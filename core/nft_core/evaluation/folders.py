@@ -10,6 +10,7 @@ from pathlib import Path
 
 from ..errors import UsageError
 from ..prompts import Prompt
+from ..runs.folder import find_free_folder
 from .entries import Entry
 from .protocol import FILE, RESULTS, Protocol, list_changes
 from .request import Request
@@ -40,7 +41,7 @@ def choose_folder(
     out = out or find_unfinished(protocol, entries)
     if out is not None and holds_evaluation(out):
         compare(out, protocol, entries)
-        write_text(out / ENTRIES, write_entries(entries))  # There may be more of them than before.
+        write_text(out / ENTRIES, write_entries(entries))
         tell(f"Going on with the evaluation in {out}.")
         return out
     folder = out or name_folder(entries)
@@ -52,7 +53,7 @@ def compare(out: Path, protocol: Protocol, entries: Sequence[Entry], unknown: Se
     """Raise UsageError, naming the differences, where a folder holds another evaluation than this one."""
     before, _, there = read_folder(out)
     changes = list_changes(before, protocol, unknown)
-    for old, new in zip(there, entries, strict=False):
+    for old, new in zip(there, entries, strict=False):  # There may be more of them than before.
         if old.identity != new.identity:
             what = "has other files than then" if old.name == new.name else f"stands where {old.name!r} stood"
             changes.append(f"the model {new.name!r} {what}")
@@ -70,7 +71,7 @@ def find_unfinished(protocol: Protocol, entries: Sequence[Entry]) -> Path | None
     for file in sorted(RESULTS.glob(f"*/{FILE}"), key=lambda f: f.stat().st_mtime, reverse=True):
         try:
             before, _, there = read_folder(file.parent)
-        except UsageError:
+        except UsageError:  # A folder of another version, or spoilt by hand, concerns nobody here.
             continue
         same = [e.identity for e in there] == [e.identity for e in entries]
         if same and not list_changes(before, protocol) and not is_complete(file.parent):
@@ -90,9 +91,4 @@ def name_folder(entries: Sequence[Entry]) -> Path:
     """Name a new folder, such as `evaluations/mine-20260131-235959`."""
     model = entries[0].name.partition(", guidance ")[0]
     name = re.sub(r"[^\w.-]+", "-", model).strip("-.")[:60] or "model"
-    wanted = RESULTS / f"{name}-{datetime.now():%Y%m%d-%H%M%S}"
-    folder, number = wanted, 1
-    while folder.exists():
-        number += 1
-        folder = wanted.with_name(f"{wanted.name}-{number}")
-    return folder
+    return find_free_folder(RESULTS / f"{name}-{datetime.now():%Y%m%d-%H%M%S}")

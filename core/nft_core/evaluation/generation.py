@@ -101,13 +101,12 @@ def prepare_generation(
     """
     solver = host.make_solver(settings.solver, settings.solver_options)
     model = load_model(settings, host, device)
-    model.transformer.requires_grad_(False)
     cache = Path(settings.cache).expanduser() if settings.cache else None
     negative = None
     if guided:
         negative = encode_negative(model, negative_prompt, device)
     condition = encode_prompts(model, prompts, range(len(prompts)), cache, device)
-    if hasattr(model, "release"):
+    if hasattr(model, "release"):  # A T5 alone takes more memory than some transformers.
         model.release()
         free_memory()
     if hasattr(model, "decode_in"):

@@ -94,6 +94,7 @@ def read_own(model: Model, host: Host, given: Iterable[str]) -> Own | None:
             found = find_places(read_run_settings(checkpoint), checkpoint.absolute().parent.parent)
             called = model.name or shorten_name(path)
             for setting in ("solver", "eval_solver"):
+                # One that the user gives stands in for both, so code in the file is not run.
                 if "solver" in given:
                     found.pop(setting, None)
                 refuse_code(called, setting, str(found.get(setting, "")), host)
@@ -183,6 +184,7 @@ def is_other(a: Any, b: Any) -> bool:
     """Tell whether two values differ, where files of the same content are the same."""
     if a == b:
         return False
+    # Two runs have copies of their own of one file of prompts.
     files = [Path(v) for v in (a, b) if isinstance(v, str) and v and Path(v).is_file()]
     return len(files) < 2 or files[0].read_bytes() != files[1].read_bytes()
 
@@ -204,7 +206,7 @@ def read_held_out_of_run(own: Own, host: Host) -> list[Prompt]:
 
     Raises UsageError where only the run's rewards could tell which these are, and they are code or on a server.
     """
-    settings = make_settings({"model": ""}, own.of_prompts)
+    settings = make_settings(own.of_prompts)
     if held_out := read_prompt_files(settings, {})[1]:
         return held_out
     code = [name for name in own.rewards if is_reference(name) or is_address(name)]

@@ -89,6 +89,7 @@ class Protocol(BaseModel):
         named = {name: v for name, v in self.model_dump().items() if name in Settings.model_fields}
         # The dtype of weights follows from the precision alone, however a model was trained.
         more = {"eval_images": self.images, "eval_steps": self.steps, "lora_rank": 1}
+        # Without its `reward_defaults`: tables of these are put together, and the protocol's count alone.
         return make_settings(settings.model_dump(exclude={"reward_defaults"}), named, more)
 
 
@@ -110,6 +111,7 @@ def digest_prompts(prompts: Sequence[Prompt]) -> str:
 
 def write_prompts(prompts: Sequence[Prompt]) -> str:
     """Write prompts as lines of JSON, which `read_prompts` reads back."""
+    # `default=str` as in `digest_value`: what is read back has the same digest.
     lines = (json.dumps({"prompt": p.text, **p.metadata}, ensure_ascii=False, default=str) for p in prompts)
     return "".join(f"{line}\n" for line in lines)
 
@@ -168,6 +170,7 @@ def read_protocol(path: Path) -> tuple[Protocol, list[Prompt]]:
 
 def check_protocol(values: Mapping[str, Any], path: Path) -> Protocol:
     """Make a protocol of a file's values. Raises UsageError."""
+    # Before all others: keys that another version has would be called unknown.
     if values.get("version") != VERSION:
         raise UsageError(
             f"{path} is a protocol of version {values.get('version', 'unknown')}, and nft-hub "

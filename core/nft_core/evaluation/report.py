@@ -58,6 +58,7 @@ class Evaluation:
                         for n, f in each.figures.items()
                     },
                 }
+                # While an evaluation goes on, the last entries have no figures yet.
                 for entry, each in zip(self.entries, self.figures, strict=False)
             ],
         }
@@ -140,7 +141,7 @@ def list_tag_rows(entries: Sequence[EntryFigures]) -> list[list[str]]:
             continue
         name = published.get(reward, reward)
         tags = sorted({tag for each in entries for tag in each.figures[name].by_tag} if entries else ())
-        for tag in tags if len(tags) > 1 else ():
+        for tag in tags if len(tags) > 1 else ():  # One alone would say what the main table says.
             for each in entries:
                 rows.append([name, tag, each.name, *write_interval(each.figures[name].by_tag.get(tag))])
     return rows
@@ -203,6 +204,7 @@ def write_table(titles: Sequence[str], rows: Sequence[Sequence[str]]) -> list[st
     """Write a table's lines in Markdown."""
 
     def line(cells: Sequence[str]) -> str:
+        # The end of a line would end the row, and a bar its cell.
         return "| " + " | ".join(" ".join(cell.split()).replace("|", "\\|") for cell in cells) + " |"
 
     return [line(titles), line(["---"] * len(titles)), *map(line, rows)]

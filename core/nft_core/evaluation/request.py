@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 
@@ -38,6 +38,7 @@ PRECISIONS: Mapping[torch.dtype | None, Chosen] = {
     torch.bfloat16: "bf16",
     torch.float16: "fp16",
 }
+#: Tensors on it have shapes and no numbers, so that a model is made of its configs alone.
 META = torch.device("meta")
 
 
@@ -47,7 +48,7 @@ class Request:
 
     settings: with the protocol's values. protocol: what is known of it before rewards are loaded: these may
     leave out prompts, and bring files whose digests belong to it.
-    prompts: all that were given. unscorable: what is done with those that a reward cannot score.
+    prompts: all that were given.
     notes: sentences for the user on where the settings came from.
     """
 
@@ -57,12 +58,11 @@ class Request:
     rewards: Sequence[GivenReward]
     prompts: Sequence[Prompt]
     device: torch.device
-    unscorable: Literal["error", "drop"]
     notes: Sequence[str] = ()
 
     def unknown(self) -> tuple[str, ...]:
         """Name what of the protocol is not known yet."""
-        of_prompts = ("prompts_digest", "prompts_count") if self.unscorable == "drop" else ()
+        of_prompts = ("prompts_digest", "prompts_count") if self.settings.unscorable == "drop" else ()
         return ("versions", *of_prompts)
 
     def complete_protocol(self, prompts: Sequence[Prompt], host: Host) -> Protocol:
@@ -114,8 +114,7 @@ def prepare_request(
     if protocol is None:
         protocol = draft_protocol(settings, device, rewards, prompts, guidance, negative_prompt)
         protocol = protocol.model_copy(update={"defaults": defaults})
-    unscorable = settings.unscorable
-    return Request(protocol.apply(settings), protocol, entries, rewards, prompts, device, unscorable, notes)
+    return Request(protocol.apply(settings), protocol, entries, rewards, prompts, device, notes)
 
 
 def draft_protocol(

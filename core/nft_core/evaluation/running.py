@@ -93,10 +93,11 @@ def run_evaluation(
             tell(note)
         reward = load_rewards(cast(Any, request.rewards), host, device, s.reward_defaults)
         with keep_state("the check of prompts"):
-            prompts = keep_scorable(list(request.prompts), reward.check_prompt, request.unscorable)
+            prompts = keep_scorable(list(request.prompts), reward.check_prompt, s.unscorable)
         if lost := len(request.prompts) - len(prompts):
             tell(f"{lost} of {len(request.prompts)} prompts are left out: not every reward can score them.")
         protocol = request.complete_protocol(prompts, host)
+        # With different models or prompts they would wait for one another for ever.
         told = [protocol.fingerprint(), [entry.identity for entry in request.entries]]
         if not is_same_everywhere(json.dumps(told), device):
             raise UsageError(
@@ -106,6 +107,7 @@ def run_evaluation(
         if rank() == 0:
             folder = choose_folder(out, protocol, prompts, request.entries, tell)
             stack.enter_context(lock_folder(folder))
+        # The first process's, which alone has looked: a second might find another unfinished one.
         folder = Path(gather_texts(str(folder), device)[0])
         stop = stack.enter_context(note_signals())
 
@@ -171,6 +173,7 @@ def evaluate_entries(work: Work, host: Host) -> Evaluation:
             results = replace(results, complete=len(results.figures) == len(results.entries))
             if rank() == 0:
                 write_results(work.folder, results)
+        # Before the next model is loaded: two may not fit in the memory.
         del generation
         free_memory()
     return results
@@ -216,6 +219,7 @@ def score_entry(
         # The first part is small, so that figures are soon there; in larger ones rewards and model overlap.
         batches = min(2 ** (len(before) + len(parts)), MOST_BATCHES)
         size = -(-batches * s.rollout_batch * world_size() // p.images)
+        # A rest of fewer images than processes could not be shared, and is taken along.
         size = len(todo) if (len(todo) - size) * p.images < world_size() else size
         draws = Draws(work.prompts, todo[:size], p.images, p.seed, "eval", 0)
         part = score_part(work, entry, sampler, generation, draws, sum(map(len, [*before, *parts])))

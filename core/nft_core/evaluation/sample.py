@@ -133,6 +133,7 @@ def make_sample_request(
     own = read_own(Model(settings.get("model", ""), settings.get("lora", "")), host, settings)
     s = make_run_settings(host, preset, {"eval_images": 1}, own.of_images if own else {}, settings)
     guidance = s.eval_guidance if guidance is None else float(guidance)
+    # `steps` holds those of evaluations from here on; a second number beside it could only contradict it.
     s = for_evaluation(s).model_copy(update={"eval_steps": 0})
     if prompts is not None:
         texts = read_given_prompts(prompts)
@@ -162,6 +163,7 @@ def name_settings(host: Host, model: str | None, given: Mapping[str, Any]) -> di
     for name in settings:
         if name in Settings.model_fields and name not in READ:
             raise UsageError(f"The setting {name} is not read here; these are: {', '.join(READ)}.")
+    # A run may evaluate with another solver or size than it trains with, and the user's replaces both.
     if "solver" in settings:
         settings |= {"eval_solver": "", "solver_options": settings.get("solver_options", {})}
     if "resolution" in settings:

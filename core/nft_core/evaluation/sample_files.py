@@ -14,7 +14,7 @@ from PIL import Image
 
 from ..errors import NftError, UsageError, advise_on_disk
 from ..prompts import Prompt
-from ..runs.folder import make_folder
+from ..runs.folder import claim_folder, find_free_folder, make_folder
 from ..runs.observers.captions import clean_text, find_font
 from ..runs.observers.samples import Sample, Score, draw_grid, fit_to_cell, save_sheet
 from ..sampling.draws import Draws
@@ -50,27 +50,13 @@ def check_grid(images: int) -> None:
 
 def name_folder() -> Path:
     """Name a new folder by the time, such as `samples/20260131-235959`."""
-    first = Path("samples") / f"{datetime.now():%Y%m%d-%H%M%S}"
-    folder, number = first, 1
-    while folder.exists():
-        number += 1
-        folder = first.with_name(f"{first.name}-{number}")
-    return folder
+    return find_free_folder(Path("samples") / f"{datetime.now():%Y%m%d-%H%M%S}")
 
 
 def claim_new_folder(folder: Path) -> None:
     """Make a folder. Raises UsageError for one that holds anything: nothing is ever overwritten."""
-    refuse_used_folder(folder)
+    claim_folder(folder)
     make_folder(folder)
-
-
-def refuse_used_folder(folder: Path) -> None:
-    """Raise UsageError for a folder that holds anything."""
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise UsageError(
-            f"{folder} exists and is not empty. Choose another --out, or remove it first; nothing in it was "
-            "changed."
-        )
 
 
 def save_picture(folder: Path, picture: Picture) -> None:
@@ -105,6 +91,7 @@ def draw_grid_of_folder(folder: Path, draws: Draws, title: str) -> None:
         name, text = name_picture(position, number), draws.find_prompt(n).text
         with Image.open(folder / f"{name}.png", formats=["PNG"]) as image:
             small = fit_to_cell(image.convert("RGB"))
+        # Where no font here has its letters, boxes would be drawn for them.
         said = text if find_font(clean_text(text), 13) else f"prompt {position}"
         samples.append(Sample(small, said, [Score(name)], position))
     sheet = draw_grid([samples], [title])

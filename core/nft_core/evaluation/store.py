@@ -56,6 +56,7 @@ class Stored:
 
 def join(parts: Sequence[Stored]) -> Stored:
     """Put parts together, in the order of prompts; a detail that a part lacks does not count there."""
+    # By prompts and not by time: parts that were lost are made again, after later ones.
     parts = sorted(parts, key=lambda part: int(part.prompt[0]))
 
     def cat(kind: str) -> Figures:
@@ -179,7 +180,7 @@ def read_parts(folder: Path, entry: Entry, fingerprint: str) -> list[Stored]:
             with safe_open(file, framework="pt") as opened:
                 words = json.loads((opened.metadata() or {}).get(META, "{}"))
                 tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
-        except (OSError, SafetensorError):
+        except (OSError, SafetensorError):  # Its prompts count as not yet scored.
             continue
         if words.get("fingerprint") != fingerprint:
             raise UsageError(

@@ -26,8 +26,7 @@ class Hooks:
     """Holds the hooks of all plug-ins and of a run's observers.
 
     manager: pluggy's. Where a hook raises, pluggy calls none of the others; so what it is given is a stand-in
-    for
-        each plug-in, whose functions raise nothing.
+        for each plug-in, whose functions raise nothing.
     asked: names of the observers that the user has asked for. ending: the error that is to end the run.
     """
 

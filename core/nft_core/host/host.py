@@ -211,6 +211,7 @@ class Host:
         factory = import_factory(card.info.factory)
         known = dict(inspect.signature(factory).parameters)
         every = any(p.kind is p.VAR_KEYWORD for p in known.values())
+        # The first is the checkpoint, and a run alone gives device and dtype.
         own = {n for n, p in list(known.items())[1:] if p.kind is not p.VAR_KEYWORD} - {"device", "dtype"}
         what = f"model family {family!r}"
         for name in options:

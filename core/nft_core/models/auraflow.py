@@ -38,4 +38,5 @@ class AuraFlow(PipelineModel):
 
     @property
     def largest(self) -> int:
+        # Its positions are a square table, of which this is the number of entries.
         return math.isqrt(self.pipeline.transformer.config.pos_embed_max_size) * self.multiple

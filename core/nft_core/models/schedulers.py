@@ -32,6 +32,7 @@ def check_scheduler(config: Mapping[str, Any], source: object) -> None:
         times = scheduler.sigmas.tolist()
     except Exception as error:  # Settings of other kinds or out of range.
         raise OSError(f"{source}: its settings give no times: {type(error).__name__}: {error}.") from error
+    # A shift may round the first time to a little above 1.
     if not all(1.0001 > t > s >= 0 for t, s in pairwise(times)):
         said = ", ".join(f"{t:.3g}" for t in times)
         raise OSError(

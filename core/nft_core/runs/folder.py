@@ -125,6 +125,15 @@ def make_run_folder(rewards: list[str]) -> Iterator[Path]:
             folder.parent.rmdir()
 
 
+def find_free_folder(first: Path) -> Path:
+    """Find a folder that is not there yet: this one, or else one with a number behind its name."""
+    folder, number = first, 1
+    while folder.exists():
+        number += 1
+        folder = first.with_name(f"{first.name}-{number}")
+    return folder
+
+
 def name_run_folder(rewards: list[str]) -> Path:
     """Name a run's folder by its rewards and the time, such as `runs/pickscore+ocr-20260131-235959`."""
     # Names of files and options of rewards may have letters that a folder's name must not have.

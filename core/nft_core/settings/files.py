@@ -14,8 +14,6 @@ from .tables import find_setting, flatten_tables, make_tables
 
 #: A TOMLDecodeError is a ValueError, as is the error of an integer too long; tables too deep raise the other.
 TOML_ERRORS = (ValueError, RecursionError)
-
-
 #: A table of a run file that holds no settings: what is known of how the run was made.
 RECORD = "record"
 
@@ -31,6 +29,7 @@ def read_toml(path: Path) -> dict[str, Any]:
 def read_tables(path: Path) -> dict[str, Any]:
     """Read all tables of a TOML file. Raises UsageError."""
     try:
+        # -sig, since some editors on Windows put a mark before the text, which TOML refuses.
         text = path.read_text(encoding="utf-8-sig")
     except (OSError, ValueError) as error:  # ValueError: no UTF-8, or a path that no file can have.
         raise UsageError(f"Cannot read the run file {path}: {error}.") from error

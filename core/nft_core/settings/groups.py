@@ -28,6 +28,10 @@ class Group(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
 
+# Where no other reason is given, defaults are those of the published runs with SD3.5 medium: `config/nft.py` of
+# NVlabs/DiffusionNFT.
+
+
 class Run(Group):
     """How long the run is, its random numbers, and who watches it."""
 
@@ -36,6 +40,7 @@ class Run(Group):
         description="Number of epochs, each a rollout and then gradient steps on its images. More epochs "
         "train longer. 0 only evaluates the base model.",
     )
+    # Whole numbers of TOML end at 2^63.
     seed: Annotated[int, Field(ge=0, lt=2**63)] = Field(
         0,
         description="Seed of everything random in the run: prompts, noise and training times. The same seed "
@@ -111,6 +116,7 @@ class Prompts(Group):
         description="What is done with prompts that a reward cannot score. error refuses the file; drop "
         "leaves them out and says how many.",
     )
+    # The pipelines of SD3 and FLUX refuse more than 512; 0 is for models without such an encoder.
     max_sequence_length: Annotated[int, Field(ge=0, le=512)] = Field(
         128,
         description="Most tokens of a prompt that the long text encoder reads; later ones are cut off. A "
@@ -178,6 +184,7 @@ class Rollout(Group):
         description="Solver steps for each image of a rollout. More steps make better images and take "
         "proportionally longer.",
     )
+    # One image has no other to be compared with, and so no advantage.
     group_size: Annotated[int, Field(ge=2)] = Field(
         24,
         description="Images generated for each prompt of an epoch, which are compared with one another. More "
@@ -188,6 +195,7 @@ class Rollout(Group):
         description="Prompts that images are generated for in each epoch. More prompts make a gradient less "
         "noisy and an epoch longer.",
     )
+    # Published runs have 512 px; `default_side` of `PipelineModel` takes large models down to that.
     resolution: CountOrZero = Field(
         0,
         description="Width and height of the images, in pixels. A higher value takes more memory and time. 0 "
@@ -198,6 +206,7 @@ class Rollout(Group):
 class Loss(Group):
     """The DiffusionNFT loss, its KL term, and the old policy. docs/idea.md has the formulas."""
 
+    # The published runs on OCR and on several rewards at once have 0.1.
     beta: Positive = Field(
         1.0,
         description="How strongly the loss mixes the trained velocity with the old policy's: v+ = (1 - beta) "
@@ -221,6 +230,7 @@ class Loss(Group):
         "it and shrinks again below it, never under its setting. A higher target lets the model move further "
         "from the base. 0 keeps kl_weight as it is.",
     )
+    # The published run on OCR has `slow`.
     old_decay: float | str = Field(
         "ramp",
         description="How slowly the old policy, which generates the images, follows the trained one after "
@@ -236,11 +246,13 @@ class Loss(Group):
         description="Which noise times an image is trained at. grid takes the solver's own times but the last "
         "before 0; uniform and logit_normal draw them at random.",
     )
+    # Of the grid's ten times the last is left out, so nine are all of them.
     train_times_count: Count = Field(
         9,
         description="Number of noise times that each image is trained at. More times take proportionally "
         "longer and make the gradient less noisy.",
     )
+    # SD3's own shift.
     time_shift: Positive = Field(
         3.0,
         description="Shift of times drawn by uniform and logit_normal. Above 1, more times lie near pure "
@@ -271,6 +283,7 @@ class Optimizer(Group):
         description="Gradient steps in which the learning rate grows linearly up to lr. More steps begin more "
         "gently. 0 begins at lr.",
     )
+    # The published run on OCR has 2, the others have 1.
     updates_per_epoch: Count = Field(
         2,
         description="Gradient steps in each epoch, among which the epoch's images are divided equally. More "
@@ -381,6 +394,7 @@ class Parallel(Group):
         description="Seconds that the processes have to find one another at the start. A higher value waits "
         "longer for nodes that start late.",
     )
+    # Two hours: a judge over a network may take long, and who comes too late ends the whole run.
     peer_timeout: Positive = Field(
         7200,
         description="Seconds that a process waits for another one during the run before it ends. It must be "

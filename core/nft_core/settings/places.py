@@ -50,7 +50,7 @@ def find_packages() -> dict[str, Path]:
     for name in sorted({point.module.partition(".")[0] for point in entry_points(group=ENTRY_POINT_GROUP)}):
         try:
             spec = find_spec(name)
-        except (ImportError, ValueError):
+        except (ImportError, ValueError):  # A broken package has no files; `nft plugins` names it.
             continue
         if spec and spec.submodule_search_locations:
             found[name] = Path(next(iter(spec.submodule_search_locations)))

@@ -44,6 +44,7 @@ def summarize(run: RunFigures) -> dict[str, Summary]:
         points = [(Point(e["epoch"], m), e) for e in alike if (m := read_mean(e, name)) is not None]
         if not points or read_mean(last, name) is None:
             continue
+        # The last point is that of `last`: an evaluation is like itself.
         (start, first), (end, _) = points[0], points[-1]
         change = pair_evaluations((run, first), (run, last), name) if len(points) > 1 else None
         # Of equal ones the first.
@@ -85,9 +86,9 @@ def pair_runs(runs: Sequence[RunFigures]) -> tuple[dict[str, dict[str, Paired]],
 def explain_gaps(base: RunFigures, run: RunFigures, left: Sequence[str]) -> list[str]:
     """Explain why figures of two runs are not paired."""
     before, after = (r.evaluations[-1].get("evaluation") for r in (base, run))
-    changes = ", ".join(list_changes(before, after))
     if not left:
         return []
+    changes = ", ".join(list_changes(before, after))
     if pick_picture_part(before) != pick_picture_part(after):
         return [
             f"{base.name} and {run.name} are not compared in pairs: their evaluations differ in {changes}, so "

@@ -33,6 +33,7 @@ def draw_page(found: Comparison) -> str:
     """Draw the page as HTML."""
     runs = found.runs
     title = " and ".join(run.name for run in runs)
+    # Where two runs weigh a reward differently, the later run's weight is told; settings show both.
     weights = {name: weight for run in runs for name, weight in read_weights(run.settings).items()}
     held_out, training = (
         draw_curves(runs, kind, list_curves(runs, kind), weights) for kind in ("held_out", "training")

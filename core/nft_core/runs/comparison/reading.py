@@ -70,6 +70,7 @@ def read_loosely(tables: Mapping[str, Any], record: Mapping[str, Any]) -> dict[s
 
     A path becomes its last part, and one to a copy in the run's folder has its digest too.
     """
+    # `flatten_tables` would refuse a setting that this version does not know.
     flat: dict[str, Any] = {}
     for name, value in tables.items():
         flat |= value if name in GROUPS and isinstance(value, dict) else {name: value}

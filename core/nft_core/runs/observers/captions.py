@@ -24,6 +24,7 @@ MOST_LINES = 60
 
 def clean_text(text: str) -> str:
     """Prepare a text for drawing: letters are composed, and characters that are not seen are dropped."""
+    # A letter and its accent as two characters would be drawn beside one another.
     composed = unicodedata.normalize("NFC", text)
     return "".join(c for c in composed if c.isspace() or unicodedata.category(c) not in ("Cc", "Cf"))
 
@@ -55,6 +56,7 @@ def _font_for(letters: frozenset[str], size: int) -> ImageFont.FreeTypeFont | No
 
 
 def has_letters(font: ImageFont.FreeTypeFont, letters: Iterable[str]) -> bool:
+    # By how it looks: Pillow tells of no font which letters it has.
     missing = draw_letter(font, MISSING)
     return all(draw_letter(font, letter) != missing for letter in letters)
 
@@ -88,6 +90,7 @@ def wrap_text(text: str, font: ImageFont.FreeTypeFont, width: int) -> list[str]:
     A text of more than MOST_LINES ends with dots.
     """
     lines, line = [], ""
+    # No line has more letters than pixels, so what is behind these is never drawn.
     for word in text[: MOST_LINES * width].split():
         joined = f"{line} {word}" if line else word
         if font.getlength(joined) <= width:

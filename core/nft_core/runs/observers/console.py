@@ -42,6 +42,7 @@ class Console:
         self.say(f"Writing to {run.folder}")
         if differences := describe_evaluation(run.settings):
             self.say(f"Evaluations are not generated as rollouts are: {differences}.")
+        # A run that goes on is compared with what it was before it stopped.
         for record in read_records(run.folder):
             if is_evaluation(record):
                 self.find_base(record)
@@ -107,6 +108,7 @@ class Console:
     def nft_run_finished(self, run: Run, error: BaseException | None) -> None:
         if self.bars:
             self.bars.stop()
+        # A table of one evaluation says nothing of a run that failed right after it.
         if self.base and self.latest and (self.latest is not self.base or not error):
             self.terminal.print(compare_evaluations(self.base, self.latest, run.folder))
         if self.latest:
@@ -127,6 +129,7 @@ class Console:
         for kind, text in kinds.items():
             if kind not in self.warned:
                 self.say(f"Warning at epoch {record['epoch']}: {text}")
+        # Those of the other kind of record still hold: an evaluation says nothing of what epochs warn of.
         self.warned = {k for k in self.warned if not k.startswith(record["event"])} | set(kinds)
 
     def say(self, text: str) -> None:

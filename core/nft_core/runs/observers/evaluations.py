@@ -67,6 +67,7 @@ def save_scores(folder: Path, epoch: int, scores: Scores, groups: torch.Tensor) 
 
     rewards, details = list_figures(scores)
     arrays = {"prompt": groups.numpy().astype(np.int32)}
+    # The total comes first, as the one that is kept where all are too many.
     for name, figure in {"total": rewards["total"], **rewards, **details}.items():
         values, valid = (tensor.numpy() for tensor in figure)
         pair = {f"values/{name}": np.where(valid, values, 0).astype(np.float32), f"valid/{name}": valid}
@@ -87,6 +88,7 @@ def save_scores(folder: Path, epoch: int, scores: Scores, groups: torch.Tensor) 
 def write_notes(notes: Mapping[str, Sequence[str]]) -> str:
     """Write notes as JSON, by name as many as MOST_NOTES has room for."""
     kept: dict[str, list[str]] = {}
+    # Whole or not at all: half of a reward's notes would look as if the others were empty.
     for name, texts in notes.items():
         if len(json.dumps({**kept, name: list(texts)})) <= MOST_NOTES:
             kept[name] = list(texts)
@@ -136,6 +138,7 @@ def read_scores(folder: Path, epoch: int) -> Scored | None:
         values, valid = arrays[f"values/{name}"], arrays.get(f"valid/{name}")
         if valid is None or not values.shape == valid.shape == prompt.shape:
             return None
+        # Others were not written here, and could make the bootstrap fail.
         if (values.dtype, valid.dtype) == (np.float32, np.bool_):
             found[name] = values, valid
     return Scored(prompt, found, read_notes(notes, len(prompt)))

@@ -33,6 +33,7 @@ class LiveView(Progress):
     def show_phase(self, phase: str, done: int, total: int) -> None:
         """Show how many images of a rollout, an evaluation or a gradient step are done."""
         task = self.tasks[1]
+        # The same phase again, as of the next epoch, begins with fewer done than before.
         if phase != task.description or done < task.completed:
             self.reset(self.phase, description=phase, total=total)
         left = f"{format_seconds((task.elapsed or 0) / done * (total - done))} left" if done else ""

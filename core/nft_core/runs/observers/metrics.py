@@ -37,6 +37,7 @@ def append_record(folder: Path, record: Mapping[str, Any]) -> None:
     try:
         with (folder / FILE).open("a", encoding="utf-8") as file:
             file.write(to_line(record))
+            # On the disk before the next epoch: after a power cut the run still knows what it measured.
             file.flush()
             os.fsync(file.fileno())
     except OSError as error:
@@ -79,6 +80,7 @@ def trim_metrics(folder: Path, at: Progress, tell: Callable[[str], None]) -> Non
 
 def comes_before(record: Mapping[str, Any], at: Progress) -> bool:
     """Say whether a record was written before the run stood at this progress."""
+    # Before the first epoch there is an evaluation of epoch 0, and no epoch of that number.
     if record["epoch"] == at.epoch:
         return at.evaluated if record["event"] == "eval" else at.epoch > 0
     return bool(record["epoch"] < at.epoch)

@@ -54,6 +54,7 @@ def collect_pictures(
     cards, count = [], 0
     groups = batch.groups.tolist()
     for i, (prompt, metadata) in enumerate(zip(batch.prompts, batch.metadata, strict=True)):
+        # Images of one prompt stand together, and are numbered from 1.
         count = count + 1 if i and groups[i] == groups[i - 1] else 1
         cards.append(Card(prompt, read_kind(metadata), count))
     chosen = choose(cards)
@@ -107,6 +108,7 @@ def save_pictures(folder: Path, pictures: Pictures) -> None:
     path = find_pictures(folder, pictures.epoch)
     path.parent.mkdir(exist_ok=True)
     aside = path.with_name(f".{path.name}")
+    # Six digits, since `read_pictures` sorts the names as text.
     images = [np.frombuffer(data, np.uint8) for data in frame.pictures if data]
     save_file({f"{i:06d}": image for i, image in enumerate(images)}, aside, {NOTE: json.dumps(note)})
     aside.replace(path)
@@ -123,7 +125,7 @@ def read_pictures(folder: Path, epoch: int, of: Mapping[str, Any]) -> Pictures |
 
     path = find_pictures(folder, epoch)
     try:
-        if path.stat().st_size > MOST_BYTES:
+        if path.stat().st_size > MOST_BYTES:  # It was not written here, and could fill the memory.
             return None
         with safe_open(path, "np") as file:
             note = json.loads((file.metadata() or {})[NOTE])

@@ -24,6 +24,7 @@ class Report:
         self.evaluated = ""
         self.due = 0.0
 
+    # Last, since the page shows what other observers write: lines of metrics, pictures.
     @hookimpl(trylast=True)
     def nft_eval_finished(self, run: Run) -> None:
         self.evaluated = ""

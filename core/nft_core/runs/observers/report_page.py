@@ -110,6 +110,7 @@ def draw_changes(run: RunFigures) -> str:
     found, weights = summarize(run), read_weights(run.settings)
     if not found:
         return ""
+    # A figure that came later says its own epoch in its cell.
     ends = run.evaluations[0]["epoch"], run.evaluations[-1]["epoch"]
     rewards = run.evaluations[-1]["rewards"]
     rows = [
@@ -156,6 +157,7 @@ def list_curves(runs: Sequence[RunFigures], kind: str) -> list[str]:
     """List the names of curves, without the total of one reward, which says the same."""
     names = dict.fromkeys(name for run in runs for name in getattr(run.curves, kind))
     rewards = {n for run in runs if run.evaluations for n in run.evaluations[-1]["rewards"]}
+    # Of one reward there are two names, its own and `total`.
     return [name for name in names if len(rewards) > 2 or name not in ("total", "total, in training")]
 
 

@@ -64,6 +64,7 @@ class Samples:
         drawn, folder = draw_samples(now, base, lower), run.folder / "samples"
         save_sheet(draw_grid([drawn], [now.frame.title]), folder / NAME.format(now.epoch))
         if base:
+            # One row of each: a reader compares a picture with the one below it.
             every = -(-len(drawn) // ROW)
             rows = [draw_samples(base, None, lower)[::every], drawn[::every]]
             save_sheet(draw_grid(rows, [base.frame.title, now.frame.title]), folder / "before-after.png")
@@ -106,7 +107,7 @@ def fit_to_cell(image: Image.Image) -> Image.Image:
     if longest * 2 <= CELL:
         factor = CELL // longest
         return image.resize((image.width * factor, image.height * factor), Image.Resampling.NEAREST)
-    image = image.copy()
+    image = image.copy()  # `thumbnail` works in place.
     image.thumbnail((CELL, CELL), Image.Resampling.LANCZOS)
     return image
 
@@ -118,6 +119,7 @@ def draw_grid(rows: list[list[Sample]], titles: list[str]) -> Image.Image:
         for title, row in zip(titles, rows, strict=True)
         for i in range(0, len(row), ROW)
     ]
+    # By identity: a sample holds an image, which cannot be a key, and wrapping is slow.
     prompts = {id(sample): wrap_prompt(sample) for _, row in lines for sample in row}
 
     def measure(row: list[Sample]) -> tuple[int, int]:

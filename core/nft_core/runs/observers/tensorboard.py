@@ -52,7 +52,7 @@ class TensorBoard:
     def _write(self, kind: str, record: Mapping[str, Any]) -> None:
         for name, value in flatten_numbers(record).items():
             self.writer.add_scalar(f"{kind}/{name}", value, record["epoch"])
-        self.writer.flush()
+        self.writer.flush()  # Its own two minutes are long for who watches a tiny run.
 
 
 def escape_cell(value: Any) -> str:

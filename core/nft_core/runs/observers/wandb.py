@@ -49,6 +49,7 @@ class WandB:
             dir=str(run.folder),
             config=dict(run.settings),
         )
+        # By epoch, since its own count goes up with every call.
         self.log.define_metric("*", step_metric="epoch")
 
     @hookimpl
