@@ -139,7 +139,7 @@ def test_gpus(monkeypatch):
 
 
 def test_a_broken_torchvision_is_explained_where_it_does_harm(monkeypatch):
-    """As transformers hides it: it says alone that a module cannot be imported."""
+    """transformers hides it so: it says alone that a module cannot be imported."""
     said = "RuntimeError: operator torchvision::nms does not exist"
     monkeypatch.setattr(doctor, "probe_torch", lambda: SOUND | {"torchvision_error": said})
     monkeypatch.setattr(doctor, "is_installed", lambda module: True)

@@ -95,7 +95,7 @@ def test_prompts_that_a_reward_cannot_score(folder):
 
 
 def test_a_command_can_be_repeated():
-    """What several processes are started with."""
+    """Several processes are started with the command as it was given."""
     words = ["a", "--reward", "ocr=1,upscale=4", "--reward", "-x", "b", "--tiny", "--set", "seed=1", "--json"]
     context = evaluate.make_context("eval", list(words))
     again = repeat_command(context)

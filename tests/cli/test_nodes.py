@@ -28,7 +28,7 @@ LOCAL = {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "l
 
 
 def free_port():
-    """Below those that the system gives to whoever asks for any."""
+    """Find a free port below those that the system gives to whoever asks for any."""
     while True:
         port = random.randrange(20_000, 32_000)
         with socket.socket() as probe:
@@ -50,7 +50,7 @@ def light(images):
 
 @pytest.fixture
 def arguments(tmp_path):
-    """Of `nft run`, for a run that goes on for long."""
+    """List the arguments of `nft run` for a run that goes on for long."""
     (tmp_path / "light.py").write_text(REWARD)
     (tmp_path / "prompts.txt").write_text("a red circle\na blue square\n")
     settings = SETTINGS | {"prompts": tmp_path / "prompts.txt", "eval_prompts": tmp_path / "prompts.txt"}
@@ -135,7 +135,7 @@ def test_slurm_saves_and_queues_the_run_again(arguments, tmp_path):
 
 
 def test_without_torchrun_a_node_dies(arguments, tmp_path):
-    """Started by hand, or by srun; nobody but the other process is there to notice."""
+    """Where nodes were started by hand or by srun, nobody but the other process is there to notice."""
     folder = tmp_path / "run"
     place = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
     processes = [

@@ -23,7 +23,7 @@ def nft(*arguments, cwd):
 
 
 def test_plan(tmp_path, ours):
-    """Figures, a verdict and proposals; nothing is written."""
+    """It prints figures, a verdict and proposals, and writes nothing."""
     result = nft(
         *("run", "--tiny", "--reward", "pickscore", "--reward", "ocr=0.5", "--plan"),
         *("--card", 24, "--peak-tflops", 100, "--out", "out"),

@@ -47,7 +47,7 @@ def prompts(tmp_path_factory):
 
 
 def new(folder, prompts, epochs, processes=1, reward="jpeg_compressibility", **more):
-    """Arguments of a run."""
+    """List the arguments of a run."""
     settings = SETTINGS | {"processes": processes, "prompts": prompts, "eval_prompts": prompts} | more
     words = [word for key, value in settings.items() for word in ("--set", f"{key}={value}")]
     return ["run", "--tiny", "--reward", reward, "--epochs", epochs, "--out", folder, *words]
@@ -132,7 +132,7 @@ def test_told_to_end(number, code, signalled, prompts, tmp_path):
 
 
 def test_nobody_reads_what_a_run_says(prompts, peaceful, tmp_path):
-    """As behind `| head -1`."""
+    """Its reader has ended, as behind `| head -1`."""
     folder = tmp_path / "run"
     process = start(*new(folder, prompts, 3))
     assert process.stdout.readline()
@@ -146,7 +146,7 @@ def test_nobody_reads_what_a_run_says(prompts, peaceful, tmp_path):
 
 
 def test_killed_and_resumed_a_few_times():
-    """The harness that the benchmark runs a hundred times."""
+    """The benchmark runs this harness a hundred times."""
     done = forks.run(
         [sys.executable, "benchmarks/kills.py", "--count", "2", "--epochs", "2"],
         cwd=ROOT,

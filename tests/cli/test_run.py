@@ -67,7 +67,7 @@ def test_a_composition_of_weights_of_0_is_refused(tmp_path):
 
 
 def test_a_composed_reward_of_a_file_keeps_its_members(tmp_path):
-    """One run of two rewards of a file, of which one fails, composed there or named one by one."""
+    """One run has two rewards of a file, of which one fails: composed there, or named one by one."""
     (tmp_path / "mine.py").write_text(
         "from nft_core import reward\n"
         "def dark(images):\n    return 1 - images.mean((1, 2, 3))\n"
@@ -309,7 +309,7 @@ def test_bad_input(case, tmp_path, monkeypatch):
     ],
 )
 def test_bad_input_of_a_real_process(case, processes, tmp_path, ours):
-    """One paragraph and no traceback, found early or late, by one process or by several."""
+    """It is one paragraph and no traceback, found early or late, by one process or by several."""
     (tmp_path / "cats.txt").write_text('a sign "CAT"\na cat\na dog\n')
     arguments, code, message = BAD[case]
     run = subprocess.run if case == "unknown reward" else forks.run
@@ -352,7 +352,7 @@ class Ends(Euler):
 
 
 def test_a_plug_in_that_exits_ends_the_run_with_an_error_and_a_checkpoint(tmp_path, monkeypatch):
-    """And a reward named `total` has its own figures."""
+    """A reward named `total` has its own figures there too."""
     monkeypatch.chdir(tmp_path)
     Path("own.py").write_text(OWN)
     Path("prompts.txt").write_text("a red circle\ntwo blue squares\n")

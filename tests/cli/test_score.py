@@ -223,7 +223,7 @@ def test_a_reward_that_fails_loses_nothing_else(folder, plugin):
 
 @pytest.mark.parametrize("suffix", ["png", "jpg", "jfif", "webp", "gif", "bmp", "tif", "tiff", "avif"])
 def test_kinds_of_files(tmp_path, suffix):
-    """Each kind under its own name, under another kind's, and, where it is named itself, under none."""
+    """Each kind is read under its own name, under another kind's, and, where it is named itself, under none."""
     kind = {"tif": "TIFF", "jpg": "JPEG", "jfif": "JPEG"}.get(suffix, suffix.upper())
     if kind == "AVIF" and not features.check("avif"):
         pytest.skip("this Pillow reads no AVIF")
@@ -440,7 +440,7 @@ def test_the_preset_brings_options_and_the_sidecar_metadata(folder):
 
 
 def test_no_image_is_scored_against_an_empty_prompt(folder):
-    """Not even where only some have none, and not with rewards that accept every prompt."""
+    """So it is where only some have none too, and with rewards that accept every prompt."""
     flat(folder / "a.png", 51)
     flat(folder / "b.png", 51)
     (folder / "a.txt").write_text("a wall")

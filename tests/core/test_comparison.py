@@ -208,7 +208,7 @@ def test_another_version_of_a_reward_is_not_paired(runs):
 
 @pytest.mark.parametrize("harm", ["gone", "rubbish", "other prompts"])
 def test_a_run_without_scores_of_single_images(harm, runs):
-    """As in a folder of an older version: there are differences of means where these are of the same images."""
+    """Older folders have none: differences of means remain, where these are of the same images."""
     file = runs[1] / "evaluations" / "000003.safetensors"
     if harm == "gone":
         shutil.rmtree(file.parent)
@@ -234,7 +234,7 @@ def test_a_run_without_scores_of_single_images(harm, runs):
 
 
 def test_runs_of_another_version(runs):
-    """Flat settings, unknown ones, no record; damaged lines."""
+    """They have flat settings, unknown ones, no record, and damaged lines."""
     (runs[1] / "run.toml").write_text('lr = 0.5\nnew_setting = 3\nrewards = ["a=b=c=d,,"]\n[new]\nx = 1\n')
     with (runs[1] / "metrics.jsonl").open("a") as file:
         file.write(

@@ -115,7 +115,7 @@ def test_modules_beside_a_file_come_before_those_of_the_current_folder(given, tm
 
 
 def test_no_copy_is_overwritten(given, host, tmp_path):
-    """Not by another file of that name, nor by the same file with other content."""
+    """Neither another file of that name nor the same one with other content takes its place."""
     folder, prompts = tmp_path / "run", Path(given.prompts)
     first, _ = begin(given, folder, host)
     assert begin(given, folder, host)[0] == first

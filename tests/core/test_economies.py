@@ -45,7 +45,7 @@ def test_the_same_is_learned(setting, usual, sd3_folder, tmp_path):
 
 
 def test_compiled_blocks_follow_the_weights(sd3_folder):
-    """Through swaps, merging and both modes of gradients. The eager backend, since a real one takes minutes."""
+    """They do so through swaps, merging and both modes of gradients. A real backend would take minutes."""
     model = SD3(str(sd3_folder))
     policy = Policy(model, lora_rank=4, merge=True)
     with torch.no_grad():
@@ -71,7 +71,7 @@ def test_compiled_blocks_follow_the_weights(sd3_folder):
 
 @pytest.mark.slow
 def test_compiled_blocks_learn_the_same(sd3_folder, tmp_path):
-    """Under autocast, through swaps, and backwards; with the code that a real backend compiles, unfused."""
+    """They do so under autocast, through swaps and backwards, with a real backend's code, unfused."""
 
     def learned():
         _, run = start(sd3_folder, tmp_path, "precision=bf16", "epochs=1", "eval_every=0")

@@ -119,7 +119,7 @@ SCALES = {
 @pytest.mark.parametrize("name", SCALES)
 @torch.no_grad()
 def test_guided_images_are_those_of_the_pipeline(host, family_folder, name):
-    """To 1e-4 of the range, after four of Euler's steps, as diffusers' own pipeline has them."""
+    """They agree with diffusers' own pipeline to 1e-4 of the range, after four of Euler's steps."""
     family = FAMILIES[name]
     height, width = family.size
     prompts = [Prompt("a b", {}), Prompt("c d e f", {})]

@@ -25,7 +25,7 @@ def pipeline(sd3_folder, tmp_path):
 
 
 def refuse(path, said):
-    """That it is refused before anything is loaded, in a sentence."""
+    """Check that it is refused before anything is loaded, in a sentence."""
     settings = make_settings({"model": str(path), "rewards": ["x"]})
     with pytest.raises(NftError, match=said):
         check_model(settings, load_host())

@@ -65,7 +65,7 @@ def odd(n, **changes):
 
 
 class Hangs:
-    """Until it is let go; `overlap` is how many calls ran at once."""
+    """Hangs until it is let go; `overlap` is how many calls ran at once."""
 
     def __init__(self):
         self.go, self.running, self.overlap, self.calls = threading.Event(), 0, 0, 0
@@ -273,7 +273,7 @@ def test_details_that_change_are_a_failure_under_mask():
 
 
 def test_batches_without_scores_join_the_others():
-    """In a clipped member of a sum, before and after batches that it could score."""
+    """They are those of a clipped member of a sum, before and after batches that it could score."""
     x = Composed((Term("x", 1.0, guard_reward(flaky(1), FailurePolicy("mask"), "x")),))
     y = Composed((Term("y", 0.5, lambda b: Scores.of(torch.ones(len(b)), more=torch.ones(len(b)))),))
     both = x.clip(0, 2) + y
@@ -296,7 +296,7 @@ def test_one_reward_in_two_members_costs_both():
 
 
 class Groups:
-    """The best of its group; needs its detail to tell."""
+    """Finds the best image of each group, for which it needs its detail."""
 
     def __init__(self, fails):
         self.fails = fails

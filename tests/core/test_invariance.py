@@ -60,7 +60,7 @@ def test_same_losses(settings, processes, reference, sd3_folder, tmp_path):
 
 
 def test_ranks_are_of_whole_groups(sd3_folder, tmp_path):
-    """Groups of 4 in one batch, and spread over batches of 3 and 2 processes."""
+    """Groups of 4 lie in one batch, and are spread over batches of 3 and 2 processes."""
     runs = [
         run(tmp_path, sd3_folder, f"ranked-{processes}", "rewards=['ranked']", *settings, processes=processes)
         for settings, processes in (([], 1), (["rollout_batch=3"], 1), (["rollout_batch=3"], 2))
@@ -78,7 +78,7 @@ def test_ranks_are_of_whole_groups(sd3_folder, tmp_path):
     ["lora_rank=4", pytest.param("lora_rank=0", marks=pytest.mark.slow)],
 )
 def test_processes_that_share_the_weights_learn_the_same(trained, sd3_folder, tmp_path):
-    """15 images for two processes, so that one always has a batch more."""
+    """Two processes share 15 images, so that one always has a batch more."""
     sizes = ["group_size=3", "prompts_per_epoch=5", "updates_per_epoch=1", "microbatch=1", "rollout_batch=7"]
     tiny_run.main(sd3_folder, tmp_path / "alone.json", *sizes, trained)
     alone = json.loads((tmp_path / "alone.json").read_text())
@@ -139,7 +139,7 @@ def test_what_fails_or_differs_in_one_process_is_told_in_all(tmp_path):
 
 
 def test_gradients_are_summed(tmp_path):
-    """Of a parameter that one process has none for, and of one that nobody has, which keeps none."""
+    """One process has none for one parameter; no process has any for another, which keeps none."""
     script = tmp_path / "gradients.py"
     script.write_text(
         "import torch\n"

@@ -34,7 +34,7 @@ def a_batch(n=3):
 
 
 def seen(batch):
-    """All that a reward could look at, in a number an image."""
+    """Compute a number for each image from all that a reward could look at."""
     pictures = torch.tensor([float(np.asarray(p, dtype=np.float64).mean()) for p in batch.pil])
     rows = zip(batch.prompts, batch.metadata, batch.groups.tolist(), strict=True)
     texts = [hash(str(row)) % 1000 for row in rows]
@@ -128,7 +128,7 @@ CHANGES = {
 @pytest.mark.parametrize("name", CHANGES)
 @pytest.mark.parametrize("fails", [False, True])
 def test_the_process_is_put_back_on_the_thread_of_rewards(name, fails):
-    """On the thread where runs score, with the main thread beside it; kit and mutants have the other places."""
+    """Runs score on this thread, with the main one beside it; kit and mutants have the other places."""
 
     def reward(batch):
         CHANGES[name]()

@@ -54,7 +54,7 @@ def make_lora(file, layers, **more):
 
 
 def list_changes(transformer):
-    """What a LoRA in place adds to the weights, by layer."""
+    """List what a LoRA in place adds to the weights, by layer."""
     found = {name: m for name, m in transformer.named_modules() if len(getattr(m, "lora_A", ())) > 0}
     return {name: m.get_delta_weight(next(iter(m.lora_A))) for name, m in found.items()}
 

@@ -49,7 +49,7 @@ class Made:
 
     @cached_property
     def shared(self):
-        """One that no test changes, with inputs: x_t, t and the condition of `PROMPTS`."""
+        """Build a model that no test changes, with inputs: x_t, t and the condition of `PROMPTS`."""
         model = self.model()
         shape = model.latent_shape(*self.family.size)
         noise = torch.randn(2, *shape, generator=torch.Generator().manual_seed(0))
@@ -74,7 +74,7 @@ one_each = pytest.mark.parametrize("made", ONE_EACH, indirect=True)
 
 @torch.no_grad()
 def test_same_images_as_the_pipeline(made):
-    """To 1e-4 of the range, after four of Euler's steps without guidance, for prompts of two lengths."""
+    """They agree to 1e-4 of the range after four unguided steps of Euler's, for prompts of two lengths."""
     (model, noise, _, condition), plain = made.shared, made.plain()
     x, times = noise, model.times(4, *made.family.size)
     for t, s in zip(times[:-1], times[1:], strict=True):
@@ -112,7 +112,7 @@ def test_the_contract(made):
     ("made", "largest"), [("sd3", 16), ("z-image", 64), ("auraflow", 32)], indirect=["made"]
 )
 def test_the_largest_size(made, largest):
-    """Positions of 8, 16 and 8 tokens a side, and tokens of 2, 4 and 4 px."""
+    """Positions are there for 8, 16 and 8 tokens a side, and tokens are of 2, 4 and 4 px."""
     model, *_ = made.shared
     assert model.latent_shape(largest, 8)[1] == largest // 2
     with pytest.raises(
@@ -124,7 +124,7 @@ def test_the_largest_size(made, largest):
 @one_each
 @pytest.mark.parametrize("rank", [2, 0])
 def test_an_epoch_and_its_checkpoint(made, rank, tmp_path, monkeypatch):
-    """A LoRA through load_lora_weights, a whole transformer through from_pretrained: the same velocity.
+    """A LoRA is read by load_lora_weights, a whole transformer by from_pretrained: the same velocity.
 
     The code that a run prints at its end makes the evaluation's picture, to one of 255 levels.
     """
@@ -183,7 +183,7 @@ def test_an_epoch_and_its_checkpoint(made, rank, tmp_path, monkeypatch):
 
 @one_each
 def test_float16(made):
-    """A LoRA on a base in the narrowest of the dtypes, to 3 %; text encoders want a wider one."""
+    """A LoRA on a base in the narrowest of the dtypes agrees to 3 %; text encoders want a wider one."""
     model, x, t, condition = made.shared
     half = made.model(precision="fp16")
     assert half.transformer.dtype == torch.float16
@@ -241,7 +241,7 @@ def test_without_numbers(made):
 
 @pytest.mark.parametrize(("published", "millions", "transformer", "config"), PUBLISHED)
 def test_published_sizes(published, millions, transformer, config):
-    """To 4 %, tables of positions included: their names are round."""
+    """They are right to 4 %, tables of positions included: their names are round."""
     with torch.device("meta"):
         module = getattr(diffusers, transformer)(**config)
     count = sum(rows.numel() for rows in module.state_dict().values())

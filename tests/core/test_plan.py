@@ -185,7 +185,7 @@ def saved(work):
 
 @pytest.mark.parametrize(("rank", "attentions"), [(4, 3), (0, 4)], ids=["lora", "whole"])
 def test_meta_tensors_save_what_real_ones_save(rank, attentions, folder, host):
-    """But for 24 bytes an attention, in which CUDA's kernel keeps its dropout's random state.
+    """They do, but for 24 bytes an attention, in which CUDA's kernel keeps its dropout's random state.
 
     There are three joint ones, and one of the image alone in the first block, before any LoRA.
     """
@@ -407,7 +407,7 @@ def sd35(tmp_path_factory):
 
 
 def test_published_sizes(sd35, host):
-    """By the configs alone; the published files are of 4.94 GB for the transformer and 9.52 GB for T5."""
+    """The configs alone tell them; published files are of 4.94 GB for the transformer and 9.52 GB for T5."""
     s = settings_of(sd35, precision="bf16", lora_rank=32)
     model = load_model(s, host, META)
     bytes_of = lambda module: sum(x.nbytes for x in iterate_tensors(module))  # noqa: E731
@@ -547,7 +547,7 @@ def test_work_of_an_epoch(taken):
 
 
 def test_proposals(taken):
-    """As asked where that fits; a smaller microbatch before activations computed anew; None where none fits."""
+    """What fits stays as asked; a smaller microbatch comes before activations computed anew; none may fit."""
     s, f = taken(4)
     rewards = {"judge": 3}
 

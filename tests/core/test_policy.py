@@ -99,7 +99,7 @@ def test_no_reference_is_kept_where_none_is_wanted(sd3_folder):
 
 @pytest.mark.parametrize(("name", "kernel"), [("math", "MATH"), ("flash", "FLASH_ATTENTION")])
 def test_kernels_of_attention_agree(name, kernel, sd3_folder):
-    """Those that a CPU has; the one that is asked for comes first."""
+    """All that a CPU has are compared; the one that is asked for comes first."""
     policy = Policy(SD3(str(sd3_folder)), lora_rank=0)
     before = set(_cur_sdpa_kernel_backends())
     expected = velocity(policy)

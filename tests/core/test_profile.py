@@ -82,7 +82,7 @@ def test_a_part_is_traced_and_training_does_not_notice(sd3_folder, tmp_path, cap
 
 
 def test_a_run_with_little_to_see(sd3_folder, tmp_path, capsys):
-    """One epoch of one batch and one time: all of it is under the profiler, which is said."""
+    """One epoch has one batch and one time: all of it is under the profiler, which is said."""
     run = training(sd3_folder, tmp_path, epochs=1, rollout_batch=8, microbatch=8, train_times_count=1)
     with profile_run(run, tmp_path / "profile", load_host()):
         train(run)

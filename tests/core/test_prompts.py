@@ -101,7 +101,7 @@ def test_other_names_and_shapes(tmp_path, name, text):
 
 
 def test_null_is_absent_and_text_in_json_is_what_it_says(tmp_path):
-    """As the datasets library and tables write GenEval's metadata; a sign may read [1]."""
+    """The datasets library and tables write GenEval's metadata so; a sign may read [1]."""
     clause = {"class": "cat", "count": 1}
     inner = json.dumps({"prompt": "a cat", "include": [{**clause, "color": None}]})
     lines = [

@@ -34,7 +34,7 @@ TIMES = {"seconds", "epoch_seconds", "images_per_second", "phases"}
 
 
 class Toy(toy.Toy):
-    """One whose whole transformer can be saved."""
+    """A toy whose whole transformer can be saved."""
 
     def __init__(self):
         super().__init__()
@@ -45,7 +45,7 @@ class Toy(toy.Toy):
 
 
 def start(folder, **changes):
-    """A new process's run; it writes `metrics.jsonl`."""
+    """Start a run as a new process would; it writes `metrics.jsonl`."""
     settings = make_settings(
         toy.SETTINGS, {"eval_every": 1, "checkpoint_every": 2, "kl_target": 0.1, **changes}
     )
@@ -60,7 +60,7 @@ def start(folder, **changes):
 
 
 def go_on(folder, **changes):
-    """One that goes on from the newest checkpoint, or from the start where there is none."""
+    """Start a run that goes on from the newest checkpoint, or from the start where there is none."""
     run = start(folder, **changes)
     if path := find_newest_checkpoint(folder, pytest.fail):
         restore_training(run, path, allow_changes=False)
@@ -170,7 +170,7 @@ def test_an_evaluation_without_one_of_its_rewards_has_no_total(tmp_path):
 
 
 def composed(reward, fails):
-    """That reward and one that raises where `fails()`."""
+    """Compose that reward with one that raises where `fails()`."""
 
     def moody(batch):
         if fails():

@@ -205,7 +205,7 @@ def shared(sd3_folder, tmp_path_factory):
 
 
 def tensors(folder):
-    """All of a checkpoint, by file and name."""
+    """Read all tensors of a checkpoint, by file and name."""
     files = sorted(folder.rglob("*.safetensors"))
     return {f"{f.relative_to(folder)} {name}": x for f in files for name, x in load_file(f).items()}
 
@@ -218,7 +218,7 @@ def test_going_on_with_it_is_never_having_stopped(shared):
 
 
 def test_one_process_goes_on_with_it(shared, sd3_folder, tmp_path):
-    """With all the files that it would have written itself. Asked to share, it has nobody to share with."""
+    """It has all files that it would have written itself. Asked to share, it has nobody to share with."""
     run = fresh(sd3_folder)
     assert not run.policy.fsdp
     verify_checkpoint(shared / "000001")

@@ -98,7 +98,7 @@ def test_a_lora_of_peft_and_of_the_published_script(sd3_folder, base_images, tmp
 
 
 def test_ranks_and_alphas_that_differ_by_layer(sd3_folder, base_images, tmp_path):
-    """peft's patterns, and rank-stabilised strength."""
+    """peft's patterns count, and so does rank-stabilised strength."""
     options = {"rank_pattern": {"attn.to_v": 5}, "alpha_pattern": {"attn.to_v": 2}, "use_rslora": True}
     _, transformer = make_peft_lora(tmp_path, sd3_folder, **options)
     found = find_source(str(sd3_folder), str(tmp_path)).loras[0]
@@ -273,7 +273,7 @@ def test_a_run_that_is_not_there_is_no_hub_id(sd3_folder, tmp_path, monkeypatch)
 
 
 def test_a_pipeline_of_a_package_that_lies_elsewhere_now(lora_run, tmp_path):
-    """As that of --tiny does where a checkpoint was copied from another machine."""
+    """That of --tiny does where a checkpoint was copied from another machine."""
     copy = shutil.copytree(lora_run, tmp_path / "copy")
     state = json.loads((copy / "state.json").read_text())
     state["settings"]["model"] = "/elsewhere/site-packages/nft_tiny/data/pipeline"
@@ -311,7 +311,7 @@ def test_a_single_file_beside_its_pipeline(whole_run, sd3_folder, base_images, t
 
 
 def test_a_single_file_that_says_whose_it_is(tmp_path):
-    """By its names and shapes alone, as diffusers tells models apart."""
+    """It does by its names and shapes alone, as diffusers tells models apart."""
     block = "model.diffusion_model.joint_blocks.0.context_block.adaLN_modulation.1.bias"
     weights = {block: torch.zeros(9216), "model.diffusion_model.pos_embed": torch.zeros(1, 147456, 1)}
     save_file(weights, tmp_path / "a.safetensors")

@@ -46,7 +46,7 @@ def float64():
 
 
 def test_a_run_is_the_same_under_another_default_dtype(sd3_folder, tmp_path):
-    """Rollout, training and evaluation."""
+    """Rollout, training and evaluation are compared."""
 
     def run(dtype):
         records, training = start(sd3_folder, tmp_path / "run", "epochs=1")

@@ -76,7 +76,7 @@ def records(run):
 
 
 def spoil(run, when):
-    """A velocity that is not a number under gradients, in the steps for which `when(update)` says so."""
+    """Make a velocity that is not a number under gradients, in the steps for which `when(update)` says so."""
     velocity = run.policy.velocity
 
     def spoilt(*arguments):
@@ -171,7 +171,7 @@ def test_a_resume_after_too_many_steps_that_are_not_finite_counts_anew(tmp_path)
 
 
 def test_latents_that_are_not_finite(tmp_path):
-    """Warned of, and never in a checkpoint, which could not be read again."""
+    """They are warned of, and never come into a checkpoint, which could not be read again."""
     run = make(tmp_path, epochs=1)
     found = records(run)
     solver = run.sampler.solver

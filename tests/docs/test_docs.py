@@ -23,7 +23,7 @@ def read(name):
 
 @pytest.mark.parametrize("name", Settings.model_fields)
 def test_settings(name):
-    """A first sentence that can stand alone, then more; the generated page has it."""
+    """Each has a first sentence that can stand alone, then more; the generated page has it."""
     text = Settings.model_fields[name].description
     assert text[0].isupper() and text.endswith(".") and len(text) > 40
     assert sum(line.startswith(f"| `{name}` |") for line in read("docs/settings.md").splitlines()) == 1
@@ -134,7 +134,7 @@ def test_links_lead_somewhere_on_github_too(page):
 
 @pytest.mark.parametrize("page", pages_of_the_site())
 def test_pages_name_only_what_exists(page):
-    """Options behind `nft` in commands, and commands themselves."""
+    """Options behind `nft` in commands exist, and so do the commands."""
     known = {n: {o for p in c.params for o in p.opts} for n, c in generate.commands(main, "nft")}
     text = read(f"docs/{page}").replace("\\\n", " ")
     for line in re.findall(r"(?:^ {0,4}|`)(nft [^`\n]*)", text, flags=re.M):

@@ -13,7 +13,7 @@ PAGE = (Path(__file__).parents[2] / "docs/idea.md").read_text(encoding="utf-8")
 
 @pytest.fixture
 def samples():
-    """For one x_t: many clean images x_0, each with its r; the old velocity is the mean, as a fitted one is."""
+    """Draw for one x_t many clean images x_0, each with its r; the old velocity is the mean of theirs."""
     draw = torch.Generator().manual_seed(0)
     x_t, t = torch.tensor([0.3, -0.2], dtype=torch.float64), 0.6
     x_0 = torch.randn(500, 2, generator=draw, dtype=torch.float64)

@@ -87,7 +87,7 @@ def test_it_says_nothing_that_python_3_9_cannot_read():
 
 
 def test_pip_finds_it_in_the_folder_without_an_index():
-    """As the README's commands name it; and a plug-in package can be installed after them."""
+    """It is named as in the README's commands; a plug-in package can be installed after them."""
     run(*PIP, "install", "--dry-run", *OFFLINE, "-e", FOLDER, "-e", ROOT)
     run(*PIP, "install", "--dry-run", *OFFLINE, ROOT / "examples/nft-ab3", ROOT / "examples/nft-colourfulness")
 

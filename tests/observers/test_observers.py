@@ -143,7 +143,7 @@ def test_names_are_shown_as_they_are(width, run, capsys):
 
 
 def test_a_run_is_compared_with_its_like(run, capsys):
-    """After a change of prompts with the first of the new ones; of rewards, reward by reward."""
+    """After a change of prompts that is the first of the new ones; after one of rewards it goes by reward."""
     of = {"prompts": "1", "seed": "0", "rewards": {"cat": "c", "dog": "d"}, "total": "t"}
     other_dog = of | {"rewards": {"cat": "c", "dog": "D", "bird": "b"}, "total": "T"}
     console = Console()

@@ -268,7 +268,7 @@ FOUR = ("left of", "right of", "above", "below")
 
 
 def counts():
-    """Asked n, shown m of one confidence, which passes 0.3, or 0.9 where counting is the task."""
+    """Cases ask for n and show m of one confidence, which passes 0.3, or 0.9 where counting is the task."""
     for asked, shown, tag, score in product(
         range(1, 5), range(6), ["single_object", "counting"], [0.2, 0.6, 0.95]
     ):
@@ -370,7 +370,7 @@ def test_the_table_has_many_cases():
 
 @dataclass
 class Colored:
-    """As a detector that looks up colours has them."""
+    """Holds what a detector that looks up colours finds."""
 
     label: str
     score: float

@@ -213,7 +213,7 @@ def test_a_file_will_do_and_so_will_safetensors(folder, tmp_path):
 
 
 def test_the_published_sizes():
-    """ViT-L/16 at 224 pixels and BERT base, as the authors' modules are made."""
+    """They are those of ViT-L/16 at 224 pixels and of BERT base, as the authors' modules are made."""
     vit = {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 24, "image_size": 224}
     bert = {"hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12, "vocab_size": 30524}
     shapes = published_shapes(vit | {"patch_size": 16}, bert | {"max_position_embeddings": 512})

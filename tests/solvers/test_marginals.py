@@ -74,7 +74,7 @@ def test_sde_has_nearly_the_moments(noise_level, gaussian, grid, moments):
 
 
 def test_sde_at_a_fixed_start_converges_with_order_1(gaussian, moments):
-    """Away from t = 1, where its noise is infinite."""
+    """It does so away from t = 1, where its noise is infinite."""
     variance = 0.1**2 * gaussian.std**2 + 0.9**2
     errors = []
     for steps in (400, 800):

@@ -179,7 +179,7 @@ class Slow(Tiny):
 
 
 def padded(self, right, prompts):
-    """To the longest prompt's length."""
+    """Pad to the longest prompt's length."""
     length = max(map(len, prompts))
     letters = [list(p.encode().ljust(length, b"\0")) for p in prompts]
     return {**right(prompts), "letters": torch.tensor(letters)}

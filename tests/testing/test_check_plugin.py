@@ -41,11 +41,11 @@ def factory(*, scale: float = 1.0, variant: Literal["a", "b"] = "a", device: str
 
 
 def member(name: str, /, *, shift: float = 1.0):
-    """A family's."""
+    """The factory of a family."""
 
 
 def model(checkpoint, *, device, dtype, length: int = 128):
-    """A model's."""
+    """The factory of a model."""
 
 
 def reward(name="mine", summary="mine, scale=2", factory=factory, **fields):

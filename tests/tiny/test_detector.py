@@ -79,7 +79,7 @@ def test_is_not_fooled():
 
 
 def test_small_errors_of_pixels_do_not_hide_a_shape():
-    """As an autoencoder makes them: a little blur and noise."""
+    """An autoencoder makes such errors: a little blur and noise."""
     rng = np.random.default_rng(0)
     seen = []
     for kind in SHAPES:

@@ -24,7 +24,7 @@ def first_picture(folder, epoch):
 
 @pytest.mark.parametrize(("rank", "solver"), [(0, "dpm2"), (4, "dpm2"), (4, "euler")])
 def test_it_makes_the_first_evaluation_picture(rank, solver, tmp_path, monkeypatch):
-    """To one of 255 levels: a LoRA is added to the weights here, and computed beside them in diffusers."""
+    """It agrees to one of 255 levels: a LoRA is added to the weights here, and lies beside them there."""
     given = {"rewards": ["jpeg_compressibility"], "lora_rank": rank, "solver": solver, "lr": 0.02}
     settings, told = make_run_settings(load_host(), "tiny", SHORT | {"ema_decay": 0} | given), []
     run_training(settings, tmp_path / "run", load_host(), told.append)

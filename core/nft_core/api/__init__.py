@@ -1,1 +1,1 @@
-"""Training from Python: `nft_core.train` and `nft_core.resume`."""
+"""Trains from Python: `nft_core.train` and `nft_core.resume`."""

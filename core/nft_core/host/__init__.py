@@ -1,1 +1,1 @@
-"""Plug-ins: found, loaded, and made from their names and options."""
+"""Finds and loads plug-ins, and makes what they offer from names and options."""

@@ -1,1 +1,1 @@
-"""Families of base models, each a `FlowModel` over diffusers' own pipeline."""
+"""Adapts families of base models, each a `FlowModel` over diffusers' own pipeline."""

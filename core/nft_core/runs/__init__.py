@@ -1,1 +1,1 @@
-"""A run on disk: its folder, checkpoints, resume and observers."""
+"""Keeps a run on disk: its folder, checkpoints, resume and observers."""

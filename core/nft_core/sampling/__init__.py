@@ -1,1 +1,1 @@
-"""Images from the policy: encoded prompts, noise, and the rollout that generates and scores."""
+"""Makes images with the policy: encoded prompts, noise, and the rollout that generates and scores."""

@@ -1,1 +1,1 @@
-"""Rewards joined into one, with failure policies, and their scores."""
+"""Joins rewards into one, calls them under failure policies, and adds up their scores."""

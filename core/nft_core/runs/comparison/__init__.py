@@ -1,1 +1,1 @@
-"""Comparing runs by what stands in their folders: settings, figures with intervals, curves and pictures."""
+"""Compares runs by what stands in their folders: settings, figures with intervals, curves and pictures."""
