@@ -5,9 +5,11 @@ from __future__ import annotations
 from . import libraries  # noqa: F401  isort: skip  Before anything of diffusers.
 import importlib
 import inspect
+import json
 import math
 from collections.abc import Iterable, Mapping
 from contextlib import suppress
+from functools import lru_cache
 from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
@@ -61,6 +63,24 @@ def check_pipeline(folder: Path, index: Mapping[str, Any], weights: bool = True)
 
     weights: whether they must be there; a plan does without. Raises OSError.
     """
+    check_files(folder, json.dumps(index, sort_keys=True), weights, stamp_files(folder))
+
+
+def stamp_files(folder: Path) -> tuple[tuple[str, int, int], ...]:
+    """List the times and sizes of a folder's files, which change when these do."""
+    # A link to nothing has a time of its own; the check says what is wrong with it.
+    found = ((f, f.stat() if f.exists() else f.lstat()) for f in folder.rglob("*"))
+    return tuple(sorted((str(f), s.st_mtime_ns, s.st_size) for f, s in found))
+
+
+# A run asks twice, before its rewards are loaded and with the model, and tokenizers alone take a while to read.
+@lru_cache(maxsize=32)
+def check_files(folder: Path, listed: str, weights: bool, stamp: tuple[tuple[str, int, int], ...]) -> None:
+    """Check a pipeline's folder, once as long as its files stay as they are.
+
+    listed: its model_index.json. stamp: of `stamp_files`. Raises OSError, also when asked again.
+    """
+    index = json.loads(listed)
     check_parts(index)
     parts = list_parts(index)
     texts = [name for name in parts if name.startswith("text_encoder")]
