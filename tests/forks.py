@@ -45,6 +45,13 @@ IMPORTS = [
     "transformers.models.t5.modeling_t5",
     "scipy.stats",
     "diffusers.pipelines.stable_diffusion_3.pipeline_stable_diffusion_3",
+    "diffusers.guiders",
+    "safetensors.numpy",
+    "nft_core.models.single_files",
+    "nft_core.pages.gallery",
+    "nft_core.runs.usage",
+    "nft_core.training.attention",
+    "PIL.ImageDraw",
     "PIL.PngImagePlugin",
     "PIL.JpegImagePlugin",
     "torch.profiler",
@@ -189,6 +196,8 @@ def serve(path):
     sys.path[:] = [p for p in sys.path if p != str(Path(__file__).parent)]
     for name in IMPORTS:
         importlib.import_module(name)
+    # transformers makes tables of a thousand patterns for the first model that a process loads.
+    importlib.import_module("transformers.conversion_mapping").get_checkpoint_conversion_mapping("clip")
     assert threads() == 1, "a fork has the calling thread alone"
     gc.collect()
     gc.freeze()
