@@ -75,6 +75,7 @@ def fit_options(
     named = {n: p for n, p in parameters.items() if p.kind in (p.KEYWORD_ONLY, p.POSITIONAL_OR_KEYWORD)}
     given: dict[str, Any] = {}
     for name, value in options.items():
+        # Of what is offered the user may give the device alone: the rest is made here.
         if (name not in named and not open_ended) or name in OFFERED - {"device"}:
             raise missing_part(f"The {what}", "option", name, set(named) - OFFERED)
         given[name] = (

@@ -129,6 +129,7 @@ def guard_call(function: Callable[..., Any], hook: str, guard: Guard) -> Callabl
 
     @functools.wraps(function)
     def call(*given: Any) -> None:
+        # What it returns is dropped: hooks are told of something, and nobody asks them.
         with guard(hook) as prepare:
             function(*map(prepare, given))
 

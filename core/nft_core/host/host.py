@@ -117,6 +117,7 @@ class Host:
                 raise UsageError(
                     f"The reward {other.name!r} cannot be made of itself, got {spec!r}: name another."
                 )
+            # Without the words of the failure policy, which the outer reward alone has.
             mine = {**split_options((defaults or {}).get(str(other.name), {}))[1], **other.options}
             # The inner reward is lent batches of its own, as if the run called it.
             return Inside(self.make_reward(other.name, mine, device, defaults, loaded, (name, *inside)))

@@ -33,6 +33,7 @@ class AuraFlow(PipelineModel):
 
     def velocity(self, x_t: Tensor, t: Tensor, condition: Condition) -> Tensor:
         embeds = condition["embeds"]
+        # The transformer itself multiplies the time by 1000.
         (v,) = self.transformer(x_t.to(embeds.dtype), embeds, t, return_dict=False)
         return cast(Tensor, v.to(x_t.dtype))
 

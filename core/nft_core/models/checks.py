@@ -199,6 +199,7 @@ def find_weights(folder: Path, library: str) -> tuple[list[Path], str | None]:
     indices = {
         f.name: f for f in list_files(folder, ".json") if f.name.startswith(f"{stem}.safetensors.index.")
     }
+    # The shortest name first, which is that of no variant.
     for name, file in sorted(indices.items(), key=lambda item: len(item[0])):
         variant = name.removeprefix(f"{stem}.safetensors.index.").removesuffix("json").rstrip(".")
         names = read_object(file).get("weight_map")

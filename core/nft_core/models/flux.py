@@ -59,6 +59,7 @@ class Flux(PipelineModel):
             hidden_states=packed(x_t).to(embeds.dtype),
             encoder_hidden_states=embeds,
             pooled_projections=condition["pooled"],
+            # The transformer itself multiplies it by 1000.
             timestep=t,
             guidance=torch.full_like(t, self.guidance) if guided else None,
             # Words have no place in the image, so all of them are at 0.

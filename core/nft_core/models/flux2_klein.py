@@ -55,6 +55,7 @@ class Flux2Klein(PipelineModel):
         (v,) = self.transformer(
             hidden_states=x_t.flatten(2).transpose(1, 2).to(embeds.dtype),
             encoder_hidden_states=embeds,
+            # The transformer itself multiplies it by 1000.
             timestep=t,
             txt_ids=torch.cartesian_prod(none, none, none, words),
             img_ids=torch.cartesian_prod(none, rows, columns, none),

@@ -44,6 +44,7 @@ class QwenImage(PipelineModel):
             hidden_states=packed(x_t).to(embeds.dtype),
             encoder_hidden_states=embeds,
             encoder_hidden_states_mask=mask,
+            # The transformer itself multiplies it by 1000.
             timestep=t,
             img_shapes=[[(1, x_t.shape[-2] // 2, x_t.shape[-1] // 2)]] * len(x_t),
             return_dict=False,

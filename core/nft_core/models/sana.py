@@ -71,6 +71,7 @@ class Sana(PipelineModel):
             hidden_states=x_t.to(condition["embeds"].dtype),
             encoder_hidden_states=condition["embeds"],
             encoder_attention_mask=condition["mask"],
+            # As the pipeline has it, whose times end at 1000.
             timestep=t * 1000 * self.pipeline.transformer.config.timestep_scale,
             return_dict=False,
         )
