@@ -93,6 +93,10 @@ class PipelineModel:
         self.pipeline.vae.to(self.device)
         side = self._side()
         self.resolution = (side, side)
+        self.adapt_pipeline()
+
+    def adapt_pipeline(self) -> None:
+        """Change or check what was loaded, as a family needs it."""
 
     def _class(self) -> Any:
         return getattr(diffusers, self.pipeline_class)

@@ -28,15 +28,7 @@ class Sana(PipelineModel):
     #: Whether the pipeline's instruction is put before prompts.
     instructs = True
 
-    def __init__(
-        self,
-        checkpoint: str,
-        *,
-        device: torch.device | str = "cpu",
-        dtype: torch.dtype = torch.float32,
-        max_sequence_length: int = 128,
-    ) -> None:
-        super().__init__(checkpoint, device=device, dtype=dtype, max_sequence_length=max_sequence_length)
+    def adapt_pipeline(self) -> None:
         if self.device.type != "meta":  # Which has no autocast.
             for block in self.pipeline.transformer.transformer_blocks:
                 block.attn1.set_processor(WideLinearAttention())

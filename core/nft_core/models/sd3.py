@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, cast
 
-import torch
 from torch import Tensor
 
 from nft_plugins import Condition
@@ -28,18 +27,10 @@ class SD3(PipelineModel):
         *("attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj", "attn.to_add_out"),
     )
 
-    def __init__(
-        self,
-        checkpoint: str,
-        *,
-        device: torch.device | str = "cpu",
-        dtype: torch.dtype = torch.float32,
-        max_sequence_length: int = 128,
-    ) -> None:
-        super().__init__(checkpoint, device=device, dtype=dtype, max_sequence_length=max_sequence_length)
-        if not max_sequence_length and "text_encoder_3" in self._parts():
+    def adapt_pipeline(self) -> None:
+        if not self.max_sequence_length and "text_encoder_3" in self._parts():
             raise ValueError(
-                f"{checkpoint} has a T5, so max_sequence_length must be at least 1 token, got 0; "
+                f"{self.name} has a T5, so max_sequence_length must be at least 1 token, got 0; "
                 "128 is the published runs'"
             )
 
