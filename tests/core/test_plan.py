@@ -440,7 +440,13 @@ def test_weights_are_not_needed(taken, host, tmp_path):
         count_footprint(s, host, CUDA)
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+#: Two are variants of families that are planned for besides; the third takes longest.
+SLOW = ("sd3-without-t5", "flux-schnell", "flux2-klein")
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[pytest.mark.slow] if name in SLOW else []) for name in FAMILIES]
+)
 def test_every_family_can_be_planned_for(name, family_folder, host):
     family = FAMILIES[name]
     given = {"resolution": max(family.size), "max_sequence_length": family.length, "precision": "bf16"}
