@@ -48,7 +48,8 @@ def test_a_missing_environment_is_told_with_the_command_that_makes_it():
     host.check_reward("imagereward", {})
     with pytest.raises(NftError, match="no option 'chekpoint'"):
         host.check_reward("imagereward", {"engine": "package", "chekpoint": "x"})
-    assert host.find_environment("ocr", {"engine": "paddle"}).name == "ocr-paddle"
+    for engine in ("paddle", "paddle2"):
+        assert host.find_environment("ocr", {"engine": engine}).name == f"ocr-{engine}"
     assert host.find_environment("ocr", {}) is None
 
 
@@ -60,7 +61,8 @@ def test_the_commands_say_which_there_are(monkeypatch):
     assert rows["imagereward-package"]["state"] == "missing"
     assert "needs no environment" in nft("create", "pickscore").stderr
     assert "Unknown environment 'ocrpaddle'" in nft("create", "ocrpaddle").stderr
-    assert "There is no environment ocr-paddle" in nft("remove", "ocr").stderr
+    assert "There is no environment ocr-paddle" in nft("remove", "ocr-paddle").stderr
+    assert "several environments: name one of ocr-paddle, ocr-paddle2" in nft("create", "ocr").stderr
 
 
 def test_an_environment_is_stale_where_its_card_or_a_package_changed():
