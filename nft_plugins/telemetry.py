@@ -16,6 +16,7 @@ OFF = {
     "DISABLE_SAFETENSORS_CONVERSION": "1",
     "WANDB_ERROR_REPORTING": "false",  # wandb's reports of errors; not what the observer logs
     "PADDLE_PDX_DISABLE_MODEL_SOURCE_CHECK": "True",  # PaddleX asks each of its hosts whether it is there
+    "NO_ALBUMENTATIONS_UPDATE": "1",  # albumentations, which PaddleOCR 2.9 imports, asks PyPI for a newer one
 }
 
 for name, value in OFF.items():

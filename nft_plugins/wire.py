@@ -16,7 +16,7 @@ from functools import cached_property
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
-from .data import Batch, Part, Scores
+from .data import Batch, Part, Scores, find_finite
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -52,12 +52,17 @@ def encode_message(head: Mapping[str, Any], tensors: Mapping[str, Any] | None = 
 
     tensors: all torch's, or all NumPy's.
     """
+    return b"".join(encode_pieces(head, tensors))
+
+
+def encode_pieces(head: Mapping[str, Any], tensors: Mapping[str, Any] | None = None) -> tuple[bytes, bytes]:
+    """Write a message as `encode_message` does, in two pieces: what is sent so need not be copied into one."""
     try:
         text = json.dumps(head, allow_nan=False).encode()
     except (TypeError, ValueError, RecursionError) as error:
         raise WireError(f"texts and metadata must be JSON to be sent to another process: {error}") from error
     body = write_tensors(tensors) if tensors else b""
-    return PREFIX.pack(MAGIC, VERSION, len(text), len(body)) + text + body
+    return PREFIX.pack(MAGIC, VERSION, len(text), len(body)) + text, body
 
 
 def decode_message(data: bytes, *, limit: int = LARGEST, text_limit: int = LARGEST_TEXT) -> Message:
@@ -161,7 +166,7 @@ def pack_batch(batch: Batch, *, floats: bool = False) -> tuple[dict[str, Any], d
     tensors = {"images": batch.images if floats else batch.uint8, "groups": batch.groups}
     if not floats:
         # 8 bits cannot say that an image has NaN in it, which rewards mark as invalid.
-        whole = batch.images.isfinite().flatten(1).all(1)
+        whole = find_finite(batch.images)
         if not bool(whole.all()):
             tensors["whole"] = whole
     return head, tensors
@@ -203,7 +208,8 @@ def assemble_batch(
         images = images.to(device)
     floats = images
     if name_dtype(images) == "uint8":
-        floats = (images.float() if torchs else images.astype("float32")) / 255
+        floats = images.float() if torchs else images.astype("float32")
+        floats /= 255  # In place: another tensor of this size takes longer than the division.
         if whole is not None:
             floats[~whole.to(device) if torchs else ~whole] = float("nan")
     batch = (Batch if torchs else ArrayBatch)(floats, prompts, metadata, groups)

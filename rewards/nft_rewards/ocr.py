@@ -58,11 +58,12 @@ class OCR:
     Details: `exact`, 1 where exactly the target was read, and `distance`, the Levenshtein distance.
     Note: `read`, the text that was read.
 
-    engine: `rapidocr`, whose models come in its wheel, or `paddle`, PaddleOCR 3. Neither has the models of the
-        published runs (PaddleOCR 2.9), so absolute scores differ.
+    engine: `rapidocr`, whose models come in its wheel, `paddle`, PaddleOCR 3, or `paddle2`, the PaddleOCR 2.9
+        of the published runs, called as their code calls it. Absolute scores differ between them.
     detector, recogniser: local models in place of the engine's own: for rapidocr an `.onnx` file or a folder
-        with one, for paddle a folder with an `inference.yml`. A recogniser's letters stand in the model, in
-        `inference.yml` or in a `.txt` file beside it. Words with other letters are refused.
+        with one, for paddle a folder with an `inference.yml`, for paddle2 one with an `inference.pdmodel`. A
+        recogniser's letters stand in the model, in `inference.yml` or in a `.txt` file beside it. Words with
+        other letters are refused, but not by paddle2.
     variant: `nft`, the published rule; `strict` gives no full marks to a target among other letters.
     normalise: whether Unicode forms (NFKC), apostrophes, quotes and dashes that look alike count as equal, and
         characters that cannot be seen are left out.

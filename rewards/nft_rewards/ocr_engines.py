@@ -1,4 +1,4 @@
-"""Makes the engines that read text in an image: RapidOCR, whose models come in its wheel, and PaddleOCR 3."""
+"""Makes the engines that read text in an image: RapidOCR, whose models come in its wheel, and PaddleOCR."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-EngineName = Literal["rapidocr", "paddle"]
+EngineName = Literal["rapidocr", "paddle", "paddle2"]
 #: Bytes of a file with letters at most; PP-OCRv5's has 150 kB.
 LARGEST = 4 << 20
 
@@ -38,14 +38,18 @@ def make_engine(name: EngineName, detector: str = "", recogniser: str = "") -> E
     """Make an engine. It reads upright lines only: the classifier of upside-down lines is off.
 
     detector, recogniser: local models in place of the engine's own: for rapidocr an `.onnx` file or a folder
-        with one, for paddle a folder with an `inference.yml`.
+        with one, for paddle a folder with an `inference.yml`, for paddle2 one with an `inference.pdmodel`.
     Raises ImportError without the package, OSError without the models.
     """
     if name == "rapidocr":
         return make_rapidocr(detector, recogniser)
     if name == "paddle":
         return make_paddleocr(detector, recogniser)
-    raise ValueError(f"engine must be 'rapidocr' or 'paddle', got {name!r}")
+    if name == "paddle2":
+        from .ocr_paddle2 import make_paddleocr2
+
+        return make_paddleocr2(detector, recogniser)
+    raise ValueError(f"engine must be 'rapidocr', 'paddle' or 'paddle2', got {name!r}")
 
 
 def describe_cause(error: BaseException) -> str:

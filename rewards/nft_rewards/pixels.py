@@ -17,6 +17,7 @@ from PIL import Image
 from torch import Tensor
 
 from nft_plugins import Batch
+from nft_plugins.data import find_finite
 
 from .chunks import run_in_chunks
 from .recent import Recent
@@ -161,7 +162,7 @@ def share_crop(
 
 def find_finite_images(batch: Batch) -> Tensor:
     """Find the images without NaN or infinity, `[B]` bool."""
-    return batch.shared(find_finite_images, lambda: batch.images.isfinite().flatten(1).all(1))
+    return batch.shared(find_finite_images, lambda: find_finite(batch.images))
 
 
 def mark_broken_images(values: Tensor, batch: Batch) -> Tensor:

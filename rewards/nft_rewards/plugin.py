@@ -104,16 +104,31 @@ REWARDS = (
         "Words of the prompt that can be read in the image",
         "nft_rewards.ocr:OCR",
         definition="1 - min(d, n) / n, d the Levenshtein distance of what was read to the n letters asked for",
-        source="arXiv 2505.05470, section 5; RapidOCR (PP-OCR), or PaddleOCR 3 with the extra paddle",
+        source="arXiv 2505.05470, section 5; RapidOCR (PP-OCR), or PaddleOCR 3 or 2.9",
         licence="Apache-2.0",
         range="0 to 1",
         metadata=('text, or "quoted words" in the prompt',),
         modules=("rapidocr", "onnxruntime", "rapidfuzz"),
         extra="ocr",
-        environment=Environment(
-            python=">=3.11,<3.14",
-            requirements=("paddleocr>=3.3,<4", "paddlepaddle>=3.0,<4", "rapidfuzz>=3.9", "torch>=2.4"),
-            options={"engine": "paddle"},
+        environment=(
+            Environment(
+                python=">=3.11,<3.14",
+                requirements=("paddleocr>=3.3,<4", "paddlepaddle>=3.0,<4", "rapidfuzz>=3.9", "torch>=2.4"),
+                options={"engine": "paddle"},
+            ),
+            # What the published runs read with. Its albumentations needs NumPy 1, its paddle setuptools.
+            Environment(
+                python=">=3.11,<3.13",
+                requirements=(
+                    "paddleocr>=2.9,<2.10",
+                    "paddlepaddle>=2.6,<3",
+                    "numpy<2",
+                    "setuptools<80",
+                    "rapidfuzz>=3.9",
+                    "torch>=2.4",
+                ),
+                options={"engine": "paddle2"},
+            ),
         ),
     ),
     RewardInfo(

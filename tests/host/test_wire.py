@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from nft_plugins import Batch, Part, Scores, wire
+from nft_plugins.data import find_finite
 from nft_plugins.wire import (
     MAGIC,
     PREFIX,
@@ -84,6 +85,16 @@ def test_an_image_that_is_not_finite_arrives_as_such(odd):
     batch.images[1, 2, 3, 4] = odd
     got = unpack_batch(sent(pack_batch, batch))
     assert got.images.isfinite().flatten(1).all(1).tolist() == [True, False, True]
+
+
+def test_images_that_are_finite_are_found_however_large():
+    images = torch.zeros(5, 3, 4, 4)
+    images[0, 0] = 3e38  # The sum of these is infinite.
+    images[1, 0, 0, 0], images[1, 0, 0, 1] = float("inf"), float("-inf")
+    images[2, 2, 3, 3] = float("nan")
+    images[3, 0, 0, 0] = float("-inf")
+    for chosen in ([0, 1, 2, 3, 4], [0, 4], [4], []):
+        assert find_finite(images[chosen]).tolist() == [i in (0, 4) for i in chosen]
 
 
 def test_an_empty_batch_arrives():

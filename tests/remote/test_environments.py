@@ -1,9 +1,14 @@
 """Environments: which one a reward needs, and what is said where it is missing, stale or cannot be made."""
 
+import importlib.metadata
 import json
+import multiprocessing
+import os
 import platform
 import shutil
+import signal
 import sys
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -48,7 +53,8 @@ def test_a_missing_environment_is_told_with_the_command_that_makes_it():
     host.check_reward("imagereward", {})
     with pytest.raises(NftError, match="no option 'chekpoint'"):
         host.check_reward("imagereward", {"engine": "package", "chekpoint": "x"})
-    assert host.find_environment("ocr", {"engine": "paddle"}).name == "ocr-paddle"
+    for engine in ("paddle", "paddle2"):
+        assert host.find_environment("ocr", {"engine": engine}).name == f"ocr-{engine}"
     assert host.find_environment("ocr", {}) is None
 
 
@@ -60,7 +66,8 @@ def test_the_commands_say_which_there_are(monkeypatch):
     assert rows["imagereward-package"]["state"] == "missing"
     assert "needs no environment" in nft("create", "pickscore").stderr
     assert "Unknown environment 'ocrpaddle'" in nft("create", "ocrpaddle").stderr
-    assert "There is no environment ocr-paddle" in nft("remove", "ocr").stderr
+    assert "There is no environment ocr-paddle" in nft("remove", "ocr-paddle").stderr
+    assert "several environments: name one of ocr-paddle, ocr-paddle2" in nft("create", "ocr").stderr
 
 
 def test_an_environment_is_stale_where_its_card_or_a_package_changed():
@@ -123,6 +130,74 @@ def test_without_uv_another_python_is_told(monkeypatch):
 def test_the_installer_s_words_are_shown_with_what_helps(said, helps):
     told = explain_installer(said, make_needed())
     assert helps in told and "warning: x" not in told and said.splitlines()[-1].strip() in told
+
+
+@pytest.fixture
+def light(root, monkeypatch):
+    """An environment of a package in a file alone, which is made in a second and without an index."""
+    found = importlib.metadata.distribution("pluggy")
+    wheel = root / f"pluggy-{found.version}-py3-none-any.whl"
+    with zipfile.ZipFile(wheel, "w") as file:
+        for each in found.files:
+            if ".." not in each.parts and each.suffix != ".pyc":
+                file.write(found.locate_file(each), str(each))
+    monkeypatch.setattr(environments, "BASE", ())
+    for name, value in {
+        "UV_OFFLINE": "1",
+        "PIP_NO_INDEX": "1",
+        "UV_CACHE_DIR": str(root / "cache"),
+        "PIP_NO_CACHE_DIR": "1",
+    }.items():
+        monkeypatch.setenv(name, value)
+    return make_needed(requirements=(f"pluggy @ {wheel.as_uri()}",))
+
+
+def list_environments(root):
+    return sorted(path.name for path in root.glob("odd*") if path.is_dir())
+
+
+def start(work, *arguments):
+    process = multiprocessing.get_context("fork").Process(target=work, args=arguments, daemon=True)
+    process.start()
+    return process
+
+
+def test_of_two_processes_that_make_the_same_one_the_second_waits_and_uses_it(light, root):
+    fork = multiprocessing.get_context("fork")
+    begun, waits, made = fork.Event(), fork.Event(), fork.Queue()
+
+    def work(first):
+        def tell(line):
+            if line.startswith("Waiting for another process that makes"):
+                waits.set()
+            elif first and "1/4" in line:
+                begun.set()
+                assert waits.wait(60)  # So the second one has come while the first one is at work.
+
+        if not first:
+            assert begun.wait(60)
+        made.put((first, create_environment(light, tell, python=sys.executable)))
+
+    processes = [start(work, True), start(work, False)]
+    assert dict([made.get(timeout=60), made.get(timeout=60)]) == {True: True, False: False}
+    for process in processes:
+        process.join(60)
+    assert find_change(light) == "" and list_environments(root) == ["odd"]
+
+
+def test_a_process_that_is_killed_while_it_makes_one_leaves_none(light, root):
+    def work():
+        create_environment(
+            light, lambda line: "4/4" in line and os.kill(os.getpid(), signal.SIGKILL), python=sys.executable
+        )
+
+    process = start(work)
+    process.join(60)
+    assert process.exitcode == -signal.SIGKILL
+    (remains,) = list_environments(root)
+    assert remains.startswith("odd.new-") and find_change(light) == "missing"
+    assert create_environment(light, print, python=sys.executable)
+    assert find_change(light) == "" and list_environments(root) == ["odd"]
 
 
 @pytest.mark.slow

@@ -5,12 +5,15 @@ import importlib.util
 import json
 import os
 import shutil
+import sys
 from pathlib import Path
+from types import ModuleType, SimpleNamespace
 
 import numpy as np
 import pytest
 from PIL import Image, ImageDraw, ImageFont
 
+from nft_rewards import ocr_paddle2
 from nft_rewards.ocr import OCR
 from nft_rewards.ocr_engines import describe_cause, find_letters, make_engine
 
@@ -116,14 +119,14 @@ def test_other_onnx_files_are_an_error(tmp_path):
         make_engine("rapidocr", recogniser=str(detector))
 
 
-@pytest.mark.parametrize("engine", ["rapidocr", "paddle"])
+@pytest.mark.parametrize("engine", ["rapidocr", "paddle", "paddle2"])
 def test_models_that_are_not_there_are_an_error(engine, tmp_path):
     with pytest.raises(OSError, match="Expected"):
         OCR(engine=engine, detector=str(tmp_path), workers=1)
 
 
 def test_other_engines_are_an_error():
-    with pytest.raises(ValueError, match="'rapidocr' or 'paddle'"):
+    with pytest.raises(ValueError, match="'rapidocr', 'paddle' or 'paddle2'"):
         OCR(engine="tesseract")
 
 
@@ -146,3 +149,70 @@ def test_a_broken_paddle_model_is_an_error(tmp_path):
     (tmp_path / "det" / "inference.pdmodel").unlink()
     with pytest.raises(OSError, match="PaddleOCR did not start"):
         make_engine("paddle", str(tmp_path / "det"), str(MODELS / "rec"))
+
+
+@pytest.fixture
+def paddle2(tmp_path, monkeypatch):
+    """Folders of models, and in place of PaddleOCR 2.9 one that notes what it is given."""
+    given = []
+
+    class PaddleOCR:
+        def __init__(self, **options):
+            letters = ["blank", *"abc"]
+            self.text_recognizer = SimpleNamespace(
+                output_tensors=[SimpleNamespace(shape=lambda: [1, 40, 4])],
+                postprocess_op=SimpleNamespace(character=letters if "rec_char_dict_path" in options else "ab"),
+            )
+            given.append(options)
+
+        def ocr(self, image, **options):
+            given.append(image)
+            lines = [[[[0, 0]], ("Hel", 0.9)], [[[0, 9]], ("lo", 0.8)], [[[0, 9]], ("unsure", 0)]]
+            return [lines if image.any() else None]
+
+    package = ModuleType("paddleocr")
+    package.PaddleOCR = PaddleOCR
+    monkeypatch.setitem(sys.modules, "paddle", ModuleType("paddle"))
+    monkeypatch.setitem(sys.modules, "paddleocr", package)
+    monkeypatch.setattr(ocr_paddle2, "version", lambda name: "2.9.1")
+    for kind in ("det", "rec"):
+        (tmp_path / kind).mkdir()
+        for name in ocr_paddle2.FILES:
+            (tmp_path / kind / name).touch()
+    (tmp_path / "rec" / "letters.txt").write_text("a\nb\nc\n")
+    return tmp_path, given
+
+
+def test_paddle2_is_called_as_the_published_code_calls_it(paddle2):
+    folder, given = paddle2
+    engine = make_engine("paddle2", str(folder / "det"), str(folder / "rec"))
+    published = {"use_angle_cls": False, "lang": "en", "use_gpu": False, "show_log": False}
+    assert given[0].items() >= published.items()
+    # All three, or it would download one.
+    assert given[0]["det_model_dir"] == given[0]["cls_model_dir"] == str(folder / "det")
+    assert given[0]["rec_char_dict_path"] == str(folder / "rec" / "letters.txt")
+    red = np.zeros((2, 2, 3), np.uint8)
+    red[..., 2] = 255  # BGR, as every engine is given it
+    assert engine(red) == "Hel lo" and given[-1][0, 0].tolist() == [255, 0, 0]
+    assert engine(red * 0) == "" and engine.letters is None
+
+
+def test_paddle2_says_which_models_it_lacks_and_which_letters(paddle2, monkeypatch):
+    folder, _ = paddle2
+    det, rec = str(folder / "det"), str(folder / "rec")
+    (folder / "rec" / "letters.txt").unlink()
+    with pytest.raises(OSError, match="tells 4 classes apart, and its letters.* are 2: put the .txt file"):
+        make_engine("paddle2", det, rec)
+    (folder / "det" / "inference.pdmodel").unlink()
+    with pytest.raises(OSError, match=r"no inference.pdmodel. Fetch https.*en_PP-OCRv3_det.*detector=FOLDER"):
+        make_engine("paddle2", det, rec)
+    monkeypatch.setenv("HOME", str(folder))
+    with pytest.raises(OSError, match=r"PP-OCRv4/english/en_PP-OCRv4_rec_infer.tar.*recogniser=FOLDER"):
+        make_engine("paddle2", rec, "")
+
+
+def test_paddle2_refuses_another_paddleocr(paddle2, monkeypatch):
+    folder, _ = paddle2
+    monkeypatch.setattr(ocr_paddle2, "version", lambda name: "3.3.0")
+    with pytest.raises(ImportError, match="needs paddleocr 2.9, and 3.3.0 is installed"):
+        make_engine("paddle2", str(folder / "det"), str(folder / "rec"))

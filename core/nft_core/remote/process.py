@@ -17,7 +17,7 @@ from threading import Thread
 from time import monotonic
 from typing import Any
 
-from nft_plugins.wire import Message, WireError, decode_message, encode_message, read_message
+from nft_plugins.wire import Message, WireError, decode_message, encode_pieces, read_message
 
 from ..errors import NftError
 
@@ -80,16 +80,17 @@ class ChildProcess:
         """Send a request and wait for its answer. Raises ChildEnded where none comes that makes sense."""
         self.asked += 1
         self.heard = monotonic()
-        data = encode_message({**head, "id": self.asked}, tensors)
+        pieces = encode_pieces({**head, "id": self.asked}, tensors)
         limit = SILENCE if head["request"] == "make" else None
         try:
-            self.send(data)
+            for piece in pieces:
+                self.send(piece)
             return self.receive(limit)
         except (OSError, WireError) as error:
             raise ChildEnded(self.explain_end(error)) from error
 
     def send(self, data: bytes) -> None:
-        """Send all of a message. Raises OSError where the process is gone."""
+        """Send all of a piece of a message. Raises OSError where the process is gone."""
         left = memoryview(data)
         while left:
             with suppress(TimeoutError):
