@@ -204,15 +204,15 @@ for command in (show_reward, check_contract):
 )
 @click.option(
     "--card",
-    type=click.FloatRange(min=1),
-    metavar="GIB",
-    help="With --plan: plan for a GPU with this much memory, in GiB.",
+    metavar="NAME|GIB",
+    help="With --plan: plan for this GPU, such as h100 or 4090, or for one with this much memory, in GiB.",
 )
 @click.option(
     "--peak-tflops",
     type=click.FloatRange(min=0, min_open=True),
     metavar="N",
-    help="With --plan: tell the least seconds of an epoch at this speed, in TFLOP/s; higher is faster.",
+    help="With --plan: tell the least seconds of an epoch at this speed, in TFLOP/s; higher is faster.  "
+    "[default: the peak of --card]",
 )
 @click.option(
     "--create-envs", is_flag=True, help="Make the environments that the rewards need and that are not made yet."
@@ -229,7 +229,7 @@ def start_run(
     resume: str,
     allow_changes: bool,
     plan: bool,
-    card: float | None,
+    card: str | None,
     peak_tflops: float | None,
     create_envs: bool,
     profile: bool,
@@ -246,7 +246,6 @@ def start_run(
     from ..runs.folder import read_run_file
     from ..runs.inputs import make_run_settings, prepare_inputs
     from ..runs.record import COMMAND
-    from ..runs.setup import find_family
     from ..settings import parse_assignment
 
     chosen = choose_preset(tiny, preset)
@@ -266,11 +265,15 @@ def start_run(
     if given.get("prompts") and settings.eval_prompts and not given.get("eval_prompts"):
         click.echo(f"Evaluations are on other prompts than --prompts: those of {settings.eval_prompts}.")
     if plan:
-        inputs = prepare_inputs(settings, host)
-        find_family(settings, host)  # A model that is not there is told before torch is imported.
-        from .plan import show_plan
+        from ..planning.known import check_family, find_card, use_known_model
 
-        show_plan(settings, host, inputs, card, peak_tflops)
+        chosen_card = find_card(card) if card else None
+        inputs = prepare_inputs(settings, host)
+        with use_known_model(settings) as planned:
+            check_family(planned, host)  # A model that is not there is told before torch is imported.
+            from .plan import show_plan
+
+            show_plan(settings, planned, host, inputs, chosen_card, peak_tflops)
         return
     if card or peak_tflops:
         raise UsageError("--card and --peak-tflops belong to --plan, which trains nothing: give that too.")

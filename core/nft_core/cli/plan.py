@@ -15,6 +15,7 @@ from ..host.host import Host
 from ..host.local import is_reference
 from ..host.specs import RewardSpec
 from ..planning.footprint import Footprint, count_footprint
+from ..planning.known import Card
 from ..planning.plan import (
     CARDS,
     CONTEXT,
@@ -39,31 +40,38 @@ from ..settings import Settings
 from .tables import new_table, print_table
 
 
-def show_plan(s: Settings, host: Host, inputs: Inputs, card: float | None, rate: float | None) -> None:
+def show_plan(
+    s: Settings, planned: Settings, host: Host, inputs: Inputs, card: Card | None, rate: float | None
+) -> None:
     """Print what a run takes, whether that fits, and which settings would.
 
-    card: memory of the GPU to plan for, in GiB; None plans for this machine's GPU, or with the device cpu for
-        its own memory.
-    rate: speed in TFLOP/s, for the shortest time that an epoch can take; None gives no time.
+    planned: the same settings, with a model whose configs are on this machine.
+    card: the GPU to plan for; None plans for this machine's GPU, or with the device cpu for its own memory.
+    rate: speed in TFLOP/s, for the shortest time that an epoch can take; None takes the card's.
     """
     silence_libraries("diffusers", "transformers")
     # The plan of a GPU is made without a GPU too, such as on a laptop.
     there = s.device == "cpu" or torch.cuda.is_available()
     device = pick_device(s.device) if there else torch.device("cuda")
     rewards, unknown = count_reward_bytes(inputs.rewards, host, device.type)
-    f = count_footprint(s, host, device, both=True)
+    f = count_footprint(planned, host, device, both=True)
     table = plan_phases(s, f, rewards)
     click.echo(write_headline(s, f, device))
+    if planned is not s:
+        click.echo("The model is not on this machine: its sizes are the published ones, which nft-hub knows.")
+    if card and card.lacks_bf16 and f.precision == "bf16":
+        click.echo(f"{card.title} has no fast bf16: --set precision=fp16 suits it.")
     show_phases(table)
     for line in write_remarks(s, f, table, unknown, inputs.prompts, inputs.held_out):
         click.echo(line)
-    show_works(s, f, rate)
+    # The peaks of cards are those of 16 bits.
+    show_works(s, f, rate or (card.tflops if card and f.precision != "fp32" else None))
     rooms = [(f"a GPU of {size:g} GiB", round(size * GIB * USABLE)) for size in CARDS]
     if here := find_memory(device, card):
         click.echo(write_verdict(table, *here))
         rooms = [here] if card or device.type == "cpu" else [here, *rooms]
     else:
-        click.echo("There is no GPU here to compare with: --card 24 compares with one of 24 GiB.")
+        click.echo("There is no GPU here to compare with: give one, as in --card h100 or --card 24 (GiB).")
     show_proposals(s, f, rewards, rooms)
 
 
@@ -160,10 +168,10 @@ def show_works(s: Settings, f: Footprint, rate: float | None) -> None:
     print_table(shown)
 
 
-def find_memory(device: torch.device, card: float | None) -> tuple[str, int] | None:
+def find_memory(device: torch.device, card: Card | None) -> tuple[str, int] | None:
     """Find the memory to compare the plan with, as a name and bytes; None where there is no GPU."""
     if card:
-        return f"a GPU of {card:g} GiB", round(card * GIB * USABLE)
+        return card.title, round(card.memory * GIB * USABLE)
     if device.type == "cpu":
         return "this machine", os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     if not torch.cuda.is_available():
