@@ -73,23 +73,39 @@ def nft_register_models(register: Callable[[ModelInfo], None]) -> None:
         register(card)
 
 
+OBSERVERS = (
+    ObserverInfo(
+        name="tensorboard",
+        summary="TensorBoard: figures, pictures and settings in RUN/tensorboard",
+        factory="nft_core.runs.observers.tensorboard:TensorBoard",
+        modules=("tensorboard",),
+        extra="tensorboard",
+    ),
+    ObserverInfo(
+        name="wandb",
+        summary="Weights & Biases: the same, on their server; mode=offline: in RUN/wandb",
+        factory="nft_core.runs.observers.wandb:WandB",
+        modules=("wandb",),
+        extra="wandb",
+    ),
+    ObserverInfo(
+        name="trackio",
+        summary="Trackio: the same, on this machine; space=USER/NAME: in a Space of Hugging Face's",
+        factory="nft_core.runs.observers.trackio:Trackio",
+        modules=("trackio",),
+        extra="trackio",
+    ),
+    ObserverInfo(
+        name="swanlab",
+        summary="SwanLab: the same, in RUN/swanlab; mode=online: on their server",
+        factory="nft_core.runs.observers.swanlab:SwanLab",
+        modules=("swanlab",),
+        extra="swanlab",
+    ),
+)
+
+
 @hookimpl
 def nft_register_observers(register: Callable[[ObserverInfo], None]) -> None:
-    register(
-        ObserverInfo(
-            name="tensorboard",
-            summary="TensorBoard: figures, pictures and settings in RUN/tensorboard",
-            factory="nft_core.runs.observers.tensorboard:TensorBoard",
-            modules=("tensorboard",),
-            extra="tensorboard",
-        )
-    )
-    register(
-        ObserverInfo(
-            name="wandb",
-            summary="Weights & Biases: the same, on their server; mode=offline: in RUN/wandb",
-            factory="nft_core.runs.observers.wandb:WandB",
-            modules=("wandb",),
-            extra="wandb",
-        )
-    )
+    for card in OBSERVERS:
+        register(card)

@@ -1,6 +1,12 @@
 import pytest
 
+from nft_core.host.host import load_host
 from nft_plugins import Run
+
+
+@pytest.fixture
+def host():
+    return load_host()
 
 
 @pytest.fixture

@@ -2,7 +2,11 @@
 
 import torch
 
-from nft_plugins import Batch, Part, Scores
+from nft_core.runs.inputs import make_observers, register_observers
+from nft_core.settings import Settings
+from nft_plugins import Batch, Part, Run, Scores
+
+SETTINGS = {"model": "tiny", "epochs": 2, "lr": 0.5}
 
 
 def evaluation(epoch, mean, **details):
@@ -34,3 +38,23 @@ def pictures(prompts, size=32, images=2):
     valid = torch.arange(n) != images  # the first image of the second prompt
     part = Scores(values, valid)
     return batch, Scores(values, valid, {}, {"cat": Part(1.0, part)})
+
+
+def play(host, folder, *specs, error=None, begun=0):
+    """A run's events, as the loop makes them, seen by the observers that the settings ask for.
+
+    begun: epochs that it has made already, when it goes on.
+    """
+    with host.hooks.unregister_afterwards():
+        settings = Settings(rewards=["cat"], observers=list(specs))
+        run = Run(folder, SETTINGS, begun + 2, begun)
+        observe = register_observers(host, run, make_observers(settings, host), console=False)
+        observe("nft_run_started")
+        batch, scores = pictures(["a", "b", "c"], size=8, images=1)
+        if not begun:
+            observe("nft_eval_finished", record=evaluation(0, 0.5), batch=batch, scores=scores)
+        for epoch in (begun + 1, begun + 2):
+            observe("nft_epoch_finished", record=epoch_record(epoch))
+        record = evaluation(begun + 2, 2.5, **{"cat/fur": 3.0})
+        observe("nft_eval_finished", record=record, batch=batch, scores=scores)
+        observe("nft_run_finished", error=error)

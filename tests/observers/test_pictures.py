@@ -158,7 +158,7 @@ def no_fonts(monkeypatch):
 def test_a_caption_that_no_font_can_draw_says_where_the_prompt_is(run, no_fonts):
     prompts = ["a cat", "кот", "a cafe\u0301", "红色的\n圆圈", "ένας κύκλος"]
     batch, scores = pictures(prompts, images=1)
-    chosen = choose_samples(evaluation(0, 0.1), batch, scores)
+    _, chosen = choose_samples(run, evaluation(0, 0.1), batch, scores)
     assert [" ".join(wrap_prompt(s)) for s in chosen] == [
         *("a cat", "кот", "a café", "prompt 4: see the report", "ένας κύκλος")
     ]

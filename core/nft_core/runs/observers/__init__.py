@@ -1,6 +1,7 @@
 """The built-in observers of a run: they see the same hooks as a stranger's.
 
-Those of `make_builtin_observers` are always there; `tensorboard` and `wandb` are asked for by name.
+Those of `make_builtin_observers` are always there; `tensorboard`, `wandb`, `trackio` and `swanlab` are asked
+for by name.
 """
 
 from __future__ import annotations

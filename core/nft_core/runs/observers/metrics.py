@@ -86,17 +86,6 @@ def comes_before(record: Mapping[str, Any], at: Progress) -> bool:
     return bool(record["epoch"] < at.epoch)
 
 
-def flatten_numbers(record: Mapping[str, Any], prefix: str = "") -> dict[str, float]:
-    """Collect a record's numbers but the epoch, by path, such as `rewards/ocr/mean`."""
-    flat: dict[str, float] = {}
-    for name, value in record.items():
-        if isinstance(value, Mapping):
-            flat |= flatten_numbers(value, f"{prefix}{name}/")
-        elif isinstance(value, int | float) and name != "epoch":
-            flat[prefix + name] = value
-    return flat
-
-
 def read_records(folder: Path, damaged: list[int] | None = None) -> Iterator[dict[str, Any]]:
     """Read the records written so far one by one, since a long run's would fill the memory.
 

@@ -144,10 +144,30 @@ def read_pictures(folder: Path, epoch: int, of: Mapping[str, Any]) -> Pictures |
 
 
 def find_first_pictures(folder: Path, now: Pictures) -> Pictures | None:
-    """Find the first pictures of the same prompts and noise that were kept at an earlier epoch."""
+    """Find the first pictures of the same prompts and noise that were kept at an earlier epoch.
+
+    now: all pictures of an evaluation, or some, of which alone the earlier ones are returned.
+    """
     epochs = sorted(int(path.stem) for path in (folder / FOLDER).glob("*.safetensors") if path.stem.isdecimal())
     for epoch in epochs:
         found = read_pictures(folder, epoch, now.of) if epoch < now.epoch else None
         if found and found.cards == now.cards:
             return found
+        if found and (picked := pick_cards(found, now.cards)):
+            return picked
     return None
+
+
+def pick_cards(pictures: Pictures, cards: Sequence[Card]) -> Pictures | None:
+    """Pick the pictures of some cards; None where one of them has none."""
+    place = {card: i for i, card in enumerate(pictures.cards)}
+    if not place.keys() >= set(cards):
+        return None
+    chosen, frame = [place[card] for card in cards], pictures.frame
+    picked = Frame(
+        frame.title,
+        [frame.pictures[i] for i in chosen],
+        {name: [values[i] for i in chosen] for name, values in frame.figures.items()},
+        {name: [texts[i] for i in chosen] for name, texts in frame.notes.items()},
+    )
+    return pictures._replace(cards=list(cards), frame=picked)

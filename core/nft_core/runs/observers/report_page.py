@@ -107,9 +107,18 @@ def format_duration(seconds: float) -> str:
 
 def draw_changes(run: RunFigures) -> str:
     """Draw a table of figures at their start and now, and whether their change is larger than chance."""
+    titles, rows = list_changes(run)
+    if not rows:
+        return ""
+    notes = ["0 is in the interval of what may be chance: other prompts of this kind might show no change."]
+    return draw_table(titles, rows, "changes") + draw_notes(notes if any(CHANCE in row for row in rows) else [])
+
+
+def list_changes(run: RunFigures) -> tuple[list[str], list[list[str]]]:
+    """List figures at their start and now, as the titles and rows of a table; no rows before an evaluation."""
     found, weights = summarize(run), read_weights(run.settings)
     if not found:
-        return ""
+        return [], []
     # A figure that came later says its own epoch in its cell.
     ends = run.evaluations[0]["epoch"], run.evaluations[-1]["epoch"]
     rewards = run.evaluations[-1]["rewards"]
@@ -117,9 +126,7 @@ def draw_changes(run: RunFigures) -> str:
         describe_change(name, found[name], ends, weights, name in rewards)
         for name in sorted(found, key=lambda name: name not in rewards)
     ]
-    titles = ["figure", *map(name_epoch, ends), "change", "", "95 % interval", "prompts better / worse"]
-    notes = ["0 is in the interval of what may be chance: other prompts of this kind might show no change."]
-    return draw_table(titles, rows, "changes") + draw_notes(notes if any(CHANCE in row for row in rows) else [])
+    return ["figure", *map(name_epoch, ends), "change", "", "95 % interval", "prompts better / worse"], rows
 
 
 def describe_change(

@@ -77,9 +77,16 @@ def choose_drawn(cards: Sequence[Card]) -> list[int]:
     return [first[k * len(first) // count] for k in range(count)]
 
 
-def choose_samples(record: Mapping[str, Any], batch: Batch, scores: Scores) -> list[Sample]:
-    """Choose the pictures that the grids show, for observers that show them elsewhere."""
-    return draw_samples(collect_pictures(record, batch, scores, choose_drawn), None, frozenset())
+def choose_samples(
+    run: Run, record: Mapping[str, Any], batch: Batch, scores: Scores
+) -> tuple[list[Sample], list[Sample]]:
+    """Choose the pictures that the grids show, for observers that show them elsewhere.
+
+    Returns those of the first evaluation, none where this is the first, and those of now.
+    """
+    now, lower = collect_pictures(record, batch, scores, choose_drawn), list_lower(read_weights(run.settings))
+    base = find_first_pictures(run.folder, now)
+    return draw_samples(base, None, lower) if base else [], draw_samples(now, base, lower)
 
 
 def draw_samples(now: Pictures, base: Pictures | None, lower: frozenset[str]) -> list[Sample]:

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-from nft_plugins import Batch, Run, Scores, hookimpl
+from nft_plugins import Run
 
-from .metrics import flatten_numbers
-from .samples import choose_samples, draw_grid
+from .dashboards import Changes, Dashboard, escape_cell
+from .pictures import name_epoch
+from .samples import Sample, draw_grid
 
 
-class TensorBoard:
-    """Writes to `RUN/tensorboard`: figures by epoch, the pictures of evaluations, the settings.
+class TensorBoard(Dashboard):
+    """Writes to `RUN/tensorboard`: figures by epoch, the pictures of evaluations, the settings, a summary.
 
     folder: another place, in which the run's name is a folder.
     """
@@ -23,38 +24,36 @@ class TensorBoard:
         self.open, self.folder = SummaryWriter, folder
         self.writer: Any = None
 
-    @hookimpl
-    def nft_run_started(self, run: Run) -> None:
+    def begin(self, run: Run) -> None:
         place = f"{self.folder}/{run.folder.name}" if self.folder else str(run.folder / "tensorboard")
         # What a killed process wrote of later epochs is left out: they come again.
         self.writer = self.open(place, purge_step=run.epoch + 1)
+        self.settings = run.settings
         rows = [f"| {escape_cell(name)} | {escape_cell(value)} |" for name, value in run.settings.items()]
         self.writer.add_text("settings", "\n".join(["| setting | value |", "|---|---|", *rows]))
 
-    @hookimpl
-    def nft_epoch_finished(self, record: Mapping[str, Any]) -> None:
-        self._write("train", record)
-
-    @hookimpl
-    def nft_eval_finished(self, record: Mapping[str, Any], batch: Batch, scores: Scores) -> None:
-        import numpy as np
-
-        self._write("eval", record)
-        epoch = record["epoch"]
-        pictures = np.asarray(draw_grid([choose_samples(record, batch, scores)], [f"epoch {epoch}"]))
-        self.writer.add_image("eval/samples", pictures, epoch, dataformats="HWC")
-
-    @hookimpl
-    def nft_run_finished(self) -> None:
-        if self.writer:
-            self.writer.close()
-
-    def _write(self, kind: str, record: Mapping[str, Any]) -> None:
-        for name, value in flatten_numbers(record).items():
-            self.writer.add_scalar(f"{kind}/{name}", value, record["epoch"])
+    def log_figures(self, epoch: int, figures: Mapping[str, float]) -> None:
+        for name, value in figures.items():
+            self.writer.add_scalar(name, value, epoch)
         self.writer.flush()  # Its own two minutes are long for who watches a tiny run.
 
+    def log_pictures(self, epoch: int, name: str, rows: Sequence[Sequence[Sample]]) -> None:
+        import numpy as np
 
-def escape_cell(value: Any) -> str:
-    """Escape a value for a Markdown table, in which a bar or the end of a line would end its cell."""
-    return " ".join(str(value).replace("\\", "\\\\").replace("|", "\\|").split())
+        titles = ["before", name_epoch(epoch)][-len(rows) :]
+        grid = np.asarray(draw_grid([list(row) for row in rows], titles))
+        self.writer.add_image(name, grid, epoch, dataformats="HWC")
+
+    def log_summary(self, epoch: int, changes: Changes) -> None:
+        self.writer.add_text("summary", changes.table, epoch)
+        plain = (bool, int, float, str)
+        # For the tab of hyperparameters, which compares runs.
+        self.writer.add_hparams(
+            {n: v if isinstance(v, plain) else str(v) for n, v in self.settings.items()},
+            {f"summary/{name}": summary.end.mean for name, summary in changes.figures.items()},
+            run_name=".",
+            global_step=epoch,
+        )
+
+    def end(self, error: BaseException | None) -> None:
+        self.writer.close()

@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import secrets
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
-from nft_plugins import Batch, Run, Scores, hookimpl
+from nft_plugins import Run
 
-from .metrics import flatten_numbers
-from .samples import choose_samples
+from .dashboards import Changes, Dashboard, add_captions, recall
+from .samples import Sample
 
 
-class WandB:
-    """Logs figures by epoch, the pictures of evaluations and the settings.
+class WandB(Dashboard):
+    """Logs figures by epoch, the pictures of evaluations, the settings and a summary.
 
     project, entity: where on the server. name: of the run there; by default its folder's.
     mode: `online`, or `offline`, which writes to `RUN/wandb` for `wandb sync`; by default WANDB_MODE's.
@@ -33,12 +33,9 @@ class WandB:
         self.log: Any = None
         self.project, self.entity, self.name, self.mode = project, entity, name, mode
 
-    @hookimpl
-    def nft_run_started(self, run: Run) -> None:
+    def begin(self, run: Run) -> None:
         # A run that goes on is the same one there.
-        note = run.folder / "wandb-id.txt"
-        known = note.read_text(encoding="utf-8").strip() if note.exists() else secrets.token_hex(4)
-        note.write_text(known + "\n", encoding="utf-8")
+        known, _ = recall(run.folder / "wandb-id.txt", secrets.token_hex(4))
         self.log = self.wandb.init(
             project=self.project,
             entity=self.entity,
@@ -52,23 +49,19 @@ class WandB:
         # By epoch, since its own count goes up with every call.
         self.log.define_metric("*", step_metric="epoch")
 
-    @hookimpl
-    def nft_epoch_finished(self, record: Mapping[str, Any]) -> None:
-        self._write("train", record)
+    def log_figures(self, epoch: int, figures: Mapping[str, float]) -> None:
+        self.log.log({**figures, "epoch": epoch})
 
-    @hookimpl
-    def nft_eval_finished(self, record: Mapping[str, Any], batch: Batch, scores: Scores) -> None:
-        pictures = [
-            self.wandb.Image(s.image, caption="\n".join([s.prompt, *(score.text for score in s.scores)]))
-            for s in choose_samples(record, batch, scores)
-        ]
-        self._write("eval", record, samples=pictures)
+    def log_pictures(self, epoch: int, name: str, rows: Sequence[Sequence[Sample]]) -> None:
+        pictures = [self.wandb.Image(p.image, caption=p.caption) for p in add_captions(rows)]
+        self.log.log({name: pictures, "epoch": epoch})
 
-    @hookimpl
-    def nft_run_finished(self, error: BaseException | None) -> None:
-        if self.log:
-            self.log.finish(exit_code=1 if error else 0)
+    def log_summary(self, epoch: int, changes: Changes) -> None:
+        for name, summary in changes.figures.items():
+            figures = {"start": summary.start.mean, "end": summary.end.mean}
+            if summary.change:
+                figures["change"] = summary.change.mean
+            self.log.summary.update({f"summary/{name}/{n}": v for n, v in figures.items()})
 
-    def _write(self, kind: str, record: Mapping[str, Any], **more: Any) -> None:
-        figures = {f"{kind}/{name}": value for name, value in {**flatten_numbers(record), **more}.items()}
-        self.log.log({**figures, "epoch": record["epoch"]})
+    def end(self, error: BaseException | None) -> None:
+        self.log.finish(exit_code=1 if error else 0)
