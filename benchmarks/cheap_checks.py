@@ -1,11 +1,13 @@
 """How much work does a mistake of the user's cost before it is told? CPU seconds of each, and what is said.
 
-python benchmarks/cheap_checks.py [WORD]
+python benchmarks/cheap_checks.py [WORD] [--beside FOLDER]
 
 Runs `nft` once with each mistake whose name holds WORD, and prints its seconds, its exit code and its last
 line. CPU seconds are those of the process and of all that it started; a busy machine hardly changes them.
+FOLDER is a checkout of another version, which is measured beside this one. No hub can be reached meanwhile.
 """
 
+import argparse
 import os
 import resource
 import shutil
@@ -18,6 +20,8 @@ from typing import NamedTuple
 
 #: Seconds after which a command is ended: its mistake was not found.
 LONGEST = 300
+#: An address at which no hub answers.
+NO_HUB = "http://127.0.0.1:9"
 RUN = "run --tiny --out new --reward"
 #: Mistakes by name: the words of a command, in a folder that `write_files` has filled.
 MISTAKES = {
@@ -29,17 +33,27 @@ MISTAKES = {
     "misspelt option among defaults": f"{RUN} jpeg_compressibility "
     "--set reward_defaults={jpeg_compressibility={x=1}}",
     "missing extra": f"{RUN} hpsv2",
+    "missing extra of an engine": f"{RUN} ocr,engine=paddle",
+    "missing environment": f"{RUN} imagereward,engine=package",
+    "reward of a module that is not there": f"{RUN} absent.rewards:warmth",
+    "reward that its module has not": f"{RUN} nft_rewards.ocr:Absent",
+    "reward that a heavy library has not": f"{RUN} diffusers:Absent",
     "reward file that is not there": f"{RUN} absent.py:warmth",
     "reward file without that function": f"{RUN} mine.py:absent",
     "all weights 0": f"{RUN} ocr=0",
     "misspelt setting": f"{RUN} ocr --set epoks=3",
     "setting out of range": f"{RUN} ocr --set lr=-1",
     "contradictory settings": f"{RUN} ocr --set updates_per_epoch=7",
+    "two presets": "run --tiny --preset large --reward ocr",
+    "option of another command": f"{RUN} ocr --card 24",
+    "resume of a run without its folder": "run --tiny --reward ocr --resume auto",
     "unknown preset": "run --preset tinny --reward ocr",
     "misspelt solver": f"{RUN} ocr --solver eular",
     "misspelt solver option": f"{RUN} ocr --solver euler --set solver_options={{eta=1}}",
     "misspelt solver of diffusers": f"{RUN} ocr --solver diffusers:Absent",
     "misspelt observer": f"{RUN} ocr --observer tensorbord",
+    "misspelt option of an observer": f"{RUN} ocr --observer wandb,projekt=x",
+    "observer file that is not there": f"{RUN} ocr --observer absent.py:Watch",
     "unknown device": f"{RUN} ocr --device gpu",
     "no GPU": f"{RUN} ocr --device cuda",
     "prompts file that is not there": f"{RUN} ocr --prompts absent.txt",
@@ -63,19 +77,32 @@ MISTAKES = {
     "resume of another folder": "resume notes",
     "resume with changed settings": "resume run --set lr=1",
     "resume with changed prompts": "resume run --set prompts=many.txt",
+    "resume with another reward": "resume run --reward ocr",
+    "resume by run with another seed": "run --tiny --reward jpeg_compressibility --out run "
+    "--resume auto --seed 3",
     "eval without rewards": "eval --tiny tiny",
     "eval with misspelt reward": "eval --tiny tiny --reward pickscroe",
     "eval with misspelt reward option": "eval --tiny tiny --reward pickscore,varaint=nft",
     "eval of no model": "eval --tiny ./absent --reward ocr",
     "eval with no prompts": "eval --tiny tiny --reward ocr --prompts absent.txt",
     "eval with unsuited prompts": "eval --tiny tiny --reward ocr --prompts plain.txt --set unscorable=error",
+    "eval into a file": "eval --tiny tiny --reward ocr --out red.png",
+    "eval of a model that was not fetched": "eval stabilityai/stable-diffusion-3.5-medium --reward ocr",
     "sample without prompts": "sample --tiny",
     "sample of no model": "sample --model ./absent --prompt cat",
     "sample with misspelt solver": "sample --tiny --prompt cat --solver eular",
+    "sample of a model that was not fetched": "sample --model stabilityai/stable-diffusion-3.5-medium "
+    "--prompt cat",
     "score of no image": "score absent.png --reward ocr",
     "score with misspelt reward": "score red.png --reward pickscroe",
     "score with misspelt reward option": "score red.png --reward jpeg_compressibility,varaint=ddpo",
     "score without a prompt": "score red.png --tiny --reward pickscore",
+    "score with an unsuited prompt": "score red.png --tiny --reward ocr --prompt cat",
+    "score with a reward that was not fetched": "score red.png --reward pickscore --prompt cat",
+    "compare of no run": "compare absent notes",
+    "serve of a misspelt reward": "serve --reward pickscroe",
+    "info of a misspelt reward": "rewards info pickscroe",
+    "check of a misspelt reward option": "rewards check jpeg_compressibility varaint=ddpo",
 }
 
 
@@ -105,12 +132,22 @@ def write_files(folder: Path) -> None:
     Image.new("RGB", (64, 64), "red").save(folder / "red.png")
 
 
-def run_nft(words: str, folder: Path, longest: float = LONGEST) -> Cost:
-    """Run `nft` with these words in a folder, and measure it with all processes that it starts."""
+def run_nft(words: str, folder: Path, other: Path | None = None, longest: float = LONGEST) -> Cost:
+    """Run `nft` with these words in a folder, and measure it with all processes that it starts.
+
+    other: a checkout of another version, which is run in place of this one.
+    """
     before, start = resource.getrusage(resource.RUSAGE_CHILDREN), time.perf_counter()
     command = [sys.executable, "-m", "nft_core", *words.split()]
+    environment = {name: value for name, value in os.environ.items() if name != "HF_HUB_OFFLINE"}
+    environment |= {"HF_ENDPOINT": NO_HUB, "HF_HOME": str(folder / "hub")}
+    if other:
+        rooms = (other / "core", other / "rewards", other / "solvers", other)
+        environment["PYTHONPATH"] = os.pathsep.join(map(str, rooms))
     try:
-        done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=longest)
+        done = subprocess.run(
+            command, cwd=folder, env=environment, capture_output=True, text=True, timeout=longest
+        )
         code, lines = done.returncode, (done.stderr.strip() or done.stdout.strip()).splitlines()
     except subprocess.TimeoutExpired:
         code, lines = -1, [f"not found in {longest:.0f} s"]
@@ -129,20 +166,29 @@ def make_run(folder: Path) -> Cost:
 
 
 def main() -> None:
-    """Measure the mistakes whose names hold the command line's word, and print a table of them."""
-    word = sys.argv[1] if len(sys.argv) > 1 else ""
-    chosen = {name: words for name, words in MISTAKES.items() if word in name}
+    """Measure the mistakes that the command line chooses, and print a table of them."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument("word", nargs="?", default="")
+    parser.add_argument("--beside", type=Path, metavar="FOLDER")
+    options = parser.parse_args()
+    chosen = {name: words for name, words in MISTAKES.items() if options.word in name}
+    versions = [options.beside.resolve(), None] if options.beside else [None]
     with tempfile.TemporaryDirectory() as place:
         folder = Path(place)
         write_files(folder)
-        if any(words.startswith("resume run") for words in chosen.values()):
+        if any("resume" in name for name in chosen):
             make_run(folder)
-        print(f"| mistake | CPU s | s | code | said |\n|{'---|' * 5}", flush=True)
+        columns = ["mistake", *(["CPU s before"] if options.beside else []), "CPU s", "s", "code", "said"]
+        print(f"| {' | '.join(columns)} |\n|{'---|' * len(columns)}", flush=True)
         for name, words in chosen.items():
-            cost = run_nft(words, folder)
-            shutil.rmtree(folder / "new", ignore_errors=True)
-            said = cost.said.replace(os.sep + str(folder), "").replace("|", "/")[:150]
-            print(f"| {name} | {cost.cpu:.1f} | {cost.wall:.0f} | {cost.code} | {said} |", flush=True)
+            costs = []
+            for version in versions:
+                costs.append(run_nft(words, folder, version))
+                shutil.rmtree(folder / "new", ignore_errors=True)
+            last = costs[-1]
+            said = last.said.replace(os.sep + str(folder), "").replace("|", "/")[:150]
+            seconds = " | ".join(f"{cost.cpu:.1f}" for cost in costs)
+            print(f"| {name} | {seconds} | {last.wall:.0f} | {last.code} | {said} |", flush=True)
 
 
 if __name__ == "__main__":

@@ -51,6 +51,9 @@ class RewardInfo:
     environment: what it needs that cannot be installed beside nft-hub; several, with different `options`, where
         some options need one and others another. None: it runs in the process of the run. Where there is one,
         `factory` must be `"module:attribute"`.
+    check_prompt: `"module:function"`, which is called with a prompt and its metadata before the reward is made,
+        and raises `PromptError` where the reward could not score them with any options. Its module should
+        import nothing heavy. The reward's own `check_prompt`, which knows its options, is asked later.
     """
 
     name: str
@@ -66,6 +69,7 @@ class RewardInfo:
     modules: tuple[str, ...] = ()
     extra: str = ""
     environment: Environment | tuple[Environment, ...] | None = None
+    check_prompt: str = ""
 
 
 @dataclass(frozen=True)

@@ -67,6 +67,15 @@ def read_metadata(metadata: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
+def check_metadata(prompt: str, metadata: Mapping[str, Any]) -> None:
+    """Raise PromptError, which names the prompt, for metadata that is not GenEval's."""
+    try:
+        read_metadata(metadata)
+    except PromptError as error:
+        # The metadata alone would be hard to find again in a file of prompts.
+        raise PromptError(f"{error} (prompt {prompt!r})") from error
+
+
 def read_clause(clause: Any, i: int) -> dict[str, Any]:
     """Read the i-th clause of include and exclude. Raises PromptError for one that is not in GenEval's form."""
     if not isinstance(clause, Mapping) or not isinstance(clause.get("class"), str):

@@ -5,7 +5,6 @@ Source: DDPO, arXiv 2305.13301, section 4; the scale of `variant="nft"` is flow_
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from io import BytesIO
 from typing import Literal
 
@@ -28,29 +27,34 @@ def measure_kilobytes(image: Image) -> float:
     return buffer.tell() / 1000
 
 
-@dataclass(frozen=True)
+def score_sizes(batch: Batch, scale: float) -> Scores:
+    """Score each image by the size of its JPEG file, times a scale."""
+    size = torch.tensor([measure_kilobytes(image) for image in batch.pil], dtype=torch.float32, device="cpu")
+    size = mark_broken_images(size, batch)
+    return Scores.of(scale * size, kilobytes=size)
+
+
 class JPEGCompressibility:
     """Scores an image by minus the size of its JPEG file. Detail: `kilobytes`.
 
     variant: `nft`, -kB / 500, or `ddpo`, -kB.
     """
 
-    variant: Variant = "nft"
-    sign = -1
+    def __init__(self, variant: Variant = "nft") -> None:
+        self.scale = -SCALE[variant]
 
     def __call__(self, batch: Batch) -> Scores:
-        size = torch.tensor(
-            [measure_kilobytes(image) for image in batch.pil], dtype=torch.float32, device="cpu"
-        )
-        size = mark_broken_images(size, batch)
-        return Scores.of(self.sign * SCALE[self.variant] * size, kilobytes=size)
+        return score_sizes(batch, self.scale)
 
 
-@dataclass(frozen=True)
-class JPEGIncompressibility(JPEGCompressibility):
+class JPEGIncompressibility:
     """Scores an image by the size of its JPEG file. Detail: `kilobytes`.
 
     variant: `nft`, +kB / 500, or `ddpo`, +kB.
     """
 
-    sign = 1
+    def __init__(self, variant: Variant = "nft") -> None:
+        self.scale = SCALE[variant]
+
+    def __call__(self, batch: Batch) -> Scores:
+        return score_sizes(batch, self.scale)

@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 from nft_plugins import Environment, RewardInfo, hookimpl
 
-CONTRACT = "1.2"
+CONTRACT = "1.3"
 CLIP_L = "openai/clip-vit-large-patch14"
 
 REWARDS = (
@@ -130,6 +130,7 @@ REWARDS = (
                 options={"engine": "paddle2"},
             ),
         ),
+        check_prompt="nft_rewards.words:find_target_text",
     ),
     RewardInfo(
         "geneval",
@@ -142,6 +143,7 @@ REWARDS = (
         licence="MIT (GenEval, CLIP); the licence of Mask2Former's weights is on their hub page",
         range="0 to 1",
         metadata=("include",),
+        check_prompt="nft_rewards.geneval_rules:check_metadata",
     ),
     RewardInfo(
         "vlm_judge",

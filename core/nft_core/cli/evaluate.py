@@ -118,7 +118,9 @@ def evaluate(
 
     host, chosen = load_host(), choose_preset(tiny, preset)
     listed = [parse_model(text, host) for text in models]
-    check_given(host, chosen, rewards, [(m.model, m.lora) for m in listed], options["prompts"])
+    given = dict(parse_assignment(text) for text in assignments)
+    pairs = [(m.model, m.lora) for m in listed]
+    check_given(host, chosen, rewards, pairs, options["prompts"], given.get("unscorable"))
     # These import torch.
     from ..evaluation.api import make_request
     from ..evaluation.folders import check_folder
@@ -127,7 +129,6 @@ def evaluate(
     from ..parallel.signals import end_on_signals
 
     renamed = {"images": "eval_images", "steps": "eval_steps", "prompts": "eval_prompts"}
-    given = dict(parse_assignment(text) for text in assignments)
     given |= {renamed.get(name, name): value for name, value in options.items() if value is not None}
     if rewards:
         given["rewards"] = list(rewards)

@@ -156,12 +156,15 @@ def check_contract(
     """
     from ..runs.inputs import load_rewards, make_run_settings, parse_rewards
     from ..runs.setup import pick_device
-    from ..scoring.composer import Composed, Term
 
     host = load_host()
     spec = ",".join((name, *options))
     settings = make_run_settings(host, choose_preset(tiny, preset), {"rewards": [spec], "device": device})
     specs = parse_rewards(settings, host)
+    for each in specs:
+        host.check_reward_options(each.name, each.options)
+    from ..scoring.composer import Composed, Term  # It imports PyTorch.
+
     known = read_known_values(expect) if expect else {}  # A mistake in it is told before weights are loaded.
     place = pick_device(settings.device)
     silence_libraries("transformers")

@@ -131,9 +131,12 @@ def score_files(
     Below several images stand the means, their standard errors and 95 % intervals; where metadata has a tag,
     these by tag too, and GenEval as it is published.
     """
+    from ..host.prompt_checks import make_prompt_check
     from ..runs.checks import check_rewards
     from ..runs.inputs import load_rewards, make_run_settings, parse_rewards
     from ..runs.setup import pick_device
+    from ..scoring.image_files import find_images
+    from ..scoring.items import check_prompts, find_prompts
 
     if prompt is not None and prompts is not None:
         raise click.UsageError("--prompt is for all images and --prompts for each: give one of them.")
@@ -147,15 +150,14 @@ def score_files(
         specs = parse_rewards(settings, host)
         if sort is not None and not any(is_reference(str(spec.name)) for spec in specs):
             check_sort(sort, [*(spec.title for spec in specs), "total"])
-        check_rewards(specs, host)
         if table is not None and not table.absolute().parent.is_dir():
             raise UsageError(f"--csv {table}: there is no folder {table.parent}; make it first.")
-        from ..scoring.image_files import find_images
-        from ..scoring.images import score_items
-        from ..scoring.items import find_prompts
-
         # Mistakes in prompts and files are found here, before anything large is loaded.
         items = find_prompts(find_images(images, partial(click.echo, err=True)), prompt, prompts)
+        check_prompts(items, make_prompt_check(specs, host))
+        check_rewards(specs, host)
+        from ..scoring.images import score_items  # It imports PyTorch.
+
         place = pick_device(settings.device)
         silence_libraries("transformers")
         reward = load_rewards(specs, host, place, settings.reward_defaults)

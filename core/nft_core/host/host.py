@@ -39,6 +39,7 @@ from .hooks import Hooks
 from .lending import Inside, keep_state
 from .local import is_reference, load_object, make_local_card, make_observer_card
 from .objects import is_object_name, missing_object
+from .sketches import sketch_factory
 from .specs import FailurePolicy, ObserverSpec, parse_reward, split_options
 
 
@@ -142,6 +143,14 @@ class Host:
             return
         require_modules(card, what)
         fit_options(what, import_factory(card.info.factory), (), options, dict.fromkeys(OFFERED))
+
+    def check_reward_options(self, name: str | Callable[..., Any], options: Mapping[str, Any]) -> None:
+        """Raise UsageError for an option that is wrong, as far as that is told without importing the reward."""
+        check_options("reward", self.find_reward(name), split_placing(options)[1])
+
+    def check_observer(self, spec: ObserverSpec) -> None:
+        """Raise UsageError for a wrong name or option, as far as is told without importing the observer."""
+        check_options("observer", self.find_observer(spec.name), spec.options)
 
     def list_environments(self) -> list[Needed]:
         """List the environments that rewards of this installation need, sorted by name."""
@@ -311,6 +320,12 @@ def name_card(kind: str, card: Registered[Any]) -> str:
     """Name a card in a message: kind and name, and for a stranger's the package that brings it."""
     brought = "" if card.built_in or not card.distribution else f" of {card.distribution}"
     return f"{kind} {card.info.name!r}{brought}"
+
+
+def check_options(kind: str, card: Registered[Any], options: Mapping[str, Any]) -> None:
+    """Raise UsageError for an option that a card's factory does not take, as far as its source tells."""
+    if sketch := sketch_factory(card.info.factory):
+        fit_options(name_card(kind, card), sketch, (), options, dict.fromkeys(OFFERED))
 
 
 def check_child(card: Registered[RewardInfo], place: Place, options: Mapping[str, Any], what: str) -> None:

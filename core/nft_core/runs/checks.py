@@ -18,13 +18,15 @@ def check_rewards(
 ) -> None:
     """Raise UsageError or NftError for what rewards lack here, or for an option that is wrong; load nothing.
 
-    What names and small files tell comes first. PyTorch is imported last, for the signatures.
+    What names, small files and the source of rewards tell comes first. PyTorch is imported last.
 
     announce: told before that.
     """
     specs = list(specs)
     for spec in specs:
         host.require_reward(spec.name)
+    for spec in specs:
+        host.check_reward_options(spec.name, spec.options)
     for spec in specs:
         check_reward_files(spec, host)
     announce("loading PyTorch")

@@ -13,6 +13,7 @@ from nft_plugins import Run, Solver
 from .. import environment
 from ..errors import CheckpointError, NftError, UsageError, unknown_name
 from ..host.host import Host
+from ..host.prompt_checks import make_prompt_check
 from ..host.specs import RewardSpec, parse_observer, parse_reward
 from ..models.run_folders import find_checkpoint
 from ..prompts import Prompt, find_refusal, keep_scorable, read_prompts
@@ -85,7 +86,7 @@ def prepare_inputs(settings: Settings, host: Host, lists: Mapping[str, list[Prom
     specs = parse_rewards(settings, host)
     check_any_weight(spec.weight for spec in specs)
     for given in settings.observers:
-        host.find_observer(parse_observer(given).name)
+        host.check_observer(parse_observer(given))
     check_device_name(settings.device)
     prompts, held_out = read_prompt_files(settings, lists or {})
     its = for_evaluation(settings)
@@ -117,8 +118,16 @@ def check_run(
         else:
             claim_folder(folder)
     find_family(settings, host)
+    refuse_prompts(inputs, settings, host)
     check_rewards(inputs.rewards, host, announce)
     return inputs
+
+
+def refuse_prompts(inputs: Inputs, settings: Settings, host: Host) -> None:
+    """Raise UsageError where too few prompts suit the rewards, as far as that is told without loading them."""
+    check = make_prompt_check(inputs.rewards, host)
+    prompts, _ = choose_prompts(inputs, check, settings.unscorable, lambda text: None)
+    check_sizes(settings, len(prompts))
 
 
 def check_given(
@@ -127,22 +136,26 @@ def check_given(
     rewards: Iterable[str],
     models: Iterable[tuple[str, str]],
     prompts: str | None,
+    unscorable: Literal["error", "drop"] | None = None,
 ) -> None:
     """Refuse what a command is given, as far as names and small files tell, before PyTorch is imported.
 
-    models: each with its LoRA, or with "". prompts: a file. Raises UsageError and NftError.
+    models: each with its LoRA, or with "". prompts: a file. unscorable: the setting, if it is given.
+    Raises UsageError and NftError.
     """
-    if prompts:
-        read_prompts(Path(prompts))
+    given = read_prompts(Path(prompts)) if prompts else []
     for model, lora in models:
         find_family(make_run_settings(host, preset, {"model": model, "lora": lora}), host)
     if listed := list(rewards):
-        specs = parse_rewards(make_run_settings(host, preset, {"rewards": listed}), host)
+        settings = make_run_settings(host, preset, {"rewards": listed})
+        specs = parse_rewards(settings, host)
         if any(find_checkpoint(Path(p).expanduser()) for each in models for p in each if p):
             # The run that trained a model may say which files its rewards take: only names can be wrong yet.
             for spec in specs:
                 host.require_reward(spec.name)
         else:
+            if given:
+                keep_scorable(given, make_prompt_check(specs, host), unscorable or settings.unscorable)
             check_rewards(specs, host)
 
 
@@ -213,18 +226,15 @@ def drop_unscorable(
     tell: Callable[[str], None],
 ) -> tuple[list[Prompt], list[Prompt]]:
     """Leave out prompts that a reward refuses, and tell how many, with an example."""
-    from ..host.lending import keep_state
-
     everything = [*inputs.prompts, *inputs.held_out]
-    with keep_state("the check of prompts"):
-        prompts = keep_scorable(inputs.prompts, check, policy)
-        held_out = keep_scorable(inputs.held_out, check, policy) if inputs.held_out else []
-        if lost := len(everything) - len(prompts) - len(held_out):
-            example = next(filter(None, (find_refusal(prompt, check) for prompt in everything)))
-            tell(
-                f"{lost} of {len(everything)} prompts are left out: not every reward can score them, such as "
-                f"{example}"
-            )
+    prompts = keep_scorable(inputs.prompts, check, policy)
+    held_out = keep_scorable(inputs.held_out, check, policy) if inputs.held_out else []
+    if lost := len(everything) - len(prompts) - len(held_out):
+        example = next(filter(None, (find_refusal(prompt, check) for prompt in everything)))
+        tell(
+            f"{lost} of {len(everything)} prompts are left out: not every reward can score them, such as "
+            f"{example}"
+        )
     return prompts, held_out
 
 

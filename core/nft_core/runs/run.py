@@ -14,6 +14,7 @@ from nft_plugins import Run
 from .. import environment
 from ..errors import NftError, SaveError, Stopped, UsageError, locate_error, shorten_error
 from ..host.host import Host
+from ..host.lending import keep_state
 from ..parallel.signals import note_signals
 from ..prompts import Prompt, write_prompts
 from ..settings import Settings
@@ -214,7 +215,8 @@ def load_training(
     reward = load_rewards(inputs.rewards, host, device, settings.reward_defaults)
     # A reward that a file composes tells its members' weights only now.
     check_any_weight(term.weight for term in reward.terms)
-    prompts, held_out = choose_prompts(inputs, reward.check_prompt, settings.unscorable, tell)
+    with keep_state("the check of prompts"):
+        prompts, held_out = choose_prompts(inputs, reward.check_prompt, settings.unscorable, tell)
     check_sizes(settings, len(prompts))
     check_shares(settings, len(held_out))
     if not is_same_everywhere(digest_prompts(prompts, held_out), device):

@@ -16,8 +16,9 @@ from nft_plugins import Batch, Part, Reward, Scores
 from ..errors import NftError, UsageError
 from ..host.host import Host
 from ..host.lending import keep_process_state, lend_batch
+from ..host.prompt_checks import check_prompt
 from ..host.specs import RewardSpec
-from .contract import call_checked, check_prompt, regroup_scores
+from .contract import call_checked, regroup_scores
 from .failures import Failed, Guarded, Tally, add_tallies
 from .pictures import Images, make_batches
 from .scores import concatenate_scores, pick_samples

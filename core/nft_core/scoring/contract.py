@@ -2,39 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from nft_plugins import Part, PromptError, Scores
+from nft_plugins import Part, Scores
 from nft_plugins.process import on_main_thread
 
 from ..errors import NftError, describe_error, locate_error
 from ..host.lending import copy_for_plugin, keep_process_state, keep_thread_state
 from ..parallel.devices import is_out_of_memory
-
-
-def check_prompt(member: Any, name: str, prompt: str, metadata: Mapping[str, Any]) -> None:
-    """Raise PromptError, which names the reward, for a prompt that it can never score."""
-    check = getattr(member, "check_prompt", None)
-    if check is None:
-        return
-    try:
-        check(prompt, copy_for_plugin(metadata))
-    except PromptError as error:
-        message = str(error)
-        # A composed reward may have named its member already.
-        raise PromptError(message if message.startswith(name) else f"{name}: {message}") from error
-    # Ours already say what to do, and Ctrl-C is the user's.
-    except (NftError, KeyboardInterrupt):
-        raise
-    except BaseException as error:
-        raise NftError(
-            f"The reward {name!r} failed in check_prompt, which may raise PromptError alone: "
-            f"{describe_error(error)}{locate_error(error)}"
-        ) from error
 
 
 def regroup_scores(name: str, reward: Any, scores: Scores, groups: Tensor) -> Scores:

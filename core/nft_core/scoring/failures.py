@@ -16,10 +16,11 @@ from nft_plugins import Batch, PromptError, Reward, Scores
 
 from ..errors import NftError, UsageError
 from ..host.lending import keep_process_state, lend_batch
+from ..host.prompt_checks import check_prompt
 from ..host.specs import FailurePolicy
 from ..parallel.devices import free_memory, is_out_of_memory, wrap_in_side_stream
 from ..parallel.workers import Worker
-from .contract import call_checked, check_prompt
+from .contract import call_checked
 
 #: Seconds of the pause before the second attempt, and of the longest; each pause is twice the one before.
 BACKOFF, LONGEST = 0.5, 30.0

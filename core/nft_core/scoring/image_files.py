@@ -13,13 +13,15 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
-import torch
 from PIL import Image, ImageOps, UnidentifiedImageError, features
-from torch import Tensor
 
 from ..errors import UsageError
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 #: The formats that Pillow may try. No others, since for some it starts programs, such as Ghostscript for EPS.
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", *(("AVIF",) if features.check("avif") else ()))
@@ -177,4 +179,6 @@ def decode_image(source: Path | Image.Image, name: Path | None = None) -> Tensor
             layer = upright.convert("RGBA")
             upright = Image.alpha_composite(Image.new("RGBA", layer.size, "white"), layer)
         pixels = np.array(upright.convert("RGB"))
+    import torch
+
     return torch.from_numpy(pixels).permute(2, 0, 1).float() / 255

@@ -14,7 +14,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from nft_plugins import Batch, PromptError, Scores
+from nft_plugins import Batch, Scores
 
 from ..errors import NftError, UsageError, name_arguments
 from ..host import lending
@@ -23,7 +23,7 @@ from .composed import call_reward
 from .composer import Composed, Given, compose
 from .contract import regroup_scores
 from .image_files import decode_image
-from .items import Item, make_item
+from .items import Item, check_prompts, make_item
 from .pictures import NoPrompts, number_groups
 from .scores import concatenate_scores
 
@@ -116,7 +116,7 @@ def score_items(
     progress: told how many more images are done.
     """
     with lending.keep_state("the check of prompts"):
-        check_prompts(items, reward)
+        check_prompts(items, reward.check_prompt)
     results = [Scored(item) for item in items]
     # Such a reward compares images of a prompt with one another, which may be in different batches.
     groupwise = {t.name: t.reward for t in reward.terms if hasattr(t.reward, "regroup")}
@@ -197,16 +197,6 @@ def _note_scores(results: Sequence[Scored], name: str, scores: Scores) -> None:
         result.note_score(name, float(scores.values[i]), bool(scores.valid[i]), details)
         if scores.notes:
             result.notes[name] = {key: texts[i] for key, texts in scores.notes.items()}
-
-
-def check_prompts(items: Iterable[Item], reward: Composed) -> None:
-    """Raise UsageError for a prompt that one of the rewards can never score."""
-    for item in items:
-        if item.prompt is not None:
-            try:
-                reward.check_prompt(item.prompt, item.metadata)
-            except PromptError as error:
-                raise UsageError(f"{item.path}: {error}") from error
 
 
 def split_batches(items: Sequence[Item], batch: int) -> Iterator[tuple[list[int], list[int]]]:

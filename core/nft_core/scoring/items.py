@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from PIL import Image
+
+from nft_plugins import PromptError
 
 from ..errors import UsageError
 from ..prompts import Prompt, is_text, read_fields, read_prompts
@@ -159,3 +161,13 @@ def make_item(number: int, image: Any, prompt: str | None, metadata: Mapping[str
         )
     path = Path(image)
     return Item(path, path.absolute(), read_size(path), prompt, metadata)
+
+
+def check_prompts(items: Iterable[Item], check: Callable[[str, Mapping[str, Any]], None]) -> None:
+    """Raise UsageError for a prompt that a reward can never score. check: raises PromptError for such a one."""
+    for item in items:
+        if item.prompt is not None:
+            try:
+                check(item.prompt, item.metadata)
+            except PromptError as error:
+                raise UsageError(f"{item.path}: {error}") from error

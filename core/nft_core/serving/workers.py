@@ -15,8 +15,9 @@ from nft_plugins import CONTRACT, PromptError, Reward, RewardInfo, Scores
 from nft_plugins.wire import VERSION, Message, WireError, unpack_batch, unpack_scores
 
 from ..errors import NftError, UsageError, describe_error
+from ..host.prompt_checks import check_prompt
 from ..scoring.composed import Composed, Term, call_reward
-from ..scoring.contract import check_prompt, regroup_scores
+from ..scoring.contract import regroup_scores
 from ..scoring.pictures import NoPrompts
 from .limits import Limits
 from .queue import Job, Queue, join_messages, split_scores

@@ -1,0 +1,153 @@
+"""Reads which parameters a factory takes from its module's source: importing the module may import PyTorch.
+
+So a misspelt option of a reward is told within a second. Where the source does not say plainly what the
+factory is, because it is decorated, inherits or is made at run time, the module has to be imported.
+"""
+
+from __future__ import annotations
+
+import ast
+import builtins
+import importlib.util
+import inspect
+import sys
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+#: What an annotation may be made of, such as `Literal["nft", "strict"] | None`. None of it runs other code.
+OF_TYPES = (
+    *(ast.Expression, ast.Name, ast.Load, ast.Subscript, ast.Tuple, ast.List),
+    *(ast.Constant, ast.BinOp, ast.BitOr),
+)
+FUNCTIONS = (ast.FunctionDef, ast.AsyncFunctionDef)
+
+
+class UnclearError(Exception):
+    """The source does not say plainly what a name is."""
+
+
+def sketch_factory(factory: str | Callable[..., Any]) -> Callable[..., Any] | None:
+    """Make a function with the parameters of the factory `module:attribute`, and import nothing for it.
+
+    Their types are those of the source where all can be read, else unknown; defaults are `...`. Returns None
+    where the source does not say plainly what the factory is.
+    """
+    if callable(factory):
+        return None
+    try:
+        module, node = find_definition(*factory.split(":"))
+        return make_sketch(module, find_arguments(node))
+    except KeyboardInterrupt:
+        raise
+    except BaseException:  # A package above the module may raise anything when it is imported.
+        return None
+
+
+@cache
+def parse_module(module: str) -> ast.Module:
+    """Parse a module's source. Raises UnclearError where it has none."""
+    spec = importlib.util.find_spec(module)
+    if spec is None or not (spec.origin or "").endswith(".py"):
+        raise UnclearError(module)
+    return ast.parse(Path(str(spec.origin)).read_bytes())
+
+
+def find_definition(module: str, name: str) -> tuple[str, ast.stmt]:
+    """Find the statement that gives a name its meaning, and its module. Raises UnclearError for several."""
+    tree = parse_module(module)
+    said = [node for node in ast.walk(tree) if binds_name(node, name)]
+    if len(said) != 1 or said[0] not in tree.body:
+        raise UnclearError(name)
+    node = said[0]
+    if isinstance(node, ast.ImportFrom):
+        package = module if is_package(module) else module.rpartition(".")[0]
+        origin = importlib.util.resolve_name("." * node.level + (node.module or ""), package)
+        real = next(alias.name for alias in node.names if name in (alias.asname, alias.name))
+        if origin in sys.modules:
+            return origin, node
+        return find_definition(origin, real)
+    assert isinstance(node, ast.stmt)
+    return module, node
+
+
+def is_package(module: str) -> bool:
+    """Tell whether a module is a package, from which relative imports start."""
+    spec = importlib.util.find_spec(module)
+    return spec is not None and spec.submodule_search_locations is not None
+
+
+def binds_name(node: ast.AST, name: str) -> bool:
+    """Tell whether a node of the source gives a name a meaning."""
+    if isinstance(node, (*FUNCTIONS, ast.ClassDef)):
+        return node.name == name
+    if isinstance(node, (ast.Import, ast.ImportFrom)):
+        return any(name == (alias.asname or alias.name) or alias.name == "*" for alias in node.names)
+    if isinstance(node, ast.Assign):
+        return any(isinstance(n, ast.Name) and n.id == name for t in node.targets for n in ast.walk(t))
+    targets = getattr(node, "target", None)  # of AnnAssign, AugAssign, loops and :=
+    return isinstance(targets, ast.Name) and targets.id == name
+
+
+def find_arguments(node: ast.stmt) -> ast.arguments:
+    """Find the arguments that a function or a class takes. Raises UnclearError where they may be others."""
+    if isinstance(node, FUNCTIONS) and not node.decorator_list:
+        return node.args
+    if isinstance(node, ast.ClassDef) and not (node.decorator_list or node.bases or node.keywords):
+        made = [n for n in node.body if isinstance(n, FUNCTIONS) and n.name in ("__init__", "__new__")]
+        given = made[0].args if len(made) == 1 else None
+        if given and made[0].name == "__init__" and not (made[0].decorator_list or given.posonlyargs):
+            return ast.arguments(**{**vars(given), "args": given.args[1:]})  # without self
+    raise UnclearError(ast.dump(node)[:80])
+
+
+def make_sketch(module: str, given: ast.arguments) -> Callable[..., Any]:
+    """Make a function of these arguments that can be asked for its signature and is never called."""
+    kinds = inspect.Parameter
+    plain = [(a, kinds.POSITIONAL_ONLY) for a in given.posonlyargs]
+    plain += [(a, kinds.POSITIONAL_OR_KEYWORD) for a in given.args]
+    first_default = len(plain) - len(given.defaults)
+    listed = [(arg, kind, i >= first_default) for i, (arg, kind) in enumerate(plain)]
+    listed += [(given.vararg, kinds.VAR_POSITIONAL, False)] if given.vararg else []
+    named = zip(given.kwonlyargs, given.kw_defaults, strict=True)
+    listed += [(arg, kinds.KEYWORD_ONLY, default is not None) for arg, default in named]
+    listed += [(given.kwarg, kinds.VAR_KEYWORD, False)] if given.kwarg else []
+
+    def sketch(*args: Any, **options: Any) -> None:
+        raise AssertionError("a sketch is asked for its signature alone")
+
+    parameters = [
+        inspect.Parameter(arg.arg, kind, default=... if optional else kinds.empty)
+        for arg, kind, optional in listed
+    ]
+    sketch.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+    sketch.__annotations__ = read_annotations(module, [arg for arg, _, _ in listed])
+    return sketch
+
+
+def read_annotations(module: str, arguments: list[ast.arg]) -> dict[str, Any]:
+    """Evaluate the types of arguments; none where one of them cannot be, as for a factory that is imported."""
+    try:
+        return {a.arg: evaluate_type(module, a.annotation) for a in arguments if a.annotation}
+    except (UnclearError, TypeError, ImportError, AttributeError, NameError):
+        return {}
+
+
+def evaluate_type(module: str, expression: ast.expr) -> Any:
+    """Evaluate a type as a module writes it. Raises UnclearError for what is no plain type."""
+    if not all(isinstance(node, OF_TYPES) for node in ast.walk(expression)):
+        raise UnclearError(ast.dump(expression)[:80])
+    names = {node.id for node in ast.walk(expression) if isinstance(node, ast.Name)}
+    known = {name: find_type(module, name) for name in names if not hasattr(builtins, name)}
+    return eval(compile(ast.Expression(expression), module, "eval"), {**known})
+
+
+def find_type(module: str, name: str) -> Any:
+    """Find the type that a name stands for in a module."""
+    origin, node = find_definition(module, name)
+    if isinstance(node, ast.ImportFrom):  # from a module that is imported already, such as typing
+        return getattr(sys.modules[origin], next(a.name for a in node.names if name in (a.asname, a.name)))
+    if isinstance(node, ast.Assign):
+        return evaluate_type(origin, node.value)
+    raise UnclearError(name)
