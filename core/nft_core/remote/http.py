@@ -18,7 +18,7 @@ from urllib.parse import urlsplit
 from nft_plugins import PromptError
 from nft_plugins.wire import WireError
 
-from ..errors import NftError
+from ..errors import NftError, Unreachable
 
 try:  # huggingface_hub brings one of the two; httpx2 is the same client, continued.
     import httpx2 as httpx
@@ -79,7 +79,8 @@ class Servers:
 
         The same request may reach two servers: to score twice changes nothing.
         patience: seconds for which it is tried again where no server answers.
-        Raises NftError where none answers, Refused where one refuses, PromptError where its reward raised that.
+        Raises Unreachable where none answers, Refused where one refuses, PromptError where its reward raised
+        that.
         """
         work = self.find_answer(path, read, body, time.monotonic() + patience)
         future = asyncio.run_coroutine_threadsafe(work, start_loop(os.getpid()))
@@ -116,7 +117,7 @@ class Servers:
                             problems.append(f"{server}: {problem}")
                             self.avoided[server] = time.monotonic() + AVOIDED
                     if not pauses and time.monotonic() >= until:
-                        raise NftError(f"no server answers ({'; '.join(problems)})")
+                        raise Unreachable(f"no server answers ({'; '.join(problems)})")
                     # Of different lengths, so that clients that were sent away together do not come together.
                     await asyncio.sleep(min(pauses, default=FULL) * random.uniform(0.5, 1.5))
         except TimeoutError:

@@ -18,7 +18,7 @@ from nft_plugins.wire import (
     unpack_scores,
 )
 
-from ..errors import NftError, UsageError, unknown_name
+from ..errors import NftError, Unreachable, UsageError, unknown_name
 from .address import Address
 from .http import LARGEST, PromptsNeeded, Refused, Servers
 
@@ -34,7 +34,7 @@ class ServedReward:
     """Scores batches on servers. Each call goes to one of them, and to another one where that fails.
 
     Raises ValueError for a token that is not there, UsageError where a server does not offer the reward or
-    refuses the token, NftError where none answers.
+    refuses the token, Unreachable where none answers.
     """
 
     def __init__(self, address: Address, token_env: str, timeout: float) -> None:
@@ -51,7 +51,7 @@ class ServedReward:
     def meet_servers(self, servers: tuple[str, ...], token_env: str, timeout: float) -> dict[str, Any]:
         """Ask each server for the reward's card. Those that do not answer are left for later, with a warning.
 
-        Raises NftError where none answers, UsageError where they offer different things.
+        Raises Unreachable where none answers, UsageError where they offer different things.
         """
         cards: dict[str, Any] = {}
         problems = []
@@ -65,7 +65,7 @@ class ServedReward:
                 continue
             cards[server] = find_card(self.name, server, offers)
         if not cards:
-            raise NftError(
+            raise Unreachable(
                 f"The reward {self.name!r} cannot be used: {'; '.join(problems)}. Start the server, as in "
                 f"`nft serve --reward {self.name}`, or mend its address."
             )
@@ -122,7 +122,8 @@ class ServedReward:
         try:
             return self.servers.ask(path, read, body, patience)
         except NftError as error:
-            raise NftError(f"The reward {self.name!r} failed: {error}") from error
+            kind = Unreachable if isinstance(error, Unreachable) else NftError
+            raise kind(f"The reward {self.name!r} failed: {error}") from error
 
     def cancel(self) -> None:
         """Give up a call that takes too long."""
