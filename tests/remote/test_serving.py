@@ -190,11 +190,18 @@ def test_scores_are_those_of_the_same_reward_here_bit_for_bit(address, name):
         assert far.valid.tolist() == [True, True, True, False, True] and far.notes["read"][1] == "‹prompt 1›"
 
 
-def test_prompts_are_checked_and_groups_compared_as_here(address):
+def test_prompts_are_checked_and_groups_compared_as_here(address, engine, monkeypatch):
     far, bare = connect(address), connect(address, "bright")
     far.check_prompt("a", {"text": "a"})
     with pytest.raises(PromptError, match="'a' is not in the metadata"):
         far.check_prompt("a", {"text": "b"})
+    pairs = [("a", {"text": "a"}), ("b", {}), ("c", {"text": "c"})]
+    whole = Composed((Term("far", 1.0, guard_reward(far, FailurePolicy("mask"), "far")), Term("y", 1.0, bare)))
+    asked, ask = [], engine.find_refusals
+    monkeypatch.setattr(engine, "find_refusals", lambda name, prompts: asked.append(name) or ask(name, prompts))
+    refusals = whole.find_refusals(pairs)
+    assert asked == ["many"]  # One request for all.
+    assert refusals[::2] == ["", ""] and refusals[1] == "far: many: 'b' is not in the metadata"
     scores, groups = call_reward("many", REWARDS["many"], batch(4)), torch.tensor([0, 0, 7, 7])
     same(far.regroup(scores, groups), REWARDS["many"].regroup(scores, groups))
     assert not hasattr(bare, "check_prompt") and not hasattr(bare, "regroup")
@@ -296,6 +303,10 @@ def test_limits(address, engine):
     assert request(address, "/score", body(engine, reward=["many"]))[0] == 404
     assert request(address, "/score", body(engine, seconds=-1))[0] == 400
     assert request(address, "/regroup", body(engine))[0] == 400
+    digest = engine.offers["many"].card["digest"]
+    for prompts, metadata in (("a", [{}]), ([1], [{}]), (["a"], [3]), (["a"], []), (None, None)):
+        head = {"reward": "many", "digest": digest, "prompts": prompts, "metadata": metadata}
+        assert request(address, "/check", encode_message(head))[0] == 400
     status, _, told = request(address, "/score", body(engine, digest="0"))
     assert status == 409 and b"another one than when the client began" in told
     with pytest.raises(NftError, match="may have 20 images"):

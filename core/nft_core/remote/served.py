@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from nft_plugins import CONTRACT, Batch, Scores
+from nft_plugins import CONTRACT, Batch, PromptError, Scores
 from nft_plugins.wire import (
     VERSION,
     WireError,
@@ -28,6 +29,8 @@ if TYPE_CHECKING:
 
 #: Seconds for which a server that does not answer is waited for where no `retry` of the user's counts.
 PATIENCE = 60.0
+#: Prompts that a request asks about at most.
+AT_ONCE = 10_000
 
 
 class ServedReward:
@@ -45,6 +48,7 @@ class ServedReward:
         # Callers ask `hasattr`, so only what the reward has may be here.
         if self.card.get("checks_prompts"):
             self.check_prompt = self.ask_about_prompt
+            self.find_refusals = self.ask_about_prompts
         if self.card.get("regroups"):
             self.regroup = self.ask_to_regroup
 
@@ -104,8 +108,17 @@ class ServedReward:
 
     def ask_about_prompt(self, prompt: str, metadata: Mapping[str, Any]) -> None:
         """Raise PromptError for a prompt that the reward can never score."""
-        body = self.encode({"prompt": prompt, "metadata": dict(metadata)})
-        self.ask("/check", lambda data: None, body, PATIENCE)
+        if why := self.ask_about_prompts([(prompt, metadata)])[0]:
+            raise PromptError(why)
+
+    def ask_about_prompts(self, prompts: Sequence[tuple[str, Mapping[str, Any]]]) -> list[str]:
+        """Ask why the reward can never score prompts; "" for each that it can."""
+        found: list[str] = []
+        for start in range(0, len(prompts), AT_ONCE):
+            part = prompts[start : start + AT_ONCE]
+            body = self.encode({"prompts": [p for p, _ in part], "metadata": [dict(m) for _, m in part]})
+            found += self.ask("/check", partial(read_refusals, count=len(part)), body, PATIENCE)
+        return found
 
     def ask_for_scores(
         self, path: str, head: Mapping[str, Any], tensors: Mapping[str, Any], patience: float = 0.0
@@ -162,3 +175,14 @@ def find_card(name: str, server: str, offers: Mapping[str, Any]) -> dict[str, An
 def read_scores(data: bytes) -> Scores:
     """Read the scores in an answer. Raises WireError where there are none."""
     return unpack_scores(decode_message(data, limit=LARGEST))
+
+
+def read_refusals(data: bytes, count: int) -> list[str]:
+    """Read why prompts cannot be scored; "" for each that can. Raises WireError for another answer."""
+    try:
+        found = json.loads(data)["refusals"]
+    except (ValueError, TypeError, KeyError, RecursionError) as error:
+        raise WireError("an answer about prompts without refusals") from error
+    if not isinstance(found, list) or len(found) != count or not all(isinstance(why, str) for why in found):
+        raise WireError(f"an answer about {count} prompts that does not say why or that each can be scored")
+    return found

@@ -15,7 +15,7 @@ from ..errors import CheckpointError, NftError, UsageError, unknown_name
 from ..host.host import Host
 from ..host.specs import RewardSpec, parse_observer, parse_reward
 from ..models.run_folders import find_checkpoint
-from ..prompts import Prompt, find_refusal, keep_scorable, read_prompts
+from ..prompts import Check, Prompt, find_refusals, keep_scorable, read_prompts
 from ..remote.environments import require_environment
 from ..settings import Settings, for_evaluation, make_settings
 from .checks import OFFLINE, check_any_weight, check_rewards, check_sizes
@@ -189,7 +189,7 @@ def read_prompt_files(
 
 def choose_prompts(
     inputs: Inputs,
-    check: Callable[[str, Mapping[str, Any]], None],
+    check: Check,
     policy: Literal["error", "drop"],
     tell: Callable[[str], None],
 ) -> tuple[list[Prompt], list[Prompt]]:
@@ -208,7 +208,7 @@ def choose_prompts(
 
 def drop_unscorable(
     inputs: Inputs,
-    check: Callable[[str, Mapping[str, Any]], None],
+    check: Check,
     policy: Literal["error", "drop"],
     tell: Callable[[str], None],
 ) -> tuple[list[Prompt], list[Prompt]]:
@@ -220,7 +220,7 @@ def drop_unscorable(
         prompts = keep_scorable(inputs.prompts, check, policy)
         held_out = keep_scorable(inputs.held_out, check, policy) if inputs.held_out else []
         if lost := len(everything) - len(prompts) - len(held_out):
-            example = next(filter(None, (find_refusal(prompt, check) for prompt in everything)))
+            example = next(filter(None, find_refusals(everything, check)))
             tell(
                 f"{lost} of {len(everything)} prompts are left out: not every reward can score them, such as "
                 f"{example}"

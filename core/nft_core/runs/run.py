@@ -214,7 +214,7 @@ def load_training(
     reward = load_rewards(inputs.rewards, host, device, settings.reward_defaults)
     # A reward that a file composes tells its members' weights only now.
     check_any_weight(term.weight for term in reward.terms)
-    prompts, held_out = choose_prompts(inputs, reward.check_prompt, settings.unscorable, tell)
+    prompts, held_out = choose_prompts(inputs, reward.find_refusals, settings.unscorable, tell)
     check_sizes(settings, len(prompts))
     check_shares(settings, len(held_out))
     if not is_same_everywhere(digest_prompts(prompts, held_out), device):

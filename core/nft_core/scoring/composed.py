@@ -17,7 +17,7 @@ from ..errors import NftError, UsageError
 from ..host.host import Host
 from ..host.lending import keep_process_state, lend_batch
 from ..host.specs import RewardSpec
-from .contract import call_checked, check_prompt, regroup_scores
+from .contract import Prompts, call_checked, check_prompt, find_refusals, regroup_scores
 from .failures import Failed, Guarded, Tally, add_tallies
 from .pictures import Images, make_batches
 from .scores import concatenate_scores, pick_samples
@@ -191,6 +191,11 @@ class Composed:
         for term in self.members:
             check_prompt(term.reward, term.name, prompt, metadata)
 
+    def find_refusals(self, prompts: Prompts) -> list[str]:
+        """Find why one of the members, the first that does, can never score prompts; "" where all can."""
+        found = [find_refusals(term.reward, term.name, prompts) for term in self.members]
+        return [next(filter(None, of_one), "") for of_one in zip(*found, strict=True)] or [""] * len(prompts)
+
     def __add__(self, other: Composed | float) -> Composed:
         if isinstance(other, (int, float)):
             return Composed(self.terms, self.constant + other)
@@ -260,6 +265,9 @@ class Mapped:
 
     def check_prompt(self, prompt: str, metadata: Mapping[str, Any]) -> None:
         self.inner.check_prompt(prompt, metadata)
+
+    def find_refusals(self, prompts: Prompts) -> list[str]:
+        return self.inner.find_refusals(prompts)
 
 
 def merge_terms(terms: Iterable[Term]) -> tuple[Term, ...]:

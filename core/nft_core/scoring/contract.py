@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
@@ -14,6 +14,9 @@ from nft_plugins.process import on_main_thread
 from ..errors import NftError, describe_error, locate_error
 from ..host.lending import copy_for_plugin, keep_process_state, keep_thread_state
 from ..parallel.devices import is_out_of_memory
+
+#: Prompts with their metadata.
+Prompts: TypeAlias = Sequence[tuple[str, Mapping[str, Any]]]
 
 
 def check_prompt(member: Any, name: str, prompt: str, metadata: Mapping[str, Any]) -> None:
@@ -35,6 +38,21 @@ def check_prompt(member: Any, name: str, prompt: str, metadata: Mapping[str, Any
             f"The reward {name!r} failed in check_prompt, which may raise PromptError alone: "
             f"{describe_error(error)}{locate_error(error)}"
         ) from error
+
+
+def find_refusals(member: Any, name: str, prompts: Prompts) -> list[str]:
+    """Find why a reward can never score prompts; "" for each that it can."""
+    # One on a server is asked for all of them at once.
+    if ask := getattr(member, "find_refusals", None):
+        return [why if not why or why.startswith(name) else f"{name}: {why}" for why in ask(prompts)]
+    refusals = []
+    for prompt, metadata in prompts:
+        try:
+            check_prompt(member, name, prompt, metadata)
+            refusals.append("")
+        except PromptError as error:
+            refusals.append(str(error))
+    return refusals
 
 
 def regroup_scores(name: str, reward: Any, scores: Scores, groups: Tensor) -> Scores:

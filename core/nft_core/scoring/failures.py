@@ -19,7 +19,7 @@ from ..host.lending import keep_process_state, lend_batch
 from ..host.specs import FailurePolicy
 from ..parallel.devices import free_memory, is_out_of_memory, wrap_in_side_stream
 from ..parallel.workers import Worker
-from .contract import call_checked, check_prompt
+from .contract import Prompts, call_checked, check_prompt, find_refusals
 
 T = TypeVar("T")
 #: Seconds of the pause before the second attempt, and of the longest; each pause is twice the one before.
@@ -121,6 +121,10 @@ class Guarded:
     def check_prompt(self, prompt: str, metadata: Mapping[str, Any]) -> None:
         """Raise PromptError for a prompt that the reward can never score."""
         call_until_reached(lambda: check_prompt(self.reward, self.name, prompt, metadata), self.policy.retry)
+
+    def find_refusals(self, prompts: Prompts) -> list[str]:
+        """Find why the reward can never score prompts; "" for each that it can."""
+        return call_until_reached(lambda: find_refusals(self.reward, self.name, prompts), self.policy.retry)
 
     def call_once(self, batch: Batch) -> Scores:
         """Call the reward once. Raises NftError where it fails, takes too long or gives other details."""

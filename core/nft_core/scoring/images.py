@@ -14,7 +14,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from nft_plugins import Batch, PromptError, Scores
+from nft_plugins import Batch, Scores
 
 from ..errors import NftError, UsageError, name_arguments
 from ..host import lending
@@ -201,12 +201,11 @@ def _note_scores(results: Sequence[Scored], name: str, scores: Scores) -> None:
 
 def check_prompts(items: Iterable[Item], reward: Composed) -> None:
     """Raise UsageError for a prompt that one of the rewards can never score."""
-    for item in items:
-        if item.prompt is not None:
-            try:
-                reward.check_prompt(item.prompt, item.metadata)
-            except PromptError as error:
-                raise UsageError(f"{item.path}: {error}") from error
+    prompted = [item for item in items if item.prompt is not None]
+    refusals = reward.find_refusals([(str(item.prompt), item.metadata) for item in prompted])
+    for item, why in zip(prompted, refusals, strict=True):
+        if why:
+            raise UsageError(f"{item.path}: {why}")
 
 
 def split_batches(items: Sequence[Item], batch: int) -> Iterator[tuple[list[int], list[int]]]:

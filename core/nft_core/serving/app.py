@@ -98,17 +98,15 @@ class Service:
         return await self.admit(request, ask)
 
     async def check(self, request: Request) -> Response:
-        """Say whether a reward can ever score a prompt."""
+        """Say which prompts a reward can never score, and why."""
 
         async def ask(message: Message) -> Response:
-            name, prompt = self.find_reward(message), message.head.get("prompt")
-            metadata = message.head.get("metadata")
-            if not isinstance(prompt, str) or not isinstance(metadata, dict):
-                raise WireError("a request needs a prompt, a text, and metadata, an object")
-            refusal = await run_in_threadpool(self.engine.find_refusal, name, prompt, metadata)
-            if refusal is not None:
-                raise Refusal(422, "prompt", refusal)
-            return JSONResponse({"ok": True})
+            name = self.find_reward(message)
+            prompts, metadata = message.head.get("prompts"), message.head.get("metadata")
+            if not is_list_of(str, prompts) or not is_list_of(dict, metadata) or len(prompts) != len(metadata):
+                raise WireError("a request needs prompts, texts, and metadata, an object for each")
+            pairs = list(zip(prompts, metadata, strict=True))
+            return JSONResponse({"refusals": await run_in_threadpool(self.engine.find_refusals, name, pairs)})
 
         return await self.admit(request, ask)
 
@@ -192,6 +190,11 @@ def explain_refusal(error: Exception) -> Refusal:
     if isinstance(error, NftError):
         return Refusal(500, "failed", str(error))
     raise error
+
+
+def is_list_of(kind: type, value: Any) -> bool:
+    """Tell whether a value is a list of such things."""
+    return isinstance(value, list) and all(isinstance(item, kind) for item in value)
 
 
 def read_seconds(message: Message, most: float) -> float:

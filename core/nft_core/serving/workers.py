@@ -11,12 +11,12 @@ from typing import Any
 
 import torch
 
-from nft_plugins import CONTRACT, PromptError, Reward, RewardInfo, Scores
+from nft_plugins import CONTRACT, Reward, RewardInfo, Scores
 from nft_plugins.wire import VERSION, Message, WireError, unpack_batch, unpack_scores
 
 from ..errors import NftError, UsageError, describe_error
 from ..scoring.composed import Composed, Term, call_reward
-from ..scoring.contract import check_prompt, regroup_scores
+from ..scoring.contract import Prompts, find_refusals, regroup_scores
 from ..scoring.pictures import NoPrompts
 from .limits import Limits
 from .queue import Job, Queue, join_messages, split_scores
@@ -101,14 +101,10 @@ class Engine:
         versions = {"wire": VERSION, "contract": CONTRACT, "nft-hub": self.version, "torch": torch.__version__}
         return versions | {"devices": list(map(str, self.devices)), "limits": limits, "rewards": cards}
 
-    def find_refusal(self, name: str, prompt: str, metadata: Mapping[str, Any]) -> str | None:
-        """Find why a reward can never score a prompt; None where it can."""
-        try:
-            with self.checking:  # Rewards are not written for two calls at once.
-                check_prompt(self.offers[name].copies[0], name, prompt, metadata)
-        except PromptError as error:
-            return str(error)
-        return None
+    def find_refusals(self, name: str, prompts: Prompts) -> list[str]:
+        """Find why a reward can never score prompts; "" for each that it can."""
+        with self.checking:  # Rewards are not written for two calls at once.
+            return find_refusals(self.offers[name].copies[0], name, prompts)
 
     def work(self, number: int, device: torch.device) -> None:
         """Score what is queued on one device, until the queue is closed."""
