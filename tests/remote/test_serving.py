@@ -29,7 +29,7 @@ from nft_core.scoring import failures
 from nft_core.scoring.composed import Composed, Term, call_reward
 from nft_core.scoring.failures import Failed, guard_reward
 from nft_core.scoring.pictures import NoPrompts
-from nft_core.serving.app import make_app
+from nft_core.serving.app import digest_token, make_app
 from nft_core.serving.limits import Limits
 from nft_core.serving.openapi import PATHS, SHOWN
 from nft_core.serving.queue import Queue, join_messages, make_job
@@ -98,7 +98,7 @@ def make_engine(limits=SMALL, names=REWARDS, made="1", devices=1):
 def serving(engine, token=TOKEN, port=0):
     """A server in a thread of this process; yields its address."""
     bound = bind_socket("127.0.0.1", port)
-    server = make_server(make_app(engine, token), bound, engine.limits)
+    server = make_server(make_app(engine, digest_token(token)), bound, engine.limits)
     thread = threading.Thread(target=server.run, args=([bound],), daemon=True)
     address = f"http://127.0.0.1:{bound.getsockname()[1]}"
     thread.start()
@@ -464,7 +464,7 @@ def test_fuzzed_answers_are_errors_and_no_scores():
         (reply(offers(wire=9)), "messages of version 9"),
         (reply(offers(rewards=[{"name": "other", "digest": "0"}])), "Unknown reward at .* Known: other"),
         (reply(b"<html>It works!"), "what answers there is no server of nft-hub"),
-        (reply(b"<html>nothing", "404 Not Found"), "answers HTTP 404: <html>nothing"),
+        (reply(b"<html>nothing", "404 Not Found"), r"no server answers .*: HTTP 404 <html>nothing"),
         (reply(offers(), length=999), "no server answers"),
     ],
 )

@@ -33,8 +33,9 @@ LARGEST, REPEATED = 64 << 20, 500
 #: Seconds: to connect, that an unused connection is kept, that a failed server is asked last, between two tries
 #: at servers that are full.
 CONNECT, KEPT, AVOIDED, FULL = 5.0, 30.0, 10.0, 0.5
-#: Statuses of proxies, and of servers that end, for which another server may answer.
-ELSEWHERE = (502, 503, 504)
+#: Statuses of proxies, and of servers that end, for which another server may answer; and those that mean this
+#: only where the answer is none of ours: Ray's proxy gives them where a replica has died, or is not there yet.
+ELSEWHERE, UNLESS_OURS = (502, 503, 504), (404, 500)
 
 
 class Refused(NftError):
@@ -133,8 +134,9 @@ class Servers:
             raise Unanswered(f"{type(error).__name__}: {error}".rstrip(": ")) from error
         if status == 429:
             raise Full(read_pause(headers))
-        if status in ELSEWHERE:
-            raise Unanswered(f"HTTP {status} {read_refusal(content)[1]}".strip())
+        kind, text = read_refusal(content)
+        if status in ELSEWHERE or (status in UNLESS_OURS and not kind):
+            raise Unanswered(f"HTTP {status} {text}".strip())
         raise make_refusal(server, status, content)
 
     def take_order(self) -> list[str]:

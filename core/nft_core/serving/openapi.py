@@ -32,6 +32,7 @@ REFUSALS = {
     "422": "The reward can never score a prompt, or reads prompts and there were none.",
     "429": "The queue is full: come again after the seconds in Retry-After.",
     "500": "The reward failed.",
+    "503": "The server ends: ask another one, or come again after the seconds in Retry-After.",
     "504": "The request has waited longer than its client does.",
 }
 PATHS = {

@@ -69,7 +69,12 @@ def digest_card(card: Mapping[str, Any]) -> str:
 
 
 class Engine:
-    """Scores jobs on each of its devices, and answers what clients ask of prompts."""
+    """Scores jobs on each of its devices, and answers what clients ask of prompts.
+
+    replica: the name of this copy of a server, where there are several behind one address.
+    """
+
+    replica = ""
 
     def __init__(
         self, offers: Iterable[Offer], devices: Sequence[torch.device], limits: Limits, version: str
