@@ -16,6 +16,7 @@ import pytest
 import torch
 from click.testing import CliRunner
 from PIL import Image
+from servers import serving as serving_with
 
 from nft_core import score as public
 from nft_core.cli.app import main
@@ -29,11 +30,10 @@ from nft_core.scoring import failures
 from nft_core.scoring.composed import Composed, Term, call_reward
 from nft_core.scoring.failures import Failed, guard_reward
 from nft_core.scoring.pictures import NoPrompts
-from nft_core.serving.app import digest_token, make_app
 from nft_core.serving.limits import Limits
 from nft_core.serving.openapi import PATHS, SHOWN
 from nft_core.serving.queue import Queue, join_messages, make_job
-from nft_core.serving.running import bind_socket, choose_token, make_server
+from nft_core.serving.running import bind_socket, choose_token
 from nft_core.serving.workers import Engine, make_offer
 from nft_core.settings import make_settings
 from nft_plugins import Batch, PromptError, RewardInfo, Scores, wire
@@ -94,21 +94,8 @@ def make_engine(limits=SMALL, names=REWARDS, made="1", devices=1):
     return Engine(offers, [torch.device("cpu")] * devices, limits, "0")
 
 
-@contextmanager
 def serving(engine, token=TOKEN, port=0):
-    """A server in a thread of this process; yields its address."""
-    bound = bind_socket("127.0.0.1", port)
-    server = make_server(make_app(engine, digest_token(token)), bound, engine.limits)
-    thread = threading.Thread(target=server.run, args=([bound],), daemon=True)
-    address = f"http://127.0.0.1:{bound.getsockname()[1]}"
-    thread.start()
-    while not server.started:
-        time.sleep(0.01)
-    try:
-        yield address
-    finally:
-        server.should_exit = True
-        thread.join()
+    return serving_with(engine, token, port)
 
 
 @pytest.fixture(scope="module")

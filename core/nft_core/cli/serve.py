@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
-from packaging.version import Version
 
 from ..errors import NftError, UsageError
 from ..host.factories import is_installed
@@ -29,7 +28,7 @@ if TYPE_CHECKING:
 #: What the extras bring that the engines need, by engine.
 MODULES = {"uvicorn": ("starlette", "uvicorn", "prometheus_client"), "ray": ("ray", "fastapi")}
 #: In older ones not all of Ray's own ports ask for a secret, and it runs what they are sent.
-OLDEST_RAY = Version("2.60")
+OLDEST_RAY = "2.60"
 EXTRAS = {"uvicorn": "serve", "ray": "serve,ray"}
 
 
@@ -182,7 +181,9 @@ def check_engine(engine: str, deployment: Path | None) -> None:
         raise NftError(
             f'nft serve needs {", ".join(missing)}, not installed: pip install "nft-hub[{EXTRAS[engine]}]".'
         )
-    if engine == "ray" and Version(importlib.metadata.version("ray")) < OLDEST_RAY:
+    from packaging.version import Version
+
+    if engine == "ray" and Version(importlib.metadata.version("ray")) < Version(OLDEST_RAY):
         raise NftError(
             f"nft serve --engine ray needs Ray {OLDEST_RAY}, all of whose ports ask for a secret: "
             'pip install "nft-hub[serve,ray]".'
