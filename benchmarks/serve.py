@@ -32,7 +32,7 @@ from nft_core.remote import http
 from nft_core.remote.address import parse_address
 from nft_core.remote.served import ServedReward, read_scores
 from nft_core.scoring.composed import Composed, Term, call_reward
-from nft_core.serving.app import make_app
+from nft_core.serving.app import digest_token, make_app
 from nft_core.serving.limits import Limits
 from nft_core.serving.running import bind_socket, make_server, write_address
 from nft_core.serving.workers import Engine, make_offer
@@ -56,7 +56,7 @@ def serve() -> None:
     """Serve the reward, and beside it the same by base64 in JSON, until this process is ended."""
     offer = make_offer("mean", RewardInfo("mean", "", ""), "", [Composed((Term("mean", 1.0, add_pixels),))])
     limits = Limits(images=64, patience=2.0)
-    app = make_app(Engine([offer], [torch.device("cpu")], limits, "0"), os.environ[TOKEN])
+    app = make_app(Engine([offer], [torch.device("cpu")], limits, "0"), digest_token(os.environ[TOKEN]))
 
     async def with_json(scope: Any, receive: Any, send: Any) -> None:
         if scope.get("path") != "/json":

@@ -21,6 +21,10 @@ class UsageError(NftError, ValueError):
     exit_code = 2
 
 
+class Unreachable(NftError):
+    """The process or the server that holds a reward is gone; another attempt may find it, or start it again."""
+
+
 class SaveError(NftError):
     """A checkpoint could not be written."""
 

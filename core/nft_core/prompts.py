@@ -12,9 +12,7 @@ import os
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
-
-from nft_plugins import PromptError
+from typing import Any, Literal, NamedTuple, TypeAlias
 
 from .errors import NftError, UsageError, advise_on_disk, shorten_value
 
@@ -233,40 +231,35 @@ def is_text(text: str) -> bool:
     return text.isascii() or not any("\ud800" <= c <= "\udfff" for c in text)
 
 
-def keep_scorable(
-    prompts: list[Prompt],
-    check: Callable[[str, Mapping[str, Any]], None],
-    policy: Literal["error", "drop"],
-) -> list[Prompt]:
+#: Prompts with their metadata.
+Prompts: TypeAlias = Sequence[tuple[str, Mapping[str, Any]]]
+#: Says of each prompt why a reward can never score it; "" where every reward can.
+Check: TypeAlias = Callable[[Prompts], list[str]]
+
+
+def keep_scorable(prompts: list[Prompt], check: Check, policy: Literal["error", "drop"]) -> list[Prompt]:
     """Keep the prompts that every reward can score.
 
-    check: raises PromptError for a prompt that a reward can never score.
-    policy: `error` refuses all at the first such prompt, `drop` leaves such prompts out.
+    policy: `error` refuses all where there is another prompt, `drop` leaves such prompts out.
     Raises UsageError then, and where no prompt is left.
     """
-    kept, refused = [], ""
-    for prompt in prompts:
-        why = find_refusal(prompt, check)
-        refused = refused or why
-        if why and policy == "error":
-            raise UsageError(
-                f"{why} Give prompts that every reward can score, or leave such prompts out with "
-                "--set unscorable=drop."
-            )
-        if not why:
-            kept.append(prompt)
+    refusals = find_refusals(prompts, check)
+    kept = [prompt for prompt, why in zip(prompts, refusals, strict=True) if not why]
+    refused = next(filter(None, refusals), "")
+    if refused and policy == "error":
+        raise UsageError(
+            f"{refused} Give prompts that every reward can score, or leave such prompts out with "
+            "--set unscorable=drop."
+        )
     if not kept:
         raise UsageError(f"Of {len(prompts)} prompts none can be scored by every reward: {refused}")
     return kept
 
 
-def find_refusal(prompt: Prompt, check: Callable[[str, Mapping[str, Any]], None]) -> str:
-    """Say where a prompt stands and why a reward cannot score it; returns "" where every reward can."""
-    try:
-        check(prompt.text, prompt.metadata)
-    except PromptError as error:
-        return f"{prompt.where}: {error}"
-    return ""
+def find_refusals(prompts: list[Prompt], check: Check) -> list[str]:
+    """Say of each prompt where it stands and why a reward cannot score it; "" where every reward can."""
+    reasons = check([(prompt.text, prompt.metadata) for prompt in prompts])
+    return [why and f"{prompt.where}: {why}" for prompt, why in zip(prompts, reasons, strict=True)]
 
 
 def list_prompts_of_run(count: int, per_epoch: int, seed: int, epochs: int) -> Sequence[int]:

@@ -109,6 +109,16 @@ def test_a_killed_evaluation_comes_to_the_same_end():
     assert told["kills"] == 1 and told["evaluations_compared"] >= 1 and told["differences"] == []
 
 
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="finds processes in /proc")
+def test_a_run_whose_child_or_server_is_killed_comes_to_the_same_end(tmp_path):
+    command = [sys.executable, BENCHMARKS / "remote_kills.py", "--count", "1", "--epochs", "1"]
+    done = subprocess.run([*command, "--json", tmp_path / "kills.json"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    told = json.loads((tmp_path / "kills.json").read_text())
+    assert sum(told["kills"].values()) == 1 and told["runs_compared"] >= 1 and told["differences"] == []
+
+
 @pytest.mark.parametrize("name", ["reward specs", "prompts .jsonl", "run TOML", "--set"])
 def test_fuzz_counts_what_was_accepted_and_refused(load, name):
     fuzz = load("fuzz")

@@ -13,13 +13,13 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from nft_core.errors import NftError, UsageError
-from nft_core.host.specs import FailurePolicy
+from nft_core.errors import NftError, Unreachable, UsageError
+from nft_core.host.specs import FailurePolicy, parse_reward
 from nft_core.parallel import devices
 from nft_core.parallel.workers import Worker
 from nft_core.sampling.rollout import await_scores
 from nft_core.scoring import failures as guard
-from nft_core.scoring.composer import Composed, Term
+from nft_core.scoring.composer import Composed, Loader, Named, Term
 from nft_core.scoring.failures import Failed, Tally, compute_pause, guard_reward
 from nft_core.scoring.scores import concatenate_scores
 from nft_core.scoring.statistics import summarize_scores
@@ -187,6 +187,60 @@ def test_a_retry_succeeds(on_error):
     both = composed(flaky(2), FailurePolicy(on_error, retry=2))
     assert both(batch()).parts["x"].scores.values.tolist() == [1, 2, 3]
     assert both.tallies()["x"] == Tally(retried=2)
+
+
+class Far:
+    """In another process, which is away in the first calls of each kind."""
+
+    def __init__(self, away):
+        self.away = {"check_prompt": away, "regroup": away}
+
+    def __call__(self, b):
+        return good(len(b))
+
+    def answer(self, kind):
+        self.away[kind] -= 1
+        if self.away[kind] >= 0:
+            raise Unreachable(f"The reward 'x' failed in {kind}: no server answers")
+
+    def check_prompt(self, prompt, metadata):
+        self.answer("check_prompt")
+
+    def regroup(self, scores, groups):
+        self.answer("regroup")
+        return scores
+
+
+def test_retry_holds_for_what_else_a_reward_in_another_process_is_asked(capsys):
+    with pytest.raises(Unreachable, match="in check_prompt: no server answers"):
+        composed(Far(2), FailurePolicy(retry=1)).check_prompt("p", {})
+    both = composed(Far(2), FailurePolicy(retry=2))
+    both.check_prompt("p", {})
+    assert both.regroup(both(batch()), torch.zeros(3)).valid.all()
+    warned = capsys.readouterr().err.splitlines()
+    assert warned[-1].startswith(
+        "Warning: The reward 'x' failed in regroup: no server answers. It is tried again"
+    )
+    assert len(warned) == 5
+
+
+def test_retry_holds_for_the_loading_of_a_reward_in_another_process(capsys):
+    class Loads:
+        calls = 0
+
+        def make_reward(self, *given):
+            self.calls += 1
+            if self.calls < 3:
+                raise Unreachable("The reward 'x' failed: while it was loaded, its process ended.")
+            return returns(good)
+
+    for retry, fails in ((1, True), (2, False)):
+        loader = Loader(Loads(), "cpu", {})
+        named = Composed((Term("x", 1.0, Named(parse_reward(f"x,retry={retry}"), None, None)),))
+        with pytest.raises(Unreachable) if fails else nullcontext():
+            assert loader.load(named)(batch()).valid.all()
+        assert loader.given.calls == retry + 1
+    assert "its process ended. It is tried again in 0.001 s." in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("error", [PromptError("no words"), UsageError("no such folder")])

@@ -16,6 +16,7 @@ import pytest
 import torch
 from click.testing import CliRunner
 from PIL import Image
+from servers import serving as serving_with
 
 from nft_core import score as public
 from nft_core.cli.app import main
@@ -29,11 +30,10 @@ from nft_core.scoring import failures
 from nft_core.scoring.composed import Composed, Term, call_reward
 from nft_core.scoring.failures import Failed, guard_reward
 from nft_core.scoring.pictures import NoPrompts
-from nft_core.serving.app import make_app
 from nft_core.serving.limits import Limits
 from nft_core.serving.openapi import PATHS, SHOWN
 from nft_core.serving.queue import Queue, join_messages, make_job
-from nft_core.serving.running import bind_socket, choose_token, make_server
+from nft_core.serving.running import bind_socket, choose_token
 from nft_core.serving.workers import Engine, make_offer
 from nft_core.settings import make_settings
 from nft_plugins import Batch, PromptError, RewardInfo, Scores, wire
@@ -94,21 +94,8 @@ def make_engine(limits=SMALL, names=REWARDS, made="1", devices=1):
     return Engine(offers, [torch.device("cpu")] * devices, limits, "0")
 
 
-@contextmanager
 def serving(engine, token=TOKEN, port=0):
-    """A server in a thread of this process; yields its address."""
-    bound = bind_socket("127.0.0.1", port)
-    server = make_server(make_app(engine, token), bound, engine.limits)
-    thread = threading.Thread(target=server.run, args=([bound],), daemon=True)
-    address = f"http://127.0.0.1:{bound.getsockname()[1]}"
-    thread.start()
-    while not server.started:
-        time.sleep(0.01)
-    try:
-        yield address
-    finally:
-        server.should_exit = True
-        thread.join()
+    return serving_with(engine, token, port)
 
 
 @pytest.fixture(scope="module")
@@ -190,11 +177,18 @@ def test_scores_are_those_of_the_same_reward_here_bit_for_bit(address, name):
         assert far.valid.tolist() == [True, True, True, False, True] and far.notes["read"][1] == "‹prompt 1›"
 
 
-def test_prompts_are_checked_and_groups_compared_as_here(address):
+def test_prompts_are_checked_and_groups_compared_as_here(address, engine, monkeypatch):
     far, bare = connect(address), connect(address, "bright")
     far.check_prompt("a", {"text": "a"})
     with pytest.raises(PromptError, match="'a' is not in the metadata"):
         far.check_prompt("a", {"text": "b"})
+    pairs = [("a", {"text": "a"}), ("b", {}), ("c", {"text": "c"})]
+    whole = Composed((Term("far", 1.0, guard_reward(far, FailurePolicy("mask"), "far")), Term("y", 1.0, bare)))
+    asked, ask = [], engine.find_refusals
+    monkeypatch.setattr(engine, "find_refusals", lambda name, prompts: asked.append(name) or ask(name, prompts))
+    refusals = whole.find_refusals(pairs)
+    assert asked == ["many"]  # One request for all.
+    assert refusals[::2] == ["", ""] and refusals[1] == "far: many: 'b' is not in the metadata"
     scores, groups = call_reward("many", REWARDS["many"], batch(4)), torch.tensor([0, 0, 7, 7])
     same(far.regroup(scores, groups), REWARDS["many"].regroup(scores, groups))
     assert not hasattr(bare, "check_prompt") and not hasattr(bare, "regroup")
@@ -296,6 +290,10 @@ def test_limits(address, engine):
     assert request(address, "/score", body(engine, reward=["many"]))[0] == 404
     assert request(address, "/score", body(engine, seconds=-1))[0] == 400
     assert request(address, "/regroup", body(engine))[0] == 400
+    digest = engine.offers["many"].card["digest"]
+    for prompts, metadata in (("a", [{}]), ([1], [{}]), (["a"], [3]), (["a"], []), (None, None)):
+        head = {"reward": "many", "digest": digest, "prompts": prompts, "metadata": metadata}
+        assert request(address, "/check", encode_message(head))[0] == 400
     status, _, told = request(address, "/score", body(engine, digest="0"))
     assert status == 409 and b"another one than when the client began" in told
     with pytest.raises(NftError, match="may have 20 images"):
@@ -453,7 +451,7 @@ def test_fuzzed_answers_are_errors_and_no_scores():
         (reply(offers(wire=9)), "messages of version 9"),
         (reply(offers(rewards=[{"name": "other", "digest": "0"}])), "Unknown reward at .* Known: other"),
         (reply(b"<html>It works!"), "what answers there is no server of nft-hub"),
-        (reply(b"<html>nothing", "404 Not Found"), "answers HTTP 404: <html>nothing"),
+        (reply(b"<html>nothing", "404 Not Found"), r"no server answers .*: HTTP 404 <html>nothing"),
         (reply(offers(), length=999), "no server answers"),
     ],
 )

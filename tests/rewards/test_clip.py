@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from servers import serving_reward
 
 from nft_plugins import Batch
 from nft_plugins.vocabulary import check_tokenizer
@@ -67,6 +68,12 @@ def test_scores_equal_transformers(checkpoint, picture):
         PickScore(checkpoint, variant="nft")(batch).values, expected / 26, rtol=1e-4, atol=1e-5
     )
     torch.testing.assert_close(CLIPScore(checkpoint)(batch).values, expected / scale, rtol=1e-4, atol=1e-5)
+
+
+def test_served_scores_are_equal_bit_for_bit(checkpoint, pictures):
+    batch = batch_of(pictures["waves"], PROMPTS)
+    with serving_reward(PickScore(checkpoint)) as far:
+        assert far(batch).values.equal(PickScore(checkpoint)(batch).values)
 
 
 def test_hessel_variant(checkpoint, pictures):

@@ -20,6 +20,7 @@ if not hasattr(torch.ops.torchvision, "nms"):
 
 import open_clip
 import torchvision.transforms.functional as F
+from servers import serving_reward
 
 from nft_plugins import Batch
 from nft_rewards import hpsv2
@@ -85,6 +86,13 @@ def test_hpsv2_is_the_published_computation(small, size, antialias):
     batch = batch_of(*size)
     values = HPSv2(str(folder), antialias=antialias)(batch).values
     torch.testing.assert_close(values, expected(model, batch, antialias), rtol=1e-4, atol=1e-5)
+
+
+def test_served_scores_are_equal_bit_for_bit(small):
+    folder, _ = small
+    batch = batch_of(100, 60)
+    with serving_reward(HPSv2(str(folder))) as far:
+        assert far(batch).values.equal(HPSv2(str(folder))(batch).values)
 
 
 def test_capitals_play_no_part(small):

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import importlib.metadata
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -18,12 +20,16 @@ from .score import choose_preset, preset_option, tiny_option
 if TYPE_CHECKING:
     import torch
 
+    from ..serving.deployment import Deployment
     from ..serving.limits import Limits
     from ..serving.workers import Offer
     from ..settings import Settings
 
-#: What the extra `serve` brings.
-MODULES = ("starlette", "uvicorn", "prometheus_client")
+#: What the extras bring that the engines need, by engine.
+MODULES = {"uvicorn": ("starlette", "uvicorn", "prometheus_client"), "ray": ("ray", "fastapi")}
+#: In older ones not all of Ray's own ports ask for a secret, and it runs what they are sent.
+OLDEST_RAY = "2.60"
+EXTRAS = {"uvicorn": "serve", "ray": "serve,ray"}
 
 
 @click.command("serve")
@@ -94,6 +100,19 @@ MODULES = ("starlette", "uvicorn", "prometheus_client")
     default=600.0,
     help="Time that a request may take, the queue included.  [default: 600]",
 )
+@click.option(
+    "--engine",
+    type=click.Choice(list(MODULES)),
+    default="uvicorn",
+    help="What runs the server: uvicorn, in this process, or ray, in several, on this machine or a cluster.  "
+    "[default: uvicorn]",
+)
+@click.option(
+    "--deployment",
+    metavar="FILE.toml",
+    type=click.Path(path_type=Path),
+    help="With --engine ray: replicas, cpus and gpus of each, autoscaling, cluster.",
+)
 def serve_rewards(
     rewards: tuple[str, ...],
     host: str,
@@ -110,6 +129,8 @@ def serve_rewards(
     max_side: int,
     max_mib: int,
     seconds: float,
+    engine: str,
+    deployment: Path | None,
 ) -> None:
     """Offer rewards over HTTP, to runs in other processes and on other machines.
 
@@ -118,48 +139,112 @@ def serve_rewards(
     http://HOST:PORT+HOST:PORT/NAME.
 
     /health, /rewards, /metrics (for Prometheus) and /openapi.json tell about the server. Ctrl-C or SIGTERM ends
-    it once the requests that it has begun are answered. It needs the extra serve: pip install "nft-hub[serve]".
+    it once the requests that it has begun are answered. It needs the extra serve: pip install "nft-hub[serve]",
+    and with --engine ray the extra ray.
     """
-    if missing := [module for module in MODULES if not is_installed(module)]:
-        raise NftError(f'nft serve needs {", ".join(missing)}, not installed: pip install "nft-hub[serve]".')
+    check_engine(engine, deployment)
+    from ..serving.app import digest_token
+    from ..serving.deployment import read_deployment
     from ..serving.limits import Limits
     from ..serving.running import bind_socket, choose_token, make_server, write_address
 
+    replicas = read_deployment(deployment)
     limits = Limits(batch, wait_ms / 1000, queue, max_images, max_side, max_mib << 20, seconds)
     token, is_new = choose_token(token_env or "", no_token, host)
+    offered = Offered(rewards, choose_preset(tiny, preset), device.split(","), limits, digest_token(token))
+    specs = offered.read_specs()
     # Mistakes are told, and the port is taken, before anything large is loaded.
     with bind_socket(host, port) as bound:
-        app, names = make_application(rewards, choose_preset(tiny, preset), device.split(","), limits, token)
         address = write_address(bound)
-        click.echo(f"Serving {', '.join(names)} at {address}")
-        if is_new:
-            click.echo(f"The token, which is not shown again: {token}")
-        variable = "" if no_token else f",token_env={token_env or 'NFT_TOKEN'}"
-        if is_new:
-            click.echo(f"Where a run starts: export NFT_TOKEN={token}")
-        click.echo(f"Use it with: --reward {address}/{names[0]}{variable}")
-        make_server(app, bound, limits).run([bound])
+
+        def tell() -> None:
+            variable = "" if no_token else f",token_env={token_env or 'NFT_TOKEN'}"
+            click.echo(f"Serving {', '.join(spec.title for spec in specs)} at {address}")
+            if is_new:
+                click.echo(f"The token, which is not shown again: {token}")
+                click.echo(f"Where a run starts: export NFT_TOKEN={token}")
+            click.echo(f"Use it with: --reward {address}/{specs[0].title}{variable}")
+
+        if engine == "uvicorn":
+            app = offered.make_application()
+            tell()
+            make_server(app, bound, limits).run([bound])
+            return
+        place = (host, bound.getsockname()[1])
+    serve_replicas(offered, replicas, place, tell)
 
 
-def make_application(
-    rewards: Sequence[str], preset: str | None, devices: Sequence[str], limits: Limits, token: str
-) -> tuple[Any, list[str]]:
-    """Load rewards and make the application that offers them; returns it and their names."""
-    from ..runs.inputs import make_run_settings, parse_rewards
-    from ..runs.setup import pick_device
-    from ..serving.app import make_app
-    from ..serving.workers import Engine
+def check_engine(engine: str, deployment: Path | None) -> None:
+    """Raise for an engine that is not installed, and UsageError for a file that it does not read."""
+    needed = MODULES["uvicorn"] + (MODULES["ray"] if engine == "ray" else ())
+    if missing := [module for module in needed if not is_installed(module)]:
+        raise NftError(
+            f'nft serve needs {", ".join(missing)}, not installed: pip install "nft-hub[{EXTRAS[engine]}]".'
+        )
+    from packaging.version import Version
 
-    host = load_host()
-    settings = make_run_settings(host, preset, {"rewards": list(rewards)})
-    specs = parse_rewards(settings, host)
-    check_specs(specs)
-    places = [pick_device(name.strip()) for name in devices]
-    silence_libraries("transformers")
-    with redirect_prints():  # Rewards print too.
-        offers = [load_offer(spec, host, places, settings) for spec in specs]
-    engine = Engine(offers, places, limits, importlib.metadata.version("nft-hub"))
-    return make_app(engine, token), [offer.name for offer in offers]
+    if engine == "ray" and Version(importlib.metadata.version("ray")) < Version(OLDEST_RAY):
+        raise NftError(
+            f"nft serve --engine ray needs Ray {OLDEST_RAY}, all of whose ports ask for a secret: "
+            'pip install "nft-hub[serve,ray]".'
+        )
+    if deployment and engine != "ray":
+        raise UsageError(
+            "--deployment is for --engine ray: uvicorn runs one server, with --device for several GPUs."
+        )
+
+
+@dataclass(frozen=True)
+class Offered:
+    """Holds what a server offers, as plain values, which Ray sends to its replicas. digest: of the token."""
+
+    rewards: Sequence[str]
+    preset: str | None
+    devices: Sequence[str]
+    limits: Limits
+    digest: str
+
+    def read_settings(self, host: Host) -> Settings:
+        from ..runs.inputs import make_run_settings
+
+        return make_run_settings(host, self.preset, {"rewards": list(self.rewards)})
+
+    def read_specs(self, host: Host | None = None) -> list[RewardSpec]:
+        """Read the rewards' specs. Raises UsageError for those that cannot be offered."""
+        from ..runs.inputs import parse_rewards
+
+        host = host or load_host()
+        specs = parse_rewards(self.read_settings(host), host)
+        check_specs(specs)
+        return specs
+
+    def make_application(self, replica: str = "") -> Any:
+        """Load the rewards and make the application that offers them."""
+        from ..runs.setup import pick_device
+        from ..serving.app import make_app
+        from ..serving.workers import Engine
+
+        host = load_host()
+        places = [pick_device(name.strip()) for name in self.devices]
+        silence_libraries("transformers")
+        with redirect_prints():  # Rewards print too.
+            settings = self.read_settings(host)
+            offers = [load_offer(spec, host, places, settings) for spec in self.read_specs(host)]
+        engine = Engine(offers, places, self.limits, importlib.metadata.version("nft-hub"))
+        engine.replica = replica
+        return make_app(engine, self.digest)
+
+
+def serve_replicas(
+    offered: Offered, deployment: Deployment, place: tuple[str, int], tell: Callable[[], None]
+) -> None:
+    """Serve with Ray until a signal comes. place: the host and the port to listen on."""
+    from ..serving.on_ray import read_replica_name, serve_on_ray
+
+    def make_app() -> Any:
+        return offered.make_application(read_replica_name())
+
+    serve_on_ray(make_app, deployment, offered.limits, place, tell)
 
 
 def check_specs(specs: Sequence[RewardSpec]) -> None:

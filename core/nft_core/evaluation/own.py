@@ -196,8 +196,8 @@ def choose_held_out(settings: Settings, host: Host) -> list[Prompt]:
         reward = load_rewards(
             parse_rewards(settings, host), host, torch.device("cpu"), settings.reward_defaults
         )
-        held_out = keep_scorable(held_out, reward.check_prompt, "drop") if held_out else []
-        prompts = prompts if held_out else keep_scorable(prompts, reward.check_prompt, "drop")
+        held_out = keep_scorable(held_out, reward.find_refusals, "drop") if held_out else []
+        prompts = prompts if held_out else keep_scorable(prompts, reward.find_refusals, "drop")
     return held_out or split_held_out(prompts, lambda text: None)[1]
 
 

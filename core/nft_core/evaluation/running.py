@@ -93,7 +93,7 @@ def run_evaluation(
             tell(note)
         reward = load_rewards(cast(Any, request.rewards), host, device, s.reward_defaults)
         with keep_state("the check of prompts"):
-            prompts = keep_scorable(list(request.prompts), reward.check_prompt, s.unscorable)
+            prompts = keep_scorable(list(request.prompts), reward.find_refusals, s.unscorable)
         if lost := len(request.prompts) - len(prompts):
             tell(f"{lost} of {len(request.prompts)} prompts are left out: not every reward can score them.")
         protocol = request.complete_protocol(prompts, host)

@@ -18,7 +18,7 @@ from urllib.parse import urlsplit
 from nft_plugins import PromptError
 from nft_plugins.wire import WireError
 
-from ..errors import NftError
+from ..errors import NftError, Unreachable
 
 try:  # huggingface_hub brings one of the two; httpx2 is the same client, continued.
     import httpx2 as httpx
@@ -33,8 +33,9 @@ LARGEST, REPEATED = 64 << 20, 500
 #: Seconds: to connect, that an unused connection is kept, that a failed server is asked last, between two tries
 #: at servers that are full.
 CONNECT, KEPT, AVOIDED, FULL = 5.0, 30.0, 10.0, 0.5
-#: Statuses of proxies, and of servers that end, for which another server may answer.
-ELSEWHERE = (502, 503, 504)
+#: Statuses of proxies, and of servers that end, for which another server may answer; and those that mean this
+#: only where the answer is none of ours: Ray's proxy gives them where a replica has died, or is not there yet.
+ELSEWHERE, UNLESS_OURS = (502, 503, 504), (404, 500)
 
 
 class Refused(NftError):
@@ -79,7 +80,8 @@ class Servers:
 
         The same request may reach two servers: to score twice changes nothing.
         patience: seconds for which it is tried again where no server answers.
-        Raises NftError where none answers, Refused where one refuses, PromptError where its reward raised that.
+        Raises Unreachable where none answers, Refused where one refuses, PromptError where its reward raised
+        that.
         """
         work = self.find_answer(path, read, body, time.monotonic() + patience)
         future = asyncio.run_coroutine_threadsafe(work, start_loop(os.getpid()))
@@ -116,7 +118,7 @@ class Servers:
                             problems.append(f"{server}: {problem}")
                             self.avoided[server] = time.monotonic() + AVOIDED
                     if not pauses and time.monotonic() >= until:
-                        raise NftError(f"no server answers ({'; '.join(problems)})")
+                        raise Unreachable(f"no server answers ({'; '.join(problems)})")
                     # Of different lengths, so that clients that were sent away together do not come together.
                     await asyncio.sleep(min(pauses, default=FULL) * random.uniform(0.5, 1.5))
         except TimeoutError:
@@ -132,8 +134,9 @@ class Servers:
             raise Unanswered(f"{type(error).__name__}: {error}".rstrip(": ")) from error
         if status == 429:
             raise Full(read_pause(headers))
-        if status in ELSEWHERE:
-            raise Unanswered(f"HTTP {status} {read_refusal(content)[1]}".strip())
+        kind, text = read_refusal(content)
+        if status in ELSEWHERE or (status in UNLESS_OURS and not kind):
+            raise Unanswered(f"HTTP {status} {text}".strip())
         raise make_refusal(server, status, content)
 
     def take_order(self) -> list[str]:

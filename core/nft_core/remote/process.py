@@ -19,7 +19,7 @@ from typing import Any
 
 from nft_plugins.wire import Message, WireError, decode_message, encode_pieces, read_message
 
-from ..errors import NftError
+from ..errors import Unreachable
 
 #: Seconds between two looks at whether the process still lives, while it is waited for.
 LOOK = 0.2
@@ -29,7 +29,7 @@ SILENCE, PATIENCE = 1800.0, 5.0
 LAST_WORDS, LINE = 8, 500
 
 
-class ChildEnded(NftError):
+class ChildEnded(Unreachable):
     """The child process is gone, or what it sent makes no sense."""
 
 

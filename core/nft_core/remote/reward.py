@@ -12,7 +12,7 @@ from typing import IO, TYPE_CHECKING, Any
 from nft_plugins import CONTRACT, Batch, PromptError, Scores
 from nft_plugins.wire import VERSION, Message, WireError, pack_batch, pack_scores, unpack_scores
 
-from ..errors import NftError, UsageError
+from ..errors import NftError, Unreachable, UsageError
 from .process import ChildEnded, ChildProcess
 
 if TYPE_CHECKING:
@@ -91,7 +91,7 @@ class ChildReward:
             reply = self.child.ask(head, tensors)
         except ChildEnded as error:
             self.child = None
-            raise self.failed(str(error)) from error.__cause__
+            raise self.lost(str(error)) from error.__cause__
         except BaseException:  # Ctrl-C: its answer is still to come, and would be taken for the next one.
             self.child.kill()
             self.child = None
@@ -119,9 +119,9 @@ class ChildReward:
                 }
             )
         except (OSError, WireError) as error:
-            raise self.failed(f"its process could not be started: {child.explain_end(error)}") from error
+            raise self.lost(f"its process could not be started: {child.explain_end(error)}") from error
         except ChildEnded as error:
-            raise self.failed(f"while it was loaded, {error}") from error.__cause__
+            raise self.lost(f"while it was loaded, {error}") from error.__cause__
         self.raise_error(reply, making=True)
         self.child, self.packages = child, reply.head.get("packages", {})
         self.needs_floats = bool(reply.head.get("needs_floats"))
@@ -145,6 +145,9 @@ class ChildReward:
 
     def failed(self, cause: str) -> NftError:
         return NftError(f"The reward {self.start.reward!r} failed: {cause}")
+
+    def lost(self, cause: str) -> Unreachable:
+        return Unreachable(f"The reward {self.start.reward!r} failed: {cause}")
 
     def cancel(self) -> None:
         """End a call that hangs, by ending the child; the next call starts another. One that loads is left."""

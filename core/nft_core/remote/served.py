@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from nft_plugins import CONTRACT, Batch, Scores
+from nft_plugins import CONTRACT, Batch, PromptError, Scores
 from nft_plugins.wire import (
     VERSION,
     WireError,
@@ -18,7 +19,7 @@ from nft_plugins.wire import (
     unpack_scores,
 )
 
-from ..errors import NftError, UsageError, unknown_name
+from ..errors import NftError, Unreachable, UsageError, unknown_name
 from .address import Address
 from .http import LARGEST, PromptsNeeded, Refused, Servers
 
@@ -28,13 +29,15 @@ if TYPE_CHECKING:
 
 #: Seconds for which a server that does not answer is waited for where no `retry` of the user's counts.
 PATIENCE = 60.0
+#: Prompts that a request asks about at most.
+AT_ONCE = 10_000
 
 
 class ServedReward:
     """Scores batches on servers. Each call goes to one of them, and to another one where that fails.
 
     Raises ValueError for a token that is not there, UsageError where a server does not offer the reward or
-    refuses the token, NftError where none answers.
+    refuses the token, Unreachable where none answers.
     """
 
     def __init__(self, address: Address, token_env: str, timeout: float) -> None:
@@ -45,13 +48,14 @@ class ServedReward:
         # Callers ask `hasattr`, so only what the reward has may be here.
         if self.card.get("checks_prompts"):
             self.check_prompt = self.ask_about_prompt
+            self.find_refusals = self.ask_about_prompts
         if self.card.get("regroups"):
             self.regroup = self.ask_to_regroup
 
     def meet_servers(self, servers: tuple[str, ...], token_env: str, timeout: float) -> dict[str, Any]:
         """Ask each server for the reward's card. Those that do not answer are left for later, with a warning.
 
-        Raises NftError where none answers, UsageError where they offer different things.
+        Raises Unreachable where none answers, UsageError where they offer different things.
         """
         cards: dict[str, Any] = {}
         problems = []
@@ -65,7 +69,7 @@ class ServedReward:
                 continue
             cards[server] = find_card(self.name, server, offers)
         if not cards:
-            raise NftError(
+            raise Unreachable(
                 f"The reward {self.name!r} cannot be used: {'; '.join(problems)}. Start the server, as in "
                 f"`nft serve --reward {self.name}`, or mend its address."
             )
@@ -104,8 +108,17 @@ class ServedReward:
 
     def ask_about_prompt(self, prompt: str, metadata: Mapping[str, Any]) -> None:
         """Raise PromptError for a prompt that the reward can never score."""
-        body = self.encode({"prompt": prompt, "metadata": dict(metadata)})
-        self.ask("/check", lambda data: None, body, PATIENCE)
+        if why := self.ask_about_prompts([(prompt, metadata)])[0]:
+            raise PromptError(why)
+
+    def ask_about_prompts(self, prompts: Sequence[tuple[str, Mapping[str, Any]]]) -> list[str]:
+        """Ask why the reward can never score prompts; "" for each that it can."""
+        found: list[str] = []
+        for start in range(0, len(prompts), AT_ONCE):
+            part = prompts[start : start + AT_ONCE]
+            body = self.encode({"prompts": [p for p, _ in part], "metadata": [dict(m) for _, m in part]})
+            found += self.ask("/check", partial(read_refusals, count=len(part)), body, PATIENCE)
+        return found
 
     def ask_for_scores(
         self, path: str, head: Mapping[str, Any], tensors: Mapping[str, Any], patience: float = 0.0
@@ -122,7 +135,8 @@ class ServedReward:
         try:
             return self.servers.ask(path, read, body, patience)
         except NftError as error:
-            raise NftError(f"The reward {self.name!r} failed: {error}") from error
+            kind = Unreachable if isinstance(error, Unreachable) else NftError
+            raise kind(f"The reward {self.name!r} failed: {error}") from error
 
     def cancel(self) -> None:
         """Give up a call that takes too long."""
@@ -161,3 +175,14 @@ def find_card(name: str, server: str, offers: Mapping[str, Any]) -> dict[str, An
 def read_scores(data: bytes) -> Scores:
     """Read the scores in an answer. Raises WireError where there are none."""
     return unpack_scores(decode_message(data, limit=LARGEST))
+
+
+def read_refusals(data: bytes, count: int) -> list[str]:
+    """Read why prompts cannot be scored; "" for each that can. Raises WireError for another answer."""
+    try:
+        found = json.loads(data)["refusals"]
+    except (ValueError, TypeError, KeyError, RecursionError) as error:
+        raise WireError("an answer about prompts without refusals") from error
+    if not isinstance(found, list) or len(found) != count or not all(isinstance(why, str) for why in found):
+        raise WireError(f"an answer about {count} prompts that does not say why or that each can be scored")
+    return found

@@ -16,7 +16,7 @@ from ..host.host import Host
 from ..host.prompt_checks import make_prompt_check
 from ..host.specs import RewardSpec, parse_observer, parse_reward
 from ..models.run_folders import find_checkpoint
-from ..prompts import Prompt, find_refusal, keep_scorable, read_prompts
+from ..prompts import Check, Prompt, find_refusals, keep_scorable, read_prompts
 from ..remote.environments import require_environment
 from ..settings import Settings, for_evaluation, make_settings
 from .checks import OFFLINE, check_any_weight, check_rewards, check_sizes
@@ -202,7 +202,7 @@ def read_prompt_files(
 
 def choose_prompts(
     inputs: Inputs,
-    check: Callable[[str, Mapping[str, Any]], None],
+    check: Check,
     policy: Literal["error", "drop"],
     tell: Callable[[str], None],
 ) -> tuple[list[Prompt], list[Prompt]]:
@@ -221,7 +221,7 @@ def choose_prompts(
 
 def drop_unscorable(
     inputs: Inputs,
-    check: Callable[[str, Mapping[str, Any]], None],
+    check: Check,
     policy: Literal["error", "drop"],
     tell: Callable[[str], None],
 ) -> tuple[list[Prompt], list[Prompt]]:
@@ -230,7 +230,7 @@ def drop_unscorable(
     prompts = keep_scorable(inputs.prompts, check, policy)
     held_out = keep_scorable(inputs.held_out, check, policy) if inputs.held_out else []
     if lost := len(everything) - len(prompts) - len(held_out):
-        example = next(filter(None, (find_refusal(prompt, check) for prompt in everything)))
+        example = next(filter(None, find_refusals(everything, check)))
         tell(
             f"{lost} of {len(everything)} prompts are left out: not every reward can score them, such as "
             f"{example}"

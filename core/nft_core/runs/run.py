@@ -216,7 +216,7 @@ def load_training(
     # A reward that a file composes tells its members' weights only now.
     check_any_weight(term.weight for term in reward.terms)
     with keep_state("the check of prompts"):
-        prompts, held_out = choose_prompts(inputs, reward.check_prompt, settings.unscorable, tell)
+        prompts, held_out = choose_prompts(inputs, reward.find_refusals, settings.unscorable, tell)
     check_sizes(settings, len(prompts))
     check_shares(settings, len(held_out))
     if not is_same_everywhere(digest_prompts(prompts, held_out), device):

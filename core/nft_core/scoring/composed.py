@@ -16,8 +16,9 @@ from nft_plugins import Batch, Part, Reward, Scores
 from ..errors import NftError, UsageError
 from ..host.host import Host
 from ..host.lending import keep_process_state, lend_batch
-from ..host.prompt_checks import check_prompt
+from ..host.prompt_checks import check_prompt, find_first_refusals, find_refusals
 from ..host.specs import RewardSpec
+from ..prompts import Prompts
 from .contract import call_checked, regroup_scores
 from .failures import Failed, Guarded, Tally, add_tallies
 from .pictures import Images, make_batches
@@ -192,6 +193,11 @@ class Composed:
         for term in self.members:
             check_prompt(term.reward, term.name, prompt, metadata)
 
+    def find_refusals(self, prompts: Prompts) -> list[str]:
+        """Find why one of the members, the first that does, can never score prompts; "" where all can."""
+        found = [find_refusals(term.reward, term.name, prompts) for term in self.members]
+        return find_first_refusals(found, len(prompts))
+
     def __add__(self, other: Composed | float) -> Composed:
         if isinstance(other, (int, float)):
             return Composed(self.terms, self.constant + other)
@@ -261,6 +267,9 @@ class Mapped:
 
     def check_prompt(self, prompt: str, metadata: Mapping[str, Any]) -> None:
         self.inner.check_prompt(prompt, metadata)
+
+    def find_refusals(self, prompts: Prompts) -> list[str]:
+        return self.inner.find_refusals(prompts)
 
 
 def merge_terms(terms: Iterable[Term]) -> tuple[Term, ...]:

@@ -20,7 +20,7 @@ from ..host.host import Host, load_host
 from ..host.local import FunctionReward, importing, is_reference
 from ..host.specs import FailurePolicy, RewardSpec, parse_reward, parse_weight
 from .composed import Composed, Mapped, Named, Term, is_loaded
-from .failures import guard_reward
+from .failures import call_until_reached, guard_reward
 
 __all__ = ["Composed", "Given", "Mapped", "Named", "Term", "as_spec", "compose", "reward"]
 
@@ -126,7 +126,10 @@ class Loader:
         # Without this check a file whose sum names itself would be loaded for ever.
         if spec.name in inside:
             raise UsageError(f"The reward {spec.name!r} is composed of itself: leave it out of its own sum.")
-        made = self.host.make_reward(spec.name, spec.options, self.device, self.defaults, self.loaded)
+        made = call_until_reached(
+            lambda: self.host.make_reward(spec.name, spec.options, self.device, self.defaults, self.loaded),
+            spec.guard.retry,
+        )
         composed = made.function if isinstance(made, FunctionReward) else made
         if isinstance(composed, Composed):
             # Its members have policies of their own, and one around them all would hide which of them failed.

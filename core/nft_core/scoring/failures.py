@@ -7,21 +7,23 @@ from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import Future, wait
 from functools import partial
 from time import sleep
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
 
 from nft_plugins import Batch, PromptError, Reward, Scores
 
-from ..errors import NftError, UsageError
+from ..errors import NftError, Unreachable, UsageError
 from ..host.lending import keep_process_state, lend_batch
-from ..host.prompt_checks import check_prompt
+from ..host.prompt_checks import check_prompt, find_refusals
 from ..host.specs import FailurePolicy
 from ..parallel.devices import free_memory, is_out_of_memory, wrap_in_side_stream
 from ..parallel.workers import Worker
+from ..prompts import Prompts
 from .contract import call_checked
 
+T = TypeVar("T")
 #: Seconds of the pause before the second attempt, and of the longest; each pause is twice the one before.
 BACKOFF, LONGEST = 0.5, 30.0
 ADVICE = (
@@ -112,13 +114,19 @@ class Guarded:
     def regroup_where_scored(
         self, regroup: Callable[[Scores, Tensor], Scores], scores: Scores, groups: Tensor
     ) -> Scores:
-        """Call the reward's `regroup`, under no policy: all processes must do the same there."""
+        """Call the reward's `regroup`, which may not be left out: all processes must do the same there."""
         # Where every call failed there are no details either, which the reward may need.
-        return regroup(scores, groups) if scores.valid.any() else scores
+        if not scores.valid.any():
+            return scores
+        return call_until_reached(lambda: regroup(scores, groups), self.policy.retry)
 
     def check_prompt(self, prompt: str, metadata: Mapping[str, Any]) -> None:
         """Raise PromptError for a prompt that the reward can never score."""
-        check_prompt(self.reward, self.name, prompt, metadata)
+        call_until_reached(lambda: check_prompt(self.reward, self.name, prompt, metadata), self.policy.retry)
+
+    def find_refusals(self, prompts: Prompts) -> list[str]:
+        """Find why the reward can never score prompts; "" for each that it can."""
+        return call_until_reached(lambda: find_refusals(self.reward, self.name, prompts), self.policy.retry)
 
     def call_once(self, batch: Batch) -> Scores:
         """Call the reward once. Raises NftError where it fails, takes too long or gives other details."""
@@ -211,6 +219,19 @@ def join_names(names: Iterable[str]) -> str:
 def compute_pause(attempt: int) -> float:
     """Compute the pause after an attempt, in seconds; the first attempt is 1."""
     return min(BACKOFF * 2.0 ** (attempt - 1), LONGEST)
+
+
+def call_until_reached(call: Callable[[], T], retry: int) -> T:
+    """Call something, and up to `retry` times again where the process or server that it asks is gone."""
+    for attempt in range(1, retry + 1):
+        try:
+            return call()
+        except Unreachable as error:
+            cause = str(error).rstrip(".")
+        pause = compute_pause(attempt)
+        print(f"Warning: {cause}. It is tried again in {pause:g} s.", file=sys.stderr)
+        sleep(pause)
+    return call()
 
 
 def guard_reward(reward: Reward, policy: FailurePolicy, name: str) -> Reward:

@@ -116,7 +116,7 @@ def score_items(
     progress: told how many more images are done.
     """
     with lending.keep_state("the check of prompts"):
-        check_prompts(items, reward.check_prompt)
+        check_prompts(items, reward.find_refusals)
     results = [Scored(item) for item in items]
     # Such a reward compares images of a prompt with one another, which may be in different batches.
     groupwise = {t.name: t.reward for t in reward.terms if hasattr(t.reward, "regroup")}

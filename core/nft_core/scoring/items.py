@@ -4,17 +4,15 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from PIL import Image
 
-from nft_plugins import PromptError
-
 from ..errors import UsageError
-from ..prompts import Prompt, is_text, read_fields, read_prompts
+from ..prompts import Check, Prompt, is_text, read_fields, read_prompts
 from .image_files import UNREADABLE, decode_image, read_size
 
 #: Most bytes of a file beside an image. A prompt has fewer, and a larger file is something else.
@@ -163,11 +161,10 @@ def make_item(number: int, image: Any, prompt: str | None, metadata: Mapping[str
     return Item(path, path.absolute(), read_size(path), prompt, metadata)
 
 
-def check_prompts(items: Iterable[Item], check: Callable[[str, Mapping[str, Any]], None]) -> None:
-    """Raise UsageError for a prompt that a reward can never score. check: raises PromptError for such a one."""
-    for item in items:
-        if item.prompt is not None:
-            try:
-                check(item.prompt, item.metadata)
-            except PromptError as error:
-                raise UsageError(f"{item.path}: {error}") from error
+def check_prompts(items: Iterable[Item], check: Check) -> None:
+    """Raise UsageError for a prompt that a reward can never score."""
+    prompted = [(item.path, str(item.prompt), item.metadata) for item in items if item.prompt is not None]
+    refusals = check([(prompt, metadata) for _, prompt, metadata in prompted])
+    for (path, _, _), why in zip(prompted, refusals, strict=True):
+        if why:
+            raise UsageError(f"{path}: {why}")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import hmac
 from collections.abc import AsyncIterator, Awaitable, Callable, MutableMapping
 from contextlib import asynccontextmanager
@@ -22,7 +23,7 @@ from ..errors import NftError
 from ..remote.http import MESSAGE
 from .metrics import Metrics
 from .openapi import describe_api
-from .queue import Job, Late, make_job
+from .queue import Ending, Job, Late, make_job
 from .workers import Engine, NoPromptsGiven
 
 #: Addresses that need no token.
@@ -43,7 +44,7 @@ class Service:
     """Answers requests. under_way: their number. bytes: of their bodies together."""
 
     def __init__(self, engine: Engine) -> None:
-        self.engine, self.metrics = engine, Metrics(lambda: self.under_way)
+        self.engine, self.metrics = engine, Metrics(lambda: self.under_way, engine.replica)
         engine.note = self.metrics.note_batch
         self.under_way = self.bytes = 0
 
@@ -98,17 +99,15 @@ class Service:
         return await self.admit(request, ask)
 
     async def check(self, request: Request) -> Response:
-        """Say whether a reward can ever score a prompt."""
+        """Say which prompts a reward can never score, and why."""
 
         async def ask(message: Message) -> Response:
-            name, prompt = self.find_reward(message), message.head.get("prompt")
-            metadata = message.head.get("metadata")
-            if not isinstance(prompt, str) or not isinstance(metadata, dict):
-                raise WireError("a request needs a prompt, a text, and metadata, an object")
-            refusal = await run_in_threadpool(self.engine.find_refusal, name, prompt, metadata)
-            if refusal is not None:
-                raise Refusal(422, "prompt", refusal)
-            return JSONResponse({"ok": True})
+            name = self.find_reward(message)
+            prompts, metadata = message.head.get("prompts"), message.head.get("metadata")
+            if not is_list_of(str, prompts) or not is_list_of(dict, metadata) or len(prompts) != len(metadata):
+                raise WireError("a request needs prompts, texts, and metadata, an object for each")
+            pairs = list(zip(prompts, metadata, strict=True))
+            return JSONResponse({"refusals": await run_in_threadpool(self.engine.find_refusals, name, pairs)})
 
         return await self.admit(request, ask)
 
@@ -120,21 +119,25 @@ class Service:
                 raise Refusal(429, "full", "the server's queue is full: come again")
             self.under_way, self.bytes = self.under_way + 1, self.bytes + length
             try:
-                return await ask(await self.read_message(request))
+                return await ask(await self.read_message(request, length))
             finally:
                 self.under_way, self.bytes = self.under_way - 1, self.bytes - length
-        except ClientDisconnect:
+        except (ClientDisconnect, TimeoutError):
             return self.refuse(Refusal(499, "gone", "the client has gone, or was too slow"))
         except Exception as error:
             return self.refuse(explain_refusal(error))
 
-    async def read_message(self, request: Request) -> Message:
-        """Read the body. It is as long as was announced, for the HTTP server checks that."""
+    async def read_message(self, request: Request, length: int) -> Message:
+        """Read the body. It is as long as was announced, for the HTTP server checks that.
+
+        Raises TimeoutError where the client is too slow, which Ray's HTTP server does not notice.
+        """
         self.engine.queue.coming += 1
         try:
             body = bytearray()
-            async for part in request.stream():
-                body += part
+            async with asyncio.timeout(self.engine.limits.patience + length / self.engine.limits.RATE):
+                async for part in request.stream():
+                    body += part
             return await run_in_threadpool(decode_message, bytes(body), limit=self.engine.limits.body)
         finally:
             self.engine.queue.coming -= 1
@@ -173,7 +176,7 @@ class Service:
     def refuse(self, refusal: Refusal) -> Response:
         """Make the answer of a refusal, and count it."""
         self.metrics.refused.labels(refusal.kind).inc()
-        headers = {"Retry-After": COME_AGAIN} if refusal.status == 429 else {}
+        headers = {"Retry-After": COME_AGAIN} if refusal.status in (429, 503) else {}
         return JSONResponse({"error": refusal.kind, "text": str(refusal)}, refusal.status, headers)
 
 
@@ -185,6 +188,8 @@ def explain_refusal(error: Exception) -> Refusal:
         return Refusal(400, "request", str(error))
     if isinstance(error, Late):
         return Refusal(504, "late", str(error))
+    if isinstance(error, Ending):
+        return Refusal(503, "ending", str(error))
     if isinstance(error, NoPromptsGiven):
         return Refusal(422, "no_prompts", str(error))
     if isinstance(error.__cause__, PromptError):
@@ -192,6 +197,11 @@ def explain_refusal(error: Exception) -> Refusal:
     if isinstance(error, NftError):
         return Refusal(500, "failed", str(error))
     raise error
+
+
+def is_list_of(kind: type, value: Any) -> bool:
+    """Tell whether a value is a list of such things."""
+    return isinstance(value, list) and all(isinstance(item, kind) for item in value)
 
 
 def read_seconds(message: Message, most: float) -> float:
@@ -220,15 +230,15 @@ async def await_scores(request: Request, job: Job, seconds: float) -> Scores:
 
 
 class TokenGuard:
-    """Lets only requests with the token through to an application."""
+    """Lets only requests with the token through to an application. digest: of the token."""
 
-    def __init__(self, app: Any, token: str) -> None:
-        self.app, self.expected = app, f"Bearer {token}".encode()
+    def __init__(self, app: Any, digest: str) -> None:
+        self.app, self.digest = app, digest
 
     async def __call__(self, scope: MutableMapping[str, Any], receive: Any, send: Any) -> None:
         if scope["type"] == "http" and scope["path"] not in OPEN:
             given = dict(scope["headers"]).get(b"authorization", b"")
-            if not hmac.compare_digest(given, self.expected):
+            if not hmac.compare_digest(hashlib.sha256(given).hexdigest(), self.digest):
                 text = "the token is missing or wrong: send Authorization: Bearer TOKEN"
                 answer = JSONResponse({"error": "token", "text": text}, 401, {"WWW-Authenticate": "Bearer"})
                 await answer(scope, receive, send)
@@ -236,8 +246,13 @@ class TokenGuard:
         await self.app(scope, receive, send)
 
 
-def make_app(engine: Engine, token: str) -> Any:
-    """Make the application. Its workers begin and end with it. token: empty where everybody may ask."""
+def digest_token(token: str) -> str:
+    """Make the digest by which a server knows a token; empty for no token, where everybody may ask."""
+    return token and hashlib.sha256(f"Bearer {token}".encode()).hexdigest()
+
+
+def make_app(engine: Engine, digest: str) -> Any:
+    """Make the application. Its workers begin and end with it. digest: as `digest_token` makes it."""
     service = Service(engine)
 
     @asynccontextmanager
@@ -256,4 +271,4 @@ def make_app(engine: Engine, token: str) -> Any:
         Route("/check", service.check, methods=["POST"]),
     ]
     app = Starlette(routes=routes, lifespan=run_workers)
-    return TokenGuard(app, token) if token else app
+    return TokenGuard(app, digest) if digest else app

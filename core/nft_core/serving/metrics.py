@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, Metric, generate_latest
 
 
 class Metrics:
-    """Holds the figures of one server. count_requests: tells how many are under way."""
+    """Holds the figures of one server.
 
-    def __init__(self, count_requests: Callable[[], int]) -> None:
+    count_requests: tells how many are under way.
+    replica: a label of all figures, where several copies of the server answer at one address.
+    """
+
+    def __init__(self, count_requests: Callable[[], int], replica: str = "") -> None:
         registry = self.registry = CollectorRegistry()
+        self.replica = replica
         sizes = (1, 2, 4, 8, 16, 32, 64, 128, 256)
         self.images = Counter("nft_images", "Images that were scored.", ["reward"], registry=registry)
         self.batches = Histogram(
@@ -37,4 +42,11 @@ class Metrics:
 
     def write(self) -> bytes:
         """Write all figures as text."""
-        return generate_latest(self.registry)
+        return generate_latest(self)  # type: ignore[arg-type]  # It calls `collect` alone.
+
+    def collect(self) -> Iterator[Metric]:
+        """Yield all figures, with the replica's name."""
+        labels = {"replica": self.replica} if self.replica else {}
+        for family in self.registry.collect():
+            family.samples = [sample._replace(labels=sample.labels | labels) for sample in family.samples]
+            yield family

@@ -20,6 +20,7 @@ SCORED = (
     "A message whose JSON has `scores` (names of details, notes and parts), and whose tensors are `values`, "
     "`valid` and `detail0`, `detail1` and so on."
 )
+CHECKED = "JSON with `refusals`: for each prompt why it can never be scored, and an empty text where it can."
 REFUSALS = {
     "400": "The request is no message of the form that is asked for.",
     "401": "The token is missing or wrong.",
@@ -31,6 +32,7 @@ REFUSALS = {
     "422": "The reward can never score a prompt, or reads prompts and there were none.",
     "429": "The queue is full: come again after the seconds in Retry-After.",
     "500": "The reward failed.",
+    "503": "The server ends: ask another one, or come again after the seconds in Retry-After.",
     "504": "The request has waited longer than its client does.",
 }
 PATHS = {
@@ -41,7 +43,9 @@ PATHS = {
     "/regroup": "Let a reward compare the images of whole groups. "
     + ASKED
     + "The rest is as in an answer of /score, with the tensor `groups`.",
-    "/check": "Say whether a reward can ever score a prompt. " + ASKED + "It also has `prompt` and `metadata`.",
+    "/check": "Say which prompts a reward can never score, and why. "
+    + ASKED
+    + "It also has `prompts` and `metadata`, an object for each.",
 }
 SHOWN = {
     "/health": ("Say that the server is well. It needs no token.", "application/json"),
@@ -60,7 +64,7 @@ def describe_api(version: str) -> dict[str, Any]:
     }
     paths: dict[str, Any] = {}
     for path, text in PATHS.items():
-        kind, told = (MESSAGE, SCORED) if path != "/check" else ("application/json", "It can.")
+        kind, told = (MESSAGE, SCORED) if path != "/check" else ("application/json", CHECKED)
         answer = {"description": told, "content": {kind: {}}}
         body = {"required": True, "content": {MESSAGE: {"schema": {"type": "string", "format": "binary"}}}}
         about = {"description": FORMAT + text, "requestBody": body}

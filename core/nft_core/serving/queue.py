@@ -22,6 +22,10 @@ class Late(NftError):
     """A request was in the queue for longer than its client waits."""
 
 
+class Ending(NftError):
+    """The server ends, and takes no further requests."""
+
+
 @dataclass(eq=False)
 class Job:
     """What a client asks of a reward, and the future of its answer. end: when its client no longer waits.
@@ -47,10 +51,10 @@ class Queue:
         self.coming, self.closed = 0, False
 
     def put(self, job: Job) -> None:
-        """Add a job. Raises NftError where the server ends."""
+        """Add a job. Raises Ending where the server ends."""
         with self.changed:
             if self.closed:
-                raise NftError("the server ends")
+                raise Ending("the server ends: ask another one, or come again")
             self.jobs.append(job)
             self.changed.notify_all()
 

@@ -11,11 +11,12 @@ from typing import Any
 
 import torch
 
-from nft_plugins import CONTRACT, PromptError, Reward, RewardInfo, Scores
+from nft_plugins import CONTRACT, Reward, RewardInfo, Scores
 from nft_plugins.wire import VERSION, Message, WireError, unpack_batch, unpack_scores
 
 from ..errors import NftError, UsageError, describe_error
-from ..host.prompt_checks import check_prompt
+from ..host.prompt_checks import find_refusals
+from ..prompts import Prompts
 from ..scoring.composed import Composed, Term, call_reward
 from ..scoring.contract import regroup_scores
 from ..scoring.pictures import NoPrompts
@@ -70,7 +71,12 @@ def digest_card(card: Mapping[str, Any]) -> str:
 
 
 class Engine:
-    """Scores jobs on each of its devices, and answers what clients ask of prompts."""
+    """Scores jobs on each of its devices, and answers what clients ask of prompts.
+
+    replica: the name of this copy of a server, where there are several behind one address.
+    """
+
+    replica = ""
 
     def __init__(
         self, offers: Iterable[Offer], devices: Sequence[torch.device], limits: Limits, version: str
@@ -102,14 +108,10 @@ class Engine:
         versions = {"wire": VERSION, "contract": CONTRACT, "nft-hub": self.version, "torch": torch.__version__}
         return versions | {"devices": list(map(str, self.devices)), "limits": limits, "rewards": cards}
 
-    def find_refusal(self, name: str, prompt: str, metadata: Mapping[str, Any]) -> str | None:
-        """Find why a reward can never score a prompt; None where it can."""
-        try:
-            with self.checking:  # Rewards are not written for two calls at once.
-                check_prompt(self.offers[name].copies[0], name, prompt, metadata)
-        except PromptError as error:
-            return str(error)
-        return None
+    def find_refusals(self, name: str, prompts: Prompts) -> list[str]:
+        """Find why a reward can never score prompts; "" for each that it can."""
+        with self.checking:  # Rewards are not written for two calls at once.
+            return find_refusals(self.offers[name].copies[0], name, prompts)
 
     def work(self, number: int, device: torch.device) -> None:
         """Score what is queued on one device, until the queue is closed."""
