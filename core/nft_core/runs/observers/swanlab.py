@@ -13,6 +13,7 @@ from typing import Any, Literal
 
 from nft_plugins import Run
 
+from ...errors import Stopped
 from .dashboards import Changes, Dashboard, add_captions, recall
 from .samples import Sample
 
@@ -71,7 +72,8 @@ class SwanLab(Dashboard):
         self.log.log({"summary": self.swanlab.Text(changes.table)}, step=epoch)
 
     def end(self, error: BaseException | None) -> None:
-        state = "success" if error is None else "aborted" if isinstance(error, KeyboardInterrupt) else "crashed"
+        stopped = isinstance(error, KeyboardInterrupt | Stopped)
+        state = "success" if error is None else "aborted" if stopped else "crashed"
         with keep_interrupt(), redirect_stdout(sys.stderr):
             self.log.finish(state=state, error=None if error is None else f"{type(error).__name__}: {error}")
 
