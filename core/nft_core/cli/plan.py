@@ -38,6 +38,9 @@ from ..runs.setup import pick_device
 from ..settings import Settings
 from .tables import new_table, print_table
 
+#: Bytes of weights below which a model is planned for the CPU where there is no GPU.
+SMALL = GIB
+
 
 def show_plan(s: Settings, host: Host, inputs: Inputs, card: float | None, rate: float | None) -> None:
     """Print what a run takes, whether that fits, and which settings would.
@@ -47,8 +50,8 @@ def show_plan(s: Settings, host: Host, inputs: Inputs, card: float | None, rate:
     rate: speed in TFLOP/s, for the shortest time that an epoch can take; None gives no time.
     """
     silence_libraries("diffusers", "transformers")
-    # The plan of a GPU is made without a GPU too, such as on a laptop.
-    there = s.device == "cpu" or torch.cuda.is_available()
+    # The plan of a GPU is made without a GPU too, such as on a laptop; but a small model is trained on its CPU.
+    there = s.device == "cpu" or torch.cuda.is_available() or (is_small(s.model) and not card and not rate)
     device = pick_device(s.device) if there else torch.device("cuda")
     rewards, unknown = count_reward_bytes(inputs.rewards, host, device.type)
     f = count_footprint(s, host, device, both=True)
@@ -60,11 +63,16 @@ def show_plan(s: Settings, host: Host, inputs: Inputs, card: float | None, rate:
     show_works(s, f, rate)
     rooms = [(f"a GPU of {size:g} GiB", round(size * GIB * USABLE)) for size in CARDS]
     if here := find_memory(device, card):
-        click.echo(write_verdict(table, *here))
+        click.echo(write_verdict(table, *here, on_gpu=bool(card) or device.type != "cpu"))
         rooms = [here] if card or device.type == "cpu" else [here, *rooms]
     else:
         click.echo("There is no GPU here to compare with: --card 24 compares with one of 24 GiB.")
     show_proposals(s, f, rewards, rooms)
+
+
+def is_small(model: str) -> bool:
+    """Tell whether a model is a folder of so few weights that people train it on a CPU."""
+    return Path(model).is_dir() and sum(f.stat().st_size for f in Path(model).rglob("*.safetensors")) < SMALL
 
 
 def write_headline(s: Settings, f: Footprint, device: torch.device) -> str:
@@ -172,11 +180,12 @@ def find_memory(device: torch.device, card: float | None) -> tuple[str, int] | N
     return here.name, here.total_memory
 
 
-def write_verdict(table: Phases, name: str, room: int) -> str:
+def write_verdict(table: Phases, name: str, room: int, on_gpu: bool = True) -> str:
     """Write whether a run fits into the memory `room`, and what is assumed for that."""
     needed, (phase, _) = count_needed(table), max(sum_phases(table).items(), key=lambda item: item[1])
     assumed = (
-        f"with {SLACK:.0%} for allocator and kernels and {CONTEXT / GIB:g} GiB for CUDA, which are assumed"
+        f"with {SLACK:.0%} for allocator and kernels and {CONTEXT / GIB:g} GiB for "
+        f"{'CUDA' if on_gpu else 'PyTorch itself'}, which are assumed"
     )
     said = (
         f"Needed: {needed / GIB:.1f} GiB, in the phase {phase}, {assumed}. For {name}, {room / GIB:.1f} GiB: "
