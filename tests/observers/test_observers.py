@@ -264,7 +264,8 @@ def test_a_full_disk_costs_the_report_and_not_the_run(run, capsys, monkeypatch):
         for _ in range(2):
             report.write(run, "running")
     told = capsys.readouterr().err
-    assert told.count("Warning") == 1 and "report.html was not written: the disk is full. Free some space." in told
+    assert told.count("Warning") == 1
+    assert "report.html was not written: the disk is full. Free some space." in told
     console.latest = {"event": "eval"}
     console.nft_run_finished(run, ValueError())
     assert "Report:" not in capsys.readouterr().out
