@@ -12,6 +12,7 @@ import fcntl
 import os
 import pty
 import re
+import signal
 import struct
 import sys
 import tempfile
@@ -53,6 +54,7 @@ def watch_run(
     if not process:
         os.chdir(folder)
         os.environ["TERM"] = "xterm-256color"
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # Ignored in what a shell started behind.
         if other:
             rooms = (other / "core", other / "rewards", other / "solvers", other)
             os.environ["PYTHONPATH"] = os.pathsep.join(map(str, rooms))

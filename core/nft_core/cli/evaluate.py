@@ -124,6 +124,8 @@ def evaluate(
     given = dict(parse_assignment(text) for text in assignments)
     pairs = [(m.model, m.lora) for m in listed]
     check_given(host, chosen, rewards, pairs, options["prompts"], given.get("unscorable"))
+    if options["solver"]:
+        host.check_solver(options["solver"])
     # These import torch.
     from ..evaluation.api import make_request
     from ..evaluation.folders import check_folder

@@ -36,13 +36,14 @@ def read_settings(folder: Path) -> dict[str, Any]:
     """Read a run's settings from its run.toml, or else from its newest checkpoint. Raises UsageError."""
     if (folder / "run.toml").exists():
         return read_run_file(folder / "run.toml")
-    from .checkpoint import list_checkpoints, read_state
+    if (folder / "checkpoints").is_dir():
+        from .checkpoint import list_checkpoints, read_state  # It imports torch.
 
-    for path in list_checkpoints(folder):
-        try:
-            return find_places(read_state(path)[1], folder)
-        except CheckpointError:
-            continue
+        for path in list_checkpoints(folder):
+            try:
+                return find_places(read_state(path)[1], folder)
+            except CheckpointError:
+                continue
     if not folder.exists() and not suggest_run(folder):
         raise UsageError(f"{folder}: {explain_missing_run(folder)}")
     raise UsageError(

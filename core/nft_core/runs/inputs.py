@@ -230,7 +230,9 @@ def drop_unscorable(
     prompts = keep_scorable(inputs.prompts, check, policy)
     held_out = keep_scorable(inputs.held_out, check, policy) if inputs.held_out else []
     if lost := len(everything) - len(prompts) - len(held_out):
-        example = next(filter(None, (find_refusal(prompt, check) for prompt in everything)))
+        refusals = ((prompt.where, find_refusal(prompt, check)) for prompt in everything)
+        where, example = next(refusal for refusal in refusals if refusal[1])
+        example = example[where.rfind("/") + 1 :]  # The whole path of a file would fill the line.
         tell(
             f"{lost} of {len(everything)} prompts are left out: not every reward can score them, such as "
             f"{example}"
