@@ -147,12 +147,36 @@ REMEDIES = {
 }
 
 
-def advise_on_disk(error: BaseException) -> str:
-    """Say what helps where the system refuses to write, as the start of a sentence."""
+#: What the system says by these numbers, in plain words.
+FULL = {errno.ENOSPC: "the disk is full", errno.EDQUOT: "your quota of the disk is used up"}
+
+
+def read_error_number(error: BaseException) -> int:
+    """Read the system's number from an error; 0 where it has none."""
     number = error.errno if isinstance(error, OSError) else None
     if number is None and (said := re.search(r"\(os error (\d+)\)", str(error))):  # as safetensors tells it
         number = int(said[1])
-    return REMEDIES.get(number or 0, "Mend that")
+    return number or 0
+
+
+def advise_on_disk(error: BaseException) -> str:
+    """Say what helps where the system refuses to write, as the start of a sentence."""
+    return REMEDIES.get(read_error_number(error), "Mend that")
+
+
+def explain_full_disk(error: BaseException) -> str:
+    """Explain that the disk is full, and what helps; returns "" for another error."""
+    number = read_error_number(error)
+    return f"{FULL[number]}. {REMEDIES[number]}." if number in FULL else ""
+
+
+def say_uncreatable(folder: Path, error: OSError) -> NftError:
+    """Make the error for a folder that the system would not make."""
+    number = error.errno or 0
+    # Where a folder is new, ENOENT does not mean that it was deleted.
+    remedy = f"{REMEDIES[number]}, or choose" if number in REMEDIES and number != errno.ENOENT else "Choose"
+    said = FULL.get(number) or error.strerror or error
+    return NftError(f"The folder {folder} cannot be made: {said}. {remedy} another --out.")
 
 
 #: Folders whose lines in a traceback are not those of a plug-in or a user.

@@ -67,7 +67,7 @@ SOLVERS = (
     SolverInfo(
         "diffusers:",
         "Any scheduler class of diffusers that predicts flow, as diffusers:CLASS",
-        "nft_solvers.diffusers:diffusers_solver",
+        "nft_solvers.schedulers:diffusers_solver",
         "diffusers/schedulers",
     ),
 )

@@ -50,6 +50,16 @@ def test_plan(tmp_path, ours):
     assert not ours(result.stderr)
 
 
+def test_a_small_model_is_planned_for_the_cpu_that_trains_it(monkeypatch):
+    """Nothing is said of a GPU where there is none and nobody asked for one."""
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    result = CliRunner().invoke(main, ["run", "--tiny", "--reward", "jpeg_compressibility", "--plan"])
+    assert result.exit_code == 0, result.output
+    text = " ".join(result.stdout.split())
+    assert "in fp32, on a CPU" in text and "For this machine, " in text and ": it fits." in text
+    assert "GPU" not in text and "CUDA" not in text
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

@@ -124,7 +124,7 @@ def check(prompts):
 
 
 def test_scorable():
-    good, bad = Prompt("a", {"text": "A"}, "f:1"), Prompt("b", {}, "f:2")
+    good, bad = Prompt("a", {"text": "A"}, "f:1"), Prompt("b", {}, "/data/f:2")
     assert keep_scorable([good, bad], check, "drop") == [good]
     with pytest.raises(UsageError, match="f:2: no text.*unscorable=drop"):
         keep_scorable([good, bad], check, "error")

@@ -1,5 +1,8 @@
 """Hooks go through pluggy: wrappers and orders work, and who fails is reported by name and dropped alone."""
 
+import errno
+import re
+import sys
 from pathlib import Path
 
 import pluggy
@@ -8,6 +11,8 @@ import pytest
 from nft_core.errors import NftError
 from nft_core.host.discovery import Plugin, find_hook_problem, isolate_plugin
 from nft_core.host.hooks import Hooks
+from nft_core.host.host import load_host
+from nft_core.host.specs import parse_observer
 from nft_plugins import RewardInfo, Run, hookimpl
 
 RUN = Run(Path("x"), {}, 1)
@@ -256,3 +261,25 @@ def test_plugins_register_through_pluggy_and_break_alone(hooks):
     assert cards == [("Broken", "early"), ("Base", "plain"), ("Around", "late")]
     assert [row.status for row in rows] == ["ok", "broken", "ok"]
     assert rows[1].cause == "nft_register_rewards raised RuntimeError: boom"
+
+
+def test_a_full_disk_is_told_in_plain_words(hooks, capsys):
+    class Diary:
+        @hookimpl
+        def nft_progress(self):
+            raise OSError(errno.ENOSPC, "No space left on device", "/runs/diary.txt")
+
+    hooks.register(Diary(), "diary")
+    notify(hooks)
+    assert capsys.readouterr().err.endswith("left out from now on: the disk is full. Free some space.\n")
+
+
+def test_an_observer_whose_package_is_missing_names_the_command(monkeypatch, tmp_path):
+    """A folder ./wandb, where that library keeps its files, is not the library."""
+    host, folder = load_host(), [path for path in sys.path if "site-packages" not in path]
+    (tmp_path / "wandb").mkdir()
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delitem(sys.modules, "wandb", raising=False)
+    monkeypatch.setattr(sys, "path", [str(tmp_path), *folder])
+    with pytest.raises(NftError, match=re.escape('needs wandb, not installed: pip install "nft-hub[wandb]".')):
+        host.check_observer(parse_observer("wandb,project=x"))

@@ -9,7 +9,7 @@ import pytest
 from nft_core.host.factories import import_factory
 from nft_core.host.host import load_host
 from nft_core.host.prompt_checks import make_prompt_check
-from nft_core.host.sketches import sketch_factory
+from nft_core.host.sketches import list_definitions, sketch_factory
 from nft_core.host.specs import parse_reward
 from nft_plugins.rules import read_types
 
@@ -100,13 +100,37 @@ def test_cards_refuse_prompts_that_no_options_make_fit():
     assert not fitting and other.startswith("geneval: needs metadata include") and "prompt 'a cat'" in other
 
 
+@pytest.mark.parametrize(
+    ("source", "known"),
+    [
+        ("def warmth(images): ...\ndef _hidden(): ...\nclass Cold: ...", ["warmth", "Cold"]),
+        ("def make(): ...\nabsent = make", None),
+        ("if 1:\n    from x import absent", None),
+        ("from x import *", None),
+        ("globals()['ab' + 'sent'] = 1", None),
+        ("def __getattr__(name): ...", None),
+        ("import sys\nsys.modules[__name__] = 1", None),
+        ("def warmth(:", None),
+    ],
+)
+def test_a_name_is_missing_only_where_the_source_is_sure(tmp_path, source, known):
+    (tmp_path / "mine.py").write_text(source)
+    assert list_definitions(str(tmp_path / "mine.py"), "absent") == known
+
+
 MISTAKES = """
 run --tiny --out new --reward pickscore,varaint=nft
 run --tiny --out new --reward ocr,upscale=large
 run --tiny --out new --reward ocr --observer wandb,projekt=x
+run --tiny --out new --reward nft_rewards.ocr:Absent
+run --tiny --out new --reward mine.py:absent
+run --tiny --out new --reward absent.rewards:warmth
+run --tiny --out new --reward ocr --solver diffusers:FlowMatchEuler
+run --tiny --out mine.py/new --reward ocr
 run --tiny --out new --reward ocr --prompts plain.txt
 run --tiny --out new --reward ocr --prompts mixed.txt
 eval --tiny tiny --reward ocr --prompts plain.txt
+eval --tiny tiny --reward ocr --out mine.py/new
 eval --tiny tiny --reward jpeg_compressibility,varaint=x
 score red.png --tiny --reward ocr --prompt cat
 rewards check jpeg_compressibility varaint=x
@@ -119,6 +143,7 @@ def test_mistakes_are_told_before_torch_is_imported(tmp_path):
     lines = [f"a circle, number {n}" for n in range(40)]
     (tmp_path / "plain.txt").write_text("\n".join(lines))
     (tmp_path / "mixed.txt").write_text("\n".join([*lines, 'a sign that says "HI"']))
+    (tmp_path / "mine.py").write_text("def warmth(images): ...\n")
     Image.new("RGB", (8, 8)).save(tmp_path / "red.png")
     code = (
         "import sys\nfrom nft_core.cli import main\n"
@@ -132,6 +157,12 @@ def test_mistakes_are_told_before_torch_is_imported(tmp_path):
     said = [line for line in done.stderr.splitlines() if line.startswith("Error: ")]
     assert len(said) == len(MISTAKES.split("\n")) - 2
     assert "'pickscore' has no option 'varaint'. Did you mean 'variant'?" in said[0]
-    assert "none can be scored by every reward" in said[3]
-    assert "prompts_per_epoch = 16, but there are 1 training prompts" in said[4]
+    assert "nft_rewards.ocr has no function or class 'Absent'. It has Match, OCR" in said[3]
+    assert "mine.py has no function or class 'absent'. It has warmth." in said[4]
+    assert "There is no module 'absent.rewards'" in said[5]
+    assert "no scheduler 'FlowMatchEuler'; it has " in said[6] and "EulerDiscreteScheduler" in said[6]
+    assert "mine.py is a file. Choose another --out." in said[7]
+    assert "none can be scored by every reward" in said[8]
+    assert "prompts_per_epoch = 16, but there are 1 training prompts" in said[9]
+    assert "mine.py is a file. Choose another --out." in said[11]
     assert not (tmp_path / "new").exists()

@@ -5,13 +5,14 @@ import io
 import json
 import math
 import re
+from pathlib import Path
 
 import pytest
 import torch
 from rich.console import Console as Terminal
 from safetensors import SafetensorError
 
-from nft_core.errors import NftError, advise_on_disk
+from nft_core.errors import NftError, advise_on_disk, say_uncreatable
 from nft_core.output import keep_output_alive
 from nft_core.runs.observers.console import Console, compare_evaluations, format_seconds
 from nft_core.runs.observers.evaluations import save_scores
@@ -240,6 +241,37 @@ def test_numbers_that_json_lacks_are_null(run):
 )
 def test_what_helps_is_told_by_the_cause(error, advice):
     assert advise_on_disk(error).startswith(advice)
+
+
+def test_a_folder_that_cannot_be_made_is_not_said_to_be_deleted():
+    gone = str(say_uncreatable(Path("a/b"), OSError(errno.ENOENT, "No such file or directory")))
+    assert gone == "The folder a/b cannot be made: No such file or directory. Choose another --out."
+    full = str(say_uncreatable(Path("a/b"), OSError(errno.ENOSPC, "No space left on device")))
+    assert full.endswith("cannot be made: the disk is full. Free some space, or choose another --out.")
+
+
+def test_a_full_disk_costs_the_report_and_not_the_run(run, capsys, monkeypatch):
+    """It is told once in plain words, and the page is not named before there is one."""
+    report, console, write = Report(), Console(), Path.write_text
+
+    def refuse(path, *given, **options):
+        if path.name == ".report.html":
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return write(path, *given, **options)
+
+    with monkeypatch.context() as full:
+        full.setattr(Path, "write_text", refuse)
+        for _ in range(2):
+            report.write(run, "running")
+    told = capsys.readouterr().err
+    assert told.count("Warning") == 1
+    assert "report.html was not written: the disk is full. Free some space." in told
+    console.latest = {"event": "eval"}
+    console.nft_run_finished(run, ValueError())
+    assert "Report:" not in capsys.readouterr().out
+    report.write(run, "running")
+    console.nft_run_finished(run, ValueError())
+    assert f"Report:   {run.folder / 'report.html'}" in capsys.readouterr().out
 
 
 def test_a_run_that_goes_on_compares_with_where_it_began(run, capsys):

@@ -113,14 +113,19 @@ def evaluate(
     """
     from ..evaluation.entries import parse_model
     from ..host.host import load_host
+    from ..runs.folder import check_creatable
     from ..runs.inputs import check_given
     from ..settings import parse_assignment
 
     host, chosen = load_host(), choose_preset(tiny, preset)
     listed = [parse_model(text, host) for text in models]
+    if out is not None:
+        check_creatable(out)
     given = dict(parse_assignment(text) for text in assignments)
     pairs = [(m.model, m.lora) for m in listed]
     check_given(host, chosen, rewards, pairs, options["prompts"], given.get("unscorable"))
+    if options["solver"]:
+        host.check_solver(options["solver"])
     # These import torch.
     from ..evaluation.api import make_request
     from ..evaluation.folders import check_folder

@@ -7,8 +7,9 @@ from typing import Any
 
 import click
 
+from ..host.cards import advise_install, find_missing_modules
 from ..host.discovery import Registered
-from ..host.host import advise_install, find_missing_modules, load_host
+from ..host.host import load_host
 from .tables import describe_cards, json_option, show_rows
 
 

@@ -39,6 +39,9 @@ from ..runs.setup import pick_device
 from ..settings import Settings
 from .tables import new_table, print_table
 
+#: Bytes of weights below which a model is planned for the CPU where there is no GPU.
+SMALL = GIB
+
 
 def show_plan(
     s: Settings, planned: Settings, host: Host, inputs: Inputs, card: Card | None, rate: float | None
@@ -50,8 +53,8 @@ def show_plan(
     rate: speed in TFLOP/s, for the shortest time that an epoch can take; None takes the card's.
     """
     silence_libraries("diffusers", "transformers")
-    # The plan of a GPU is made without a GPU too, such as on a laptop.
-    there = s.device == "cpu" or torch.cuda.is_available()
+    # The plan of a GPU is made without a GPU too, such as on a laptop; but a small model is trained on its CPU.
+    there = s.device == "cpu" or torch.cuda.is_available() or (is_small(s.model) and not card and not rate)
     device = pick_device(s.device) if there else torch.device("cuda")
     rewards, unknown = count_reward_bytes(inputs.rewards, host, device.type)
     f = count_footprint(planned, host, device, both=True)
@@ -68,11 +71,16 @@ def show_plan(
     show_works(s, f, rate or (card.tflops if card and f.precision != "fp32" else None))
     rooms = [(f"a GPU of {size:g} GiB", round(size * GIB * USABLE)) for size in CARDS]
     if here := find_memory(device, card):
-        click.echo(write_verdict(table, *here))
+        click.echo(write_verdict(table, *here, on_gpu=bool(card) or device.type != "cpu"))
         rooms = [here] if card or device.type == "cpu" else [here, *rooms]
     else:
         click.echo("There is no GPU here to compare with: give one, as in --card h100 or --card 24 (GiB).")
     show_proposals(s, f, rewards, rooms)
+
+
+def is_small(model: str) -> bool:
+    """Tell whether a model is a folder of so few weights that people train it on a CPU."""
+    return Path(model).is_dir() and sum(f.stat().st_size for f in Path(model).rglob("*.safetensors")) < SMALL
 
 
 def write_headline(s: Settings, f: Footprint, device: torch.device) -> str:
@@ -180,11 +188,12 @@ def find_memory(device: torch.device, card: Card | None) -> tuple[str, int] | No
     return here.name, here.total_memory
 
 
-def write_verdict(table: Phases, name: str, room: int) -> str:
+def write_verdict(table: Phases, name: str, room: int, on_gpu: bool = True) -> str:
     """Write whether a run fits into the memory `room`, and what is assumed for that."""
     needed, (phase, _) = count_needed(table), max(sum_phases(table).items(), key=lambda item: item[1])
     assumed = (
-        f"with {SLACK:.0%} for allocator and kernels and {CONTEXT / GIB:g} GiB for CUDA, which are assumed"
+        f"with {SLACK:.0%} for allocator and kernels and {CONTEXT / GIB:g} GiB for "
+        f"{'CUDA' if on_gpu else 'PyTorch itself'}, which are assumed"
     )
     said = (
         f"Needed: {needed / GIB:.1f} GiB, in the phase {phase}, {assumed}. For {name}, {room / GIB:.1f} GiB: "

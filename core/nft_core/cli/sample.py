@@ -94,6 +94,8 @@ def sample_images(
     if model is not None:
         named = parse_model(model, host)
         check_given(host, chosen, [], [(named.model, options["lora"] or named.lora)], file)
+    if options["solver"]:
+        host.check_solver(options["solver"])
     # These import torch.
     from ..evaluation.sample import make_sample_request, run_sampling
     from ..evaluation.sample_files import claim_new_folder, name_folder

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from ..errors import UsageError
 from ..prompts import Prompt
-from ..runs.folder import find_free_folder
+from ..runs.folder import check_creatable, find_free_folder
 from .entries import Entry
 from .protocol import FILE, RESULTS, Protocol, list_changes
 from .request import Request
@@ -24,6 +24,7 @@ def check_folder(out: Path, request: Request) -> None:
     """
     if holds_evaluation(out):
         compare(out, request.protocol, request.entries, request.unknown())
+    check_creatable(out)
 
 
 def choose_folder(

@@ -20,7 +20,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from ..errors import NftError, UsageError, advise_on_disk
+from ..errors import NftError, UsageError, advise_on_disk, say_uncreatable
 from ..prompts import Prompt
 from ..scoring.failures import Tally, add_tallies
 from ..scoring.statistics import Figures
@@ -99,7 +99,7 @@ def make_folder(folder: Path, protocol: Protocol, prompts: Sequence[Prompt], ent
         aside.rename(folder)  # An empty folder is replaced.
     except OSError as error:
         shutil.rmtree(aside, ignore_errors=True)
-        raise say_unwritable(folder, error) from error
+        raise say_uncreatable(folder, error) from error
 
 
 def say_unwritable(folder: Path, error: OSError | SafetensorError) -> NftError:

@@ -6,6 +6,7 @@ import importlib.util
 import inspect
 import json
 from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
 from typing import Any
 
 from nft_plugins.rules import OFFERED, read_types, resolve_factory
@@ -16,7 +17,11 @@ from ..errors import NftError, UsageError, describe_error, locate_error, missing
 def is_installed(module: str) -> bool:
     """Tell whether a module is installed, without importing it, which may take long."""
     try:
-        return importlib.util.find_spec(module) is not None
+        spec = importlib.util.find_spec(module)
+        # In ./wandb that library keeps its files: a mere folder of that name is no module.
+        places = (spec and spec.submodule_search_locations) or ()
+        is_mere_folder = spec and spec.origin is None and all(Path(p).parent == Path.cwd() for p in places)
+        return spec is not None and not is_mere_folder
     except (ImportError, ValueError):
         return False
 

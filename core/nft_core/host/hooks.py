@@ -14,7 +14,7 @@ import pluggy
 
 from nft_plugins import PROJECT, hookimpl, hookspecs
 
-from ..errors import NftError, locate_error
+from ..errors import NftError, explain_full_disk, locate_error
 from .lending import copy_for_plugin
 
 #: `guard(hook)` surrounds a call of a plug-in's hook: nobody else meets what the plug-in raises. It yields what
@@ -87,7 +87,7 @@ class Hooks:
             # Kept and not raised: pluggy would leave out the observers that follow.
             self.ending = self.ending or error
         except BaseException as error:
-            cause = f"{type(error).__name__}: {error}{locate_error(error)}"
+            cause = explain_full_disk(error) or f"{type(error).__name__}: {error}{locate_error(error)}"
             if hook == "nft_run_started" and name in self.asked:
                 failure = NftError(f"The observer {name} cannot start: {cause}")
                 failure.__cause__ = error

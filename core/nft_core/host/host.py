@@ -24,8 +24,9 @@ from nft_plugins.rules import OFFERED, RESERVED, list_environments
 from ..errors import NftError, UsageError, missing_part, unknown_name
 from ..quiet import redirect_prints
 from ..remote.address import is_address, make_served_card
-from ..remote.environments import Needed, require_environment
-from ..remote.placing import Place, choose_place, split_placing, start_child
+from ..remote.environments import Needed
+from ..remote.placing import choose_place, split_placing, start_child
+from .cards import advise_install, check_child, check_options, find_missing_modules, name_card, require_modules
 from .discovery import Cards, Info, Plugin, Registered, discover, find_hook_problem
 from .factories import (
     call_factory,
@@ -33,13 +34,11 @@ from .factories import (
     find_annotation,
     fit_options,
     import_factory,
-    is_installed,
 )
 from .hooks import Hooks
 from .lending import Inside, keep_state
 from .local import is_reference, load_object, make_local_card, make_observer_card
 from .objects import is_object_name, missing_object
-from .sketches import sketch_factory
 from .specs import FailurePolicy, ObserverSpec, parse_reward, split_options
 
 
@@ -185,6 +184,12 @@ class Host:
             raise NftError(f"The factory of the {what} gave {type(made).__name__}, not a solver.")
         return made
 
+    def check_solver(self, name: str) -> None:
+        """Raise UsageError for a solver's name that nobody has, and import nothing."""
+        family, colon, _ = name.partition(":")
+        if not is_reference(name) or family + colon in self.solvers:
+            self._find_card("solver", family + colon, self.solvers)
+
     def require_reward(self, name: str | Callable[..., Any]) -> None:
         """Raise what `make_reward` raises for a name or a missing module, and import nothing of the reward."""
         card = self.find_reward(name)
@@ -314,45 +319,3 @@ def load_host() -> Host:
     for row in host.plugins:
         row.notes += host.list_missing_modules(row)
     return host
-
-
-def name_card(kind: str, card: Registered[Any]) -> str:
-    """Name a card in a message: kind and name, and for a stranger's the package that brings it."""
-    brought = "" if card.built_in or not card.distribution else f" of {card.distribution}"
-    return f"{kind} {card.info.name!r}{brought}"
-
-
-def check_options(kind: str, card: Registered[Any], options: Mapping[str, Any]) -> None:
-    """Raise UsageError for an option that a card's factory does not take, as far as its source tells."""
-    if sketch := sketch_factory(card.info.factory):
-        fit_options(name_card(kind, card), sketch, (), options, dict.fromkeys(OFFERED))
-
-
-def check_child(card: Registered[RewardInfo], place: Place, options: Mapping[str, Any], what: str) -> None:
-    """Check what a child process will need. Raises UsageError for options, NftError without the environment."""
-    try:
-        factory = import_factory(card.info.factory)
-    except NftError:  # Its module may import what the environment alone has. The child checks the options.
-        pass
-    else:
-        fit_options(what, factory, (), options, dict.fromkeys(OFFERED))
-    if place.needed:
-        require_environment(place.needed)
-
-
-def find_missing_modules(card: Registered[Any]) -> list[str]:
-    """List the modules that a card names and this environment does not have."""
-    return [m for m in getattr(card.info, "modules", ()) if not is_installed(m)]
-
-
-def require_modules(card: Registered[Any], what: str) -> None:
-    """Raise NftError, with the command that brings them, where modules are not installed."""
-    if missing := find_missing_modules(card):
-        raise NftError(f"The {what} needs {', '.join(missing)}, not installed: {advise_install(card)}.")
-
-
-def advise_install(card: Registered[Any]) -> str:
-    """Say which command installs a card's modules."""
-    if card.info.extra:
-        return f'pip install "{card.distribution}[{card.info.extra}]"'
-    return f"see the documentation of {card.distribution}"

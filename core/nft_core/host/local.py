@@ -23,6 +23,7 @@ from nft_plugins.rules import OFFERED
 from ..errors import NftError, UsageError, describe_error, locate_error, missing_part
 from .discovery import Registered
 from .lending import keep_state
+from .sketches import list_definitions
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -48,6 +49,8 @@ def load_object(reference: str) -> Any:
     be imported.
     """
     location, _, attribute = reference.rpartition(":")
+    if (known := list_definitions(location, attribute)) is not None:
+        raise missing_part(location, "function or class", attribute, known)
     token = importing.set(True)
     try:
         with chdir(Path.cwd()):  # Some files change the folder when they are imported.
@@ -99,6 +102,9 @@ def import_module(name: str) -> ModuleType:
     """Import a module that is installed or stands in the current folder."""
     add_import_folder(Path.cwd())
     try:
+        root = name.partition(".")[0]
+        if root not in sys.modules and importlib.util.find_spec(root) is None:
+            raise ModuleNotFoundError(name=root)  # Before `keep_state`, which imports torch.
         with keep_state(f"the import of {name}", making=True):
             return importlib.import_module(name)
     except ModuleNotFoundError as error:

@@ -24,6 +24,10 @@ OF_TYPES = (
 FUNCTIONS = (ast.FunctionDef, ast.AsyncFunctionDef)
 
 
+#: Words of a source that may give it more names when it is imported.
+AT_RUN_TIME = {"globals", "vars", "locals", "setattr", "exec", "eval", "__getattr__", "__dict__", "modules"}
+
+
 class UnclearError(Exception):
     """The source does not say plainly what a name is."""
 
@@ -52,6 +56,29 @@ def parse_module(module: str) -> ast.Module:
     if spec is None or not (spec.origin or "").endswith(".py"):
         raise UnclearError(module)
     return ast.parse(Path(str(spec.origin)).read_bytes())
+
+
+def list_definitions(location: str, name: str) -> list[str] | None:
+    """List the functions and classes of a file or a module that surely lacks a name; None where it may have it.
+
+    location: `FILE.py`, or a module whose package is imported already.
+    """
+    path = Path(location)
+    if not location.endswith(".py"):
+        package = location.rpartition(".")[0]
+        if package and package not in sys.modules:
+            return None
+        spec = importlib.util.find_spec(location) if location not in sys.modules else None
+        path = Path(str(spec.origin)) if spec and spec.origin else path
+    try:
+        tree = ast.parse(path.read_bytes())
+    except (OSError, SyntaxError, ValueError):  # What is wrong is told when it is imported.
+        return None
+    words = {getattr(node, field, "") for node in ast.walk(tree) for field in ("id", "attr", "name")}
+    if any(binds_name(node, name) for node in ast.walk(tree)) or AT_RUN_TIME & words:
+        return None
+    made = [node.name for node in tree.body if isinstance(node, (*FUNCTIONS, ast.ClassDef))]
+    return [each for each in made if not each.startswith("_")] or None
 
 
 def find_definition(module: str, name: str) -> tuple[str, ast.stmt]:

@@ -58,9 +58,13 @@ def draw_page(title: str, body: Iterable[str]) -> str:
 def write_page(path: Path, page: str) -> None:
     """Write a page, whole or not at all. Raises OSError."""
     aside = path.with_name(f".{path.name}")
-    # A folder's name may hold bytes that are no text.
-    aside.write_text(page, encoding="utf-8", errors="backslashreplace")
-    aside.replace(path)
+    try:
+        # A folder's name may hold bytes that are no text.
+        aside.write_text(page, encoding="utf-8", errors="backslashreplace")
+        aside.replace(path)
+    except OSError:
+        aside.unlink(missing_ok=True)  # On a full disk, half a page only takes room.
+        raise
 
 
 def check_page(path: Path, option: str) -> None:

@@ -13,7 +13,7 @@ from typing import Any
 import tomli_w
 
 from .. import environment
-from ..errors import CheckpointError, NftError, UsageError, advise_on_disk
+from ..errors import CheckpointError, NftError, UsageError, advise_on_disk, say_uncreatable
 from ..models.run_folders import explain_missing_run, suggest_run
 from ..settings import RECORD, Settings, make_settings, read_tables, read_toml, to_toml
 from .copies import read_copies, use_copies
@@ -36,13 +36,14 @@ def read_settings(folder: Path) -> dict[str, Any]:
     """Read a run's settings from its run.toml, or else from its newest checkpoint. Raises UsageError."""
     if (folder / "run.toml").exists():
         return read_run_file(folder / "run.toml")
-    from .checkpoint import list_checkpoints, read_state
+    if (folder / "checkpoints").is_dir():
+        from .checkpoint import list_checkpoints, read_state  # It imports torch.
 
-    for path in list_checkpoints(folder):
-        try:
-            return find_places(read_state(path)[1], folder)
-        except CheckpointError:
-            continue
+        for path in list_checkpoints(folder):
+            try:
+                return find_places(read_state(path)[1], folder)
+            except CheckpointError:
+                continue
     if not folder.exists() and not suggest_run(folder):
         raise UsageError(f"{folder}: {explain_missing_run(folder)}")
     raise UsageError(
@@ -92,6 +93,7 @@ def claim_folder(folder: Path) -> None:
             f"{folder} exists and is not empty. Choose another --out, or remove it first; "
             f"nothing in it was changed.{goes_on}"
         )
+    check_creatable(folder)
 
 
 def make_folder(folder: Path, new: bool = False) -> bool:
@@ -101,9 +103,22 @@ def make_folder(folder: Path, new: bool = False) -> bool:
     except OSError as error:
         if new and isinstance(error, FileExistsError):
             return False
-        advice = f"{advise_on_disk(error)}, or choose another --out"
-        raise NftError(f"Cannot write to {folder}: {error}. {advice}.") from error
+        raise say_uncreatable(folder, error) from error
     return True
+
+
+def check_creatable(folder: Path) -> None:
+    """Raise UsageError where a folder could not be made or written to, before anything is computed for it."""
+    place = folder.absolute()
+    while not os.path.lexists(place):
+        place = place.parent
+    if not place.is_dir():
+        raise UsageError(f"The folder {folder} cannot be made: {place} is a file. Choose another --out.")
+    if not os.access(place, os.W_OK | os.X_OK):
+        raise UsageError(
+            f"The folder {folder} cannot be made: you may not write to {place}. Give yourself the right to, or "
+            "choose another --out."
+        )
 
 
 @contextmanager

@@ -230,7 +230,9 @@ def drop_unscorable(
     prompts = keep_scorable(inputs.prompts, check, policy)
     held_out = keep_scorable(inputs.held_out, check, policy) if inputs.held_out else []
     if lost := len(everything) - len(prompts) - len(held_out):
-        example = next(filter(None, find_refusals(everything, check)))
+        refusals = zip(everything, find_refusals(everything, check), strict=True)
+        prompt, why = next(refusal for refusal in refusals if refusal[1])
+        example = why[prompt.where.rfind("/") + 1 :]  # The whole path of a file would fill the line.
         tell(
             f"{lost} of {len(everything)} prompts are left out: not every reward can score them, such as "
             f"{example}"

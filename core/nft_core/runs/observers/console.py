@@ -104,7 +104,8 @@ class Console:
     def nft_checkpoint_saved(self, run: Run, folder: Path) -> None:
         self.checkpoint = folder
 
-    @hookimpl
+    # After the report and others have written what is named here.
+    @hookimpl(trylast=True)
     def nft_run_finished(self, run: Run, error: BaseException | None) -> None:
         if self.bars:
             self.bars.stop()

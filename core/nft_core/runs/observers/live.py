@@ -17,7 +17,7 @@ class LiveView(Progress):
         columns = (
             TextColumn("{task.description:<9}", markup=False),
             BarColumn(16),
-            TextColumn("{task.fields[count]}", markup=False),
+            TextColumn("{task.fields[count]:<16}", markup=False),  # Of one width, so that nothing jumps.
             TimeElapsedColumn(),
             TextColumn("{task.fields[left]}", markup=False),
         )
@@ -29,6 +29,7 @@ class LiveView(Progress):
         count = f"{epoch}/{epochs}"
         self.epoch = self.add_task("epoch", total=epochs, completed=epoch, count=count, left="")
         self.phase = self.add_task("starting", total=None, count="", left="")
+        self.first_done = 0
 
     def show_phase(self, phase: str, done: int, total: int) -> None:
         """Show how many images of a rollout, an evaluation or a gradient step are done."""
@@ -36,7 +37,10 @@ class LiveView(Progress):
         # The same phase again, as of the next epoch, begins with fewer done than before.
         if phase != task.description or done < task.completed:
             self.reset(self.phase, description=phase, total=total)
-        left = f"{format_seconds((task.elapsed or 0) / done * (total - done))} left" if done else ""
+            # The first report may come when a batch is done, and how long that took is not known.
+            self.first_done = done
+        since = done - self.first_done
+        left = f"{format_seconds((task.elapsed or 0) / since * (total - done))} left" if since else ""
         count = f"{done}/{total} images"
         self.update(self.phase, completed=done, total=total, count=count, left=left)
 

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import sys
 from time import perf_counter
 
 from nft_plugins import Run, hookimpl
 
+from ...errors import advise_on_disk, explain_full_disk
 from ...pages.page import write_page
 from ..comparison.reading import RunFigures
 from ..folder import read_record
 from .history import History
 from .report_page import draw_evaluations, draw_report
 
+FILE = "report.html"
 #: Share of a run's time that its report may take between evaluations.
 SHARE = 0.01
 
@@ -21,6 +24,7 @@ class Report:
 
     def __init__(self) -> None:
         self.history = History()
+        self.refused = False
         self.evaluated = ""
         self.due = 0.0
 
@@ -48,6 +52,14 @@ class Report:
         )
         # What takes the time to draw changes with evaluations alone.
         self.evaluated = self.evaluated or draw_evaluations(figures)
-        write_page(run.folder / "report.html", draw_report(figures, state, run.epochs, self.evaluated))
+        page = draw_report(figures, state, run.epochs, self.evaluated)
+        try:
+            write_page(run.folder / FILE, page)
+            self.refused = False
+        except OSError as error:  # Training needs no page, and the next one may find room.
+            if not self.refused:
+                cause = explain_full_disk(error) or f"{error}. {advise_on_disk(error)}."
+                print(f"Warning: {run.folder / FILE} was not written: {cause}", file=sys.stderr)
+            self.refused = True
         ended = perf_counter()
         self.due = ended + (ended - began) / SHARE
