@@ -453,7 +453,10 @@ def test_fuzzed_answers_are_errors_and_no_scores():
     [
         (reply(offers(contract="2.0")), r"has contract 2\.0 and messages of version 1, expected"),
         (reply(offers(wire=9)), "messages of version 9"),
-        (reply(offers(rewards=[{"name": "other", "digest": "0"}])), "Unknown reward at .* Known: other"),
+        (
+            reply(offers(rewards=[{"name": "other", "digest": "0"}])),
+            "'many'.* Known: other. That is what http.* offers",
+        ),
         (reply(b"<html>It works!"), "what answers there is no server of nft-hub"),
         (reply(b"<html>nothing", "404 Not Found"), r"no server answers .*: HTTP 404 <html>nothing"),
         (reply(offers(), length=999), "no server answers"),

@@ -47,9 +47,7 @@ def read_deployment(path: Path | None) -> Deployment:
     if path is None:
         return Deployment()
     if not path.is_file():
-        raise UsageError(
-            f"There is no file {path}: --deployment takes a TOML file with replicas, cpus and gpus."
-        )
+        raise UsageError(f"There is no file {path}: --deployment takes one with replicas, cpus and gpus.")
     given = read_tables(path)
     known = [f.name for f in fields(Deployment)]
     try:
