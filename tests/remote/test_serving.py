@@ -30,7 +30,9 @@ from nft_core.scoring import failures
 from nft_core.scoring.composed import Composed, Term, call_reward
 from nft_core.scoring.failures import Failed, guard_reward
 from nft_core.scoring.pictures import NoPrompts
+from nft_core.serving.deployment import Deployment, read_deployment
 from nft_core.serving.limits import Limits
+from nft_core.serving.metrics import Metrics
 from nft_core.serving.openapi import PATHS, SHOWN
 from nft_core.serving.queue import Queue, join_messages, make_job
 from nft_core.serving.running import bind_socket, choose_token
@@ -352,6 +354,8 @@ def test_a_request_that_takes_too_long_is_given_up_on_both_sides(address, engine
     for _ in range(3):
         with pytest.raises(NftError, match=r"gave no answer within timeout = 0\.5 s"):
             call_reward("slow", far, batch(9, side=16))
+    status, _, told = request(address, "/score", body(engine, "slow", seconds=0.2))
+    assert status == 504 and b"took longer than 0.2 s" in told
     gate.set()
     assert call_reward("slow", connect(address, "slow"), batch()).valid.all()
     assert len(engine.queue.jobs) == before
@@ -449,7 +453,10 @@ def test_fuzzed_answers_are_errors_and_no_scores():
     [
         (reply(offers(contract="2.0")), r"has contract 2\.0 and messages of version 1, expected"),
         (reply(offers(wire=9)), "messages of version 9"),
-        (reply(offers(rewards=[{"name": "other", "digest": "0"}])), "Unknown reward at .* Known: other"),
+        (
+            reply(offers(rewards=[{"name": "other", "digest": "0"}])),
+            "'many'.* Known: other. That is what http.* offers",
+        ),
         (reply(b"<html>It works!"), "what answers there is no server of nft-hub"),
         (reply(b"<html>nothing", "404 Not Found"), r"no server answers .*: HTTP 404 <html>nothing"),
         (reply(offers(), length=999), "no server answers"),
@@ -458,6 +465,26 @@ def test_fuzzed_answers_are_errors_and_no_scores():
 def test_what_answers_must_be_a_server_of_this_version_with_the_reward(given, text):
     with answering([given]) as address, pytest.raises(NftError, match=text):
         connect(address)
+
+
+def test_a_proxy_that_takes_no_large_bodies():
+    with answering([reply(offers()), reply(b"<html>Too large", "413 Content Too Large")]) as address:
+        far = connect(address)
+        with pytest.raises(NftError, match=r"a proxy before .* takes no requests of this size \(HTTP 413\)"):
+            call_reward("many", far, batch())
+
+
+def test_a_body_that_ends_too_early_harms_nobody(address, engine):
+    data = body(engine)
+    host, port = address.removeprefix("http://").split(":")
+    head = f"POST /score HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {TOKEN}\r\n"
+    head += f"Content-Type: {http.MESSAGE}\r\nContent-Length: {len(data)}\r\n\r\n"
+    with socket.create_connection((host, int(port)), timeout=60) as connection:
+        connection.sendall(head.encode() + data[: len(data) // 2])
+    await_requests(address, 0)
+    status, _, told = request(address, "/score", data[: len(data) // 2])
+    assert status == 400 and told
+    assert request(address, "/score", data)[0] == 200
 
 
 def test_no_server():
@@ -532,11 +559,37 @@ def test_a_server_that_ends_answers_what_it_has_begun():
         thread = threading.Thread(target=lambda: results.append(call_reward("slow", far, batch())))
         thread.start()
         await_requests(address, 1)
-        threading.Timer(0.3, gate.set).start()
+        second = threading.Thread(target=lambda: results.append(call_reward("slow", far, batch(size=2))))
+        second.start()
+        await_requests(address, 2)  # The second one is queued.
+
+        def look_and_go():
+            with pytest.raises(ConnectionRefusedError):
+                request(address, "/health", method="GET")
+            bind_socket("127.0.0.1", int(address.rpartition(":")[2])).close()  # Another may have its port.
+            looked.append(True)
+            gate.set()
+
+        looked = []
+        threading.Timer(0.5, look_and_go).start()
     thread.join()
-    assert results[0].valid.all()
+    second.join()
+    assert looked and len(results) == 2 and all(scores.valid.all() for scores in results)
     with pytest.raises(Failed, match=r"no server answers .* It was tried 2 times"):
         guard_reward(far, FailurePolicy("stop", 1), "slow")(batch())
+
+
+def test_what_comes_after_the_end_is_sent_elsewhere():
+    with serving(engine := make_engine()) as address:
+        far = connect(address, "bright")
+        engine.close()
+        status, headers, _ = request(address, "/score", body(engine))
+        assert status == 503 and "retry-after: 1" in headers
+        with pytest.raises(NftError, match="no server answers .* HTTP 503 the server ends"):
+            far(batch())
+        with serving(make_engine()) as other:
+            both = connect(f"{address}+{other.removeprefix('http://')}", "bright")
+            assert all(both(batch()).valid.all() for _ in range(2))
 
 
 def test_ports_and_tokens(address, monkeypatch):
@@ -553,6 +606,39 @@ def test_ports_and_tokens(address, monkeypatch):
     with pytest.raises(UsageError, match="must have 16 letters") as caught:
         choose_token("SHORT", False, "127.0.0.1")
     assert "secret" not in str(caught.value)
+
+
+def test_deployments(tmp_path):
+    assert read_deployment(None) == Deployment(1, 1.0, 0.0, {}, "")
+    file = tmp_path / "d.toml"
+    file.write_text("replicas = 3\ngpus = 0.5\ncluster = 'auto'")
+    assert read_deployment(file) == Deployment(3, 1.0, 0.5, {}, "auto")
+    file.write_text("cpus = 2\n[autoscaling]\nmin_replicas = 2\nmax_replicas = 4")
+    assert read_deployment(file).least == 2
+    for text, told in (
+        ("replica = 2", "d.toml: Unknown key 'replica'"),
+        ("replicas = 0", "d.toml: replicas must be a whole number from 1, got 0"),
+        ("replicas = 1.5", "replicas must be a whole number from 1, got 1.5"),
+        ("gpus = -1", "gpus must be a number from 0, got -1"),
+        ("gpus = 'one'", "gpus must be a number from 0, got 'one'"),
+        ("cluster = 3", "cluster a text"),
+        ("autoscaling = 3", "autoscaling must be a table"),
+        ("replicas = 2\n[autoscaling]\nmin_replicas = 1", "not both"),
+        ("replicas = ", "is not valid TOML"),
+    ):
+        file.write_text(text)
+        with pytest.raises(UsageError, match=told):
+            read_deployment(file)
+    with pytest.raises(UsageError, match=r"There is no file .*none\.toml"):
+        read_deployment(tmp_path / "none.toml")
+
+
+def test_figures_of_one_of_several_replicas_have_its_name():
+    metrics = Metrics(lambda: 2, "a1")
+    metrics.note_batch("ocr", 3)
+    text = metrics.write().decode()
+    assert 'nft_images_total{replica="a1",reward="ocr"} 3.0' in text
+    assert 'nft_requests_under_way{replica="a1"} 2.0' in text
 
 
 def test_commands(address, tmp_path, monkeypatch):
@@ -574,6 +660,7 @@ def test_commands(address, tmp_path, monkeypatch):
         (["--reward", "jpeg_compressibility,retry=2"], "offered without weight"),
         (["--reward", "ocr", "--reward", "ocr,upscale=2"], "given twice"),
         (["--reward", "nothing_like_it"], "Unknown reward"),
+        (["--reward", "ocr", "--deployment", "d.toml"], "--deployment is for --engine ray"),
     ):
         done = CliRunner().invoke(main, ["serve", "--port", "0", *words])
         assert done.exit_code == 2 and text in done.output

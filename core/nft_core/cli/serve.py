@@ -161,10 +161,11 @@ def serve_rewards(
             variable = "" if no_token else f",token_env={token_env or 'NFT_TOKEN'}"
             click.echo(f"Serving {', '.join(spec.title for spec in specs)} at {address}")
             if is_new:
-                click.echo(f"The token, which is not shown again: {token}")
-                click.echo(f"Where a run starts: export NFT_TOKEN={token}")
-            click.echo(f"Use it with: --reward {address}/{specs[0].title}{variable}")
+                click.echo(f"Where a run starts, with the token, which is shown once: export NFT_TOKEN={token}")
+            words = [f"--reward {address}/{spec.title}{variable}" for spec in specs]
+            click.echo(f"Use it with: {' '.join(words)}")
 
+        click.echo(f"Loading {', '.join(spec.title for spec in specs)}", err=True)
         if engine == "uvicorn":
             app = offered.make_application()
             tell()

@@ -227,4 +227,9 @@ def make_refusal(server: str, status: int, content: bytes) -> Exception:
             f"{server} refuses the token: give token_env=NAME, the environment variable with the token that "
             "nft serve showed or was given"
         )
+    if status == 413 and not kind:
+        return Refused(
+            f"a proxy before {server} takes no requests of this size (HTTP 413): raise its limit, as "
+            "client_max_body_size of nginx, or score fewer images at once"
+        )
     return Refused(f"{server} answers: {text}" if kind else f"{server} answers HTTP {status}: {text}")

@@ -168,7 +168,7 @@ def find_card(name: str, server: str, offers: Mapping[str, Any]) -> dict[str, An
         )
     cards = {card["name"]: card for card in offers["rewards"]}
     if name not in cards:
-        raise unknown_name(f"reward at {server}", name, cards)
+        raise unknown_name("reward", name, cards, f"That is what {server} offers.")
     return dict(cards[name])
 
 

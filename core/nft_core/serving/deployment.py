@@ -46,6 +46,8 @@ def read_deployment(path: Path | None) -> Deployment:
     """Read the file of a deployment. Raises UsageError, with its name, for what it cannot hold."""
     if path is None:
         return Deployment()
+    if not path.is_file():
+        raise UsageError(f"There is no file {path}: --deployment takes one with replicas, cpus and gpus.")
     given = read_tables(path)
     known = [f.name for f in fields(Deployment)]
     try:
