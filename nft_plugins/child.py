@@ -41,7 +41,7 @@ if TYPE_CHECKING:
     from .interfaces import Reward
 
 Reply = tuple[dict[str, Any], dict[str, Any]]
-#: Packages whose versions the parent is told.
+#: Packages whose versions the parent is told, beside those that it asks for.
 PACKAGES = ("nft-plugins", "torch", "transformers", "numpy", "safetensors")
 
 
@@ -144,7 +144,8 @@ def make(keeper: Keeper, message: Message) -> Reply:
     keeper.reward = made
     put_away(keeper)
     has = [name for name in ("check_prompt", "regroup") if hasattr(made, name)]
-    packages = {name: version for name in PACKAGES if (version := find_version(name))}
+    names = dict.fromkeys((*PACKAGES, *head.get("packages", ())))
+    packages = {name: version for name in names if (version := find_version(name))}
     return {"has": has, "needs_floats": bool(getattr(made, "needs_floats", False)), "packages": packages}, {}
 
 

@@ -8,6 +8,8 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
@@ -18,6 +20,8 @@ from nft_core.host.host import load_host
 from nft_core.host.specs import FailurePolicy
 from nft_core.remote import process
 from nft_core.remote.reward import ChildReward, Start
+from nft_core.runs.fingerprint import collect_remote_sources
+from nft_core.scoring.composed import Composed, Term
 from nft_core.scoring.failures import Guarded, guard_reward
 from nft_plugins import Batch, PromptError
 
@@ -31,7 +35,9 @@ def make_batch(size=3, prompt="a"):
 
 
 def start_child(name="Odd", **options):
-    return ChildReward(Start("odd", "odd", Path(sys.executable), f"{MODULE}:{name}", options, isolated=False))
+    factory = f"{MODULE}:{name}"
+    start = Start("odd", "odd", Path(sys.executable), factory, options, isolated=False, packages=("click",))
+    return ChildReward(start)
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -56,6 +62,15 @@ def test_scores_are_those_of_the_reward_itself(odd):
     here, there = Odd(scale=2)(eighths), odd(batch)
     assert there.values.nan_to_num().equal(here.values.nan_to_num()) and there.valid.tolist() == [1, 0, 1]
     assert there.details["row"].nan_to_num().equal(here.details["row"].nan_to_num())
+
+
+def test_what_it_computes_with_is_noted(odd, monkeypatch):
+    guarded = guard_reward(odd, FailurePolicy("mask"), "odd")
+    reward = Composed((Term("odd", 1.0, guarded),)).clip(0, 1)
+    assert collect_remote_sources(reward) == {}  # This process's own Python.
+    monkeypatch.setattr(odd, "start", replace(odd.start, isolated=True))
+    found = collect_remote_sources(reward)
+    assert found["odd: torch"] == torch.__version__ and found["odd: click"] == version("click")
 
 
 def test_what_a_reward_prints_is_marked_and_does_not_get_between_the_messages(odd, capfd):

@@ -181,6 +181,8 @@ def test_scores_are_those_of_the_same_reward_here_bit_for_bit(address, name):
 
 def test_prompts_are_checked_and_groups_compared_as_here(address, engine, monkeypatch):
     far, bare = connect(address), connect(address, "bright")
+    # A checkpoint notes what it was made of there.
+    assert far.list_versions() == {"many on its server": far.card["digest"]} != bare.list_versions()
     far.check_prompt("a", {"text": "a"})
     with pytest.raises(PromptError, match="'a' is not in the metadata"):
         far.check_prompt("a", {"text": "b"})

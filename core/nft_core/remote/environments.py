@@ -60,6 +60,16 @@ class Needed:
         """List all packages that are resolved: the card's, and those of the child process."""
         return [*self.environment.requirements, *BASE]
 
+    def list_packages(self) -> tuple[str, ...]:
+        """List the names of the packages that the card asks for."""
+        from packaging.requirements import InvalidRequirement, Requirement
+
+        names = []
+        for text in self.environment.requirements:
+            with suppress(InvalidRequirement):
+                names.append(Requirement(text).name)
+        return tuple(names)
+
     def describe(self) -> dict[str, Any]:
         """Describe what the environment is made for; where this changes, the environment is stale."""
         packages = ["nft-plugins", *([self.distribution] if self.distribution else [])]

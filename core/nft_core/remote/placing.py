@@ -82,5 +82,6 @@ def start_child(card: RewardInfo, place: Place, options: Mapping[str, Any], devi
         device,
         place.offload,
         isolated=place.needed is not None,
+        packages=place.needed.list_packages() if place.needed else (),
     )
     return ChildReward(start, in_use)

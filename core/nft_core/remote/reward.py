@@ -25,6 +25,7 @@ class Start:
 
     reward: its name. mark: stands before what it prints. factory: as `module:attribute`.
     offload: whether its GPU memory is given back between calls.
+    packages: whose versions there are asked for.
     """
 
     reward: str
@@ -35,6 +36,7 @@ class Start:
     device: str = "cpu"
     offload: bool = False
     isolated: bool = True
+    packages: tuple[str, ...] = ()
 
 
 class ChildReward:
@@ -59,6 +61,11 @@ class ChildReward:
 
     def __call__(self, batch: Batch) -> Scores:
         return self.ask_for_scores({"request": "score"}, *pack_batch(batch, floats=self.needs_floats))
+
+    def list_versions(self) -> dict[str, str]:
+        """List the versions of what it computes with, where these are not this process's own."""
+        theirs = self.packages if self.start.isolated else {}
+        return {f"{self.start.mark}: {name}": version for name, version in theirs.items()}
 
     def ask_to_regroup(self, scores: Scores, groups: Tensor) -> Scores:
         """Let the reward compare the images of whole groups."""
@@ -116,6 +123,7 @@ class ChildReward:
                     "device": start.device,
                     "offload": start.offload,
                     "numbers": read_numbers(),
+                    "packages": start.packages,
                 }
             )
         except (OSError, WireError) as error:

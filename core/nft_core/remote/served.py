@@ -101,6 +101,10 @@ class ServedReward:
             head, tensors = pack_batch(blank, floats=floats)
             return head | {"no_prompts": True}, tensors
 
+    def list_versions(self) -> dict[str, str]:
+        """List what it is made of there: a digest, which differs where its version or its options do."""
+        return {f"{self.name} on its server": str(self.card["digest"])}
+
     def ask_to_regroup(self, scores: Scores, groups: Tensor) -> Scores:
         """Let the reward compare the images of whole groups."""
         head, tensors = pack_scores(scores)

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from ..host.host import Host
     from ..models.sources import ModelSource
     from ..prompts import Prompt
+    from ..scoring.composed import Composed
 
 #: Settings that an evaluation's pictures depend on.
 OF_PICTURES = (
@@ -175,11 +176,14 @@ def identify_figure(evaluation: Any, name: str) -> Any:
     return read_total_digest(evaluation) if name == "total" else read_reward_digests(evaluation).get(title)
 
 
-def collect_sources(host: Host, references: Iterable[str] = ()) -> dict[str, str]:
+def collect_sources(
+    host: Host, references: Iterable[str] = (), reward: Composed | None = None
+) -> dict[str, str]:
     """Collect versions of plug-ins and of what is beneath them, and digests of the user's files, by name.
 
     references: names of the run's rewards and solver, of which some are `FILE.py:NAME`, `MODULE:NAME` or stand
         for Python objects.
+    reward: of which versions are collected too where it runs in another process or on a server.
     """
     found = {row.distribution: row.version for row in host.plugins if row.status == "ok"}
     references = list(references)
@@ -192,7 +196,24 @@ def collect_sources(host: Host, references: Iterable[str] = ()) -> dict[str, str
     files: dict[str, list[str]] = {}
     for path in dict.fromkeys(path for r in references if is_reference(r) for path in find_source_files(r)):
         files.setdefault(path.name, []).append(digest_file(path)[:12])
-    return found | {name: " ".join(sorted(digests)) for name, digests in files.items()}
+    found |= {name: " ".join(sorted(digests)) for name, digests in files.items()}
+    return found | (collect_remote_sources(reward) if reward else {})
+
+
+def collect_remote_sources(reward: Composed) -> dict[str, str]:
+    """Collect versions of what rewards in other processes and on servers compute with, by name."""
+    from ..remote.reward import ChildReward
+    from ..remote.served import ServedReward
+    from ..scoring.composed import Mapped
+
+    found = {}
+    for term in reward.terms:
+        inner = getattr(term.reward, "reward", term.reward)  # Behind what guards it.
+        if isinstance(inner, Mapped):
+            found |= collect_remote_sources(inner.inner)
+        elif isinstance(inner, (ChildReward, ServedReward)):
+            found |= inner.list_versions()
+    return found
 
 
 def find_source_files(reference: str) -> list[Path]:

@@ -233,7 +233,8 @@ def load_training(
     parts = settings, model, reward, inputs.solver, prompts, held_out, device, folder
     training = assemble_training(*parts, compiled, inputs.eval_solver)
     named = [text for spec in inputs.rewards for text in (spec.name, *spec.options.values())]
-    training.at.sources = collect_sources(host, [settings.solver, settings.eval_solver, *map(str, named)])
+    names = [settings.solver, settings.eval_solver, *map(str, named)]
+    training.at.sources = collect_sources(host, names, reward)
     training.at.origin = digest_origin(find_model(settings))
     training.evaluation = fingerprint_evaluation(
         settings,
