@@ -212,3 +212,16 @@ def test_serve_says_what_clients_get(load, monkeypatch, capsys):
     assert "| good: scores | 6 |" in out and "| a byte a second: cut off | 1 |" in out
     assert "| wrong token: refuses the token | 1 |" in out
     assert "| too many images: refused, by its size | 1 |" in out
+
+
+def test_reward_pictures_are_drawn_with_their_scores(load, monkeypatch, tmp_path, capsys):
+    """Without `ocr` and the CLIP, whose engine and weights take seconds to load."""
+    pictures = load("reward_pictures")
+    monkeypatch.setattr(pictures, "SHEETS", {name: pictures.SHEETS[name] for name in ("jpeg", "geneval")})
+    call_main(pictures, monkeypatch, tmp_path)
+    printed = capsys.readouterr().out
+    assert {file.name for file in tmp_path.iterdir()} == {"jpeg.png", "geneval.png"}
+    assert all(file.stat().st_size < 60_000 for file in [*tmp_path.iterdir(), *pictures.DOCS.iterdir()])
+    assert {file.stem for file in pictures.DOCS.iterdir()} == {"ocr", "jpeg", "geneval", "clip"}
+    soft = {line[2:26].strip(): float(line.split()[-3]) for line in printed.splitlines() if "soft" in line}
+    assert soft["right"] == 1 > soft["one wrong colour"] > soft["colours exchanged"] > soft["other shapes"] == 0
