@@ -13,11 +13,12 @@ from nft_core.parallel.signals import ENDING
 
 #: Files that take longest. They begin first, so that at the end no process is left alone with one of them.
 LONGEST = (
-    *("docs/test_tutorials.py", "core/test_benchmarks.py", "cli/test_torchrun.py", "cli/test_failures.py"),
-    *("cli/test_run.py", "cli/test_processes.py", "core/test_benchmarks_smoke.py", "core/test_sharding.py"),
-    *("core/test_economies.py", "cli/test_new.py", "cli/test_resume.py", "pins/test_pins.py"),
-    *("core/test_compiling.py", "core/test_invariance.py", "cli/test_nodes.py", "host/test_host.py"),
-    *("rewards/test_vlm_judge.py", "core/test_plan.py", "cli/test_plan.py", "core/test_quiet.py"),
+    *("cli/test_run.py", "core/test_plan.py", "pins/test_pins.py", "cli/test_torchrun.py"),
+    *("cli/test_resume.py", "core/test_models.py", "cli/test_processes.py", "core/test_invariance.py"),
+    *("core/test_evaluation.py", "core/test_sharding.py", "core/test_benchmarks.py", "cli/test_failures.py"),
+    *("core/test_api.py", "core/test_economies.py", "rewards/test_vlm_judge.py", "cli/test_nodes.py"),
+    *("core/test_benchmarks_smoke.py", "host/test_host.py", "cli/test_new.py", "remote/test_serving.py"),
+    *("core/test_own_settings.py", "core/test_compiling.py", "remote/test_child.py", "core/test_quiet.py"),
 )
 
 sys.path.append(str(Path(__file__).parent))  # for forks.py: pytest's importlib mode does not put it there

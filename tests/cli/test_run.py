@@ -48,8 +48,8 @@ def finished(tmp_path_factory):
     """The main job, two epochs of it."""
     folder = tmp_path_factory.mktemp("run") / "main"
     result = nft(
-        *("run", "--tiny", "--reward", "pickscore", "--reward", "ocr=0.5", "--epochs", 2, "--out", folder),
-        *sets(*SMALL, "eval_every=1", "checkpoint_every=1"),
+        *("run", "--tiny", "--reward", "pickscore", "--reward", "ocr=0.5,workers=1", "--epochs", 2),
+        *("--out", folder, *sets(*SMALL, "prompts_per_epoch=2", "eval_every=1", "checkpoint_every=1")),
     )
     assert result.returncode == 0, result.stderr
     return folder, result
@@ -83,7 +83,7 @@ def test_a_composed_reward_of_a_file_keeps_its_members(tmp_path):
         words = [word for r in rewards for word in ("--reward", r)]
         result = nft(
             *("run", "--tiny", *words, "--combine", "normalized", "--epochs", 1, "--out", name),
-            *sets(*SMALL, "max_skips=2"),
+            *sets(*SMALL, "prompts_per_epoch=2", "max_skips=2"),
             cwd=tmp_path,
         )
         assert result.returncode == 0, result.stderr
@@ -115,7 +115,7 @@ def test_metrics(finished):
         pickscore, ocr = (means[n] / lines[0]["rewards"][n]["std"] for n in ("pickscore", "ocr"))
         assert means["total"] == pytest.approx(pickscore + 0.5 * ocr, rel=1e-5)
     epoch = lines[1]
-    assert epoch["images"] == 16
+    assert epoch["images"] == 8
     assert set(epoch["phases"]) == {"rollout", "reward", "train", "other"}
     assert sum(epoch["phases"].values()) == pytest.approx(epoch["epoch_seconds"])
 
@@ -144,7 +144,7 @@ def test_summary(finished, ours):
 def test_run_toml_repeats_the_run(finished, tmp_path):
     folder, _ = finished
     settings = read_settings(folder)
-    assert settings["rewards"] == ["pickscore", "ocr=0.5"]
+    assert settings["rewards"] == ["pickscore", "ocr=0.5,workers=1"]
     result = nft("run", "--config", folder / "run.toml", "--out", tmp_path / "again")
     assert result.returncode == 0, result.stderr
 

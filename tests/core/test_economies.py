@@ -84,8 +84,9 @@ def test_compiled_blocks_learn_the_same(sd3_folder, tmp_path):
             train(run)
     finally:
         torch._dynamo.reset()
+    found = compiled.policy.state()
     for name, w in usual.policy.state().items():
-        torch.testing.assert_close(compiled.policy.state()[name], w, rtol=1e-3, atol=1e-5)
+        torch.testing.assert_close(found[name], w, rtol=1e-3, atol=1e-5)
 
 
 def test_merging_puts_the_base_back_exactly(sd3_folder):

@@ -96,8 +96,9 @@ def test_stopped_at_every_possible_moment(peaceful, tmp_path):
         again = go_on(folder)
         train(again)
         assert untimed(folder) == records, moment
+        now = again.policy.state()
         for name, expected in state.items():
-            assert torch.equal(again.policy.state()[name], expected), (moment, name)
+            assert torch.equal(now[name], expected), (moment, name)
 
 
 def test_another_seed_is_noticed(peaceful, tmp_path):

@@ -93,6 +93,7 @@ def list_entries(models: Sequence[Model], guidances: Sequence[float]) -> list[En
             if any(e.name == called and (e.model, e.lora) == (model.model, model.lora) for e in entries):
                 raise UsageError(f"{called!r} is given twice: leave one of them out.")
             taken = [e.name for e in entries]
+            # Two runs in different folders may have one name.
             unique = next(n for n in (called, *(f"{called} ({i})" for i in range(2, 10**6))) if n not in taken)
             entries.append(Entry(unique, model.model, model.lora, float(g), digest))
     return entries

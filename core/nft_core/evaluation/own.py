@@ -91,6 +91,7 @@ def read_own(model: Model, host: Host, given: Iterable[str]) -> Own | None:
     for path in filter(None, (model.model, model.lora)):
         checkpoint = find_checkpoint(Path(path).expanduser())
         if checkpoint is not None:
+            # Paths inside the run's folder are written from there.
             found = find_places(read_run_settings(checkpoint), checkpoint.absolute().parent.parent)
             called = model.name or shorten_name(path)
             for setting in ("solver", "eval_solver"):

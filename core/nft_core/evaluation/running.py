@@ -243,7 +243,7 @@ def score_part(
             save_images(folder, draws, rows, batch)
 
     def progress(phase: str, images: int, count: int) -> None:
-        if phase == "reward":
+        if phase == "reward":  # An image counts as done once it is scored.
             work.show(Progress(entry.name, done + images * len(draws) // count, total, {}))
 
     # For plug-ins that draw from global generators against their contract: the same numbers after a stop.

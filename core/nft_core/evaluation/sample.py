@@ -218,7 +218,7 @@ def run_sampling(
                 if folder:
                     save_picture(folder, picture)
                 yield picture
-        barrier()
+        barrier()  # The record, and the grid, are of all processes' pictures.
         if folder and rank() == 0:
             height, width, _ = image_shape(generation.settings, generation.model)
             write_record(folder, describe_request(request, height, width))

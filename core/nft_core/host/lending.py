@@ -81,6 +81,7 @@ def read_version(tensor: Tensor) -> tuple[int, bool]:
     """Read a version of the tensor that changes when something is written to it."""
     import torch
 
+    # What NumPy writes is counted as no version, but to ask for its array ends the lazy copy.
     return 0 if tensor.is_inference() else tensor._version, torch._C._is_cow_tensor(tensor)  # type: ignore[attr-defined]
 
 

@@ -218,6 +218,7 @@ class PipelineModel:
             return
         # Once for a model: prompts may be encoded in several calls.
         self.said_what_is_cut = True
+        # As bytes: NumPy knows no bfloat16.
         rows = (
             tuple(c[i].reshape(-1).view(torch.uint8).numpy().tobytes() for c in condition.values()) for i in cut
         )
@@ -238,6 +239,7 @@ class PipelineModel:
 
     def count_tokens(self, tokenizer: Any, prompts: Sequence[str]) -> list[int]:
         """Count the tokens that each prompt would take if it were not cut to `max_sequence_length`."""
+        # verbose=False, or it would warn of each that is too long.
         return [len(ids) for ids in tokenizer(list(prompts), verbose=False).input_ids]
 
     def release(self) -> None:
@@ -263,6 +265,7 @@ class PipelineModel:
         vae = self.pipeline.vae
         (images,) = vae.decode(self.unscaled(x_0).to(vae.dtype), return_dict=False)
         images = images.reshape(len(images), 3, *images.shape[-2:])  # A video's VAE makes one frame.
+        # VAEs give numbers from -1 to 1, and a little beyond.
         return cast(Tensor, (images.float() / 2 + 0.5).clamp(0, 1))
 
     def decode_in(self, dtype: torch.dtype) -> None:

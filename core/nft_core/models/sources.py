@@ -132,6 +132,7 @@ def trace_source(model: str, lora: str, runs: int = 0) -> tuple[ModelSource, tup
             raise
         both = "" if whole.is_dir() else f" Or name both: --model BASE --lora {shlex.quote(str(checkpoint))}"
         raise UsageError(f"{checkpoint} needs the model that its run began from. {error}{both}") from error
+    # Without a LoRA of its own the run has trained the topmost one below it, and that is in the checkpoint now.
     kept = names if merged or own else names[:-1]
     found = replace(below, settings=settings, checkpoint=checkpoint)
     if whole.is_dir():

@@ -25,6 +25,7 @@ class LiveView(Progress):
         self.rollouts: dict[str, list[float | None]] = {}
         self.evaluations: dict[str, str] = {}
         self.terminal = terminal
+        # Transient: at the end a table says what counts, and old bars would stand above it.
         super().__init__(*columns, console=terminal, transient=True)
         count = f"{epoch}/{epochs}"
         self.epoch = self.add_task("epoch", total=epochs, completed=epoch, count=count, left="")
