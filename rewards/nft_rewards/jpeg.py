@@ -1,6 +1,7 @@
 """JPEG compressibility and its opposite are the size of an image's JPEG file of quality 95, 1 kB = 1000 bytes.
 
-Source: DDPO, arXiv 2305.13301, section 4; the scale of `variant="nft"` is flow_grpo's and DiffusionNFT's.
+Source: DDPO, arXiv 2305.13301, section 4; `variant="nft"` is as in flow_grpo's and DiffusionNFT's rewards.py,
+which divides by 500 where small files are good, and does not where large ones are.
 """
 
 from __future__ import annotations
@@ -16,9 +17,9 @@ from nft_plugins import Batch, Scores
 
 from .pixels import mark_broken_images
 
-Variant = Literal["nft", "ddpo"]
-#: Factor on the size in kB.
-SCALE = {"nft": 1 / 500, "ddpo": 1.0}
+#: Factors on the size in kB.
+COMPRESSIBILITY = {"nft": -1 / 500, "ddpo": -1.0}
+INCOMPRESSIBILITY = {"scaled": 1 / 500, "nft": 1.0, "ddpo": 1.0}
 
 
 def measure_kilobytes(image: Image) -> float:
@@ -28,6 +29,13 @@ def measure_kilobytes(image: Image) -> float:
     return buffer.tell() / 1000
 
 
+def score_size(batch: Batch, factor: float) -> Scores:
+    """Score images by a factor times the size of their JPEG files in kB. Detail: `kilobytes`."""
+    size = torch.tensor([measure_kilobytes(image) for image in batch.pil], dtype=torch.float32, device="cpu")
+    size = mark_broken_images(size, batch)
+    return Scores.of(factor * size, kilobytes=size)
+
+
 @dataclass(frozen=True)
 class JPEGCompressibility:
     """Scores an image by minus the size of its JPEG file. Detail: `kilobytes`.
@@ -35,22 +43,20 @@ class JPEGCompressibility:
     variant: `nft`, -kB / 500, or `ddpo`, -kB.
     """
 
-    variant: Variant = "nft"
-    sign = -1
+    variant: Literal["nft", "ddpo"] = "nft"
 
     def __call__(self, batch: Batch) -> Scores:
-        size = torch.tensor(
-            [measure_kilobytes(image) for image in batch.pil], dtype=torch.float32, device="cpu"
-        )
-        size = mark_broken_images(size, batch)
-        return Scores.of(self.sign * SCALE[self.variant] * size, kilobytes=size)
+        return score_size(batch, COMPRESSIBILITY[self.variant])
 
 
 @dataclass(frozen=True)
-class JPEGIncompressibility(JPEGCompressibility):
+class JPEGIncompressibility:
     """Scores an image by the size of its JPEG file. Detail: `kilobytes`.
 
-    variant: `nft`, +kB / 500, or `ddpo`, +kB.
+    variant: `scaled`, +kB / 500, the opposite of compressibility; `nft` or `ddpo`, +kB.
     """
 
-    sign = 1
+    variant: Literal["scaled", "nft", "ddpo"] = "scaled"
+
+    def __call__(self, batch: Batch) -> Scores:
+        return score_size(batch, INCOMPRESSIBILITY[self.variant])
