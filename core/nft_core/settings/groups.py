@@ -236,10 +236,11 @@ class Loss(Group):
         description="Which noise times an image is trained at. grid takes the solver's own times but the last "
         "before 0; uniform and logit_normal draw them at random.",
     )
-    train_times_count: Count = Field(
-        9,
+    train_times_count: Count | Literal["auto"] = Field(
+        "auto",
         description="Number of noise times that each image is trained at. More times take proportionally "
-        "longer and make the gradient less noisy.",
+        "longer and make the gradient less noisy. auto follows steps: all of the solver's times but the last, "
+        "as published, which are 9 for 10 steps.",
     )
     time_shift: Positive = Field(
         3.0,
@@ -272,9 +273,10 @@ class Optimizer(Group):
         "gently. 0 begins at lr.",
     )
     updates_per_epoch: Count = Field(
-        2,
+        1,
         description="Gradient steps in each epoch, among which the epoch's images are divided equally. More "
-        "steps learn faster from the same images, each from fewer of them.",
+        "steps learn faster from the same images, each from fewer of them. Schedules that count gradient "
+        "steps, such as old_decay, then go on faster too.",
     )
     adam_beta1: BelowOne = Field(
         0.9,
@@ -462,6 +464,11 @@ class Watch(Group):
         0.9,
         description="Warn when in more than this share of the prompts all images score the same, and so teach "
         "nothing. A higher value warns later.",
+    )
+    watch_spreads: NotNegative = Field(
+        10.0,
+        description="Warn when with combine=sum one reward varies more than this many times as much as another "
+        "within the groups, so that the other hardly counts. A higher value warns later.",
     )
     watch_reward: NotNegative = Field(
         1.0,
