@@ -175,6 +175,10 @@ class Host:
             raise NftError(f"The factory of the {what} gave {type(made).__name__}, not a solver.")
         return made
 
+    def find_preset(self, name: str) -> Registered[Preset]:
+        """Find the card of a preset. Raises UsageError where there is none or several plug-ins claim it."""
+        return self._find_card("preset", name, self.presets)
+
     def require_reward(self, name: str | Callable[..., Any]) -> None:
         """Raise what `make_reward` raises for a name or a missing module, and import nothing of the reward."""
         card = self.find_reward(name)

@@ -31,6 +31,11 @@ class Group(BaseModel):
 class Run(Group):
     """How long the run is, its random numbers, and who watches it."""
 
+    preset: str = Field(
+        "",
+        description="Preset that the settings begin from; what else is given replaces its values. "
+        "`nft presets` lists them. Empty begins from the defaults.",
+    )
     epochs: CountOrZero = Field(
         100,
         description="Number of epochs, each a rollout and then gradient steps on its images. More epochs "
