@@ -216,8 +216,8 @@ class Published:
         times, noise = [], []
         for n in rows.tolist():
             source = draws.make_generator(n, "train")
-            times.append(draw_times(s.train_times, s.train_times_count, self.times, s.time_shift, source))
-            noise.append(torch.randn(s.train_times_count, *self.shape, generator=source))
+            times.append(draw_times(s.train_times, s.count_train_times(), self.times, s.time_shift, source))
+            noise.append(torch.randn(s.count_train_times(), *self.shape, generator=source))
         return torch.stack(times, 1), torch.stack(noise, 1)
 
     def sent(self, x: Tensor) -> Tensor:
@@ -236,7 +236,7 @@ class Published:
         with self.clock.phase("train"):
             for images in split_images(len(draws), s.updates_per_epoch, s.seed, number):
                 valid = images[scores.valid[images]]
-                samples = len(valid) * s.train_times_count
+                samples = len(valid) * s.count_train_times()
                 parts = valid.split(s.microbatch)
                 with self.clock.phase(NOT_COUNTED):  # Once an update, since the clock waits for the device.
                     drawn = [self.drawn(draws, rows) for rows in parts]

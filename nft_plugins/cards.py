@@ -125,9 +125,17 @@ class Preset:
 
     settings: any of a run's settings.
     rewards: default options by reward name; what the user gives comes first.
+    family: of the models that the settings are for; a run with a model of another is refused. Empty: any.
+    prompts: where its prompts are to be had, and in which form. A run that is given none says so.
+    notes: what its user should know, a paragraph each.
+    sources: where values are from, by a setting's name or, for a reward's options, the reward's; "" for all.
     """
 
     name: str
     summary: str
     settings: Mapping[str, Any] = field(default_factory=dict)
     rewards: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    family: str = ""
+    prompts: str = ""
+    notes: tuple[str, ...] = ()
+    sources: Mapping[str, str] = field(default_factory=dict)

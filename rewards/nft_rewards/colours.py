@@ -51,7 +51,11 @@ class ColorClassifier:
     def compute_cosines(self, crops: Sequence[Tensor], labels: Sequence[str]) -> Tensor:
         """Compute the cosines `[N, 10]` of N crops with the ten colours of their class."""
         towers = self.clip.towers
-        cropped = [crop_centre(crop[None].to(towers.device), towers.size, towers.crop).byte() for crop in crops]
+        # The evaluator cuts out the middle with torchvision, whichever library has the CLIP.
+        cropped = [
+            crop_centre(crop[None].to(towers.device), towers.size, towers.crop, rounded=True).byte()
+            for crop in crops
+        ]
         features = self.clip.encode_pixels(torch.cat(cropped))
         self.learn_colors(labels)
         classifiers = torch.stack([self.classifiers[label] for label in labels])

@@ -1,6 +1,7 @@
 """JPEG compressibility and its opposite are the size of an image's JPEG file of quality 95, 1 kB = 1000 bytes.
 
-Source: DDPO, arXiv 2305.13301, section 4; the scale of `variant="nft"` is flow_grpo's and DiffusionNFT's.
+Source: DDPO, arXiv 2305.13301, section 4; `variant="nft"` is as in flow_grpo's and DiffusionNFT's rewards.py,
+which divides by 500 where small files are good, and does not where large ones are.
 """
 
 from __future__ import annotations
@@ -15,9 +16,9 @@ from nft_plugins import Batch, Scores
 
 from .pixels import mark_broken_images
 
-Variant = Literal["nft", "ddpo"]
-#: Factor on the size in kB.
-SCALE = {"nft": 1 / 500, "ddpo": 1.0}
+#: Factors on the size in kB.
+COMPRESSIBILITY = {"nft": -1 / 500, "ddpo": -1.0}
+INCOMPRESSIBILITY = {"scaled": 1 / 500, "nft": 1.0, "ddpo": 1.0}
 
 
 def measure_kilobytes(image: Image) -> float:
@@ -27,11 +28,11 @@ def measure_kilobytes(image: Image) -> float:
     return buffer.tell() / 1000
 
 
-def score_sizes(batch: Batch, scale: float) -> Scores:
-    """Score each image by the size of its JPEG file, times a scale."""
+def score_size(batch: Batch, factor: float) -> Scores:
+    """Score images by a factor times the size of their JPEG files in kB. Detail: `kilobytes`."""
     size = torch.tensor([measure_kilobytes(image) for image in batch.pil], dtype=torch.float32, device="cpu")
     size = mark_broken_images(size, batch)
-    return Scores.of(scale * size, kilobytes=size)
+    return Scores.of(factor * size, kilobytes=size)
 
 
 class JPEGCompressibility:
@@ -40,21 +41,21 @@ class JPEGCompressibility:
     variant: `nft`, -kB / 500, or `ddpo`, -kB.
     """
 
-    def __init__(self, variant: Variant = "nft") -> None:
-        self.scale = -SCALE[variant]
+    def __init__(self, variant: Literal["nft", "ddpo"] = "nft") -> None:
+        self.factor = COMPRESSIBILITY[variant]
 
     def __call__(self, batch: Batch) -> Scores:
-        return score_sizes(batch, self.scale)
+        return score_size(batch, self.factor)
 
 
 class JPEGIncompressibility:
     """Scores an image by the size of its JPEG file. Detail: `kilobytes`.
 
-    variant: `nft`, +kB / 500, or `ddpo`, +kB.
+    variant: `scaled`, +kB / 500, the opposite of compressibility; `nft` or `ddpo`, +kB.
     """
 
-    def __init__(self, variant: Variant = "nft") -> None:
-        self.scale = SCALE[variant]
+    def __init__(self, variant: Literal["scaled", "nft", "ddpo"] = "scaled") -> None:
+        self.factor = INCOMPRESSIBILITY[variant]
 
     def __call__(self, batch: Batch) -> Scores:
-        return score_sizes(batch, self.scale)
+        return score_size(batch, self.factor)

@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
+from torch.nn.functional import interpolate
 
 from nft_plugins import Batch
 from nft_plugins.data import find_finite
@@ -140,6 +141,21 @@ def crop_centre(images: Tensor, size: Size, crop: tuple[int, int], rounded: bool
     window = (top, left, top + crop[0], left + crop[1])
     # A few at once, since float64 takes eight times the memory of the bytes.
     return run_in_chunks(lambda x: resize_images(x, new_height, new_width, window=window), images, chunk=8)
+
+
+def crop_centre_bilinear(images: Tensor, size: Size, crop: tuple[int, int]) -> Tensor:
+    """Resize images bilinearly and cut out their middle, `[B, 3, *crop]`, as torchvision does with tensors.
+
+    images: `[B, 3, H, W]` floats. Nothing is rounded to bytes. An image of the right size is left as it is.
+    """
+    height, width = images.shape[-2:]
+    if isinstance(size, int):
+        short = min(height, width)
+        size = (int(size * height / short), int(size * width / short))
+    if size != (height, width):
+        images = interpolate(images, size, mode="bilinear", antialias=True, align_corners=False)
+    top, left = (round((full - part) / 2) for full, part in zip(size, crop, strict=True))
+    return images[..., top : top + crop[0], left : left + crop[1]]
 
 
 def normalise_pixels(

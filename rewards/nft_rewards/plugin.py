@@ -52,7 +52,8 @@ REWARDS = (
         "clipscore",
         "CLIPScore: agreement of image and prompt, CLIP ViT-L/14",
         "nft_rewards.clipscore:CLIPScore",
-        definition="cos(image, prompt); variant=hessel: 2.5 * max(cos, 0) after 'A photo depicts '",
+        definition="cos(image, prompt); variant=nft: of bilinearly resized images; variant=hessel: "
+        "2.5 * max(cos, 0) after 'A photo depicts '",
         source=f"arXiv 2104.08718; {CLIP_L}",
         files=(CLIP_L,),
         memory="1.7 GB in fp32, 0.9 GB in bf16",
@@ -176,7 +177,7 @@ REWARDS = (
         "jpeg_incompressibility",
         "Large JPEG files: the size at quality 95",
         "nft_rewards.jpeg:JPEGIncompressibility",
-        definition="+kB / 500, 1 kB = 1000 bytes; variant=ddpo: +kB",
+        definition="+kB / 500, 1 kB = 1000 bytes; variant=nft or ddpo: +kB",
         source="arXiv 2305.13301",
         range="kB / 500 above 0",
     ),

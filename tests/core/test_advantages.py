@@ -8,6 +8,7 @@ from nft_core.objective.advantages import (
     compute_advantages,
     compute_optimality,
     measure_flat_groups,
+    measure_spreads,
     normalize_groups,
 )
 from nft_plugins import Part, Scores
@@ -64,6 +65,19 @@ def test_normalized_is_blind_to_spread_and_sum_is_not():
     torch.testing.assert_close(
         compute_advantages(scores, GROUPS, "normalized"), torch.zeros(4), atol=1e-3, rtol=0
     )
+
+
+def test_spreads_within_groups_by_hand():
+    """What is between the groups does not count, nor what is only watched, nor what is alike within groups."""
+
+    def part(weight, *values):
+        return Part(weight, Scores(T([*values]), ALL))
+
+    # Centred: -1, 1, -2, 2, whose mean square is 2.5.
+    parts = {"a": part(-2.0, 1.0, 3.0, 4.0, 8.0), "watched": part(0.0, 0.0, 9.0, 0.0, 9.0)}
+    parts["flat"] = part(1.0, 5.0, 5.0, 900.0, 900.0)
+    found = measure_spreads(Scores(T([0.0] * 4), ALL, parts=parts), GROUPS)
+    assert found == {"a": pytest.approx(2 * 2.5**0.5)}
 
 
 def test_optimality_golden():

@@ -36,6 +36,19 @@ def test_bad_settings(settings, message):
         make_settings(settings)
 
 
+@pytest.mark.parametrize(("given", "count"), [({}, 9), ({"steps": 25}, 24), ({"steps": 1}, 1)])
+def test_training_times_follow_the_steps(given, count):
+    """The published script trains int(0.99 n) of n times: 9 of 10, and 24 of 25."""
+    assert make_settings(given).count_train_times() == count
+    assert make_settings(given, {"train_times_count": 3}).count_train_times() == 3
+
+
+def test_defaults_are_the_papers():
+    s = make_settings({})
+    assert (s.updates_per_epoch, s.old_decay, s.beta, s.kl_weight, s.lr) == (1, "ramp", 1.0, 1e-4, 3e-4)
+    assert (s.prompts_per_epoch, s.group_size, s.steps, s.solver, s.ema_decay) == (48, 24, 10, "dpm2", 0.9)
+
+
 def test_every_mistake_is_named():
     with pytest.raises(UsageError, match=r"lr.*seed|seed.*lr"):
         make_settings({"lr": -1, "seed": -1})

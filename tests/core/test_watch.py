@@ -10,7 +10,7 @@ from nft_core.host.specs import FailurePolicy, RewardSpec
 from nft_core.scoring.composer import compose
 from nft_core.settings import make_settings
 from nft_core.training.loop import train
-from nft_core.training.watch import list_warnings
+from nft_core.training.watch import compare_spreads, list_warnings
 from nft_plugins import Scores
 
 from .test_train import SETTINGS, make
@@ -53,6 +53,30 @@ def test_each_threshold(change, kind, says):
     found = list_warnings(EPOCH | change, BASELINE, s)
     assert list(found) == [kind]
     assert says in found[kind]
+
+
+def test_a_reward_that_drowns_another():
+    assert compare_spreads({"pickscore": 1.0, "hpsv2": 0.1}, 10) == {}
+    said = compare_spreads({"hpsv2": 0.04, "clipscore": 0.5, "pickscore": 1.0}, 10)["spreads"]
+    assert "pickscore moves the sum 25 times as much as hpsv2 does" in said and "--combine normalized" in said
+    assert compare_spreads({"hpsv2": 0.04, "pickscore": 1.0}, 0) == {}
+    assert compare_spreads({"pickscore": 1.0}, 10) == compare_spreads({}, 10) == {}
+
+
+@pytest.mark.parametrize(("combine", "kinds"), [("sum", {"spreads"}), ("normalized", set())])
+def test_a_run_warns_of_a_reward_that_hardly_counts(tmp_path, combine, kinds):
+    def wide(images):
+        return 11 * images.mean((1, 2, 3))
+
+    def narrow(images):
+        return images.mean((1, 2, 3))
+
+    run = make(tmp_path, combine=combine, epochs=1, eval_every=0)
+    run.reward = compose({wide: 1.0, narrow: 1.0})
+    found = records(run)
+    train(run)
+    (record,) = [one for one in found if one["event"] == "epoch"]
+    assert record["warnings"].keys() == kinds
 
 
 def test_a_reward_that_falls():

@@ -392,7 +392,7 @@ def test_deprecations_are_noted(site, monkeypatch):
 
 def test_nothing_else_suffers(site, listed):
     assert listed["good"]["status"] == "ok"
-    for name in ("nft_core", "nft_rewards", "nft_solvers", "nft_tiny"):
+    for name in ("nft_core", "nft_recipes", "nft_rewards", "nft_solvers", "nft_tiny"):
         assert listed[name]["status"] == "ok"
     text = nft(site, "plugins").stdout
     assert "raises is broken: nft_register_rewards raised ZeroDivisionError" in text

@@ -276,11 +276,12 @@ ASKED: dict[str, tuple[str, dict[str, Any]]] = {
 }
 #: The stand-ins of `--tiny`, and rewards without weights.
 TINY_REWARDS = [
-    *("pickscore", "pickscore,variant=nft", "clipscore", "clipscore,variant=hessel"),
+    *("pickscore", "pickscore,variant=nft", "clipscore", "clipscore,variant=nft", "clipscore,variant=hessel"),
     *("geneval", "geneval,score=strict", "geneval,variant=nft"),
     *("ocr", "ocr,variant=strict", "ocr,normalise=false,upscale=2,spam_penalty=0.5"),
     *("rank,of=pickscore", "rank,of=ocr;variant=strict"),
     *("jpeg_compressibility", "jpeg_compressibility,variant=ddpo", "jpeg_incompressibility"),
+    "jpeg_incompressibility,variant=nft",
 ]
 
 

@@ -18,7 +18,7 @@ from nft_rewards.chunks import run_in_chunks
 from nft_rewards.clip import encode_texts, load_clip
 from nft_rewards.clipscore import CLIPScore
 from nft_rewards.pickscore import PickScore
-from nft_rewards.pixels import crop_centre
+from nft_rewards.pixels import CLIP_MEAN, CLIP_STD, crop_centre
 from nft_rewards.texts import Texts
 
 PROMPTS = ["a b", "a photo", "b c d", "a b"]
@@ -81,6 +81,38 @@ def test_hessel_variant(checkpoint, pictures):
     plain = CLIPScore(checkpoint)(batch_of(pictures["noise"], ["A photo depicts b"])).values
     hessel = CLIPScore(checkpoint, variant="hessel")(batch).values
     torch.testing.assert_close(hessel, 2.5 * plain.clamp_min(0))
+
+
+def shrink_bilinearly(image, side):
+    """Compute by sums, in float64, what torchvision's Resize and CenterCrop do with a tensor."""
+    x = np.asarray(image, dtype=np.float64)
+    short = min(x.shape[1:])
+    for axis in (1, 2):
+        old, new = x.shape[axis], int(side * x.shape[axis] / short)
+        step = old / new
+        centre = (np.arange(new)[:, None] + 0.5) * step - 0.5
+        # Triangles that are as wide as a step.
+        weights = np.maximum(1 - np.abs(np.arange(old)[None] - centre) / max(step, 1), 0)
+        x = np.moveaxis(weights / weights.sum(1, keepdims=True) @ np.moveaxis(x, axis, -2), -2, axis)
+        start = round((new - side) / 2)
+        x = np.take(x, range(start, start + side), axis)
+    return x
+
+
+def test_nft_variant_resizes_bilinearly_and_rounds_nothing(checkpoint, picture):
+    from transformers import CLIPModel, CLIPProcessor
+
+    mean, std = (np.array(v)[:, None, None] for v in (CLIP_MEAN, CLIP_STD))
+    pixels = torch.from_numpy((shrink_bilinearly(picture, 48) - mean) / std).float()
+    texts = CLIPProcessor.from_pretrained(checkpoint)(
+        text=PROMPTS, padding="max_length", max_length=12, return_tensors="pt"
+    )
+    with torch.no_grad():
+        model = CLIPModel.from_pretrained(checkpoint).eval()
+        expected = model(pixel_values=pixels.expand(4, -1, -1, -1), **texts).logits_per_image.diagonal() / 100
+    reward = CLIPScore(checkpoint, variant="nft")
+    torch.testing.assert_close(reward(batch_of(picture, PROMPTS)).values, expected, rtol=0, atol=1e-6)
+    assert reward.needs_floats and not CLIPScore(checkpoint).needs_floats
 
 
 def counted(clip, monkeypatch):

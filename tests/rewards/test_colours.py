@@ -7,6 +7,7 @@ from PIL import Image
 
 from nft_rewards.clip import CLIP, Towers, load_clip
 from nft_rewards.colours import COLORS, ColorClassifier, cut_out_object
+from nft_rewards.pixels import normalise_pixels
 
 PALETTE = {
     "red": (230, 20, 20),
@@ -162,13 +163,31 @@ def checkpoint(tmp_path_factory):
     return str(folder)
 
 
+def crop_as_published(picture, side):
+    """Crop as GenEval's evaluator does: by torchvision's CenterCrop, which rounds half a margin to even."""
+    width, height = (int(side * n / min(picture.size)) for n in picture.size)
+    left, top = round((width - side) / 2), round((height - side) / 2)
+    return picture.resize((width, height), Image.Resampling.BICUBIC).crop((left, top, left + side, top + side))
+
+
+def test_a_crop_is_the_published_one():
+    """Margins of 3 and 7 pixels: transformers begins at 1 and 3, torchvision and the evaluator at 2 and 4."""
+    classify = ColorClassifier(Fake().clip)  # Its towers read 8 x 8 pixels.
+    for margin, begins in ((3, 2), (7, 4), (5, 2), (4, 2)):
+        seen = []
+        classify.clip.encode_pixels = lambda x, seen=seen: seen.append(x) or torch.zeros(1, 10)
+        image = torch.arange(8 + margin, dtype=torch.uint8).expand(3, 8, 8 + margin)
+        classify.compute_cosines([image], ["cat"])
+        assert seen[0][0, 0, 0].tolist() == list(range(begins, begins + 8))
+        picture = Image.fromarray(image.permute(1, 2, 0).numpy())
+        assert (np.asarray(crop_as_published(picture, 8))[0, :, 0] == seen[0][0, 0, 0].numpy()).all()
+
+
 def test_a_checkpoint_equals_one_crop_at_a_time_by_pil(checkpoint):
     from transformers import CLIPModel, CLIPTokenizer
-    from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
     model = CLIPModel.from_pretrained(checkpoint).eval()
     tokenizer = CLIPTokenizer.from_pretrained(checkpoint)
-    processor = CLIPImageProcessorPil.from_pretrained(checkpoint)
     rng = np.random.default_rng(0)
     blocks = rng.integers(0, 256, (40, 4, 4, 3), dtype=np.uint8)
     shapes = rng.integers(20, 90, (40, 2)).tolist()
@@ -180,7 +199,8 @@ def test_a_checkpoint_equals_one_crop_at_a_time_by_pil(checkpoint):
 
     def similarities(picture, label):
         with torch.no_grad():
-            pixels = processor(picture, return_tensors="pt").pixel_values
+            crop = torch.from_numpy(np.array(crop_as_published(picture, 48))).permute(2, 0, 1)
+            pixels = normalise_pixels(crop[None])
             image = unit(model.get_image_features(pixel_values=pixels).pooler_output)
             rows = []
             for c in COLORS:

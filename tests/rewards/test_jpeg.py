@@ -26,6 +26,9 @@ def test_exact_file_size(batch):
     torch.testing.assert_close(JPEGCompressibility()(batch).values, -size / 500)
     torch.testing.assert_close(JPEGCompressibility("ddpo")(batch).values, -size)
     torch.testing.assert_close(JPEGIncompressibility()(batch).values, size / 500)
+    # DiffusionNFT's rewards.py divides by 500 in compressibility alone.
+    torch.testing.assert_close(JPEGCompressibility("nft")(batch).values, -size / 500)
+    torch.testing.assert_close(JPEGIncompressibility("nft")(batch).values, size)
     torch.testing.assert_close(JPEGIncompressibility("ddpo")(batch).values, size)
 
 

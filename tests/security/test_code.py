@@ -11,6 +11,7 @@ import pytest
 
 import nft_core
 import nft_plugins
+import nft_recipes
 import nft_rewards
 import nft_solvers
 import nft_tiny
@@ -18,7 +19,7 @@ from nft_core.errors import NftError
 from nft_core.models.sd3 import SD3
 from nft_core.scoring.composer import reward
 
-PACKAGES = (nft_core, nft_plugins, nft_rewards, nft_solvers, nft_tiny)
+PACKAGES = (nft_core, nft_plugins, nft_recipes, nft_rewards, nft_solvers, nft_tiny)
 SOURCES = sorted(f for p in PACKAGES for f in Path(p.__file__).parent.rglob("*.py"))
 DATA = Path(nft_tiny.__file__).parent / "data"
 #: Modules that run or fetch what a file says.

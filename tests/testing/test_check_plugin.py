@@ -88,7 +88,7 @@ def test_an_option_that_the_check_is_given_needs_no_default():
     assert check_plugin(plugin(reward(summary="mine", factory=needs)), options={"mine": {"of": "a"}})
 
 
-@pytest.mark.parametrize("name", ["nft_core", "nft_rewards", "nft_solvers", "nft_tiny"])
+@pytest.mark.parametrize("name", ["nft_core", "nft_recipes", "nft_rewards", "nft_solvers", "nft_tiny"])
 def test_the_built_in_plugins_keep_the_contract(name):
     assert check_plugin(f"{name}.plugin")
 

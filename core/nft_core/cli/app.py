@@ -20,9 +20,10 @@ from .evaluate import evaluate
 from .launch import launch_training
 from .listing import list_models, list_observers, list_plugins, list_rewards, list_solvers
 from .new import begin_package
+from .presets import list_presets
 from .rewards import check_contract, show_reward
 from .sample import sample_images
-from .score import choose_preset, score_files
+from .score import choose_preset, make_preset_option, score_files
 from .serve import serve_rewards
 from .settings import list_settings
 
@@ -87,6 +88,7 @@ for command in (
     list_solvers,
     list_models,
     list_observers,
+    list_presets,
     list_settings,
     begin_package,
     manage_environments,
@@ -129,11 +131,7 @@ for command in (show_reward, check_contract):
     is_flag=True,
     help="Train a small real model that comes with nft-hub, in minutes on a CPU. Short for --preset tiny.",
 )
-@click.option(
-    "--preset",
-    metavar="NAME",
-    help="Start from a named set of settings; `nft settings --preset NAME` shows what it changes.",
-)
+@make_preset_option("Start from a named set of settings, such as a published recipe; `nft presets` lists them.")
 @click.option(
     "--combine",
     type=click.Choice(get_args(Combine)),
@@ -245,6 +243,7 @@ def start_run(
     from ..host.specs import parse_reward
     from ..runs.folder import read_run_file
     from ..runs.inputs import make_run_settings, prepare_inputs
+    from ..runs.presets import check_family
     from ..runs.record import COMMAND
     from ..settings import parse_assignment
 
@@ -265,12 +264,13 @@ def start_run(
     if given.get("prompts") and settings.eval_prompts and not given.get("eval_prompts"):
         click.echo(f"Evaluations are on other prompts than --prompts: those of {settings.eval_prompts}.")
     if plan:
-        from ..planning.known import check_family, find_card, use_known_model
+        from ..planning.known import find_card, find_planned_family, use_known_model
 
         chosen_card = find_card(card) if card else None
         inputs = prepare_inputs(settings, host)
         with use_known_model(settings) as planned:
-            check_family(planned, host)  # A model that is not there is told before torch is imported.
+            # A model that is not there, or not for this preset, is told before torch is imported.
+            check_family(settings, host, find_planned_family(planned, host))
             from .plan import show_plan
 
             show_plan(settings, planned, host, inputs, chosen_card, peak_tflops)

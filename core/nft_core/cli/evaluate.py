@@ -17,7 +17,7 @@ from .. import environment
 from ..errors import UsageError
 from ..output import keep_output_alive
 from .repeating import repeat_command
-from .score import choose_preset
+from .score import choose_preset, make_preset_option
 from .tables import show_figures
 
 if TYPE_CHECKING:
@@ -44,9 +44,7 @@ QUIET = 30.0
     help="Repeat an earlier evaluation: its protocol.toml, its folder, or the folder's name in ./evaluations.",
 )
 @click.option("--tiny", is_flag=True, help="The small model that comes with nft-hub. Short for --preset tiny.")
-@click.option(
-    "--preset", metavar="NAME", help="Take settings, prompts and, without MODEL, the model of a preset."
-)
+@make_preset_option("Take settings, prompts and, without MODEL, the model of a preset.")
 @click.option(
     "--prompts",
     metavar="FILE",

@@ -12,7 +12,7 @@ from .. import environment
 from ..errors import UsageError
 from ..output import keep_output_alive
 from .repeating import repeat_command
-from .score import choose_preset, show_progress
+from .score import choose_preset, make_preset_option, show_progress
 
 
 @click.command("sample")
@@ -24,7 +24,7 @@ from .score import choose_preset, show_progress
 )
 @click.option("--lora", metavar="PATH|HUB_ID", help="LoRA on top of the model.")
 @click.option("--tiny", is_flag=True, help="The small model that comes with nft-hub. Short for --preset tiny.")
-@click.option("--preset", metavar="NAME", help="Take settings and, without --model, the model of a preset.")
+@make_preset_option("Take settings and, without --model, the model of a preset.")
 @click.option("--prompt", "texts", metavar="TEXT", multiple=True, help="A prompt; repeatable.")
 @click.option(
     "--prompts", "file", metavar="FILE", help="File of prompts: .txt with one a line, .jsonl or .json."

@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from functools import partial
 from math import inf
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
@@ -27,6 +27,8 @@ from .tables import new_table, print_table
 if TYPE_CHECKING:
     from ..scoring.composer import Composed
     from ..scoring.images import Scored
+
+F = TypeVar("F", bound=Callable[..., Any])
 
 #: With more images than this, a bar shows the progress.
 FEW = 8
@@ -43,10 +45,22 @@ tiny_option = click.option(
     help="Use small models that come with nft-hub in place of the rewards' own, to try things out on a CPU. "
     "Their scores mean nothing for real pictures. Short for --preset tiny.",
 )
-preset_option = click.option(
-    "--preset",
-    metavar="NAME",
-    help="Use the options that this preset gives to rewards; `nft settings --preset NAME` shows them.",
+
+
+def take_one(context: click.Context, parameter: click.Parameter, given: tuple[str, ...]) -> str | None:
+    """Take the one value of an option. Raises click.UsageError where it is given several values."""
+    if len(names := list(dict.fromkeys(given))) > 1:
+        raise click.UsageError(f"--{parameter.name} is given as {' and as '.join(names)}: give one.")
+    return names[0] if names else None
+
+
+def make_preset_option(description: str) -> Callable[[F], F]:
+    """Make the option --preset, which takes one name."""
+    return click.option("--preset", metavar="NAME", multiple=True, callback=take_one, help=description)
+
+
+preset_option = make_preset_option(
+    "Use the options that this preset gives to rewards; `nft presets NAME` shows them."
 )
 
 

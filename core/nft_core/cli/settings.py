@@ -10,7 +10,7 @@ import click
 
 from ..errors import unknown_name
 from ..host.host import load_host
-from .score import choose_preset
+from .score import choose_preset, make_preset_option
 from .tables import json_option, new_table, print_table
 
 #: A preset's value is cut to so many letters in the list.
@@ -20,7 +20,7 @@ WIDEST = 40
 @click.command("settings")
 @click.argument("name", required=False)
 @click.option("--tiny", is_flag=True, help="Also show what `nft run --tiny` changes; short for --preset tiny.")
-@click.option("--preset", metavar="NAME", help="Also show what `nft run --preset NAME` changes.")
+@make_preset_option("Also show what `nft run --preset NAME` changes.")
 @json_option
 def list_settings(name: str | None, tiny: bool, preset: str | None, as_json: bool) -> None:
     """List the settings of a run, or explain one.
@@ -31,11 +31,12 @@ def list_settings(name: str | None, tiny: bool, preset: str | None, as_json: boo
     To change a setting, add --set lr=1e-4 or --set optimizer.lr=1e-4 to `nft run`, or write it into a TOML file
     for --config, where each group is a table.
     """
+    from ..runs.presets import read_preset
     from ..settings import GROUP_OF  # pydantic takes longer than all of `nft --help`.
 
     chosen = choose_preset(tiny, preset)
     names = find_settings(name) if name else list(GROUP_OF)
-    rows = describe_settings(names, read_preset(chosen) if chosen else {})
+    rows = describe_settings(names, read_preset(load_host(), chosen) if chosen else {})
     if as_json:
         click.echo(json.dumps(rows, indent=2))
     elif name:
@@ -57,15 +58,6 @@ def find_settings(name: str) -> list[str]:
     if not names:
         raise unknown_name("setting or group", name, {*GROUP_OF, *GROUPS}, lists="nft settings")
     return list(dict.fromkeys([*own, *names]))
-
-
-def read_preset(name: str) -> Mapping[str, Any]:
-    """Read the settings that a preset changes, under their flat names."""
-    host = load_host()
-    if name not in host.presets:
-        raise unknown_name("preset", name, host.presets)
-    info = host.presets[name].info
-    return {**info.settings, "reward_defaults": {k: dict(v) for k, v in info.rewards.items()}}
 
 
 def describe_settings(names: list[str], changed: Mapping[str, Any]) -> list[dict[str, Any]]:

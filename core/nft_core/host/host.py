@@ -190,6 +190,10 @@ class Host:
         if not is_reference(name) or family + colon in self.solvers:
             self._find_card("solver", family + colon, self.solvers)
 
+    def find_preset(self, name: str) -> Registered[Preset]:
+        """Find the card of a preset. Raises UsageError where there is none or several plug-ins claim it."""
+        return self._find_card("preset", name, self.presets)
+
     def require_reward(self, name: str | Callable[..., Any]) -> None:
         """Raise what `make_reward` raises for a name or a missing module, and import nothing of the reward."""
         card = self.find_reward(name)

@@ -64,6 +64,22 @@ def compute_advantages(scores: Scores, groups: Tensor, combine: Combine = "sum",
     return total
 
 
+def measure_spreads(scores: Scores, groups: Tensor) -> dict[str, float]:
+    """Measure how much each part moves a weighted sum within the groups: |weight| times its deviation there.
+
+    Parts without a weight are left out, and those that score all images of each group alike.
+    """
+    found = {}
+    for name, (weight, part) in scores.parts.items():
+        valid = scores.valid & part.valid
+        if weight and valid.any():
+            values = part.values.double()
+            centred = (values - average_groups(values, valid, groups))[valid]
+            if spread := abs(weight) * float(centred.square().mean().sqrt()):
+                found[name] = spread
+    return found
+
+
 def compute_optimality(advantages: Tensor, clip: float, mode: AdvantageMode = "all") -> Tensor:
     """Compute the optimality probabilities r in [0, 1]: `1/2 + clamp(A, -clip, clip) / (2 clip)`.
 

@@ -217,7 +217,7 @@ class Computations:
 
     def step(self, images: int, mark: Any) -> None:
         """Train on one time of a microbatch, with all times' latents at hand, as the loop does."""
-        s, times = self.s, self.s.train_times_count
+        s, times = self.s, self.s.count_train_times()
         x_0 = self.make_latents(images)
         noise, x_t, v_old = (self.make_latents(times, images) for _ in range(3))
         v_ref = self.make_latents(times, images) if s.kl_weight else None

@@ -72,10 +72,10 @@ def use_known_model(s: Settings) -> Iterator[Settings]:
         yield s.model_copy(update={"model": folder})
 
 
-def check_family(s: Settings, host: Host) -> None:
-    """Raise NftError where the model cannot be found; it names those that a plan knows without a network."""
+def find_planned_family(s: Settings, host: Host) -> str:
+    """Find the model's family. Raises NftError, which names the models that a plan knows without a network."""
     try:
-        find_family(s, host)
+        return find_family(s, host)[0]
     except UsageError:  # It is there, and something else than a pipeline.
         raise
     except NftError as error:

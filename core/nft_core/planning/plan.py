@@ -142,7 +142,7 @@ def count_moments(s: Settings, f: Footprint) -> int:
 
 def count_together(s: Settings, microbatch: int) -> int:
     """Count images in a pass of the frozen policies, which take several training times at once."""
-    return microbatch * min(s.train_times_count, max(s.rollout_batch // microbatch, 1))
+    return microbatch * min(s.count_train_times(), max(s.rollout_batch // microbatch, 1))
 
 
 def sum_phases(table: Phases) -> dict[str, int]:
@@ -177,7 +177,7 @@ class EpochWork(NamedTuple):
 def count_works(s: Settings, f: Footprint) -> list[EpochWork]:
     """Count all of an epoch's passes through the transformer and the VAE."""
     step = f.steps[s.gradient_checkpointing]
-    images, times = s.prompts_per_epoch * s.group_size, s.train_times_count
+    images, times = s.prompts_per_epoch * s.group_size, s.count_train_times()
     weights = sum(f.weights.values()) + (4 * sum(f.trained) if f.lora else 0)
     frozen = images * times / count_together(s, s.microbatch) * weights
     again = 3 if s.gradient_checkpointing else 2

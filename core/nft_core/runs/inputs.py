@@ -24,6 +24,7 @@ from .copies import read_copies, use_originals
 from .folder import claim_folder, holds_a_run, read_record
 from .origin import add_origin, begins_from_something
 from .places import shorten_paths
+from .presets import check_family, read_preset
 from .resume import FREE, refuse_changes
 from .setup import check_device_name, find_family
 
@@ -47,15 +48,11 @@ def choose_preset(tiny: bool, preset: str | None) -> str | None:
 def make_run_settings(host: Host, preset: str | None, *layers: Mapping[str, Any]) -> Settings:
     """Make settings from a preset and then from each layer; the last one that gives a setting counts.
 
-    A model that a run has trained brings settings along, which replace those of the preset alone.
+    A layer may name the preset too. A model that a run has trained brings settings along, which replace those
+    of the preset alone.
     Raises UsageError for a preset, a setting or a reward of `reward_defaults` that is not known.
     """
-    base: dict[str, Any] = {}
-    if preset:
-        if preset not in host.presets:
-            raise unknown_name("preset", preset, host.presets)
-        info = host.presets[preset].info
-        base = {**info.settings, "reward_defaults": {k: dict(v) for k, v in info.rewards.items()}}
+    base = read_preset(host, preset, *layers)
     for layer in layers:
         defaults = layer.get("reward_defaults", {})
         for name in defaults if isinstance(defaults, Mapping) else ():
@@ -117,7 +114,9 @@ def check_run(
             refuse_changes(folder, settings, allow_changes)
         else:
             claim_folder(folder)
-    find_family(settings, host)
+    family, _ = find_family(settings, host)
+    if not resume:
+        check_family(settings, host, family)
     refuse_prompts(inputs, settings, host)
     check_rewards(inputs.rewards, host, announce)
     return inputs

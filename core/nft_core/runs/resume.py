@@ -33,6 +33,7 @@ FREE = {
     *("checkpoint_every", "keep_last", "keep_best"),
     *("prompts", "eval_prompts"),  # What is in these files is compared.
     *("max_nonfinite", "max_skips", "strict", "watch_x0", "watch_gap", "watch_flat_groups", "watch_reward"),
+    *("watch_spreads", "preset"),  # What the preset set is compared setting by setting.
 }
 
 

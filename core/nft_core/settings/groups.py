@@ -35,6 +35,11 @@ class Group(BaseModel):
 class Run(Group):
     """How long the run is, its random numbers, and who watches it."""
 
+    preset: str = Field(
+        "",
+        description="Preset that the settings begin from; what else is given replaces its values. "
+        "`nft presets` lists them. Empty begins from the defaults.",
+    )
     epochs: CountOrZero = Field(
         100,
         description="Number of epochs, each a rollout and then gradient steps on its images. More epochs "
@@ -246,11 +251,11 @@ class Loss(Group):
         description="Which noise times an image is trained at. grid takes the solver's own times but the last "
         "before 0; uniform and logit_normal draw them at random.",
     )
-    # Of the grid's ten times the last is left out, so nine are all of them.
-    train_times_count: Count = Field(
-        9,
+    train_times_count: Count | Literal["auto"] = Field(
+        "auto",
         description="Number of noise times that each image is trained at. More times take proportionally "
-        "longer and make the gradient less noisy.",
+        "longer and make the gradient less noisy. auto follows steps: all of the solver's times but the last, "
+        "as published, which are 9 for 10 steps.",
     )
     # SD3's own shift.
     time_shift: Positive = Field(
@@ -285,9 +290,10 @@ class Optimizer(Group):
     )
     # The published run on OCR has 2, the others have 1.
     updates_per_epoch: Count = Field(
-        2,
+        1,
         description="Gradient steps in each epoch, among which the epoch's images are divided equally. More "
-        "steps learn faster from the same images, each from fewer of them.",
+        "steps learn faster from the same images, each from fewer of them. Schedules that count gradient "
+        "steps, such as old_decay, then go on faster too.",
     )
     adam_beta1: BelowOne = Field(
         0.9,
@@ -476,6 +482,11 @@ class Watch(Group):
         0.9,
         description="Warn when in more than this share of the prompts all images score the same, and so teach "
         "nothing. A higher value warns later.",
+    )
+    watch_spreads: NotNegative = Field(
+        10.0,
+        description="Warn when with combine=sum one reward varies more than this many times as much as another "
+        "within the groups, so that the other hardly counts. A higher value warns later.",
     )
     watch_reward: NotNegative = Field(
         1.0,

@@ -34,6 +34,10 @@ class Settings(
 ):
     """Holds all settings of a run under their flat names, such as `settings.lr`. `groups.py` declares each."""
 
+    def count_train_times(self) -> int:
+        """Count the noise times that each image is trained at; `auto` is all of the solver's but the last."""
+        return max(self.steps - 1, 1) if self.train_times_count == "auto" else self.train_times_count
+
     @field_validator("rewards", "reward_defaults", "observers", "solver_options", "model_options")
     @classmethod
     def _finite(cls, value: Any) -> Any:

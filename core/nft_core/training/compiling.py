@@ -84,9 +84,9 @@ def make_passes(run: Training) -> None:
         with policy.use_old(), policy.merge_lora():
             velocity(run.sampler.batch)
         with policy.use_old():
-            velocity(min(several, s.train_times_count) * s.microbatch)
+            velocity(min(several, s.count_train_times()) * s.microbatch)
         if s.kl_weight:
             with policy.use_reference():
-                velocity(min(several, s.train_times_count) * s.microbatch)
+                velocity(min(several, s.count_train_times()) * s.microbatch)
     # Any loss will do: what is compiled is the pass and its gradient, not the loss.
     velocity(s.microbatch).square().mean().backward()

@@ -9,7 +9,7 @@ import torch
 from nft_plugins import EpochRecord
 
 from ..errors import NftError
-from ..objective.advantages import measure_flat_groups
+from ..objective.advantages import measure_flat_groups, measure_spreads
 from ..objective.schedules import adapt_kl_weight, compute_old_decay
 from ..parallel import processes
 from ..sampling.rollout import Rollout
@@ -17,7 +17,7 @@ from ..scoring.statistics import summarize_scores
 from .evaluation import evaluate
 from .state import Progress, Training, count_compiled_graphs
 from .totals import set_total
-from .watch import list_warnings
+from .watch import compare_spreads, list_warnings
 
 
 def finish_epoch(training: Training, rollout: Rollout, seconds: float) -> None:
@@ -58,6 +58,8 @@ def finish_epoch(training: Training, rollout: Rollout, seconds: float) -> None:
         # Only the first epoch sets it, also in a run that goes on: a later one may have run away already.
         at.baseline.setdefault("x0_rms", record["x0_rms"])
     record["warnings"] = list_warnings(record, at.baseline, s)
+    if s.combine == "sum":
+        record["warnings"] |= compare_spreads(measure_spreads(scores, rollout.groups), s.watch_spreads)
     training.observe("nft_epoch_finished", record=record)
     # Weights and counters change together here; no checkpoint is taken in between.
     with training.change_together():

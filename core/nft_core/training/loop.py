@@ -56,12 +56,12 @@ def train_epoch(training: Training) -> None:
             for x_0, x_t, t, c, r_0, weight in make_microbatches(training, rollout, images, r):
                 # The targets are computed once, without gradients, for all times of the microbatch.
                 v_old, v_ref = compute_frozen_velocities(training, x_t, t, c)
-                for k in range(s.train_times_count):
+                for k in range(s.count_train_times()):
                     v = policy.velocity(x_t[k], t[k], c)
                     policy_loss = nft_loss(v, v_old[k], x_t[k], x_0, t[k], r_0, s.beta, s.advantage_clip)
                     kl = kl_loss(v, v_ref[k]) if v_ref is not None else torch.zeros_like(policy_loss)
                     # Divided by the whole step's number, so that the size of a microbatch does not matter.
-                    loss = (policy_loss + at.kl_weight * kl).sum() / (len(images) * s.train_times_count)
+                    loss = (policy_loss + at.kl_weight * kl).sum() / (len(images) * s.count_train_times())
                     add_gradients(training, weight * loss)
                     sums += weight * sum_figures(policy_loss, kl, v, v_old[k])
             take_step(training, sums)

@@ -102,7 +102,7 @@ def draw_times_and_noise(training: Training, rollout: Rollout, index: Tensor) ->
     times, noise = [], []
     for n in index.tolist():
         source = rollout.draws.make_generator(n, "train")
-        times.append(draw_times(s.train_times, s.train_times_count, grid, s.time_shift, source))
-        size = (s.train_times_count, *shape)
+        times.append(draw_times(s.train_times, s.count_train_times(), grid, s.time_shift, source))
+        size = (s.count_train_times(), *shape)
         noise.append(torch.randn(size, generator=source, dtype=torch.float32, device="cpu"))
     return torch.stack(times, 1), torch.stack(noise, 1)

@@ -48,6 +48,26 @@ def list_warnings(record: Mapping[str, Any], baseline: Mapping[str, float], s: S
     return found
 
 
+def compare_spreads(spreads: Mapping[str, float], limit: float) -> dict[str, str]:
+    """Warn where one reward of a sum varies more than `limit` times as much as another.
+
+    spreads: of each reward, its weight included. limit: 0 turns the warning off.
+    """
+    if not limit or not spreads:
+        return {}
+    most, least = max(spreads, key=lambda n: spreads[n]), min(spreads, key=lambda n: spreads[n])
+    ratio = spreads[most] / spreads[least]
+    if ratio <= limit:
+        return {}
+    return {
+        "spreads": (
+            f"{most} moves the sum {ratio:.0f} times as much as {least} does, which so hardly counts "
+            f"(watch_spreads = {limit:g}): use --combine normalized, a weight for {least} about {ratio:.0f} "
+            "times as large, or a variant on another scale, such as pickscore,variant=nft."
+        )
+    }
+
+
 def list_evaluation_warnings(
     record: Mapping[str, Any], baseline: Mapping[str, float], s: Settings
 ) -> dict[str, str]:

@@ -1,0 +1,1 @@
+"""Published recipes as presets. Nobody imports this package: the host finds it by its entry point."""
