@@ -132,10 +132,12 @@ def find_arguments(node: ast.stmt) -> ast.arguments:
 def make_sketch(module: str, given: ast.arguments) -> Callable[..., Any]:
     """Make a function of these arguments that can be asked for its signature and is never called."""
     kinds = inspect.Parameter
-    plain = [(a, kinds.POSITIONAL_ONLY) for a in given.posonlyargs]
+    plain: list[tuple[ast.arg, Any]] = [(a, kinds.POSITIONAL_ONLY) for a in given.posonlyargs]
     plain += [(a, kinds.POSITIONAL_OR_KEYWORD) for a in given.args]
     first_default = len(plain) - len(given.defaults)
-    listed = [(arg, kind, i >= first_default) for i, (arg, kind) in enumerate(plain)]
+    listed: list[tuple[ast.arg, Any, bool]] = [
+        (arg, kind, i >= first_default) for i, (arg, kind) in enumerate(plain)
+    ]
     listed += [(given.vararg, kinds.VAR_POSITIONAL, False)] if given.vararg else []
     named = zip(given.kwonlyargs, given.kw_defaults, strict=True)
     listed += [(arg, kinds.KEYWORD_ONLY, default is not None) for arg, default in named]
