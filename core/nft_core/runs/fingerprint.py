@@ -206,7 +206,7 @@ def collect_remote_sources(reward: Composed) -> dict[str, str]:
     from ..remote.served import ServedReward
     from ..scoring.composed import Mapped
 
-    found = {}
+    found: dict[str, str] = {}
     for term in reward.terms:
         inner = getattr(term.reward, "reward", term.reward)  # Behind what guards it.
         if isinstance(inner, Mapped):
