@@ -204,8 +204,10 @@ def test_a_process_that_is_killed_while_it_makes_one_leaves_none(light, root):
 @pytest.mark.parametrize("installer", ["uv", "venv"])
 def test_an_environment_is_made_checked_and_used_again(installer, monkeypatch):
     """It needs a package index."""
-    if installer == "venv":
-        monkeypatch.setattr(creation, "find_uv", lambda: None)
+    if installer == "venv":  # As where uv is not installed.
+        monkeypatch.setitem(sys.modules, "uv", None)
+        monkeypatch.setenv("PATH", "/usr/bin:/bin")
+        assert creation.find_uv() is None
     needed = make_needed(requirements=("click",))
     said = []
     assert create_environment(needed, said.append, python=sys.executable)
