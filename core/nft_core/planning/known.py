@@ -148,7 +148,9 @@ def make_tokenizer_of_words() -> Any:
     text = "\n".join(lines)
     words = re.findall(r"\w+", text)
     # A word comes about letter by letter; those behind a space, which are most, come first.
-    merges = dict.fromkeys((w[:i], w[i]) for w in [*("▁" + w for w in words), *words] for i in range(1, len(w)))
+    merges: Any = dict.fromkeys(
+        (w[:i], w[i]) for w in [*("▁" + w for w in words), *words] for i in range(1, len(w))
+    )
     known = ["<pad>", "<eos>", "<bos>", "<unk>", "<mask>", "▁", *LETTERS, *text, *(a + b for a, b in merges)]
     vocabulary = {piece: i for i, piece in enumerate(dict.fromkeys(known))}
     return GemmaTokenizer(vocab=vocabulary, merges=list(merges))
