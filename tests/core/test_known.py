@@ -1,5 +1,7 @@
 """GPUs and models that a plan knows by name: the table is whole, and its models are of the published sizes."""
 
+import inspect
+
 import diffusers
 import pytest
 import torch
@@ -11,7 +13,7 @@ from nft_core.errors import UsageError
 from nft_core.host.host import load_host
 from nft_core.models.checks import check_pipeline
 from nft_core.models.paths import read_index
-from nft_core.planning.known import Card, find_card, read_known, use_known_model, write_pipeline
+from nft_core.planning.known import Card, find_card, make_tokenizer, read_known, use_known_model, write_pipeline
 from nft_core.runs.setup import find_family
 from nft_core.settings import make_settings
 
@@ -79,6 +81,14 @@ def test_configs_make_a_whole_pipeline(model, tmp_path):
     family, _ = find_family(make_settings({"model": str(tmp_path), "rewards": ["ocr"]}), load_host())
     name = model.partition("/")[2]
     assert family == FAMILIES[next(word for word in FAMILIES if name.startswith(word))]
+
+
+def test_the_instruction_of_sana_is_about_as_long_as_gemma_makes_it():
+    call = inspect.signature(diffusers.SanaPipeline.__call__).parameters
+    text = "\n".join(call["complex_human_instruction"].default)
+    tokens = make_tokenizer("gemma").tokenize(text)
+    assert "▁generate" in tokens and "<unk>" not in tokens
+    assert len(text.split()) < len(tokens) < 1.5 * len(text.split())
 
 
 @pytest.fixture

@@ -5,7 +5,9 @@ The facts are in known.toml, each with its source.
 
 from __future__ import annotations
 
+import inspect
 import json
+import re
 import tomllib
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -124,8 +126,7 @@ def make_tokenizer(kind: str) -> Any:
         pieces = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), ("▁", -1.0), *((c, -2.0) for c in LETTERS)]
         return transformers.T5Tokenizer(vocab=pieces, extra_ids=0)
     if kind == "gemma":
-        words = ["<pad>", "<eos>", "<bos>", "<unk>", "<mask>", "▁", *LETTERS]
-        return transformers.GemmaTokenizer(vocab={word: i for i, word in enumerate(words)})
+        return make_tokenizer_of_words()
     from tokenizers.pre_tokenizers import ByteLevel
 
     return transformers.Qwen2Tokenizer(
@@ -133,3 +134,23 @@ def make_tokenizer(kind: str) -> Any:
         extra_special_tokens=["<|im_start|>", "<|im_end|>"],
         chat_template="{% for m in messages %}<|im_start|>{{ m.content }}<|im_end|>{% endfor %}",
     )
+
+
+def make_tokenizer_of_words() -> Any:
+    """Make a tokenizer for SANA that takes each word of its pipeline's instruction as one token.
+
+    The instruction stands before every prompt, so its length counts: Gemma has about a token for a word too.
+    """
+    from diffusers import SanaPipeline
+    from transformers import GemmaTokenizer
+
+    lines = inspect.signature(SanaPipeline.__call__).parameters["complex_human_instruction"].default
+    text = "\n".join(lines)
+    words = re.findall(r"\w+", text)
+    # A word comes about letter by letter; those behind a space, which are most, come first.
+    merges: Any = dict.fromkeys(
+        (w[:i], w[i]) for w in [*("▁" + w for w in words), *words] for i in range(1, len(w))
+    )
+    known = ["<pad>", "<eos>", "<bos>", "<unk>", "<mask>", "▁", *LETTERS, *text, *(a + b for a, b in merges)]
+    vocabulary = {piece: i for i, piece in enumerate(dict.fromkeys(known))}
+    return GemmaTokenizer(vocab=vocabulary, merges=list(merges))
