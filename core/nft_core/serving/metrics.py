@@ -42,7 +42,7 @@ class Metrics:
 
     def write(self) -> bytes:
         """Write all figures as text."""
-        return generate_latest(self)  # type: ignore[arg-type]  # It calls `collect` alone.
+        return generate_latest(self)  # It calls `collect` alone.
 
     def collect(self) -> Iterator[Metric]:
         """Yield all figures, with the replica's name."""
