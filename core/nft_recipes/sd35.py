@@ -84,11 +84,12 @@ NEXT = (
     "--epochs {epochs} {rewards} --prompts {prompts}"
 )
 THREE = "--reward pickscore --reward hpsv2 --reward clipscore"
+#: Each with the stage before, its epochs, its prompts and its rewards. OCR's prompts have nothing for GenEval.
 STAGES = (
     ("stage2", "stage1", 300, "geneval", f"{THREE} --reward geneval"),
     ("stage3", "stage2", 200, "pickscore", THREE),
     ("stage4", "stage3", 200, "geneval", f"{THREE} --reward geneval"),
-    ("stage5", "stage4", 100, "ocr", f"{THREE} --reward geneval --reward ocr"),
+    ("stage5", "stage4", 100, "ocr", f"{THREE} --reward ocr"),
 )
 FILES = {
     "geneval": "geneval/train_metadata.jsonl --eval-prompts geneval/test_metadata.jsonl",
