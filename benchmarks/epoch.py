@@ -116,7 +116,7 @@ def prepared(job: Job) -> Prepared:
     device = pick_device(settings.device)
     inputs = prepare_inputs(settings, host)
     reward = load_rewards(inputs.rewards, host, device, settings.reward_defaults)
-    prompts, held_out = choose_prompts(inputs, reward.check_prompt, settings.unscorable, lambda text: None)
+    prompts, held_out = choose_prompts(inputs, reward.find_refusals, settings.unscorable, lambda text: None)
     check_sizes(settings, len(prompts))
     return Prepared(settings, host, device, Clock(device), reward, inputs.solver, prompts, held_out[:1])
 

@@ -62,7 +62,7 @@ def main() -> None:
     inputs = prepare_inputs(settings, host)
     device = pick_device("cpu")
     reward = load_rewards(inputs.rewards, host, device, settings.reward_defaults)
-    prompts, held_out = choose_prompts(inputs, reward.check_prompt, settings.unscorable, lambda text: None)
+    prompts, held_out = choose_prompts(inputs, reward.find_refusals, settings.unscorable, lambda text: None)
     model = load_model(settings, host, device)
     run = assemble_training(settings, model, reward, inputs.solver, prompts, held_out, device, folder)
     last = sys.argv[2] if len(sys.argv) > 2 else max((folder / "checkpoints").glob("[0-9]*"))
