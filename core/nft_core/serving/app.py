@@ -8,7 +8,7 @@ import hmac
 from collections.abc import AsyncIterator, Awaitable, Callable, MutableMapping
 from contextlib import asynccontextmanager
 from time import monotonic
-from typing import Any
+from typing import Any, TypeGuard
 
 from starlette.applications import Starlette
 from starlette.concurrency import run_in_threadpool
@@ -199,7 +199,7 @@ def explain_refusal(error: Exception) -> Refusal:
     raise error
 
 
-def is_list_of(kind: type, value: Any) -> bool:
+def is_list_of(kind: type, value: Any) -> TypeGuard[list[Any]]:
     """Tell whether a value is a list of such things."""
     return isinstance(value, list) and all(isinstance(item, kind) for item in value)
 
