@@ -8,7 +8,7 @@ import hmac
 from collections.abc import AsyncIterator, Awaitable, Callable, MutableMapping
 from contextlib import asynccontextmanager
 from time import monotonic
-from typing import Any, TypeGuard
+from typing import Any
 
 from starlette.applications import Starlette
 from starlette.concurrency import run_in_threadpool
@@ -103,7 +103,8 @@ class Service:
 
         async def ask(message: Message) -> Response:
             name = self.find_reward(message)
-            prompts, metadata = message.head.get("prompts"), message.head.get("metadata")
+            prompts: Any = message.head.get("prompts")
+            metadata: Any = message.head.get("metadata")
             if not is_list_of(str, prompts) or not is_list_of(dict, metadata) or len(prompts) != len(metadata):
                 raise WireError("a request needs prompts, texts, and metadata, an object for each")
             pairs = list(zip(prompts, metadata, strict=True))
@@ -199,7 +200,7 @@ def explain_refusal(error: Exception) -> Refusal:
     raise error
 
 
-def is_list_of(kind: type, value: Any) -> TypeGuard[list[Any]]:
+def is_list_of(kind: type, value: Any) -> bool:
     """Tell whether a value is a list of such things."""
     return isinstance(value, list) and all(isinstance(item, kind) for item in value)
 
