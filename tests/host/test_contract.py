@@ -106,12 +106,14 @@ def test_the_description_sees_every_kind_of_change():
 
 def test_built_ins_say_which_contract_they_were_written_for():
     import nft_core.plugin
+    import nft_objectives.plugin
     import nft_rewards.plugin
     import nft_solvers.plugin
     import nft_tiny.plugin
 
-    for module in (nft_core.plugin, nft_rewards.plugin, nft_solvers.plugin, nft_tiny.plugin):
-        assert re.fullmatch(r"\d+\.\d+", module.CONTRACT)
+    modules = (nft_core, nft_objectives, nft_rewards, nft_solvers, nft_tiny)
+    for module in modules:
+        assert re.fullmatch(r"\d+\.\d+", module.plugin.CONTRACT)
 
 
 if __name__ == "__main__":

@@ -34,7 +34,7 @@ class Settings(
 ):
     """Holds all settings of a run under their flat names, such as `settings.lr`. `groups.py` declares each."""
 
-    @field_validator("rewards", "reward_defaults", "observers", "solver_options", "model_options")
+    @field_validator("rewards", "reward_defaults", "observers", "objective", "solver_options", "model_options")
     @classmethod
     def _finite(cls, value: Any) -> Any:
         """Refuse inf and nan at any depth: TOML has them, and the JSON of a checkpoint does not."""
