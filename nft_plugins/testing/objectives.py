@@ -24,6 +24,7 @@ SHAPES = ((4, 6, 6), (12, 8))
 #: An image's loss may differ by this share where another number of images is beside it: sums are then taken in
 #: another order.
 TOLERANCE = 1e-4
+ALIKE = "loss and compare must return the same for the same batch: they draw nothing and keep nothing"
 
 
 def check_objective(
@@ -60,9 +61,12 @@ def check_objective(
 
 def check_needs(objective: Objective) -> None:
     """Check what an objective says of itself."""
-    for name in ("needs_old", "needs_reference", "compares_groups"):
-        value = getattr(objective, name)
-        hold(isinstance(value, bool), f"{name} must be True or False", f"got {value!r}")
+    needs = [getattr(objective, name) for name in ("needs_old", "needs_reference", "compares_groups")]
+    hold(
+        all(isinstance(value, bool) for value in needs),
+        "needs_old, needs_reference and compares_groups must be True or False",
+        f"got {needs}",
+    )
     times, names = objective.least_times, objective.figures
     hold(type(times) is int and times > 0, "least_times must be a whole number above 0", f"got {times!r}")
     hold(
@@ -78,21 +82,22 @@ def check_weights(objective: Objective) -> Tensor:
     """Check what an objective makes of advantages. Returns the weights."""
     import torch
 
-    groups = torch.tensor(GROUPS)
-    valid = torch.tensor([True] * 7 + [False])
-    for advantages in (torch.tensor(ADVANTAGES), torch.zeros(len(GROUPS))):
+    groups = torch.tensor(GROUPS, dtype=torch.int64, device="cpu")
+    valid = torch.tensor([True] * 7 + [False], dtype=torch.bool, device="cpu")
+    found = []
+    for size in (0.0, 1.0):
+        advantages = size * torch.tensor(ADVANTAGES, dtype=torch.float32, device="cpu")
         scores = Scores(advantages + 1, valid)
         given = [x.clone() for x in (advantages, scores.values, groups)]
-        with may_not_raise("weigh must take advantages, scores and groups of any epoch"):
-            weights = objective.weigh(advantages, scores, groups)
-        check_rows(weights, len(GROUPS), "weigh must return a weight for each image, a tensor [N]")
+        with may_not_raise("weigh must take the advantages, scores and groups of any epoch"):
+            found = [objective.weigh(advantages, scores, groups) for _ in range(2)]
+        check_rows(found[0], len(GROUPS), "weigh must return a finite weight for each image, a tensor [N]")
         hold(
             all(torch.equal(a, b) for a, b in zip(given, (advantages, scores.values, groups))),
             "weigh must leave what it is given as it is",
         )
-        again = objective.weigh(advantages, scores, groups)
-        hold(torch.equal(weights, again), "the same advantages must give the same weights")
-    return objective.weigh(torch.tensor(ADVANTAGES), Scores(torch.tensor(ADVANTAGES), valid), groups)
+        hold(torch.equal(*found), "the same advantages must give the same weights")
+    return found[0]
 
 
 def check_rows(value: Any, size: int, rule: str) -> None:
@@ -101,25 +106,23 @@ def check_rows(value: Any, size: int, rule: str) -> None:
 
     hold(isinstance(value, torch.Tensor), rule, f"got {type(value).__name__}")
     hold(value.shape == (size,), rule, f"got the shape {list(value.shape)} for {size} images")
-    hold(value.is_floating_point(), f"{rule} of floating-point numbers", f"got {value.dtype}")
-    hold(bool(value.isfinite().all()), f"{rule} of finite numbers", f"got {value.tolist()}")
+    hold(value.is_floating_point(), rule, f"got {value.dtype}, not floating-point numbers")
+    hold(bool(value.isfinite().all()), rule, f"got {value.tolist()}")
 
 
 def make_batch(objective: Objective, weights: Tensor, shape: tuple[int, ...], device: str) -> Noised:
     """Make images with noise, and the velocities that the objective asks for; all differ somewhat."""
     import torch
 
-    source = torch.Generator().manual_seed(0)
-    size = len(GROUPS)
-    x_0, noise, *errors = (torch.randn(size, *shape, generator=source) for _ in range(5))
-    t = torch.tensor(TIMES)
+    source, size = torch.Generator().manual_seed(0), len(GROUPS)
+    x_0, noise, *errors = torch.randn(5, size, *shape, generator=source, dtype=torch.float32, device="cpu")
+    t = torch.tensor(TIMES, dtype=torch.float32, device="cpu")
     at = t.view(-1, *[1] * len(shape))
-    x_t, v = (1 - at) * x_0 + at * noise, noise - x_0
-    v_theta, v_old, v_ref = (v + 0.3 * error for error in errors)
+    v_theta, v_old, v_ref = (noise - x_0 + 0.3 * error for error in errors)
     return Noised(
         v_theta.to(device),
         x_0.to(device),
-        x_t.to(device),
+        ((1 - at) * x_0 + at * noise).to(device),
         t.to(device),
         weights.to(device),
         v_old.to(device) if objective.needs_old else None,
@@ -132,31 +135,26 @@ def check_comparison(objective: Objective, batch: Noised) -> Tensor:
     import torch
 
     with may_not_raise("compare must take what loss takes, without group"), torch.no_grad():
-        values = call_alike(objective.compare, batch, "compare")
-    check_rows(values, len(GROUPS), "compare must return a number for each image, a tensor [B]")
-    index = torch.unique(torch.tensor(GROUPS), return_inverse=True)[1].to(values.device)
+        values, again = call_twice(objective.compare, batch)
+    check_rows(values, len(GROUPS), "compare must return a finite number for each image, a tensor [B]")
+    hold(torch.equal(values, again), ALIKE)
+    index = torch.tensor(GROUPS, dtype=torch.int64, device=values.device) // GROUPS[-1]
     sums = values.new_zeros(2).index_add(0, index, values)
     return (sums / torch.bincount(index))[index]
 
 
-def call_alike(call: Callable[[Noised], Any], batch: Noised, name: str) -> Any:
-    """Call twice with other states of torch's generator. Returns what comes, which must be the same."""
+def call_twice(call: Callable[[Noised], Any], batch: Noised) -> tuple[Any, Any]:
+    """Call twice, with other states of torch's generator."""
     import torch
 
     before = torch.get_rng_state()
-    found = []
     try:
-        for seed in (0, 1):
-            torch.manual_seed(seed)
-            found.append(call(batch))
+        torch.manual_seed(0)
+        first = call(batch)
+        torch.manual_seed(1)
+        return first, call(batch)
     finally:
         torch.set_rng_state(before)
-    one, other = (split_figures(each)[0] for each in found)
-    hold(
-        not isinstance(one, torch.Tensor) or torch.equal(one, other),
-        f"{name} must return the same for the same batch: no random numbers, and nothing kept between calls",
-    )
-    return found[0]
 
 
 def split_figures(returned: Any) -> tuple[Any, Any]:
@@ -169,21 +167,22 @@ def check_loss(objective: Objective, batch: Noised) -> None:
     import torch
 
     given = {f.name: x.clone() for f in fields(batch) if (x := getattr(batch, f.name)) is not None}
-    rule = "loss must take a batch with latents of any shape, and without the velocities that are not needed"
+    rule = "loss must take latents of any shape, and do without the velocities that the objective does not need"
     with may_not_raise(rule, f"latents {list(batch.x_0.shape)}"):
-        loss, figures = split_figures(call_alike(objective.loss, batch, "loss"))
-    check_rows(loss, len(GROUPS), "loss must return the loss of each image, a tensor [B]")
+        (loss, figures), (again, _) = map(split_figures, call_twice(objective.loss, batch))
+    hold(
+        all(torch.equal(x, getattr(batch, name)) for name, x in given.items()),
+        "loss must leave the batch that it is given as it is",
+    )
+    check_rows(loss, len(GROUPS), "loss must return the finite loss of each image, a tensor [B]")
+    hold(torch.equal(loss, again), ALIKE)
     hold(
         isinstance(figures, Mapping) and {*figures} == {*objective.figures},
         "loss must return the figures that `figures` names beside the loss, as (loss, mapping)",
         f"it names {list(objective.figures)} and gave {figures}",
     )
-    for name, value in figures.items():
-        check_rows(value, len(GROUPS), f"the figure {name!r} must be a number for each image, a tensor [B]")
-    hold(
-        all(torch.equal(x, getattr(batch, name)) for name, x in given.items()),
-        "loss must leave the batch that it is given as it is",
-    )
+    for value in figures.values():
+        check_rows(value, len(GROUPS), "a figure must be a finite number for each image, a tensor [B]")
     hold(
         not loss.requires_grad,
         "gradients must reach v_theta alone: an objective has nothing else that is trained",
@@ -206,8 +205,8 @@ def check_gradient(objective: Objective, batch: Noised) -> None:
     """Check that gradients come, and that each image's loss is its own."""
     _, whole, first = follow_gradient(objective, batch)
     hold(bool(whole.isfinite().all()), "gradients must be finite")
-    hold(bool(whole.any()), "some of the images must have a gradient", "all of them are 0")
-    hold(not first[1:].any(), "an image's loss must not depend on the velocities of other images of the batch")
+    hold(bool(whole.any()), "some images must have a gradient", "all of them are 0")
+    hold(not first[1:].any(), "an image's loss must not have gradients by the velocities of other images")
 
 
 def check_alone(objective: Objective, batch: Noised) -> None:
