@@ -35,9 +35,9 @@ def weigh_error(error: Tensor, t: Tensor, weighting: Weighting, power: float) ->
     if weighting == "t2":
         return error * t.square()
     if weighting == "huber":
-        return ((error + EPSILON).sqrt() - EPSILON**0.5) * t
+        return ((error + EPSILON).sqrt() - float(EPSILON**0.5)) * t
     if weighting == "ghuber":
-        return ((error + EPSILON) ** power - EPSILON**power) * t / power
+        return ((error + EPSILON).pow(power) - float(EPSILON**power)) * t / power
     return error
 
 

@@ -39,24 +39,26 @@ def check_objective(
     """
     if isinstance(objective, ObjectiveInfo):
         check_card(objective, options)
-        objective = make(objective, (), options or {})
+        made: Objective = make(objective, (), options or {})
     elif options:
         raise TypeError("options are for a card, an ObjectiveInfo; give them to the objective")
+    else:
+        made = objective
     hold(
-        isinstance(objective, Objective),
+        isinstance(made, Objective),
         "a factory must make an objective, an object of a class that inherits from nft_plugins.Objective",
-        f"got {type(objective).__name__}",
+        f"got {type(made).__name__}",
     )
-    check_needs(objective)
-    weights = check_weights(objective)
+    check_needs(made)
+    weights = check_weights(made)
     for shape in SHAPES:
-        batch = make_batch(objective, weights, shape, device)
-        if objective.compares_groups:
-            batch = replace(batch, group=check_comparison(objective, batch))
-        check_loss(objective, batch)
-        check_gradient(objective, batch)
-        check_alone(objective, batch)
-        check_perfect(objective, batch)
+        batch = make_batch(made, weights, shape, device)
+        if made.compares_groups:
+            batch = replace(batch, group=check_comparison(made, batch))
+        check_loss(made, batch)
+        check_gradient(made, batch)
+        check_alone(made, batch)
+        check_perfect(made, batch)
 
 
 def check_needs(objective: Objective) -> None:
@@ -140,7 +142,8 @@ def check_comparison(objective: Objective, batch: Noised) -> Tensor:
     hold(torch.equal(values, again), ALIKE)
     index = torch.tensor(GROUPS, dtype=torch.int64, device=values.device) // GROUPS[-1]
     sums = values.new_zeros(2).index_add(0, index, values)
-    return (sums / torch.bincount(index))[index]
+    means: Tensor = (sums / torch.bincount(index))[index]
+    return means
 
 
 def call_twice(call: Callable[[Noised], Any], batch: Noised) -> tuple[Any, Any]:

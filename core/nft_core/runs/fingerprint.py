@@ -183,7 +183,7 @@ def collect_sources(host: Host, references: Iterable[str] = ()) -> dict[str, str
     """
     found = {row.distribution: row.version for row in host.plugins if row.status == "ok"}
     references = list(references)
-    own = {**host.rewards, **host.objectives}
+    own: dict[str, Registered[Any]] = {**host.rewards, **host.objectives}
     found |= {name: own[name].info.source for name in references if is_object_name(name)}
     for name in BENEATH:
         try:

@@ -45,19 +45,17 @@ def compute_losses(
     loss, figures = returned if isinstance(returned, tuple) else (returned, {})
     size = len(batch.t)
     check_rows(s, "a loss", loss, size)
-    own = [figures.get(name) for name in objective.figures]
-    for name, value in zip(objective.figures, own, strict=True):
-        check_rows(s, f"the figure {name!r}", value, size)
+    own = [check_rows(s, f"the figure {name!r}", figures.get(name), size) for name in objective.figures]
     kl = kl_loss(batch.v_theta, v_ref) if v_ref is not None else torch.zeros_like(loss)
     return loss, kl, torch.stack(own) if own else loss.new_empty(0, size)
 
 
-def check_rows(s: Settings, what: str, value: object, size: int) -> None:
-    """Raise NftError for what is no tensor with one floating-point number for each image."""
+def check_rows(s: Settings, what: str, value: object, size: int) -> Tensor:
+    """Return a tensor with one floating-point number for each image. Raises NftError for anything else."""
     found = "no tensor" if value is None else type(value).__name__
     if isinstance(value, Tensor):
         if value.shape == (size,) and value.is_floating_point():
-            return
+            return value
         found = f"{list(value.shape)} of {value.dtype}"
     raise NftError(
         f"The objective {name_objective(s)} must give {what} for each image, a tensor of the shape [{size}] of "
