@@ -222,7 +222,8 @@ def test_built_in_prompts_are_not_the_presets(tmp_path):
     assert not list(list_doubts(s.model_copy(update={"prompts": "mine.txt"}), HOST))
 
 
-def test_the_command_shows_every_value_with_its_source():
+def test_the_command_shows_every_value_with_its_source(monkeypatch):
+    monkeypatch.setenv("COLUMNS", "200")
     output = nft("presets", "sd35-ocr").output
     rows = {line.split()[0]: line.strip().split(maxsplit=3) for line in output.splitlines() if line.strip()}
     assert rows["beta"] == ["beta", "0.1", "1.0", "config/nft.py:77"]

@@ -117,6 +117,8 @@ def check_run(
             refuse_changes(folder, settings, allow_changes)
         else:
             claim_folder(folder)
+    for spec in inputs.rewards:  # A missing package is told before anything is asked of the hub.
+        host.require_reward(spec.name)
     family, _ = find_family(settings, host)
     if not resume:
         check_family(settings, host, family)
