@@ -110,7 +110,7 @@ def test_a_broken_plugin(tmp_path, monkeypatch):
 def test_a_reward_that_is_not_ready_is_no_problem(monkeypatch):
     monkeypatch.setattr(doctor, "probe_torch", lambda: SOUND)
     monkeypatch.setattr(doctor.shutil, "which", lambda name: None)
-    monkeypatch.setattr("nft_core.host.host.is_installed", lambda module: module != "rapidocr")
+    monkeypatch.setattr("nft_core.host.cards.is_installed", lambda module: module != "rapidocr")
     result = nft()
     assert result.exit_code == 0, result.output
     rows = {

@@ -76,7 +76,7 @@ def test_info_tells_options_from_the_signature():
 
 
 def test_info_of_a_reward_that_is_not_ready(monkeypatch):
-    monkeypatch.setattr("nft_core.host.host.is_installed", lambda module: module != "rapidfuzz")
+    monkeypatch.setattr("nft_core.host.cards.is_installed", lambda module: module != "rapidfuzz")
     found = json.loads(nft("info", "ocr", "--json").stdout)
     assert (found["ready"], found["install"]) == (False, 'pip install "nft-hub[ocr]"')
     assert 'no: pip install "nft-hub[ocr]"' in nft("info", "ocr").stdout

@@ -39,7 +39,7 @@ from nft_core.planning.plan import (
 )
 from nft_core.prompts import Prompt
 from nft_core.runs.assembly import assemble_training, make_policy
-from nft_core.runs.setup import load_model
+from nft_core.runs.setup import load_model, make_objective
 from nft_core.settings import make_settings
 from nft_core.training.loop import train
 from nft_core.training.optimizers import make_optimizer
@@ -108,7 +108,7 @@ def work_of(s, host, device):
     condition = encode_on_meta(model)[0] if device == META else model.encode(["a b"])
     with device:
         policy = make_policy(s, model, device)
-    work = Computations(policy, model.latent_shape(32, 32), condition, s)
+    work = Computations(policy, model.latent_shape(32, 32), condition, s, make_objective(s, host))
     return work
 
 

@@ -55,7 +55,7 @@ def test_a_runs_records_are_as_declared(plain):
 
 
 def test_what_only_some_runs_have_is_as_declared(sd3_folder, tmp_path, monkeypatch):
-    records, run = start(sd3_folder, tmp_path, "epochs=1", 'rewards=["ranked"]')
+    records, run = start(sd3_folder, tmp_path, "epochs=1", 'rewards=["ranked"]', "objective=awm")
     run.prompts, run.eval_prompts = (
         [Prompt(p.text, {"tag": p.text[0]}) for p in prompts] for prompts in (run.prompts, run.eval_prompts)
     )

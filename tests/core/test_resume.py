@@ -1,10 +1,11 @@
-"""A run that is stopped anywhere and goes on is, bit for bit, one that never stopped: `test_train`'s toy."""
+"""A run that is stopped anywhere and goes on is, bit for bit, one that never stopped: `toy.py`'s model."""
 
 import json
 from pathlib import Path
 
 import pytest
 import torch
+import toy
 from safetensors.torch import load_file, save_file
 
 from nft_core.errors import CheckpointError, NftError, SaveError, Stopped, UsageError
@@ -27,8 +28,6 @@ from nft_core.settings import make_settings, to_toml
 from nft_core.training.loop import train
 from nft_core.training.state import Progress
 from nft_solvers.euler import Euler
-
-from . import test_train as toy
 
 TIMES = {"seconds", "epoch_seconds", "images_per_second", "phases"}
 

@@ -88,7 +88,7 @@ def test_wandb_without_an_account_stops_the_run_before_it_trains(host, tmp_path,
 
 @pytest.mark.parametrize(("name", "extra"), [(n, n) for n in ("tensorboard", "wandb", "trackio", "swanlab")])
 def test_one_that_is_not_installed_is_named_with_its_command(host, monkeypatch, name, extra):
-    monkeypatch.setattr("nft_core.host.host.is_installed", lambda module: module != name)
+    monkeypatch.setattr("nft_core.host.cards.is_installed", lambda module: module != name)
     with pytest.raises(
         NftError, match=rf'The observer {name!r} needs {name}, not installed: pip install "nft-hub'
     ):

@@ -17,11 +17,6 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-#: What an annotation may be made of, such as `Literal["nft", "strict"] | None`. None of it runs other code.
-OF_TYPES = (
-    *(ast.Expression, ast.Name, ast.Load, ast.Subscript, ast.Tuple, ast.List),
-    *(ast.Constant, ast.BinOp, ast.BitOr),
-)
 FUNCTIONS = (ast.FunctionDef, ast.AsyncFunctionDef)
 
 
@@ -183,12 +178,25 @@ def read_annotations(module: str, arguments: list[ast.arg]) -> dict[str, Any]:
 
 
 def evaluate_type(module: str, expression: ast.expr) -> Any:
-    """Evaluate a type as a module writes it. Raises UnclearError for what is no plain type."""
-    if not all(isinstance(node, OF_TYPES) for node in ast.walk(expression)):
+    """Evaluate a type as a module writes it, and run no code of it. Raises UnclearError for other things."""
+
+    def evaluate(node: ast.expr | None) -> Any:
+        match node:
+            case ast.Constant(value):
+                return value
+            case ast.Name(name):
+                return getattr(builtins, name) if hasattr(builtins, name) else find_type(module, name)
+            case ast.Tuple(elements):
+                return tuple(map(evaluate, elements))
+            case ast.List(elements):
+                return list(map(evaluate, elements))
+            case ast.Subscript(generic, arguments):
+                return evaluate(generic)[evaluate(arguments)]
+            case ast.BinOp(left, ast.BitOr(), right):
+                return evaluate(left) | evaluate(right)
         raise UnclearError(ast.dump(expression)[:80])
-    names = {node.id for node in ast.walk(expression) if isinstance(node, ast.Name)}
-    known = {name: find_type(module, name) for name in names if not hasattr(builtins, name)}
-    return eval(compile(ast.Expression(expression), module, "eval"), {**known})
+
+    return evaluate(expression)
 
 
 def find_type(module: str, name: str) -> Any:
