@@ -104,6 +104,26 @@ def test_groups_are_compared_there(odd):
     assert odd.regroup(scores, groups).values.equal(scores.values - scores.values.mean())
 
 
+def test_a_fork_has_a_child_of_its_own_and_leaves_its_parent_s_alone(odd):
+    expected, process = odd(make_batch()).values, odd.child.process
+    if not (fork := os.fork()):
+        try:
+            os._exit(0 if odd(make_batch()).values.equal(expected) and odd.child.process is not process else 1)
+        finally:
+            os._exit(2)
+    assert os.waitpid(fork, 0)[1] == 0
+    assert odd(make_batch()).values.equal(expected) and odd.child.process is process
+
+
+def test_a_child_for_which_no_file_can_be_opened_is_told(odd, monkeypatch):
+    def refuse():
+        raise OSError("Too many open files")
+
+    monkeypatch.setattr("nft_core.remote.process.socket.socketpair", refuse)
+    with pytest.raises(NftError, match="'odd' failed: its process could not be started: Too many open files"):
+        ChildReward(odd.start)
+
+
 def test_another_number_of_scores_is_an_error(odd):
     guarded = Guarded(odd, FailurePolicy("mask"), "odd")
     assert not guarded(make_batch(prompt="few")).valid.any()
