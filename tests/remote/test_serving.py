@@ -230,11 +230,13 @@ def test_requests_of_several_clients_are_scored_together(engine):
     assert joined.tensors["groups"].tolist() == [0, 0, 1, 2, 2]
     # One that is bad costs its own client alone.
     jobs = [make_job("fails", Message(*pack_batch(batch(1, prompts=[p]))), 60) for p in ("good", "bad", "fine")]
-    engine = make_engine(Limits(wait=0))
+    engine, noted = make_engine(Limits(wait=0)), []
+    engine.note = lambda name, images: noted.append(images)
     for job in jobs:
         engine.queue.put(job)
     engine.start()
     engine.close()
+    assert noted == [1, 1]
     assert [job.future.exception() is None for job in jobs] == [True, False, True]
     assert jobs[2].future.result().values.equal(bright(batch(1)).values)
 
@@ -579,6 +581,29 @@ def test_a_server_that_ends_answers_what_it_has_begun():
     assert looked and len(results) == 2 and all(scores.valid.all() for scores in results)
     with pytest.raises(Failed, match=r"no server answers .* It was tried 2 times"):
         guard_reward(far, FailurePolicy("stop", 1), "slow")(batch())
+
+
+def test_a_reward_that_hangs_does_not_keep_the_server_from_ending():
+    gate.clear()
+    engine = make_engine(Limits(wait=0, patience=0.1))
+    engine.queue.put(make_job("slow", Message(*pack_batch(batch(1))), 60))
+    engine.start()
+    engine.close()
+    assert engine.threads[0].is_alive()
+    gate.set()
+    engine.threads[0].join()
+
+
+def test_long_prompts_are_asked_about_in_requests_that_are_short_enough(address, monkeypatch):
+    far, lengths = connect(address), []
+
+    def answer(path, read, body, patience):
+        lengths.append(len(body))
+        return [""] * len(wire.decode_message(body).head["prompts"])
+
+    monkeypatch.setattr(far, "ask", answer)
+    assert far.find_refusals([("猫" * 500, {})] * 3500) == [""] * 3500  # A letter takes 6 bytes as JSON.
+    assert sum(lengths) > wire.LARGEST_TEXT > max(lengths)
 
 
 def test_what_comes_after_the_end_is_sent_elsewhere():
