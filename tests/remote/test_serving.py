@@ -10,6 +10,7 @@ import threading
 import time
 from contextlib import closing, contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 
 import forks
 import pytest
@@ -30,6 +31,7 @@ from nft_core.scoring import failures
 from nft_core.scoring.composed import Composed, Term, call_reward
 from nft_core.scoring.failures import Failed, guard_reward
 from nft_core.scoring.pictures import NoPrompts
+from nft_core.serving import running
 from nft_core.serving.deployment import Deployment, read_deployment
 from nft_core.serving.limits import Limits
 from nft_core.serving.metrics import Metrics
@@ -691,6 +693,23 @@ def test_commands(address, tmp_path, monkeypatch):
     ):
         done = CliRunner().invoke(main, ["serve", "--port", "0", *words])
         assert done.exit_code == 2 and text in done.output
+
+
+def test_the_command_serves_as_soon_as_it_says_so_and_shows_no_secret(tmp_path, monkeypatch):
+    cards = []
+
+    def make_server(app, bound, limits):
+        cards.extend(app.routes[0].endpoint.__self__.engine.describe()["rewards"])
+        server = SimpleNamespace(run=lambda sockets: socket.create_connection(bound.getsockname()).close())
+        return server
+
+    monkeypatch.setattr(running, "make_server", make_server)
+    file = tmp_path / "mine.py"
+    file.write_text("def make(*, api_key: str, n: int): return lambda batch: None\n")
+    words = ["--reward", f"{file}:make,api_key=abc,n=2", "--no-token", "--port", "0", "--device", "cpu"]
+    done = CliRunner().invoke(main, ["serve", *words])
+    assert done.exit_code == 0, done.output
+    assert "abc" not in done.output and cards[0]["made"].endswith("api_key=***,n=2")
 
 
 def start_server(port):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.metadata
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -168,6 +169,7 @@ def serve_rewards(
         click.echo(f"Loading {', '.join(spec.title for spec in specs)}", err=True)
         if engine == "uvicorn":
             app = offered.make_application()
+            bound.listen()  # Who connects as soon as that is told waits, and is not refused.
             tell()
             make_server(app, bound, limits).run([bound])
             return
@@ -265,6 +267,7 @@ def load_offer(spec: RewardSpec, host: Host, places: Sequence[torch.device], set
     """Load a reward on each device, and say what it is."""
     from ..runs.fingerprint import collect_sources, identify_source
     from ..runs.inputs import load_rewards
+    from ..runs.record import hide_in_text, list_secrets
     from ..serving.workers import make_offer
 
     card = host.find_reward(spec.name)
@@ -273,4 +276,6 @@ def load_offer(spec: RewardSpec, host: Host, places: Sequence[torch.device], set
         str(spec.name), host.rewards.get(str(spec.name)), collect_sources(host, [str(spec.name)])
     )
     options = ",".join(f"{key}={value}" for key, value in sorted(spec.options.items()))
-    return make_offer(spec.title, card.info, f"{source} {options}".strip(), copies)
+    # Clients are told of them.
+    shown = hide_in_text(options, list_secrets(os.environ))
+    return make_offer(spec.title, card.info, f"{source} {shown}".strip(), copies)
