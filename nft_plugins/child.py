@@ -103,10 +103,9 @@ def answer(keeper: Keeper, data: bytes) -> Reply:
         request = REQUESTS.get(str(message.head.get("request")))
         if request is None:
             raise WireError(f"expected a request of {', '.join(REQUESTS)}, got {message.head.get('request')!r}")
-        head, tensors = request(keeper, message)
+        return request(keeper, message)
     except BaseException as error:  # Extensions in Rust or C++ raise errors that are no Exception.
         return describe_failure(error), {}
-    return {"id": message.head.get("id"), **head}, tensors
 
 
 def describe_failure(error: BaseException) -> dict[str, Any]:

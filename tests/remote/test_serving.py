@@ -498,6 +498,8 @@ def test_no_server():
         address = f"http://127.0.0.1:{free.getsockname()[1]}"
         with pytest.raises(NftError, match=r"Start the server, as in `nft serve --reward many`"):
             connect(address)
+    with pytest.raises(NftError, match="cannot be used: no server answers .*InvalidURL"):
+        connect("http://gpü_x:1")
 
 
 @pytest.mark.parametrize(
@@ -624,6 +626,10 @@ def test_what_comes_after_the_end_is_sent_elsewhere():
 def test_ports_and_tokens(address, monkeypatch):
     with pytest.raises(NftError, match="Cannot listen on 127.0.0.1, port .* choose one with --port"):
         bind_socket("127.0.0.1", int(address.rpartition(":")[2]))
+    with pytest.raises(
+        NftError, match="Cannot listen on 203.0.113.1, .* --host takes an address of this machine"
+    ):
+        bind_socket("203.0.113.1", 0)
     token, is_new = choose_token("", False, "0.0.0.0")
     assert is_new and len(token) > 40
     assert choose_token("SERVE_TOKEN", False, "0.0.0.0") == (TOKEN, False)

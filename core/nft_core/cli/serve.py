@@ -153,20 +153,16 @@ def serve_rewards(
     limits = Limits(batch, wait_ms / 1000, queue, max_images, max_side, max_mib << 20, seconds)
     token, is_new = choose_token(token_env or "", no_token, host)
     offered = Offered(rewards, choose_preset(tiny, preset), device.split(","), limits, digest_token(token))
-    specs = offered.read_specs()
+    titles = [spec.title for spec in offered.read_specs()]
     # Mistakes are told, and the port is taken, before anything large is loaded.
     with bind_socket(host, port) as bound:
         address = write_address(bound)
 
         def tell() -> None:
-            variable = "" if no_token else f",token_env={token_env or 'NFT_TOKEN'}"
-            click.echo(f"Serving {', '.join(spec.title for spec in specs)} at {address}")
-            if is_new:
-                click.echo(f"Where a run starts, with the token, which is shown once: export NFT_TOKEN={token}")
-            words = [f"--reward {address}/{spec.title}{variable}" for spec in specs]
-            click.echo(f"Use it with: {' '.join(words)}")
+            variable = "" if no_token else token_env or "NFT_TOKEN"
+            click.echo(describe_use(address, titles, variable, token if is_new else ""))
 
-        click.echo(f"Loading {', '.join(spec.title for spec in specs)}", err=True)
+        click.echo(f"Loading {', '.join(titles)}", err=True)
         if engine == "uvicorn":
             app = offered.make_application()
             bound.listen()  # Who connects as soon as that is told waits, and is not refused.
@@ -175,6 +171,18 @@ def serve_rewards(
             return
         place = (host, bound.getsockname()[1])
     serve_replicas(offered, replicas, place, tell)
+
+
+def describe_use(address: str, titles: Sequence[str], variable: str, new_token: str) -> str:
+    """Say where rewards are served, and how a run uses them.
+
+    variable: of the environment, with the token; empty where none is needed. new_token: one that was made now.
+    """
+    lines = [f"Serving {', '.join(titles)} at {address}"]
+    if new_token:
+        lines.append(f"Set the token where the run starts. It is shown only now: export {variable}={new_token}")
+    option = f",token_env={variable}" if variable else ""
+    return "\n".join([*lines, "Use it with: " + " ".join(f"--reward {address}/{t}{option}" for t in titles)])
 
 
 def check_engine(engine: str, deployment: Path | None) -> None:

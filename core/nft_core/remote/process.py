@@ -41,7 +41,7 @@ class ChildProcess:
     """
 
     def __init__(self, name: str, python: Path, isolated: bool) -> None:
-        self.name, self.owner, self.asked = name, os.getpid(), 0
+        self.name, self.owner = name, os.getpid()
         self.said: deque[str] = deque(maxlen=LAST_WORDS)
         self.heard = monotonic()
         ours, theirs = socket.socketpair()
@@ -78,9 +78,8 @@ class ChildProcess:
 
     def ask(self, head: Mapping[str, Any], tensors: Mapping[str, Any] | None = None) -> Message:
         """Send a request and wait for its answer. Raises ChildEnded where none comes that makes sense."""
-        self.asked += 1
         self.heard = monotonic()
-        pieces = encode_pieces({**head, "id": self.asked}, tensors)
+        pieces = encode_pieces(head, tensors)
         limit = SILENCE if head["request"] == "make" else None
         try:
             for piece in pieces:

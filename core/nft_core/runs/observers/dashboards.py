@@ -146,8 +146,9 @@ def recall(path: Path, new: str) -> tuple[str, bool]:
 
     Returns it, and whether it was noted before: the run goes on.
     """
-    if path.exists():
-        return path.read_text(encoding="utf-8").strip(), True
+    # An empty file is left where the power failed.
+    if known := path.read_text(encoding="utf-8").strip() if path.exists() else "":
+        return known, True
     path.write_text(new + "\n", encoding="utf-8")
     return new, False
 
