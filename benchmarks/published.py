@@ -35,14 +35,15 @@ from peft import LoraConfig, get_peft_model
 from torch import Tensor
 
 from nft_core.models.sd3 import SD3
-from nft_core.objective.advantages import compute_advantages, compute_optimality
-from nft_core.objective.loss import add_noise, kl_loss, nft_loss
+from nft_core.objective.advantages import compute_advantages
+from nft_core.objective.loss import add_noise, kl_loss
 from nft_core.objective.schedules import adapt_kl_weight, compute_lr_decay, compute_old_decay, compute_warmup
 from nft_core.objective.train_times import draw_times
 from nft_core.prompts import Prompt, draw_prompts_of_epoch
 from nft_core.sampling.draws import Draws
 from nft_core.settings import Settings
 from nft_core.training.microbatches import split_images
+from nft_objectives.nft import compute_optimality, nft_loss
 from nft_plugins import Batch, Reward, Scores, SteppedSolver, randn_like
 
 THREADS = 8

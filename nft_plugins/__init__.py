@@ -1,8 +1,8 @@
-"""The contract of nft-hub: all that an author of a reward, solver, model or observer plug-in needs."""
+"""The contract of nft-hub: all that an author of a reward, solver, objective, model or observer needs."""
 
 # First of all: what follows may import what reads it.
 from . import telemetry  # noqa: F401  isort: skip
-from .cards import Environment, ModelInfo, ObserverInfo, Preset, RewardInfo, SolverInfo
+from .cards import Environment, ModelInfo, ObjectiveInfo, ObserverInfo, Preset, RewardInfo, SolverInfo
 from .data import Batch, Part, PromptError, Scores
 from .hookspecs import CONTRACT, ENTRY_POINT_GROUP, PROJECT, ContractDeprecation, Run, hookimpl
 from .interfaces import (
@@ -15,6 +15,7 @@ from .interfaces import (
     Velocity,
     randn_like,
 )
+from .objectives import Losses, Noised, Objective, expand_per_sample, mean_per_sample
 from .records import EpochRecord, EvalRecord, RewardFigures
 
 __all__ = [
@@ -29,7 +30,11 @@ __all__ = [
     "EvalRecord",
     "FlowModel",
     "Generator",
+    "Losses",
     "ModelInfo",
+    "Noised",
+    "Objective",
+    "ObjectiveInfo",
     "ObserverInfo",
     "Part",
     "Preset",
@@ -43,6 +48,8 @@ __all__ = [
     "SolverInfo",
     "SteppedSolver",
     "Velocity",
+    "expand_per_sample",
     "hookimpl",
+    "mean_per_sample",
     "randn_like",
 ]

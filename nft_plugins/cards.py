@@ -89,6 +89,23 @@ class SolverInfo:
 
 
 @dataclass(frozen=True)
+class ObjectiveInfo:
+    """An objective's card.
+
+    factory: makes the objective. Its keyword parameters are the objective's options. One that takes `beta`,
+        `advantage_clip` or `advantage_mode` is given the run's setting of that name, where the user does not
+        give the option.
+    options: what each option does, in a line, by name.
+    """
+
+    name: str
+    summary: str
+    factory: Factory
+    source: str = ""
+    options: Mapping[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
 class ModelInfo:
     """A model family's card. The factory is called as `factory(path_or_hub_id, device=, dtype=)`.
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import pluggy
 
-from .cards import ModelInfo, ObserverInfo, Preset, RewardInfo, SolverInfo
+from .cards import ModelInfo, ObjectiveInfo, ObserverInfo, Preset, RewardInfo, SolverInfo
 from .data import Batch, Scores
 from .records import EpochRecord, EvalRecord
 
@@ -18,12 +18,13 @@ ENTRY_POINT_GROUP = "nft_plugins"
 #: The version of this contract, "MAJOR.MINOR". A plug-in says in its module which one it was written for,
 #: `CONTRACT = "1.0"`, and works with every later 1.x: minor versions add, and only a major one takes away,
 #: after a minor one has warned of it. 1.1 brought `Generator` and the types of records, 1.2 `Environment`,
-#: 1.3 a preset's family, prompts, notes and sources.
+#: 1.3 objectives, checks of prompts on cards, and a preset's family, prompts, notes and sources.
 CONTRACT = "1.3"
 #: Hooks that offer something: the kind of their cards.
 OFFERS: dict[str, type] = {
     "nft_register_rewards": RewardInfo,
     "nft_register_solvers": SolverInfo,
+    "nft_register_objectives": ObjectiveInfo,
     "nft_register_models": ModelInfo,
     "nft_register_observers": ObserverInfo,
     "nft_register_presets": Preset,
@@ -59,6 +60,11 @@ def nft_register_rewards(register: Callable[[RewardInfo], None]) -> None:
 @hookspec
 def nft_register_solvers(register: Callable[[SolverInfo], None]) -> None:
     """Call `register(SolverInfo(...))` for each solver that the plug-in offers."""
+
+
+@hookspec
+def nft_register_objectives(register: Callable[[ObjectiveInfo], None]) -> None:
+    """Call `register(ObjectiveInfo(...))` for each objective, a loss to train with, that the plug-in offers."""
 
 
 @hookspec

@@ -76,10 +76,12 @@ class EpochExtras(FiguresByTag, total=False):
 
     loss_scale: with `precision=fp16`: what the loss is multiplied by.
     compiled_graphs: where torch compiles: graphs compiled so far in this process.
+    objective: where the objective has figures of its own: their means over the epoch's samples, by name.
     """
 
     loss_scale: float
     compiled_graphs: int
+    objective: dict[str, float | None]
 
 
 class EpochRecord(Figures, EpochExtras):
@@ -89,7 +91,8 @@ class EpochRecord(Figures, EpochExtras):
     images_per_second: images divided by these seconds.
     loss, policy_loss, kl: means over the epoch's samples; None where every gradient step was left out.
     grad_norm: mean over the gradient steps, before clipping.
-    old_gap: how far the live policy's velocity is from the old one's, as a share of it.
+    old_gap: how far the live policy's velocity is from the old one's, as a share of it. None where the
+        objective does not compare with the old policy.
     kl_weight: the weight of the KL term.
     lr: the learning rate of the last gradient step.
     old_decay: how much the old policy keeps of itself when it follows.

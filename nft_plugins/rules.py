@@ -15,6 +15,8 @@ from .cards import Environment, Factory, RewardInfo, SolverInfo
 
 #: A factory is given these if it takes them, so they are no options.
 OFFERED = frozenset({"device", "make_reward"})
+#: Settings of a run that an objective's factory is given if it takes them, as defaults of its options.
+LENT_SETTINGS = ("beta", "advantage_clip", "advantage_mode")
 #: Words of every reward's spec, which the host keeps to itself.
 RESERVED = ("on_error", "retry", "max_seconds")
 #: Words that say where a reward runs, which the host keeps to itself too.

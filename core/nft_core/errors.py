@@ -59,7 +59,7 @@ IN_PYTHON = {
     "--lora-merge": "lora_merge=True",
     "--eval-prompts": "eval_prompts=...",
     **{f"--{n}": f"{n}=..." for n in ("model", "lora", "preset", "prompts", "out", "device", "batch")},
-    **{f"--{n}": f"{n}=..." for n in ("solver", "seed", "guidance", "resolution", "epochs")},
+    **{f"--{n}": f"{n}=..." for n in ("solver", "objective", "seed", "guidance", "resolution", "epochs")},
 }
 
 

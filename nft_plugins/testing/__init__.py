@@ -6,6 +6,7 @@ fixtures, and `plugin_manager` with them, wherever nft-plugins is installed.
 
 from .cards import check_plugin
 from .models import check_model
+from .objectives import check_objective
 from .pictures import builtin_batches, words
 from .rewards import Checked, check_reward
 from .solvers import check_solver
@@ -14,6 +15,7 @@ __all__ = [
     "Checked",
     "builtin_batches",
     "check_model",
+    "check_objective",
     "check_plugin",
     "check_reward",
     "check_solver",

@@ -13,7 +13,7 @@ from typing import Any, Union
 import pluggy
 
 from .. import hookspecs
-from ..cards import ModelInfo, ObserverInfo, Preset, RewardInfo, SolverInfo
+from ..cards import ModelInfo, ObjectiveInfo, ObserverInfo, Preset, RewardInfo, SolverInfo
 from ..hookspecs import CONTRACT, OFFERS, PROJECT
 from ..rules import (
     HOOKS,
@@ -32,7 +32,7 @@ from ..rules import (
 )
 from .breaches import Broken, hold, may_not_raise
 
-Card = Union[RewardInfo, SolverInfo, ModelInfo, ObserverInfo, Preset]
+Card = Union[RewardInfo, SolverInfo, ObjectiveInfo, ModelInfo, ObserverInfo, Preset]
 
 
 def check_plugin(
@@ -145,6 +145,13 @@ def check_card(card: Card, options: Mapping[str, Any] | None = None) -> None:
             about,
         )
         check_environments(card, parameters)
+    if isinstance(card, ObjectiveInfo) and not any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
+        hold(
+            {*card.options} == {*parameters},
+            "an objective's card must say what each option of its factory does, and no other",
+            f"{card.name!r} describes {', '.join(card.options) or 'none'}; its factory takes "
+            f"{', '.join(parameters) or 'none'}",
+        )
     check_mentions(card, parameters)
     if isinstance(card, ModelInfo):
         with may_not_raise("a model's factory must take factory(path_or_hub_id, device=, dtype=)", about):
@@ -253,7 +260,9 @@ def check_option(about: str, parameter: inspect.Parameter, hint: Any, given: boo
 
 
 def make(
-    card: RewardInfo | SolverInfo | ModelInfo, arguments: tuple[Any, ...], options: Mapping[str, Any]
+    card: RewardInfo | SolverInfo | ObjectiveInfo | ModelInfo,
+    arguments: tuple[Any, ...],
+    options: Mapping[str, Any],
 ) -> Any:
     """Call a card's factory with these options."""
     about = f"{card.name!r} with {dict(options)}"

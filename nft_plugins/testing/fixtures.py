@@ -28,6 +28,14 @@ def check_solver() -> Callable[..., Any]:
 
 
 @pytest.fixture
+def check_objective() -> Callable[..., Any]:
+    """`nft_plugins.testing.check_objective`."""
+    from . import check_objective
+
+    return check_objective
+
+
+@pytest.fixture
 def check_model() -> Callable[..., Any]:
     """`nft_plugins.testing.check_model`."""
     from . import check_model

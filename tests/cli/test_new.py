@@ -16,7 +16,7 @@ from nft_core.errors import NftError, UsageError
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 #: A name for each kind; their lengths and letters differ.
-NAMES = {"reward": "contrast", "solver": "ralston-2_3", "model": "my-own-pixels"}
+NAMES = {"reward": "contrast", "solver": "ralston-2_3", "objective": "clipped", "model": "my-own-pixels"}
 EXAMPLE_NAMES = ("ab3", "colourfulness")
 
 
@@ -85,7 +85,7 @@ def many(tmp_path_factory):
 
 @pytest.mark.parametrize("command", [["check"], ["format", "--check"]])
 def test_ruff_finds_nothing_whatever_the_name(many, command):
-    assert len(list(many.iterdir())) == 15
+    assert len(list(many.iterdir())) == 20
     python("-m", "ruff", *command, "--no-cache", many, *(EXAMPLES / f"nft-{n}" for n in EXAMPLE_NAMES))
 
 
@@ -107,12 +107,21 @@ def test_the_reward_and_the_example_of_one_can_be_checked(site):
         assert "ok: scores and details depend neither on" in said
 
 
-def test_a_run_with_all_three(packages, site, tmp_path):
-    """The model's checkpoint is written as its README says, and trained on the reward with the solver."""
+def test_a_run_with_all_four(packages, site, tmp_path):
+    """The model's checkpoint is written as its README says, and trained with the three others."""
     python("-m", "nft_my_own_pixels", tmp_path / "checkpoint", cwd=tmp_path, site=site)
     python(
         *("-m", "nft_core", "run", "--model", tmp_path / "checkpoint", "--reward", NAMES["reward"]),
-        *("--solver", NAMES["solver"], "--epochs", "1", "--out", tmp_path / "run"),
+        *(
+            "--solver",
+            NAMES["solver"],
+            "--objective",
+            NAMES["objective"],
+            "--epochs",
+            "1",
+            "--out",
+            tmp_path / "run",
+        ),
         *("--set", "steps=2", "--set", "prompts_per_epoch=2", "--set", "group_size=2"),
         site=site,
     )
@@ -120,6 +129,7 @@ def test_a_run_with_all_three(packages, site, tmp_path):
     (epoch,) = (line for line in lines if line["event"] == "epoch")
     assert epoch["rewards"][NAMES["reward"]]["valid"] == 4
     assert epoch["drift"] > 0
+    assert 0 <= epoch["objective"]["past_limit"] <= 1
     assert list((tmp_path / "run" / "checkpoints").glob("*/lora.safetensors"))
 
 
@@ -133,6 +143,7 @@ def test_what_is_said_at_the_end(packages):
                 assert path.relative_to(packages[0][kind]).as_posix() in said[kind]
     assert "nft run --tiny --reward contrast --epochs 2" in said["reward"]
     assert "--reward jpeg_incompressibility --solver ralston-2_3" in said["solver"]
+    assert "--reward jpeg_incompressibility --objective clipped" in said["objective"]
     assert "python -m nft_my_own_pixels checkpoint" in said["model"]
 
 
@@ -181,6 +192,7 @@ def test_the_workflow_keeps_its_expressions(tmp_path):
         ("solver", "class", "Python's own"),
         ("reward", "pickscore", "a reward 'pickscore' already, of nft-hub (nft_rewards)"),
         ("solver", "heun", "a solver 'heun' already, of nft-hub (nft_solvers)"),
+        ("objective", "awm", "an objective 'awm' already, of nft-hub (nft_objectives)"),
         ("model", "sd3", "a model 'sd3' already, of nft-hub (nft_core)"),
         # Their module or their distribution would take the place of one of ours.
         ("reward", "core", "module nft_core already"),

@@ -219,6 +219,15 @@ BAD = {
         *(2, "Did you mean 'ocr'"),
     ),
     "unknown solver": (["--tiny", "--reward", "ocr", "--solver", "dpm3"], 2, "Unknown solver 'dpm3'"),
+    "unknown objective": (["--tiny", "--reward", "ocr", "--objective", "nfd"], 2, "Did you mean 'nft'"),
+    "unknown option of an objective": (
+        ["--tiny", "--reward", "ocr", "--objective", "awm,powr=1"],
+        *(2, "Did you mean 'power'"),
+    ),
+    "no reference": (
+        ["--tiny", "--reward", "ocr", "--objective", "dgpo", "--set", "kl_weight=0", "--set", "kl_target=0"],
+        *(2, "compares with the reference, which kl_weight = 0 leaves out"),
+    ),
     "unknown scheduler": (["--tiny", "--reward", "ocr", "--solver", "diffusers:Nope"], 2, "Nope"),
     "unknown preset": (["--preset", "small", "--reward", "ocr"], 2, "Unknown preset 'small'"),
     "unknown setting": (["--tiny", "--reward", "ocr", "--set", "grup_size=3"], 2, "Did you mean 'group_size'"),

@@ -1,12 +1,10 @@
-"""Golden values of advantages and optimality, derived by hand."""
+"""Golden values of advantages, derived by hand."""
 
 import pytest
 import torch
 
-from nft_core.errors import UsageError
 from nft_core.objective.advantages import (
     compute_advantages,
-    compute_optimality,
     measure_flat_groups,
     measure_spreads,
     normalize_groups,
@@ -78,21 +76,6 @@ def test_spreads_within_groups_by_hand():
     parts["flat"] = part(1.0, 5.0, 5.0, 900.0, 900.0)
     found = measure_spreads(Scores(T([0.0] * 4), ALL, parts=parts), GROUPS)
     assert found == {"a": pytest.approx(2 * 2.5**0.5)}
-
-
-def test_optimality_golden():
-    a = T([-10.0, -2.5, 0.0, 2.5, 10.0])
-    assert compute_optimality(a, 5.0).tolist() == [0.0, 0.25, 0.5, 0.75, 1.0]
-    assert compute_optimality(a, 5.0, "positive_only").tolist() == [0.5, 0.5, 0.5, 0.75, 1.0]
-    assert compute_optimality(a, 5.0, "negative_only").tolist() == [0.0, 0.25, 0.5, 0.5, 0.5]
-    # As published: 1 and 0 (one_only), -1, 0 and 1 (binary), in units of the clip.
-    torch.testing.assert_close(compute_optimality(a, 5.0, "one_only"), T([0.5, 0.5, 0.5, 0.6, 0.6]))
-    torch.testing.assert_close(compute_optimality(a, 5.0, "binary"), T([0.4, 0.4, 0.5, 0.6, 0.6]))
-    # A clip below 1 leaves these no room: still probabilities.
-    assert compute_optimality(a, 0.25, "binary").tolist() == [0.0, 0.0, 0.5, 1.0, 1.0]
-    assert compute_optimality(a, 0.25, "one_only").tolist() == [0.5, 0.5, 0.5, 1.0, 1.0]
-    with pytest.raises(UsageError, match="advantage_mode"):
-        compute_optimality(a, 5.0, "most")
 
 
 def test_flat_groups():

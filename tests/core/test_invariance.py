@@ -41,6 +41,13 @@ def check_same(ours, reference):
     assert ours["weights"] == pytest.approx(reference["weights"], rel=1e-4, abs=1e-5)
 
 
+@pytest.mark.slow
+def test_groups_are_compared_over_processes(sd3_folder, tmp_path):
+    settings = "objective=dgpo,beta_dpo=5", "updates_per_epoch=1"
+    one = run(tmp_path, sd3_folder, "one", "microbatch=16", *settings)
+    check_same(run(tmp_path, sd3_folder, "two", "microbatch=3", *settings, processes=2), one)
+
+
 @pytest.fixture(scope="module")
 def reference(tmp_path_factory, sd3_folder):
     return run(tmp_path_factory.mktemp("ref"), sd3_folder, "ref", "microbatch=4")

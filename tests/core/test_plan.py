@@ -3,6 +3,7 @@
 import json
 import shutil
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import cache
 
 import diffusers
@@ -550,6 +551,12 @@ def test_work_of_an_epoch(taken):
     assert by_name["train: forward and backward"].read == 3 * 2 * weights
     no_kl = make_settings(s.model_dump(), {"kl_weight": 0.0})
     assert "train: reference" not in {work.name for work in count_works(no_kl, f)}
+    assert "train: groups" not in by_name
+    without = {work.name for work in count_works(s, replace(f, needs_old=False))}
+    assert without == {*by_name} - {"train: old policy"}
+    compared = {work.name: work for work in count_works(s, replace(f, compares_groups=True))}
+    assert compared["train: groups"].total == 8 * 3 * f.forward.flops
+    assert compared["train: old policy"].total == 2 * by_name["train: old policy"].total
 
 
 def test_proposals(taken):

@@ -131,7 +131,7 @@ def test_scorable():
     with pytest.raises(UsageError, match="Of 1 prompts none can be scored.*f:2: no text"):
         keep_scorable([bad], check, "drop")
     told = []
-    drop_unscorable(Inputs([], None, [good, bad], [good], None), check, "drop", told.append)
+    drop_unscorable(Inputs([], None, [good, bad], [good], None, None), check, "drop", told.append)
     assert told[0] == ("1 of 3 prompts are left out: not every reward can score them, such as f:2: no text")
 
 

@@ -5,8 +5,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from nft_core.objective import loss, schedules
-from nft_core.objective.advantages import compute_optimality, normalize_groups
+from nft_core.objective import schedules
+from nft_core.objective.advantages import normalize_groups
+from nft_objectives import nft as loss
+from nft_objectives.nft import compute_optimality
 
 PAGE = (Path(__file__).parents[2] / "docs/idea.md").read_text(encoding="utf-8")
 

@@ -112,7 +112,14 @@ def test_write_a_solver(shell):
     assert 'solver = "ab2"' in (shell.folder / "runs/package/run.toml").read_text()
 
 
-@pytest.mark.parametrize("page", ["tutorials/reward.md", "tutorials/solver.md"])
+@pytest.mark.slow
+def test_write_an_objective(shell):
+    assert play("tutorials/objective.md", shell) == 2
+    text = (shell.folder.parent / "runs/gentle/metrics.jsonl").read_text()
+    assert '"objective": {"pushed": 0.' in text or '"objective":{"pushed":0.' in text
+
+
+@pytest.mark.parametrize("page", ["tutorials/reward.md", "tutorials/solver.md", "tutorials/objective.md"])
 def test_packages_pass_the_checks_that_they_come_with(page, shell):
     """The README of a new package says `ruff check && ruff format --check`: the tutorial's code passes both."""
     (kind,) = re.findall(r"^nft new (.*)$", (DOCS / page).read_text(encoding="utf-8"), flags=re.M)

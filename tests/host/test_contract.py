@@ -106,12 +106,13 @@ def test_the_description_sees_every_kind_of_change():
 
 def test_built_ins_say_which_contract_they_were_written_for():
     import nft_core.plugin
+    import nft_objectives.plugin
     import nft_recipes.plugin
     import nft_rewards.plugin
     import nft_solvers.plugin
     import nft_tiny.plugin
 
-    modules = (nft_core, nft_recipes, nft_rewards, nft_solvers, nft_tiny)
+    modules = (nft_core, nft_objectives, nft_recipes, nft_rewards, nft_solvers, nft_tiny)
     for module in (each.plugin for each in modules):
         assert re.fullmatch(r"\d+\.\d+", module.CONTRACT)
 

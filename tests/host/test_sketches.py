@@ -27,6 +27,10 @@ class Inside:
     def __init__(self, size: int, *, unknown: Absent = 1): ...
 class Slashed:
     def __init__(self, /, size: int = 1): ...
+class New:
+    def __new__(cls, b): ...
+class Below(New):
+    def __init__(self, other): ...
 class Inherits(Made):
     def __init__(self, other): ...
 @star
@@ -76,6 +80,7 @@ def test_parameters_and_types_are_read_without_an_import(heavy):
     types = read_types(call)
     assert (types["a"], types["b"], types["c"]) == (int, Literal["x", "y"], Literal["u", "v"] | None)
     assert str(inspect.signature(heavy("core:Made"))) == "(size=Ellipsis, *, kind=Ellipsis)"
+    assert str(inspect.signature(heavy("core:Inherits"))) == "(other)"
     assert inspect.signature(heavy("door:make")) == inspect.signature(call)
     # One type that cannot be known makes all unknown, as where the factory is imported.
     assert str(inspect.signature(heavy("core:Inside"))) == "(size, *, unknown=Ellipsis)"
@@ -83,7 +88,7 @@ def test_parameters_and_types_are_read_without_an_import(heavy):
 
 
 @pytest.mark.parametrize(
-    "name", ["Slashed", "Inherits", "decorated", "twice", "sometimes", "alias", "star", "absent"]
+    "name", ["Slashed", "Below", "decorated", "twice", "sometimes", "alias", "star", "absent"]
 )
 def test_nothing_is_said_where_the_source_is_not_plain(heavy, name):
     assert heavy(f"core:{name}") is None

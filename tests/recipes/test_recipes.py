@@ -7,7 +7,7 @@ import pytest
 from click.testing import CliRunner
 
 from nft_core.cli.app import main
-from nft_core.host import host as host_module
+from nft_core.host import cards as cards_module
 from nft_core.host.host import load_host
 from nft_core.host.specs import parse_reward
 from nft_core.runs.folder import read_run_file
@@ -188,7 +188,7 @@ def test_a_preset_of_another_family(tmp_path, more):
 
 
 def test_a_preset_whose_reward_lacks_its_extra(tmp_path, monkeypatch):
-    monkeypatch.setattr(host_module, "is_installed", lambda module: module != "open_clip")
+    monkeypatch.setattr(cards_module, "is_installed", lambda module: module != "open_clip")
     # The model is not looked for before.
     result = nft("run", "--preset", "sd35-hpsv2", "--out", tmp_path / "run")
     assert result.exit_code == 1 and not (tmp_path / "run").exists()
@@ -222,7 +222,8 @@ def test_built_in_prompts_are_not_the_presets(tmp_path):
     assert not list(list_doubts(s.model_copy(update={"prompts": "mine.txt"}), HOST))
 
 
-def test_the_command_shows_every_value_with_its_source():
+def test_the_command_shows_every_value_with_its_source(monkeypatch):
+    monkeypatch.setenv("COLUMNS", "200")
     output = nft("presets", "sd35-ocr").output
     rows = {line.split()[0]: line.strip().split(maxsplit=3) for line in output.splitlines() if line.strip()}
     assert rows["beta"] == ["beta", "0.1", "1.0", "config/nft.py:77"]

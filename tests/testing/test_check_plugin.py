@@ -7,12 +7,22 @@ from typing import Literal
 
 import pytest
 
-from nft_plugins import Environment, ModelInfo, ObserverInfo, Preset, RewardInfo, SolverInfo, hookimpl
+from nft_plugins import (
+    Environment,
+    ModelInfo,
+    ObjectiveInfo,
+    ObserverInfo,
+    Preset,
+    RewardInfo,
+    SolverInfo,
+    hookimpl,
+)
 from nft_plugins.testing import check_plugin, check_reward
 
 HOOKS = {
     RewardInfo: "nft_register_rewards",
     SolverInfo: "nft_register_solvers",
+    ObjectiveInfo: "nft_register_objectives",
     ModelInfo: "nft_register_models",
     ObserverInfo: "nft_register_observers",
     Preset: "nft_register_presets",
@@ -64,8 +74,17 @@ def preset(**fields):
     return Preset("mine", "mine", **fields)
 
 
+def power(*, power: float = 2.0):
+    """An objective's."""
+
+
+def objective(factory, **fields):
+    return ObjectiveInfo("mine", "mine", factory, **fields)
+
+
 OBSERVER = ObserverInfo("mine", "mine", factory, modules=("math",))
 GOOD = (reward(), solver(order=2), solver("mine:", member), of_model(), OBSERVER, preset(settings={"lr": 1e-4}))
+GOOD += (objective(power, options={"power": "exponent of the error"}),)
 
 
 def open_ended(scale: float = 1.0, **options):
@@ -88,7 +107,9 @@ def test_an_option_that_the_check_is_given_needs_no_default():
     assert check_plugin(plugin(reward(summary="mine", factory=needs)), options={"mine": {"of": "a"}})
 
 
-@pytest.mark.parametrize("name", ["nft_core", "nft_recipes", "nft_rewards", "nft_solvers", "nft_tiny"])
+@pytest.mark.parametrize(
+    "name", ["nft_core", "nft_objectives", "nft_recipes", "nft_rewards", "nft_solvers", "nft_tiny"]
+)
 def test_the_built_in_plugins_keep_the_contract(name):
     assert check_plugin(f"{name}.plugin")
 
@@ -145,6 +166,7 @@ PRESET = "a preset's rewards must be"
 RESERVED = "on_error, retry and max_seconds are nft-hub's own options"
 PLACING = "run_in and offload are nft-hub's own options"
 NEEDED = "an option under which a card needs an environment"
+DESCRIBED = "an objective's card must say what each option"
 MENTIONED = "an option that a card's summary or definition mentions"
 KEYWORD = "an option must be a parameter that can be given by keyword"
 
@@ -216,6 +238,8 @@ MUTANTS = [
     (MENTIONED, plugin(reward(definition="the mean; score=strict: all"))),
     (KEYWORD, plugin(reward(factory=positional))),
     (KEYWORD, plugin(reward(summary="mine", factory=many))),
+    (DESCRIBED, plugin(objective(power))),
+    (DESCRIBED, plugin(objective(power, options={"power": "exponent", "scale": "of nothing"}))),
     ("an option must have a default", plugin(reward(factory=required))),
     ("an option must have a type", plugin(reward(factory=untyped))),
     ("an option's default must be one of", plugin(reward(summary="mine", factory=no_such_default))),

@@ -10,7 +10,9 @@ import pytest
 from nft_plugins import RewardInfo, hookimpl, testing
 
 
-@pytest.mark.parametrize("name", ["check_plugin", "check_reward", "check_solver", "check_model"])
+@pytest.mark.parametrize(
+    "name", ["check_plugin", "check_reward", "check_solver", "check_objective", "check_model"]
+)
 def test_the_checks_are_fixtures(name, request):
     assert request.getfixturevalue(name) is getattr(testing, name)
 
@@ -30,7 +32,7 @@ def test_the_plugin_manager_knows_the_hooks_and_is_fresh(plugin_manager):
 
 def test_they_import_no_torch(tmp_path):
     """Every pytest run with nft-plugins installed loads them, whatever it tests."""
-    fixtures = "check_plugin, check_reward, check_solver, check_model, plugin_manager"
+    fixtures = "check_plugin, check_reward, check_solver, check_objective, check_model, plugin_manager"
     test = (
         f"import sys\n\ndef test({fixtures}):\n    assert not {{'torch', 'numpy', 'PIL'}} & set(sys.modules)\n"
     )
@@ -41,4 +43,4 @@ def test_they_import_no_torch(tmp_path):
 
 
 def test_every_module_with_rules_has_its_mutants(kit):
-    assert set(kit) == {"cards", "models", "rewards", "solvers"}
+    assert set(kit) == {"cards", "models", "objectives", "rewards", "solvers"}

@@ -10,14 +10,14 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, TypeAlias
 
-from nft_plugins import ObserverInfo, RewardInfo
+from nft_plugins import Objective, ObjectiveInfo, ObserverInfo, RewardInfo
 
 from ..errors import UsageError, shorten_value
 from ..host.discovery import Registered
 from ..host.host import Host
 from ..host.local import describe_briefly, make_local_card
 from ..host.objects import name_object
-from ..host.specs import RewardSpec, parse_observer, parse_reward, parse_weight
+from ..host.specs import RewardSpec, parse_objective, parse_observer, parse_reward, parse_weight
 from ..prompts import Prompt, make_prompt, refuse_single_prompt
 
 if TYPE_CHECKING:
@@ -29,6 +29,8 @@ OneReward: TypeAlias = "str | Mapping[str, Any] | RewardSpec | Callable[..., Any
 Rewards: TypeAlias = "OneReward | Iterable[OneReward] | Mapping[Any, Any]"
 #: An observer as a spec, as a table of one, as an object or as its class; or several.
 Observers: TypeAlias = "str | object | Iterable[object]"
+#: An objective as a spec, as a table of one, as an object or as its class.
+OneObjective: TypeAlias = "str | Mapping[str, Any] | Objective | type[Objective]"
 #: The path of a file, or a list of texts or of mappings with a `prompt` and metadata.
 Prompts: TypeAlias = "str | os.PathLike[str] | Iterable[str | Mapping[str, Any]]"
 #: What a setting in a run file can hold.
@@ -195,6 +197,27 @@ def list_observers(host: Host, given: Any) -> list[str | dict[str, Any]]:
             "give its class another name."
         )
     return listed
+
+
+def read_objective(host: Host, given: Any) -> str | dict[str, Any]:
+    """Read an objective as the setting `objective` has it, and register one that is a Python object.
+
+    Raises UsageError for what is no objective.
+    """
+    if isinstance(given, str | Mapping):
+        parse_objective(given)
+        return given if isinstance(given, str) else dict(given)
+    kind = given if inspect.isclass(given) else type(given)
+    if not issubclass(kind, Objective):
+        raise UsageError(
+            "objective must be a spec such as 'awm', an object of a class that inherits from "
+            f"nft_plugins.Objective, or that class. Got {shorten_value(given)}."
+        )
+    name = name_object(kind.__name__, host.objectives)
+    factory: Callable[..., Any] = kind if given is kind else lambda: given
+    info = ObjectiveInfo(kind.__name__, describe_briefly(kind), factory, f"code {digest_code(kind)}")
+    host.objectives[name] = Registered(info, ())
+    return name
 
 
 def read_prompt_list(given: Any, what: str) -> str | list[Prompt]:

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from ..host.host import Host
     from ..prompts import Prompt
     from ..settings import Settings
-    from .given import Observers, Prompts, Rewards
+    from .given import Observers, OneObjective, Prompts, Rewards
     from .result import TrainedRun
 
 
@@ -41,6 +41,7 @@ def train(
     prompts: Prompts | None = None,
     eval_prompts: Prompts | None = None,
     observers: Observers = (),
+    objective: OneObjective | None = None,
     out: str | os.PathLike[str] | None = None,
     preset: str | None = None,
     tiny: bool = False,
@@ -55,6 +56,7 @@ def train(
     prompts: the prompts to train on: a list of texts, or of mappings with a `prompt` and metadata, or a file.
     eval_prompts: prompts that are evaluated and never trained on, in the same forms.
     observers: objects with hooks as methods, or specs such as "tensorboard"; one or a list.
+    objective: what to minimise: a spec such as "awm", an objective of yours or its class; nft by default.
     out: folder to write the run to, new or empty. By default it is in `runs/`.
     preset: a named set of settings to start from.
     tiny: train the small model that comes with nft-hub: the preset `tiny`.
@@ -70,12 +72,14 @@ def train(
     from ..runs.inputs import choose_preset, make_run_settings
     from ..runs.places import make_folder_whole, make_paths_whole
     from ..settings import make_settings
-    from .given import list_observers, list_rewards, read_prompt_list
+    from .given import list_observers, list_rewards, read_objective, read_prompt_list
 
     host = load_host()
     given: dict[str, Any] = {"rewards": list_rewards(host, rewards)}
     if listed := list_observers(host, observers):
         given["observers"] = listed
+    if objective is not None:
+        given["objective"] = read_objective(host, objective)
     if model is not None:
         given["model"] = model
     lists: dict[str, list[Prompt]] = {}
@@ -103,6 +107,7 @@ def resume(
     *,
     rewards: Rewards | None = None,
     observers: Observers | None = None,
+    objective: OneObjective | None = None,
     quiet: bool = False,
     allow_changes: bool = False,
     **settings: Any,
@@ -112,6 +117,7 @@ def resume(
     folder: the run's folder.
     rewards: as they were given to `train`. They are needed where some were functions or objects.
     observers: in place of the run's; needed where some were objects.
+    objective: in place of the run's; needed where it was an object.
     quiet: show nothing of the run on standard output.
     allow_changes: go on even with settings, rewards or prompts that change what is learned.
     settings: settings that are to have another value, such as `epochs=40`.
@@ -121,7 +127,7 @@ def resume(
     from ..runs.folder import read_settings
     from ..runs.places import make_folder_whole, make_paths_whole
     from ..settings import make_settings
-    from .given import list_observers, list_rewards
+    from .given import list_observers, list_rewards, read_objective
 
     place = make_folder_whole(Path(folder))
     before = read_settings(place)
@@ -131,6 +137,8 @@ def resume(
         given["rewards"] = list_rewards(host, rewards)
     if observers is not None:
         given["observers"] = list_observers(host, observers)
+    if objective is not None:
+        given["objective"] = read_objective(host, objective)
     made = make_settings(before, read_paths(settings), read_paths(given))
     check_processes(settings, made)
     made = make_settings(make_paths_whole(made.model_dump()), {"processes": 1})
@@ -155,6 +163,7 @@ def run_here(
     # Objects are in no file, so the command of a shell could not go on with them.
     named = [*settings.rewards, *settings.observers]
     again = ", rewards=..." if any(is_object_name(name_of(one)) for one in named) else ""
+    again += ", objective=..." if is_object_name(name_of(settings.objective)) else ""
 
     def name_resume(place: Path) -> str:
         return f'nft_core.resume("{place}"{again})'
@@ -171,7 +180,7 @@ def run_here(
 
 
 def name_of(spec: str | Mapping[str, Any]) -> str:
-    """The name in a spec of a reward or an observer."""
+    """The name in a spec of a reward, an observer or an objective."""
     return str(spec["name"]) if isinstance(spec, Mapping) else spec.partition(",")[0].partition("=")[0]
 
 

@@ -18,7 +18,7 @@ from .doctor import diagnose, explain_broken_torchvision
 from .env import manage_environments
 from .evaluate import evaluate
 from .launch import launch_training
-from .listing import list_models, list_observers, list_plugins, list_rewards, list_solvers
+from .listing import list_models, list_objectives, list_observers, list_plugins, list_rewards, list_solvers
 from .new import begin_package
 from .presets import list_presets
 from .rewards import check_contract, show_reward
@@ -86,6 +86,7 @@ for command in (
     list_plugins,
     list_rewards,
     list_solvers,
+    list_objectives,
     list_models,
     list_observers,
     list_presets,
@@ -142,6 +143,12 @@ for command in (show_reward, check_contract):
     "--solver",
     metavar="NAME",
     help="Solver that generates the images; `nft solvers` lists them.  [default: dpm2]",
+)
+@click.option(
+    "--objective",
+    metavar="SPEC",
+    help="What training minimises, as NAME[,KEY=VALUE...], such as awm. FILE.py:CLASS or MODULE:CLASS is one "
+    "of yours. `nft objectives` lists them.  [default: nft]",
 )
 @click.option(
     "--prompts",

@@ -1,4 +1,4 @@
-"""`nft plugins`, `nft rewards`, `nft solvers`, `nft models`, `nft observers` list what is installed."""
+"""`nft plugins`, `nft rewards`, `nft solvers` and their like list what is installed."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ from .tables import describe_cards, json_option, show_rows
 @click.option(
     "--load",
     is_flag=True,
-    help="Also make each reward, solver and observer of other packages once, with its default options, to find "
-    "out whether it works. This may load weights, and take minutes.",
+    help="Also make each reward, solver, objective and observer of other packages once, with its default "
+    "options, to find out whether it works. This may load weights, and take minutes.",
 )
 @json_option
 def list_plugins(load: bool, as_json: bool) -> None:
@@ -92,6 +92,20 @@ def list_solvers(as_json: bool) -> None:
         # The order says nothing of a solver that adds noise, and some solvers do not know theirs.
         row["kind"] = "stochastic" if row["stochastic"] else f"order {row['order']}" if row["order"] else ""
     show_rows(rows, {"name": "solver", "summary": "what it is", "kind": "kind", "source": "source"}, as_json)
+
+
+@click.command("objectives")
+@json_option
+def list_objectives(as_json: bool) -> None:
+    """List the objectives, of which `nft run --objective` takes one: the losses that training can minimise.
+
+    All of them learn from the same images, noise and times, so that runs with different ones can be compared.
+    """
+    rows = describe_cards(load_host().objectives)
+    for row in rows:
+        row["options"] = dict(row["options"])
+    columns = {"name": "objective", "summary": "what it is", "options": "options", "source": "source"}
+    show_rows(rows if as_json else [row | {"options": [*row["options"]]} for row in rows], columns, as_json)
 
 
 @click.command("models")

@@ -35,7 +35,7 @@ SPDX = {"apache-2.0": "Apache-2.0", "mit": "MIT", "bsd-3-clause": "BSD-3-Clause"
 
 @dataclass(frozen=True)
 class Kind:
-    """What differs between packages with a reward, a solver and a model.
+    """What differs between packages with a reward, a solver, an objective and a model.
 
     description: one line for the package's metadata. taken: the host's attribute with the names that exist
     already. use: commands that try the new package.
@@ -45,6 +45,11 @@ class Kind:
     description: str
     taken: str
     use: tuple[str, ...]
+
+    @property
+    def one(self) -> str:
+        """Name one of the kind, with its article."""
+        return f"{'an' if self.name[0] in 'aeiou' else 'a'} {self.name}"
 
 
 KINDS = (
@@ -59,6 +64,12 @@ KINDS = (
         "The solver $name for nft-hub.",
         "solvers",
         ("nft run --tiny --reward jpeg_incompressibility --solver $name --epochs 2 --set eval_images=1",),
+    ),
+    Kind(
+        "objective",
+        "The objective $name for nft-hub.",
+        "objectives",
+        ("nft run --tiny --reward jpeg_incompressibility --objective $name --epochs 2 --set eval_images=1",),
     ),
     Kind(
         "model",
@@ -132,7 +143,7 @@ def check_name(name: str, kind: Kind) -> str:
     name = name.removeprefix("nft-")
     if not NAME.fullmatch(name):
         raise UsageError(
-            f"{name!r} cannot be a {kind.name}'s name: expected lower-case letters, digits, _ and -, a letter "
+            f"{name!r} cannot be {kind.one}'s name: expected lower-case letters, digits, _ and -, a letter "
             "first and a letter or a digit last, such as my-reward2."
         )
     if len(name) > LONGEST:
@@ -142,7 +153,7 @@ def check_name(name: str, kind: Kind) -> str:
     cards = getattr(load_host(), kind.taken)
     if name in cards:
         raise UsageError(
-            f"There is a {kind.name} {name!r} already, of {' and '.join(cards[name].owners)}: choose another "
+            f"There is {kind.one} {name!r} already, of {' and '.join(cards[name].owners)}: choose another "
             f"name; nft {kind.taken} lists them all."
         )
     # pip would replace such a package, or Python would import the one module in place of the other.

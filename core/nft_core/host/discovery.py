@@ -23,6 +23,7 @@ from nft_plugins import (
     CONTRACT,
     ContractDeprecation,
     ModelInfo,
+    ObjectiveInfo,
     ObserverInfo,
     Preset,
     RewardInfo,
@@ -48,7 +49,7 @@ from .lending import keep_python_state
 
 #: The distribution that brings the contract.
 CONTRACT_PACKAGE = "nft-plugins"
-Info = TypeVar("Info", RewardInfo, SolverInfo, ModelInfo, ObserverInfo, Preset)
+Info = TypeVar("Info", RewardInfo, SolverInfo, ObjectiveInfo, ModelInfo, ObserverInfo, Preset)
 
 
 @dataclass

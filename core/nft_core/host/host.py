@@ -1,4 +1,4 @@
-"""Keeps what all plug-ins of this environment offer, by name, and makes rewards, solvers and models of it."""
+"""Keeps what all plug-ins of this environment offer, by name, and makes rewards, solvers and the like of it."""
 
 from __future__ import annotations
 
@@ -11,6 +11,8 @@ from typing import Any
 from nft_plugins import (
     FlowModel,
     ModelInfo,
+    Objective,
+    ObjectiveInfo,
     ObserverInfo,
     Preset,
     Reward,
@@ -37,9 +39,9 @@ from .factories import (
 )
 from .hooks import Hooks
 from .lending import Inside, keep_state
-from .local import is_reference, load_object, make_local_card, make_observer_card
+from .local import is_reference, load_object, make_class_card, make_local_card
 from .objects import is_object_name, missing_object
-from .specs import FailurePolicy, ObserverSpec, parse_reward, split_options
+from .specs import FailurePolicy, ObjectiveSpec, ObserverSpec, parse_reward, split_options
 
 
 @dataclass
@@ -50,6 +52,7 @@ class Host:
     plugins: list[Plugin] = field(default_factory=list)
     rewards: dict[str, Registered[RewardInfo]] = field(default_factory=dict)
     solvers: dict[str, Registered[SolverInfo]] = field(default_factory=dict)
+    objectives: dict[str, Registered[ObjectiveInfo]] = field(default_factory=dict)
     models: dict[str, Registered[ModelInfo]] = field(default_factory=dict)
     observers: dict[str, Registered[ObserverInfo]] = field(default_factory=dict)
     presets: dict[str, Registered[Preset]] = field(default_factory=dict)
@@ -204,7 +207,7 @@ class Host:
         if is_object_name(name) and name not in self.observers:
             raise missing_object("observer", name)
         card = (
-            make_observer_card(name)
+            make_class_card(ObserverInfo, name)
             if is_reference(name)
             else self._find_card("observer", name, self.observers)
         )
@@ -219,6 +222,29 @@ class Host:
         if problem := find_hook_problem(made):
             raise NftError(f"The factory of the {what} gave {type(made).__name__}, and {problem}.")
         return typing.cast(object, made)
+
+    def find_objective(self, name: str) -> Registered[ObjectiveInfo]:
+        """Find the card of an objective by its name, or make one for `FILE.py:CLASS`."""
+        if is_object_name(name) and name not in self.objectives:
+            raise missing_object("objective", name)
+        if is_reference(name):
+            return make_class_card(ObjectiveInfo, name)
+        return self._find_card("objective", name, self.objectives)
+
+    def make_objective(self, spec: ObjectiveSpec, lent: Mapping[str, Any]) -> Objective:
+        """Make an objective by name or by `FILE.py:CLASS`. Raises what `make_reward` raises.
+
+        lent: settings of the run that its factory is given if it takes them and the user does not give them.
+        """
+        card = self.find_objective(spec.name)
+        what = name_card("objective", card)
+        made = call_factory(what, card.info.factory, (), spec.options, lent)
+        if not isinstance(made, Objective):
+            raise NftError(
+                f"The factory of the {what} gave {type(made).__name__}, not an objective: its class must "
+                "inherit from nft_plugins.Objective."
+            )
+        return made
 
     def make_model(self, family: str, checkpoint: str, options: Mapping[str, Any], **offered: Any) -> FlowModel:
         """Make a base model of a family, with the user's options, and with what is offered that its factory
@@ -293,6 +319,7 @@ class Host:
         makers: list[tuple[Mapping[str, Registered[Any]], Callable[[str], object]]] = [
             (self.rewards, lambda name: self.make_reward(name, {})),
             (self.solvers, lambda name: self.make_solver(name, {})),
+            (self.objectives, lambda name: self.make_objective(ObjectiveSpec(name), {})),
             (self.observers, lambda name: self.make_observer(ObserverSpec(name))),
         ]
         rows = {f"{row.distribution} ({row.name})": row for row in self.plugins}

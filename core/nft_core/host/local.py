@@ -15,9 +15,9 @@ from contextvars import ContextVar
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
-from nft_plugins import Batch, ObserverInfo, RewardInfo, Scores
+from nft_plugins import Batch, ObjectiveInfo, ObserverInfo, RewardInfo, Scores
 from nft_plugins.rules import OFFERED
 
 from ..errors import NftError, UsageError, describe_error, locate_error, missing_part
@@ -28,6 +28,8 @@ from .sketches import list_definitions
 if TYPE_CHECKING:
     from torch import Tensor
 
+#: Cards of what `make_class_card` makes.
+Info = TypeVar("Info", ObserverInfo, ObjectiveInfo)
 #: What a function may take by name: fields of the batch, or the batch itself.
 FIELDS = ("images", "prompts", "metadata", "groups", "uint8", "pil", "batch")
 
@@ -146,11 +148,11 @@ def make_local_card(name: str | Callable[..., Any]) -> Registered[RewardInfo]:
     return Registered(RewardInfo(title, describe_briefly(target), make_factory(target, short)), ())
 
 
-def make_observer_card(name: str) -> Registered[ObserverInfo]:
-    """Make the card of an observer by reference: a class or a function that makes it, or the object itself."""
+def make_class_card(kind: type[Info], name: str) -> Registered[Info]:
+    """Make the card of an observer or an objective by reference: a class or function that makes it, or it."""
     target = load_object(name)
     makes = inspect.isclass(target) or inspect.isroutine(target)
-    return Registered(ObserverInfo(name, describe_briefly(target), target if makes else lambda: target), ())
+    return Registered(kind(name, describe_briefly(target), target if makes else lambda: target), ())
 
 
 def describe_briefly(target: object) -> str:

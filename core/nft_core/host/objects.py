@@ -1,4 +1,4 @@
-"""Rewards and observers that are given as Python objects: a run knows them by names such as `<warmth>`.
+"""Rewards, objectives and observers given as Python objects: a run knows them by names such as `<warmth>`.
 
 No run file can hold such an object, so a run that is to go on needs it again.
 """
@@ -35,9 +35,11 @@ def missing_object(kind: str, name: str) -> UsageError:
     """Make the error for an object that a run was given in Python, and is not given now."""
     instead = {
         "reward": "give a reward that a run file can name, as in --reward FILE.py:FUNCTION --allow-changes",
+        "objective": "give one that a run file can name, as in --set objective=FILE.py:CLASS --allow-changes",
         "observer": "go on without it, with --set 'observers=[]'",
     }
+    argument = kind if kind == "objective" else f"{kind}s"
     return UsageError(
         f"The {kind} {name} was a Python object, which a run's file cannot hold. Go on in Python, with "
-        f"nft_core.resume(FOLDER, {kind}s=...), or {instead[kind]}."
+        f"nft_core.resume(FOLDER, {argument}=...), or {instead[kind]}."
     )

@@ -1,7 +1,7 @@
 """Reads which parameters a factory takes from its module's source: importing the module may import PyTorch.
 
 So a misspelt option of a reward is told within a second. Where the source does not say plainly what the
-factory is, because it is decorated, inherits or is made at run time, the module has to be imported.
+factory is, because it is decorated or made at run time, the module has to be imported.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import builtins
 import importlib.util
 import inspect
 import sys
+from abc import ABCMeta
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
@@ -42,7 +43,7 @@ def sketch_factory(factory: str | Callable[..., Any]) -> Callable[..., Any] | No
         return None
     try:
         module, node = find_definition(*factory.split(":"))
-        return make_sketch(module, find_arguments(node))
+        return make_sketch(module, find_arguments(module, node))
     except KeyboardInterrupt:
         raise
     except BaseException:  # A package above the module may raise anything when it is imported.
@@ -117,16 +118,34 @@ def binds_name(node: ast.AST, name: str) -> bool:
     return isinstance(targets, ast.Name) and targets.id == name
 
 
-def find_arguments(node: ast.stmt) -> ast.arguments:
+def find_arguments(module: str, node: ast.stmt) -> ast.arguments:
     """Find the arguments that a function or a class takes. Raises UnclearError where they may be others."""
     if isinstance(node, FUNCTIONS) and not node.decorator_list:
         return node.args
-    if isinstance(node, ast.ClassDef) and not (node.decorator_list or node.bases or node.keywords):
+    if isinstance(node, ast.ClassDef) and not (node.decorator_list or node.keywords):
         made = [n for n in node.body if isinstance(n, FUNCTIONS) and n.name in ("__init__", "__new__")]
         given = made[0].args if len(made) == 1 else None
         if given and made[0].name == "__init__" and not (made[0].decorator_list or given.posonlyargs):
+            for base in node.bases:
+                check_base(module, base)
             return ast.arguments(**{**vars(given), "args": given.args[1:]})  # without self
     raise UnclearError(ast.dump(node)[:80])
+
+
+def check_base(module: str, base: ast.expr) -> None:
+    """Raise UnclearError where a class's base may decide what the class takes: by `__new__` or a metaclass."""
+    if not isinstance(base, ast.Name):
+        raise UnclearError(ast.dump(base)[:80])
+    origin, node = find_definition(module, base.id)
+    if isinstance(node, ast.ImportFrom):  # from a module that is imported already, such as abc
+        found = getattr(sys.modules[origin], next(a.name for a in node.names if base.id in (a.asname, a.name)))
+        if type(found) in (type, ABCMeta) and found.__new__ is object.__new__:
+            return
+    is_plain = isinstance(node, ast.ClassDef) and not (node.decorator_list or node.keywords)
+    if not isinstance(node, ast.ClassDef) or not is_plain or any(binds_name(n, "__new__") for n in node.body):
+        raise UnclearError(base.id)
+    for each in node.bases:
+        check_base(origin, each)
 
 
 def make_sketch(module: str, given: ast.arguments) -> Callable[..., Any]:

@@ -1,4 +1,4 @@
-"""Reads what users write of rewards and observers: `NAME[=WEIGHT][,KEY=VALUE...]`, TOML tables, or Python."""
+"""Reads what users write of rewards, objectives and observers: `NAME[,KEY=VALUE...]`, tables or Python."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from .objects import is_object_name, read_title
 
 FORM = "NAME[=WEIGHT][,KEY=VALUE...], such as pickscore, ocr=0.5 or ocr=0.5,upscale=4"
 OBSERVER_FORM = "NAME[,KEY=VALUE...], such as tensorboard, wandb,project=ocr or FILE.py:CLASS"
+OBJECTIVE_FORM = "NAME[,KEY=VALUE...], such as awm, nft,beta=0.1 or FILE.py:CLASS"
 OnError: TypeAlias = Literal["stop", "mask", "skip"]
 #: No run needs more than these, so a larger number is a typing error, which is reported at once.
 MOST_RETRIES, MOST_SECONDS, MOST_WEIGHT = 1000, 1e6, 1e30
@@ -75,6 +76,14 @@ class RewardSpec:
 @dataclass(frozen=True)
 class ObserverSpec:
     """Holds an observer's name and the options that its factory is given."""
+
+    name: str
+    options: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class ObjectiveSpec:
+    """Holds an objective's name and the options that its factory is given."""
 
     name: str
     options: Mapping[str, Any] = field(default_factory=dict)
@@ -151,6 +160,17 @@ def parse_observer(given: str | Mapping[str, Any]) -> ObserverSpec:
     if weight != "":
         raise UsageError(f"Observer {name!r}: it has no weight; an observer is written {OBSERVER_FORM}.")
     return ObserverSpec(name, options)
+
+
+def parse_objective(given: str | Mapping[str, Any]) -> ObjectiveSpec:
+    """Make a spec from its text, or from a TOML table with `name` and options.
+
+    Raises UsageError for a text or table of another form.
+    """
+    name, weight, options = _parse_spec(given, "An objective", OBJECTIVE_FORM)
+    if weight != "":
+        raise UsageError(f"Objective {name!r}: it has no weight; an objective is written {OBJECTIVE_FORM}.")
+    return ObjectiveSpec(name, options)
 
 
 def _parse_spec(given: str | Mapping[str, Any], what: str, form: str) -> tuple[str, Any, dict[str, Any]]:

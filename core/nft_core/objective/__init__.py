@@ -1,1 +1,1 @@
-"""The mathematics of DiffusionNFT: advantages, loss, schedules and times. Tensors in, tensors out."""
+"""The mathematics that all objectives share: advantages, noise, KL, schedules and times. Tensors in and out."""

@@ -1,4 +1,4 @@
-"""Turns rewards into advantages, and these into optimality probabilities, with pure functions of tensors."""
+"""Turns rewards into advantages, with pure functions of tensors."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from torch import Tensor
 
 from nft_plugins import Scores
 
-from ..errors import UsageError, unknown_name
-from .choices import AdvantageMode, Combine, Std
+from ..errors import unknown_name
+from .choices import Combine, Std
 
 #: Added to every standard deviation, as published: a group that agrees gets advantages of 0, not 0 / 0.
 EPSILON = 1e-4
@@ -78,30 +78,6 @@ def measure_spreads(scores: Scores, groups: Tensor) -> dict[str, float]:
             if spread := abs(weight) * float(centred.square().mean().sqrt()):
                 found[name] = spread
     return found
-
-
-def compute_optimality(advantages: Tensor, clip: float, mode: AdvantageMode = "all") -> Tensor:
-    """Compute the optimality probabilities r in [0, 1]: `1/2 + clamp(A, -clip, clip) / (2 clip)`.
-
-    mode: which advantages count, after the published code: `all`; `positive_only` and
-    `negative_only` replace the others by 0; `one_only` keeps 1 for the positive and 0 for the rest;
-    `binary` keeps the sign.
-    """
-    a = advantages.clamp(-clip, clip)
-    match mode:
-        case "all":
-            pass
-        case "positive_only":
-            a = a.clamp_min(0)
-        case "negative_only":
-            a = a.clamp_max(0)
-        case "one_only":
-            a = (a > 0).to(a)
-        case "binary":
-            a = a.sign()
-        case _:
-            raise UsageError(f"advantage_mode must be one of {AdvantageMode.__args__}, got {mode!r}")
-    return (a / (2 * clip) + 0.5).clamp(0, 1)
 
 
 def measure_flat_groups(values: Tensor, valid: Tensor, groups: Tensor) -> float:

@@ -1,6 +1,6 @@
 """Counts what a run's model takes: its bytes, and each computation's memory and FLOPs for any number of images.
 
-Nothing is loaded: the run's own model, policy, solver and losses work on the meta device (`measure`).
+Nothing is loaded: the run's own model, policy, solver and objective work on the meta device (`measure`).
 """
 
 from __future__ import annotations
@@ -16,17 +16,17 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
-from nft_plugins import Condition, FlowModel, Solver
+from nft_plugins import Condition, FlowModel, Noised, Objective, Solver
 
 from ..errors import NftError, UsageError, shorten_error
 from ..host.host import Host
 from ..models.pipeline import ENCODED_AT_ONCE, OF_TEXT, PipelineModel
-from ..objective.loss import kl_loss, nft_loss
 from ..parallel.sharding import list_blocks
 from ..runs.assembly import make_policy
-from ..runs.setup import autocast_dtype, decode_dtype, image_shape, load_base
+from ..runs.setup import autocast_dtype, decode_dtype, image_shape, load_base, make_objective
 from ..settings import Settings
 from ..training.lora import adapted_layers
+from ..training.losses import compute_losses
 from ..training.memory import checkpoint_activations
 from ..training.policy import Policy
 from .measure import FEW, AsOnGpu, Growth, Live, count_growth, recompute_as_on_gpu
@@ -54,6 +54,7 @@ class Footprint:
     steps: forward and backward pass for one training time, marked in between, by whether gradient checkpointing
         is on. It has both only where both were asked for and the model can do both.
     passes: of the velocity, for an image. state: bytes that the solver holds for one.
+    needs_old, compares_groups: of the objective.
     """
 
     precision: str
@@ -78,6 +79,8 @@ class Footprint:
     steps: Mapping[bool, Growth]
     passes: int
     state: int
+    needs_old: bool = True
+    compares_groups: bool = False
 
 
 def count_footprint(s: Settings, host: Host, device: torch.device, both: bool = False) -> Footprint:
@@ -120,7 +123,8 @@ def count_model(s: Settings, host: Host, model: FlowModel, both: bool) -> Footpr
         policy = make_policy(s, model, META)
     solver = host.make_solver(s.solver, s.solver_options)
     passes, state = count_solver(solver, model.times(s.steps, height, width), shape)
-    work = Computations(policy, shape, condition, s)
+    objective = make_objective(s, host)
+    work = Computations(policy, shape, condition, s, objective)
     forward, decode = count_growth(work.old), count_growth(work.decode)
     steps = {}
     if both or not s.gradient_checkpointing:
@@ -153,6 +157,8 @@ def count_model(s: Settings, host: Host, model: FlowModel, both: bool) -> Footpr
         steps=steps,
         passes=passes,
         state=state,
+        needs_old=objective.needs_old,
+        compares_groups=objective.compares_groups,
     )
 
 
@@ -168,8 +174,10 @@ class Computations:
         shape: Sequence[int],
         condition: Condition,
         s: Settings,
+        objective: Objective,
     ) -> None:
         self.policy, self.shape, self.condition, self.s = policy, shape, condition, s
+        self.objective = objective
         self.autocast = policy.autocast
         self.device = policy.device
         #: Bytes of the trained weights in 16 bits, which autocast holds to the end of a pass.
@@ -217,17 +225,19 @@ class Computations:
 
     def step(self, images: int, mark: Any) -> None:
         """Train on one time of a microbatch, with all times' latents at hand, as the loop does."""
-        s, times = self.s, self.s.count_train_times()
+        s, times, objective = self.s, self.s.count_train_times(), self.objective
         x_0 = self.make_latents(images)
-        noise, x_t, v_old = (self.make_latents(times, images) for _ in range(3))
-        v_ref = self.make_latents(times, images) if s.kl_weight else None
-        t, r = torch.empty(2, images, device=self.device, dtype=torch.float32)
+        noise, x_t = (self.make_latents(times, images) for _ in range(2))
+        v_old = self.make_latents(times, images)[0] if objective.needs_old else None
+        v_ref = self.make_latents(times, images)[0] if s.kl_weight else None
+        t, weights = torch.empty(2, images, device=self.device, dtype=torch.float32)
         v = self.velocity(x_t[0])
         mark()
-        loss = nft_loss(v, v_old[0], x_t[0], x_0, t, r, s.beta, s.advantage_clip)
-        if v_ref is not None:
-            loss = loss + s.kl_weight * kl_loss(v, v_ref[0])
-        loss.sum().backward()
+        reference = v_ref if objective.needs_reference else None
+        group = t if objective.compares_groups else None
+        batch = Noised(v, x_0, x_t[0], t, weights, v_old, reference, group)
+        loss, kl, _ = compute_losses(objective, s, batch, v_ref)
+        (loss + s.kl_weight * kl).sum().backward()
         del noise  # The loop keeps it until here.
 
     def recompute(self) -> bool:

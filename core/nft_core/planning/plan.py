@@ -181,12 +181,15 @@ def count_works(s: Settings, f: Footprint) -> list[EpochWork]:
     weights = sum(f.weights.values()) + (4 * sum(f.trained) if f.lora else 0)
     frozen = images * times / count_together(s, s.microbatch) * weights
     again = 3 if s.gradient_checkpointing else 2
+    # An objective that compares groups asks for all velocities in passes of their own before.
+    rounds = 2 if f.compares_groups else 1
     sampling = f.reference if f.merged else f.forward.flops
     found = [
         EpochWork("rollout", f.passes, sampling, ceil(images / s.rollout_batch) * f.passes * weights, images),
         EpochWork("decode", 1, f.decode.flops, ceil(images / s.decode_batch) * sum(f.others.values()), images),
-        EpochWork("train: old policy", times, f.forward.flops, frozen, images),
-        EpochWork("train: reference", times, f.reference, frozen, images),
+        EpochWork("train: old policy", rounds * times, f.forward.flops, rounds * frozen, images),
+        EpochWork("train: reference", rounds * times, f.reference, rounds * frozen, images),
+        EpochWork("train: groups", times, f.forward.flops, images * times / s.microbatch * weights, images),
         EpochWork(
             "train: forward and backward",
             times,
@@ -195,7 +198,12 @@ def count_works(s: Settings, f: Footprint) -> list[EpochWork]:
             images,
         ),
     ]
-    return [work for work in found if s.kl_weight or work.name != "train: reference"]
+    needed = {
+        "train: old policy": f.needs_old,
+        "train: reference": bool(s.kl_weight),
+        "train: groups": f.compares_groups,
+    }
+    return [work for work in found if needed.get(work.name, True)]
 
 
 def propose_settings(

@@ -8,9 +8,10 @@ from typing import Any
 
 import torch
 
-from nft_plugins import Condition, FlowModel, Reward, Solver
+from nft_plugins import Condition, FlowModel, Objective, Reward, Solver
 
 from ..errors import UsageError
+from ..host.host import load_host
 from ..models.weights import put_in_place
 from ..parallel.devices import free_memory
 from ..parallel.processes import rank, world_size
@@ -23,12 +24,12 @@ from ..training.compiling import compile_blocks
 from ..training.memory import checkpoint_activations
 from ..training.optimizers import LOSS_SCALE, make_optimizer
 from ..training.policy import Policy
-from ..training.state import Progress, Training
+from ..training.state import SUMS, Progress, Training
 from .checkpoint import prune_checkpoints, save_checkpoint
 from .inputs import tell_no_observer
 from .places import name_places
 from .resume import digest_prompts
-from .setup import autocast_dtype, decode_dtype, find_model, image_shape
+from .setup import autocast_dtype, decode_dtype, find_model, image_shape, make_objective
 
 
 def assemble_training(
@@ -42,12 +43,15 @@ def assemble_training(
     folder: Path,
     compiled: bool = False,
     eval_solver: Solver | None = None,
+    objective: Objective | None = None,
 ) -> Training:
     """Put the loop's parts together, for a run that begins.
 
     compiled: whether the transformer's blocks are to be compiled.
     eval_solver: for evaluations; None: the same.
+    objective: None: the one that the settings name.
     """
+    objective = objective or make_objective(s, load_host())
     # First of all: the text encoders are given up before the copies of the weights take their memory.
     condition, eval_condition, negative = encode_all(s, model, prompts, held_out, device)
     torch.manual_seed(s.seed)  # A LoRA's weights are drawn from torch's own generator.
@@ -63,6 +67,7 @@ def assemble_training(
         settings=s,
         policy=policy,
         reward=reward,
+        objective=objective,
         sampler=make_sampler(s, policy, solver, in_step),
         eval_sampler=replace(
             make_sampler(for_evaluation(s), policy, eval_solver or solver, in_step),
@@ -81,6 +86,7 @@ def assemble_training(
             kl_weight=s.kl_weight,
             loss_scale=LOSS_SCALE if s.precision == "fp16" else 1.0,
             prompts=digest_prompts(prompts, held_out),
+            sums=[0.0] * (SUMS + len(objective.figures)),
         ),
     )
     return training

@@ -181,13 +181,14 @@ def collect_sources(
 ) -> dict[str, str]:
     """Collect versions of plug-ins and of what is beneath them, and digests of the user's files, by name.
 
-    references: names of the run's rewards and solver, of which some are `FILE.py:NAME`, `MODULE:NAME` or stand
-        for Python objects.
+    references: names of the run's rewards, solver and objective, of which some are `FILE.py:NAME`,
+        `MODULE:NAME` or stand for Python objects.
     reward: of which versions are collected too where it runs in another process or on a server.
     """
     found = {row.distribution: row.version for row in host.plugins if row.status == "ok"}
     references = list(references)
-    found |= {name: host.rewards[name].info.source for name in references if is_object_name(name)}
+    own: dict[str, Registered[Any]] = {**host.rewards, **host.objectives}
+    found |= {name: own[name].info.source for name in references if is_object_name(name)}
     for name in BENEATH:
         try:
             found[name] = version(name)

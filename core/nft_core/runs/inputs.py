@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
-from nft_plugins import Run, Solver
+from nft_plugins import Objective, Run, Solver
 
 from .. import environment
 from ..errors import CheckpointError, NftError, UsageError, unknown_name
@@ -26,7 +26,7 @@ from .origin import add_origin, begins_from_something
 from .places import shorten_paths
 from .presets import check_family, read_preset
 from .resume import FREE, refuse_changes
-from .setup import check_device_name, find_family
+from .setup import check_device_name, find_family, make_objective
 
 if TYPE_CHECKING:
     import torch
@@ -71,6 +71,7 @@ class Inputs(NamedTuple):
     prompts: list[Prompt]
     held_out: list[Prompt]
     eval_solver: Solver
+    objective: Objective
 
 
 def prepare_inputs(settings: Settings, host: Host, lists: Mapping[str, list[Prompt]] | None = None) -> Inputs:
@@ -84,11 +85,13 @@ def prepare_inputs(settings: Settings, host: Host, lists: Mapping[str, list[Prom
     check_any_weight(spec.weight for spec in specs)
     for given in settings.observers:
         host.check_observer(parse_observer(given))
+    objective = make_objective(settings, host)
     check_device_name(settings.device)
     prompts, held_out = read_prompt_files(settings, lists or {})
     its = for_evaluation(settings)
     solver = host.make_solver(settings.solver, settings.solver_options)
-    return Inputs(specs, solver, prompts, held_out, host.make_solver(its.solver, its.solver_options))
+    eval_solver = host.make_solver(its.solver, its.solver_options)
+    return Inputs(specs, solver, prompts, held_out, eval_solver, objective)
 
 
 def check_run(
@@ -114,6 +117,8 @@ def check_run(
             refuse_changes(folder, settings, allow_changes)
         else:
             claim_folder(folder)
+    for spec in inputs.rewards:  # A missing package is told before anything is asked of the hub.
+        host.require_reward(spec.name)
     family, _ = find_family(settings, host)
     if not resume:
         check_family(settings, host, family)

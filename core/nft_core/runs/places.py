@@ -108,7 +108,7 @@ def change_paths(values: Mapping[str, Any], change: Callable[[str, str], str]) -
         # What names no path keeps the form in which the user wrote it.
         return given if new == old else {**new, "weight": spec.weight, **spec.guard.list_changes()}
 
-    def observer(given: Any) -> Any:
+    def named(given: Any) -> Any:
         spec = parse_observer(given)
         old = {"name": spec.name, **spec.options}
         new = options(old)
@@ -126,7 +126,9 @@ def change_paths(values: Mapping[str, Any], change: Callable[[str, str], str]) -
         changed["reward_defaults"] = {
             name: options(given) if isinstance(given, Mapping) else given for name, given in defaults.items()
         }
-    for name, adapt in (("rewards", reward), ("observers", observer)):
+    for name, adapt in (("rewards", reward), ("observers", named)):
         if isinstance(values.get(name), list):
             changed[name] = [adapt(v) if isinstance(v, str | Mapping) else v for v in values[name]]
+    if isinstance(values.get("objective"), str | Mapping):
+        changed["objective"] = named(values["objective"])
     return changed

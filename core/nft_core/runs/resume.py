@@ -193,6 +193,8 @@ def restore_training(
         # Totals of equal evaluations are compared, so what they are divided by stays.
         same = progress.evaluation == now.evaluation
         progress.baseline = {n: v for n, v in progress.baseline.items() if same and n.startswith(DEVIATION)}
+    if len(progress.sums) != len(now.sums):  # Another objective has other figures: the epoch's begin anew.
+        progress.sums = now.sums
     # The next checkpoint tells of the files of now, which have just been compared or allowed.
     progress.prompts, progress.evaluation, progress.sources = now.prompts, now.evaluation, now.sources
     progress.origin = now.origin

@@ -15,6 +15,7 @@ from .. import environment
 from ..errors import NftError, SaveError, Stopped, UsageError, locate_error, shorten_error
 from ..host.host import Host
 from ..host.lending import keep_state
+from ..host.specs import parse_objective
 from ..parallel.signals import note_signals
 from ..prompts import Prompt, write_prompts
 from ..settings import Settings
@@ -235,10 +236,10 @@ def load_training(
     compiled = should_compile(settings.compile, device, operations)
     announce("encoding the prompts")
     parts = settings, model, reward, inputs.solver, prompts, held_out, device, folder
-    training = assemble_training(*parts, compiled, inputs.eval_solver)
+    training = assemble_training(*parts, compiled, inputs.eval_solver, inputs.objective)
     named = [text for spec in inputs.rewards for text in (spec.name, *spec.options.values())]
-    names = [settings.solver, settings.eval_solver, *map(str, named)]
-    training.at.sources = collect_sources(host, names, reward)
+    others = settings.solver, settings.eval_solver, parse_objective(settings.objective).name
+    training.at.sources = collect_sources(host, [*others, *map(str, named)], reward)
     training.at.origin = digest_origin(find_model(settings))
     training.evaluation = fingerprint_evaluation(
         settings,

@@ -8,11 +8,13 @@ from math import isfinite
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
-from nft_plugins import FlowModel
+from nft_plugins import FlowModel, Objective
+from nft_plugins.rules import LENT_SETTINGS
 
 from .. import environment
 from ..errors import NftError, UsageError, shorten_error
 from ..host.host import Host
+from ..host.specs import parse_objective
 from ..settings import Settings
 
 if TYPE_CHECKING:
@@ -63,6 +65,27 @@ def check_device_name(name: str) -> None:
     kind, _, index = name.partition(":")
     if name not in ("auto", "cpu", "cuda") and not (kind == "cuda" and index.isdigit()):
         raise UsageError(f"Unknown device {name!r}: expected cpu, cuda, cuda:N or auto.")
+
+
+def make_objective(settings: Settings, host: Host) -> Objective:
+    """Make the objective that the settings name. Raises UsageError where they leave out what it needs.
+
+    Its options that have the name of one of LENT_SETTINGS take that setting's value where none is given.
+    """
+    spec = parse_objective(settings.objective)
+    objective = host.make_objective(spec, {name: getattr(settings, name) for name in LENT_SETTINGS})
+    if objective.needs_reference and not settings.kl_weight:
+        raise UsageError(
+            f"The objective {spec.name!r} compares with the reference, which kl_weight = 0 leaves out: give a "
+            "kl_weight above 0, such as --set kl_weight=1e-4."
+        )
+    if objective.least_times > (times := settings.count_train_times()):
+        raise UsageError(
+            f"The objective {spec.name!r} needs at least {objective.least_times} training times for an image, "
+            f"got train_times_count = {times}: use --set "
+            f"train_times_count={objective.least_times}."
+        )
+    return objective
 
 
 def find_model(settings: Settings) -> ModelSource:

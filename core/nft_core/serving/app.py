@@ -103,7 +103,8 @@ class Service:
 
         async def ask(message: Message) -> Response:
             name = self.find_reward(message)
-            prompts, metadata = message.head.get("prompts"), message.head.get("metadata")
+            prompts: Any = message.head.get("prompts")
+            metadata: Any = message.head.get("metadata")
             if not is_list_of(prompts, str) or not is_list_of(metadata, dict) or len(prompts) != len(metadata):
                 raise WireError("a request needs prompts, texts, and metadata, an object for each")
             pairs = list(zip(prompts, metadata, strict=True))

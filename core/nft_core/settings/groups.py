@@ -163,8 +163,8 @@ class Rewards(Group):
     )
     advantage_mode: AdvantageMode = Field(
         "all",
-        description="Which advantages count. all; positive_only and negative_only set the others to 0; "
-        "one_only makes positive ones 1 and the rest 0; binary keeps only the sign.",
+        description="Which advantages count in nft and rft. all; positive_only and negative_only set the "
+        "others to 0; one_only makes positive ones 1 and the rest 0; binary keeps only the sign.",
     )
     shuffle_rewards: bool = Field(
         False,
@@ -209,12 +209,17 @@ class Rollout(Group):
 
 
 class Loss(Group):
-    """The DiffusionNFT loss, its KL term, and the old policy. docs/idea.md has the formulas."""
+    """The loss, its KL term, and the old policy. docs/objectives.md has the formulas."""
 
+    objective: str | dict[str, Any] = Field(
+        "nft",
+        description="What is minimised, as NAME[,KEY=VALUE...], such as awm or FILE.py:CLASS. nft is the "
+        "DiffusionNFT loss; `nft objectives` lists them.",
+    )
     # The published runs on OCR and on several rewards at once have 0.1.
     beta: Positive = Field(
         1.0,
-        description="How strongly the loss mixes the trained velocity with the old policy's: v+ = (1 - beta) "
+        description="How strongly nft and rft mix the trained velocity with the old policy's: v+ = (1 - beta) "
         "v_old + beta v. A smaller value puts the optimum further from the old policy, by 2 / beta.",
     )
     kl_weight: NotNegative = Field(

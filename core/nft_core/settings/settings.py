@@ -38,7 +38,7 @@ class Settings(
         """Count the noise times that each image is trained at; `auto` is all of the solver's but the last."""
         return max(self.steps - 1, 1) if self.train_times_count == "auto" else self.train_times_count
 
-    @field_validator("rewards", "reward_defaults", "observers", "solver_options", "model_options")
+    @field_validator("rewards", "reward_defaults", "observers", "objective", "solver_options", "model_options")
     @classmethod
     def _finite(cls, value: Any) -> Any:
         """Refuse inf and nan at any depth: TOML has them, and the JSON of a checkpoint does not."""

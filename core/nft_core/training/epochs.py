@@ -6,7 +6,7 @@ from math import isfinite
 
 import torch
 
-from nft_plugins import EpochRecord
+from nft_plugins import EpochRecord, Objective
 
 from ..errors import NftError
 from ..objective.advantages import measure_flat_groups, measure_spreads
@@ -15,7 +15,7 @@ from ..parallel import processes
 from ..sampling.rollout import Rollout
 from ..scoring.statistics import summarize_scores
 from .evaluation import evaluate
-from .state import Progress, Training, count_compiled_graphs
+from .state import SUMS, Progress, Training, count_compiled_graphs
 from .totals import set_total
 from .watch import compare_spreads, list_warnings
 
@@ -24,6 +24,7 @@ def finish_epoch(training: Training, rollout: Rollout, seconds: float) -> None:
     """Report how the epoch went, and let the old policy follow the live one."""
     s, policy, at, scores = training.settings, training.policy, training.at, rollout.scores
     epoch, means = at.epoch + 1, compute_epoch_means(at)
+    own = compute_own_means(at, training.objective)
     norm = float(torch.linalg.vector_norm(rollout.x_0, dtype=torch.float64))
     # Each process holds a part of the latents: squares and their number are summed over all.
     square, count = processes.sum_values([norm**2, rollout.x_0.numel()], policy.device)
@@ -40,6 +41,7 @@ def finish_epoch(training: Training, rollout: Rollout, seconds: float) -> None:
             set_total(scores, s.combine, at.baseline), rollout.draws.list_metadata(), rollout.tallies
         ),
         **means,
+        **({"objective": own} if own else {}),
         kl_weight=at.kl_weight,
         lr=at.lr,
         old_decay=compute_old_decay(s.old_decay, at.step),
@@ -78,7 +80,7 @@ def compute_epoch_means(at: Progress) -> dict[str, float | None]:
 
     `old_gap` is the root of sum |v - v_old|^2 / sum |v_old|^2: how far the live policy is from the old one.
     """
-    policy_loss, kl, gap, size, count = at.sums
+    policy_loss, kl, gap, size, count = at.sums[:SUMS]
     if not count:
         return dict.fromkeys(("loss", "policy_loss", "kl", "grad_norm", "old_gap"))
     return {
@@ -88,6 +90,13 @@ def compute_epoch_means(at: Progress) -> dict[str, float | None]:
         "grad_norm": sum(at.grad_norms) / len(at.grad_norms),
         "old_gap": (gap / size) ** 0.5 if size else None,
     }
+
+
+def compute_own_means(at: Progress, objective: Objective) -> dict[str, float | None]:
+    """Average the objective's own figures over the epoch's samples; None where every step was left out."""
+    count = at.sums[SUMS - 1]
+    own = zip(objective.figures, at.sums[SUMS:], strict=True)
+    return {name: total / count if count else None for name, total in own}
 
 
 def stop_where_asked(training: Training, record: EpochRecord) -> None:

@@ -1,4 +1,4 @@
-"""DiffusionNFT (arXiv 2509.16117), Algorithm 1."""
+"""DiffusionNFT (arXiv 2509.16117), Algorithm 1, with any objective in the place of its loss."""
 
 from __future__ import annotations
 
@@ -9,8 +9,6 @@ from time import perf_counter
 import torch
 
 from ..errors import NftError
-from ..objective.advantages import compute_advantages, compute_optimality
-from ..objective.loss import kl_loss, nft_loss
 from ..parallel import processes
 from ..prompts import draw_prompts_of_epoch
 from ..sampling.draws import Draws
@@ -18,6 +16,8 @@ from ..sampling.rollout import Rollout, roll_out
 from ..scoring.scores import shuffle_within_groups
 from ..seeds import make_generator, reseed
 from .epochs import evaluate_and_save, finish_epoch
+from .groups import compare_groups
+from .losses import compute_losses, weigh_images
 from .microbatches import make_microbatches, split_valid_images
 from .state import Training
 from .steps import add_gradients, compute_frozen_velocities, sum_figures, take_step
@@ -37,33 +37,36 @@ def train_epoch(training: Training) -> None:
 
     An epoch that was stopped goes on at the gradient step it had reached; its images are generated again.
     """
-    s, policy, at = training.settings, training.policy, training.at
+    s, policy, objective, at = training.settings, training.policy, training.objective, training.at
     start = perf_counter()
     # K images of each prompt from the old policy, by any solver, without guidance. The loss needs only x_0, so
     # no step of the solver is kept.
     with policy.use_old(), policy.merge_lora():
         rollout = sample_images(training, at.epoch + 1)
-    # r in [0, 1]: how much better an image did than the others of its prompt; 1/2 is as good as they did.
-    advantages = compute_advantages(rollout.scores, rollout.groups, s.combine, s.std)
-    r = compute_optimality(advantages, s.advantage_clip, s.advantage_mode)
+    # How much each image counts, from how much better it did than the others of its prompt: r of the paper.
+    weights = weigh_images(training, rollout)
     with training.phase("train"):
         for images in islice(split_valid_images(rollout, s, at.epoch + 1), at.update, None):
             # A plug-in's random numbers must not depend on whether the run was resumed before this step.
             reseed(s.seed, "update", at.epoch + 1, at.update, processes.rank())
             training.optimizer.zero_grad(set_to_none=True)
             # In float64 on the device: reading a number in every microbatch would wait for the GPU each time.
-            sums = torch.zeros(5, dtype=torch.float64, device=policy.device)
-            for x_0, x_t, t, c, r_0, weight in make_microbatches(training, rollout, images, r):
+            sums = torch.zeros(len(at.sums), dtype=torch.float64, device=policy.device)
+            groups = compare_groups(training, rollout, images, weights)
+            for batch in make_microbatches(training, rollout, images, weights):
+                x_t, t, c, weight = batch.x_t, batch.t, batch.condition, batch.weight
                 # The targets are computed once, without gradients, for all times of the microbatch.
                 v_old, v_ref = compute_frozen_velocities(training, x_t, t, c)
                 for k in range(s.count_train_times()):
                     v = policy.velocity(x_t[k], t[k], c)
-                    policy_loss = nft_loss(v, v_old[k], x_t[k], x_0, t[k], r_0, s.beta, s.advantage_clip)
-                    kl = kl_loss(v, v_ref[k]) if v_ref is not None else torch.zeros_like(policy_loss)
+                    noised = batch.at_time(k, objective, v, v_old, v_ref, groups)
+                    policy_loss, kl, own = compute_losses(
+                        objective, s, noised, v_ref[k] if v_ref is not None else None
+                    )
                     # Divided by the whole step's number, so that the size of a microbatch does not matter.
                     loss = (policy_loss + at.kl_weight * kl).sum() / (len(images) * s.count_train_times())
                     add_gradients(training, weight * loss)
-                    sums += weight * sum_figures(policy_loss, kl, v, v_old[k])
+                    sums += weight * sum_figures(policy_loss, kl, v, noised.v_old, own)
             take_step(training, sums)
         # Otherwise the gradients would take memory through the next rollout.
         training.optimizer.zero_grad(set_to_none=True)

@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from nft_plugins import Condition
+from nft_plugins import Condition, Noised, Objective
 
 from ..objective.loss import add_noise
 from ..objective.train_times import draw_times
@@ -46,7 +46,8 @@ def split_images(count: int, steps: int, seed: int, epoch: int) -> Tensor:
 class Microbatch(NamedTuple):
     """A few images of a gradient step, noised at each of T times, on the device.
 
-    x_0: `[B, ...]` clean latents; x_t: `[T, B, ...]` noised ones; t: `[T, B]` times; r: `[B]` optimality.
+    x_0: `[B, ...]` clean latents; x_t: `[T, B, ...]` noised ones; t: `[T, B]` times.
+    weights: `[B]`, of the objective. position: `[B]` int64, of the images' prompts in the epoch.
     weight: 1, or 0 for images that take part only because other processes still have some to train on.
     """
 
@@ -54,11 +55,39 @@ class Microbatch(NamedTuple):
     x_t: Tensor
     t: Tensor
     condition: Condition
-    r: Tensor
+    weights: Tensor
+    position: Tensor
     weight: float
 
+    def at_time(
+        self,
+        k: int,
+        objective: Objective,
+        v: Tensor,
+        v_old: Tensor | None,
+        v_ref: Tensor | None,
+        groups: Tensor | None = None,
+    ) -> Noised:
+        """Give the images at time k, with what the objective needs.
 
-def make_microbatches(training: Training, rollout: Rollout, images: Tensor, r: Tensor) -> Iterator[Microbatch]:
+        v: velocity of the trained model, `[B, ...]`. v_old, v_ref: of the frozen ones, `[T, B, ...]`.
+        groups: what was compared, `[T, prompts]`.
+        """
+        return Noised(
+            v,
+            self.x_0,
+            self.x_t[k],
+            self.t[k],
+            self.weights,
+            v_old[k] if v_old is not None else None,
+            v_ref[k] if v_ref is not None and objective.needs_reference else None,
+            groups[k][self.position] if groups is not None else None,
+        )
+
+
+def make_microbatches(
+    training: Training, rollout: Rollout, images: Tensor, weights: Tensor
+) -> Iterator[Microbatch]:
     """Give this process's part of a gradient step in microbatches.
 
     An image's noise and times come from its own generator, so they do not depend on the size of a microbatch.
@@ -77,7 +106,8 @@ def make_microbatches(training: Training, rollout: Rollout, images: Tensor, r: T
         t, noise = copy_to_device(t, device), copy_to_device(noise, device)
         x_t = torch.stack([add_noise(x_0, e, at) for e, at in zip(noise, t, strict=True)])
         condition = training.condition.take_rows(rollout.groups[index], device)
-        yield Microbatch(x_0, x_t, t, condition, copy_to_device(r[index], device), weight)
+        own, position = (copy_to_device(x, device) for x in (weights[index], index // rollout.draws.images))
+        yield Microbatch(x_0, x_t, t, condition, own, position, weight)
         progress("train", min((done + 1) * s.microbatch, len(mine)), len(mine))
 
 
@@ -97,11 +127,15 @@ def split_rows(training: Training, mine: Tensor, images: Tensor) -> list[tuple[T
 
 
 def draw_times_and_noise(training: Training, rollout: Rollout, index: Tensor) -> tuple[Tensor, Tensor]:
-    """Draw t `[T, B]` and noise `[T, B, ...]` for the images n in `index`, float32 on the CPU."""
+    """Draw t `[T, B]` and noise `[T, B, ...]` for the images n in `index`, float32 on the CPU.
+
+    Where the objective compares groups, the images of a prompt share those of its first image.
+    """
     s, grid, shape = training.settings, training.sampler.times, rollout.x_0.shape[1:]
+    together = rollout.draws.images if training.objective.compares_groups else 1
     times, noise = [], []
     for n in index.tolist():
-        source = rollout.draws.make_generator(n, "train")
+        source = rollout.draws.make_generator(n - n % together, "train")
         times.append(draw_times(s.train_times, s.count_train_times(), grid, s.time_shift, source))
         size = (s.count_train_times(), *shape)
         noise.append(torch.randn(size, generator=source, dtype=torch.float32, device="cpu"))

@@ -16,7 +16,7 @@ from typing import Annotated, Any, Literal, overload
 import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from nft_plugins import EpochRecord, EvalRecord, Reward, Scores
+from nft_plugins import EpochRecord, EvalRecord, Objective, Reward, Scores
 
 from ..errors import CheckpointError, Stopped
 from ..prompts import Prompt
@@ -27,13 +27,16 @@ from .policy import Policy
 
 Number = Annotated[float, Field(allow_inf_nan=False)]
 Count = Annotated[int, Field(ge=0)]
+#: What is summed over an epoch's samples beside the objective's own figures.
+SUMS = 5
 
 
 class Progress(BaseModel):
     """epoch, step: epochs finished and gradient steps taken.
     update: gradient steps of the epoch under way. Its images are made anew when the run goes on, from the same
         old weights and noise.
-    sums, grad_norms: of these steps: policy loss, KL, gap and number of samples; norms before clipping.
+    sums, grad_norms: of these steps: policy loss, KL, gap, number of samples and the objective's own figures;
+        norms before clipping.
     evaluated: whether the evaluation that is due after `epoch` is done.
     evaluations: mean total reward by gradient step, of the evaluations so far.
     kl_weight: now; `kl_target` may have raised it. lr: of the latest step.
@@ -55,7 +58,7 @@ class Progress(BaseModel):
     epoch: Count = 0
     step: Count = 0
     update: Count = 0
-    sums: list[Number] = [0.0, 0.0, 0.0, 0.0, 0.0]
+    sums: list[Number] = [0.0] * SUMS
     grad_norms: list[Number] = []
     evaluated: bool = False
     evaluations: dict[Count, Number] = {}
@@ -108,6 +111,7 @@ class Training:
     settings: Settings
     policy: Policy
     reward: Reward
+    objective: Objective
     sampler: Sampler
     eval_sampler: Sampler
     prompts: Sequence[Prompt]

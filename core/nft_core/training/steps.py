@@ -16,6 +16,7 @@ from ..errors import NftError, Stopped
 from ..objective.schedules import compute_ema_decay, compute_lr_decay, compute_warmup
 from ..parallel import processes
 from ..parallel.sharding import clip_gradients, take_local_part
+from .losses import name_objective
 from .optimizers import GROWTH
 from .state import Progress, Training
 
@@ -23,11 +24,11 @@ from .state import Progress, Training
 @torch.no_grad()
 def compute_frozen_velocities(
     training: Training, x_t: Tensor, t: Tensor, c: Condition
-) -> tuple[Tensor, Tensor | None]:
+) -> tuple[Tensor | None, Tensor | None]:
     """Compute v of the old policy and of the reference, `[T, B, ...]` float32 each, without gradients.
 
     A pass without gradients takes little memory, so several times go into one, up to a rollout's batch.
-    The reference is None where `kl_weight` is 0.
+    The old policy's is None where the objective does not need it, the reference's where `kl_weight` is 0.
     """
 
     def velocities() -> Tensor:
@@ -40,8 +41,10 @@ def compute_frozen_velocities(
             parts.append(training.policy.velocity(x.flatten(0, 1), at.flatten(), rows).view_as(x))
         return torch.cat(parts)
 
-    with training.policy.use_old():
-        v_old = velocities()
+    v_old = None
+    if training.objective.needs_old:
+        with training.policy.use_old():
+            v_old = velocities()
     if not training.settings.kl_weight:
         return v_old, None
     with training.policy.use_reference():
@@ -49,14 +52,17 @@ def compute_frozen_velocities(
 
 
 @torch.no_grad()
-def sum_figures(policy_loss: Tensor, kl: Tensor, v: Tensor, v_old: Tensor) -> Tensor:
+def sum_figures(policy_loss: Tensor, kl: Tensor, v: Tensor, v_old: Tensor | None, own: Tensor) -> Tensor:
     """Sum a microbatch's figures over its samples: policy loss, KL, |v - v_old|^2, |v_old|^2 and their number.
 
-    Returns `[5]` float64 on the device. The squares are means over an image's numbers.
+    own: `[F, B]`, the objective's own figures. v_old: without it both squares are 0.
+    Returns `[SUMS + F]` float64 on the device. The squares are means over an image's numbers.
     """
-    # Means and not sums over an image's numbers, so that the figures do not depend on the resolution.
-    gap, size = (x.square().mean(tuple(range(1, x.ndim))) for x in (v - v_old, v_old))
-    rows = torch.stack([policy_loss, kl, gap, size, torch.ones_like(kl)])
+    gap = size = torch.zeros_like(kl)
+    if v_old is not None:
+        # Means and not sums over an image's numbers, so that the figures do not depend on the resolution.
+        gap, size = (x.square().mean(tuple(range(1, x.ndim))) for x in (v - v_old, v_old))
+    rows = torch.stack([policy_loss, kl, gap, size, torch.ones_like(kl), *own])
     return rows.double().sum(1)
 
 
@@ -68,7 +74,7 @@ def add_gradients(training: Training, loss: Tensor) -> None:
 def take_step(training: Training, sums: Tensor) -> None:
     """Update the live weights and their average, or leave the step out and count it where it is not finite.
 
-    sums: this process's `sum_figures` of the step, `[5]`.
+    sums: this process's `sum_figures` of the step, `[SUMS + F]`.
     Raises NftError after max_nonfinite steps in a row, and Stopped where any process was told to end.
     """
     s, policy, at = training.settings, training.policy, training.at
@@ -89,7 +95,7 @@ def take_step(training: Training, sums: Tensor) -> None:
         # high and falls until it fits.
         at.loss_scale, at.scaled, at.update = at.loss_scale / 2, 0, at.update + 1
     else:
-        leave_step_out(training, norm)
+        leave_step_out(training, norm, isfinite(added[0]))
     if signal:
         raise Stopped(training.stop_signal() or SIGTERM)
 
@@ -109,17 +115,21 @@ def update_weights(training: Training) -> None:
     policy.move_ema(compute_ema_decay(s.ema_decay, at.step + 1))
 
 
-def leave_step_out(training: Training, norm: float) -> None:
-    """Count a step that is not finite. Raises NftError for max_nonfinite of them in a row."""
+def leave_step_out(training: Training, norm: float, is_loss_finite: bool) -> None:
+    """Count a step that is not finite. Raises NftError for max_nonfinite of them in a row.
+
+    is_loss_finite: whether what the objective gave was.
+    """
     s, at = training.settings, training.at
     # The update counts although it changed nothing: a run that goes on from here must not try it again and
     # again.
     at.update, at.nonfinite, at.nonfinite_steps = at.update + 1, at.nonfinite + 1, at.nonfinite_steps + 1
     if at.nonfinite >= s.max_nonfinite:
         count, at.nonfinite = at.nonfinite, 0  # The run may be resumed with other settings.
+        cause = "" if is_loss_finite else f"The objective {name_objective(s)} gave a loss that is not finite. "
         raise NftError(
             f"{count} gradient steps in a row were not finite, the last with a norm of {norm}, and "
-            "were left out (max_nonfinite). Lower lr, raise kl_weight, or use --set precision=fp32."
+            f"were left out (max_nonfinite). {cause}Lower lr, raise kl_weight, or use --set precision=fp32."
         )
 
 
