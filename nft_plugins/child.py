@@ -103,10 +103,9 @@ def answer(keeper: Keeper, data: bytes) -> Reply:
         request = REQUESTS.get(str(message.head.get("request")))
         if request is None:
             raise WireError(f"expected a request of {', '.join(REQUESTS)}, got {message.head.get('request')!r}")
-        head, tensors = request(keeper, message)
+        return request(keeper, message)
     except BaseException as error:  # Extensions in Rust or C++ raise errors that are no Exception.
         return describe_failure(error), {}
-    return {"id": message.head.get("id"), **head}, tensors
 
 
 def describe_failure(error: BaseException) -> dict[str, Any]:
@@ -217,21 +216,26 @@ def convert(value: Any, kind: Any) -> Any:
 def score(keeper: Keeper, message: Message) -> Reply:
     """Score a batch."""
     reward = need_reward(keeper)
-    batch = unpack_batch(message, keeper.device)
-    bring_back(keeper)
-    try:
-        with without_gradients():
-            scores = reward(batch)
-    finally:
-        put_away(keeper)
-    return pack_checked(scores)
+    return ask_for_scores(keeper, lambda: reward(unpack_batch(message, keeper.device)))
 
 
 def regroup(keeper: Keeper, message: Message) -> Reply:
     """Let the reward compare the images of whole groups."""
     reward: Any = need_reward(keeper)
-    with without_gradients():
-        return pack_checked(reward.regroup(unpack_scores(message), message.tensors["groups"]))
+    scores, groups = unpack_scores(message), message.tensors["groups"]
+    return ask_for_scores(keeper, lambda: reward.regroup(scores, groups))
+
+
+def ask_for_scores(keeper: Keeper, ask: Callable[[], object]) -> Reply:
+    """Let the reward make scores, while what it has is on its device."""
+    bring_back(keeper)
+    try:
+        with without_gradients():
+            head, tensors = pack_checked(ask())
+        # Now: scores on a GPU would be put away with the rest.
+        return head, {name: t.cpu() if hasattr(t, "cpu") else t for name, t in tensors.items()}
+    finally:
+        put_away(keeper)
 
 
 def pack_checked(scores: object) -> Reply:

@@ -264,7 +264,7 @@ def unpack_scores(message: Message) -> Scores:
         return _unpack_part(message.head.get("scores"), "", message.tensors, DEEPEST)
     except WireError:
         raise
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
+    except (AttributeError, KeyError, OverflowError, TypeError, ValueError) as error:
         raise WireError(f"the scores of a message cannot be read: {type(error).__name__}: {error}") from error
 
 

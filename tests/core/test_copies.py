@@ -18,7 +18,7 @@ from nft_core.runs.copies import Copy, copy_inputs, read_copies, tell_changes, u
 from nft_core.runs.folder import read_record, read_run_file, read_settings, write_settings
 from nft_core.runs.inputs import prepare_inputs
 from nft_core.runs.places import name_places
-from nft_core.runs.record import add_start, describe_start, find_commit, hide_secrets
+from nft_core.runs.record import add_start, describe_start, find_commit, hide_in_settings, hide_secrets
 from nft_core.runs.resume import describe_changes
 from nft_core.runs.run import record_start
 from nft_core.settings import make_settings, to_toml
@@ -269,6 +269,20 @@ def test_the_record(given, host, tmp_path, monkeypatch):
 def test_no_secret_is_written(words, shown):
     environment = {"JUDGE_API_KEY": "from-the-environment", "HOME": "/home/me", "SHORT_KEY": "x"}
     assert hide_secrets(words, environment).endswith(shown)
+
+
+def test_no_secret_is_shown_in_settings():
+    given = {
+        "lr": 0.5,
+        "rewards": ["ocr", "judge,api_key=abc,n=2", "http://gpu2:8000/ocr,token_env=NFT_TOKEN"],
+        "reward_defaults": {"judge": {"api_key": "abc", "words": "a from-the-environment b"}},
+    }
+    shown = {
+        "lr": 0.5,
+        "rewards": ["ocr", "judge,api_key=***,n=2", "http://gpu2:8000/ocr,token_env=NFT_TOKEN"],
+        "reward_defaults": {"judge": {"api_key": "***", "words": "a *** b"}},
+    }
+    assert hide_in_settings(given, ["from-the-environment"]) == shown
 
 
 @pytest.mark.skipif(not shutil.which("git"), reason="needs git")

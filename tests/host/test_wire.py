@@ -228,6 +228,7 @@ def nested(depth):
         ({"scores": {"details": ["a"], "parts": []}}, {}),
         ({"scores": {"details": [], "parts": [{}]}}, {}),
         ({"scores": nested(500)}, {}),
+        ({"scores": {"details": [], "parts": [{"name": "a", "weight": 10**400}]}}, {"values": torch.ones(3)}),
         ({"scores": {"details": [], "parts": [], "notes": {"a": "abc"}}}, {"valid": torch.ones(3) > 0}),
         ({"scores": {"details": [], "parts": [], "notes": {"a": ["b"]}}}, {"valid": torch.ones(3) > 0}),
         ({"scores": {"details": [], "parts": []}}, {"valid": torch.ones(3)}),

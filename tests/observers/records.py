@@ -6,7 +6,7 @@ from nft_core.runs.inputs import make_observers, register_observers
 from nft_core.settings import Settings
 from nft_plugins import Batch, Part, Run, Scores
 
-SETTINGS = {"model": "tiny", "epochs": 2, "lr": 0.5}
+SETTINGS = {"model": "tiny", "epochs": 2, "lr": 0.5, "rewards": ["cat,api_key=abc"]}
 
 
 def evaluation(epoch, mean, **details):

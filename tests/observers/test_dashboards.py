@@ -52,7 +52,7 @@ def test_trackio_keeps_a_run_on_this_machine(trackio, host, tmp_path, monkeypatc
     play(host, tmp_path, "trackio,project=cats,name=mine")
     ((name, settings, rows),) = read_trackio(trackio, "cats")
     assert not no_network and not constants.HF_HUB_OFFLINE
-    assert (name, settings["lr"]) == ("mine", 0.5)
+    assert (name, settings["lr"], settings["rewards"]) == ("mine", 0.5, ["cat,api_key=***"])
     assert [(r["step"], r["eval/cat/mean"]) for r in rows if "eval/cat/mean" in r] == [(0, 0.5), (2, 2.5)]
     assert [(r["step"], r["loss/loss"]) for r in rows if "loss/loss" in r] == [(1, 1.25), (2, 1.25)]
     samples = [r["gallery/samples"]["_value"] for r in rows if "gallery/samples" in r]

@@ -26,6 +26,7 @@ def test_tensorboard(host, tmp_path):
     assert pair.step == 2 and pair.height > pictures[0].height
     (settings,) = events.Tensors("settings/text_summary")
     assert b"| lr | 0.5 |" in settings.tensor_proto.string_val[0]
+    assert b"cat,api_key=***" in settings.tensor_proto.string_val[0]
     (summary,) = events.Tensors("summary/text_summary")
     assert summary.step == 2 and b"| cat | 0.5 | 2.5 | +2 |" in summary.tensor_proto.string_val[0]
     assert [(e.step, e.value) for e in events.Scalars("summary/cat")] == [(2, 2.5)]
@@ -62,7 +63,7 @@ def test_wandb_offline(host, tmp_path, monkeypatch):
     monkeypatch.setattr(wandb, "init", watched)
     play(host, tmp_path, "wandb,mode=offline,project=cats,name=mine", error=RuntimeError("no"))
     assert (run.project, run.name, run.offline) == ("cats", "mine", True)
-    assert run.config["lr"] == 0.5
+    assert (run.config["lr"], run.config["rewards"]) == (0.5, ["cat,api_key=***"])
     assert (summary["eval/cat/mean"], summary["loss/loss"], summary["epoch"]) == (2.5, 1.25, 2)
     assert summary["gallery/samples"]["captions"][0] == "a\ncat 0"
     assert summary["gallery/before_after"]["captions"][2] == "c\ncat 1 (+0)"

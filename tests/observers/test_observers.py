@@ -14,6 +14,7 @@ from safetensors import SafetensorError
 
 from nft_core.errors import NftError, advise_on_disk, say_uncreatable
 from nft_core.output import keep_output_alive
+from nft_core.runs.observers import live
 from nft_core.runs.observers.console import Console, compare_evaluations, format_seconds
 from nft_core.runs.observers.evaluations import save_scores
 from nft_core.runs.observers.live import LiveView
@@ -73,12 +74,16 @@ def test_console_in_a_terminal_shows_bars_and_figures(run, capsys):
     assert "cat  evaluated 0.75 (+0.5), rollouts 0.5" in shown
 
 
-def test_a_terminal_shows_as_many_epochs_as_its_width_takes():
+def test_a_terminal_shows_as_many_epochs_as_its_width_takes(monkeypatch):
     view = LiveView(Terminal(force_terminal=True, width=40), 0, 20)
     for epoch in range(1, 10):
         view.show_epoch(epoch_record(epoch) | {"rewards": {"cat": {"mean": epoch / 8}}}, "", "")
     assert view.write_figures(40) == ["cat  evaluated -, rollouts 0.875 1 1.125"]
     assert view.write_figures(20) == ["cat  evaluated -"]
+    formatted = []
+    monkeypatch.setattr(live, "format_figure", lambda mean: formatted.append(mean) or "1")
+    view.rollouts["cat"] = [1.0] * 2000
+    assert view.write_figures(40) == ["cat  evaluated -, rollouts 1 1 1 1 1 1 1"] and len(formatted) < 100
 
 
 def test_a_dumb_terminal_gets_lines(run, capsys, monkeypatch):

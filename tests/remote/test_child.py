@@ -23,7 +23,8 @@ from nft_core.remote.reward import ChildReward, Start
 from nft_core.runs.fingerprint import collect_remote_sources
 from nft_core.scoring.composed import Composed, Term
 from nft_core.scoring.failures import Guarded, guard_reward
-from nft_plugins import Batch, PromptError
+from nft_plugins import Batch, PromptError, Scores, child
+from nft_plugins.wire import Message, pack_batch, unpack_scores
 
 HERE = str(Path(__file__).parent)
 MODULE = "odd_rewards"
@@ -102,6 +103,60 @@ def test_groups_are_compared_there(odd):
     groups = torch.tensor([0, 0, 1])
     scores = odd(make_batch())
     assert odd.regroup(scores, groups).values.equal(scores.values - scores.values.mean())
+
+
+def test_scores_are_taken_before_the_reward_is_put_away(monkeypatch):
+    """Stands in for a GPU: what the reward keeps is emptied between calls, scores too."""
+
+    class Keeps:
+        weight = torch.tensor([2.0])
+
+        def __call__(self, batch):
+            self.last = self.weight * batch.images.mean((1, 2, 3))
+            return Scores.of(self.last)
+
+        def regroup(self, scores, groups):
+            return Scores.of(self.weight * scores.values)
+
+    keeper, reward = child.Keeper(), Keeps()
+    keeper.reward = reward
+
+    def put_away(keeper):
+        for tensor in (reward.weight, reward.last):
+            tensor.untyped_storage().resize_(0)
+
+    def bring_back(keeper):
+        reward.weight.untyped_storage().resize_(4)
+        reward.weight.fill_(2)
+
+    monkeypatch.setattr(child, "put_away", put_away)
+    monkeypatch.setattr(child, "bring_back", bring_back)
+    batch = make_batch()
+    expected = 2 * (batch.uint8 / 255).mean((1, 2, 3))
+    scored = Message(*child.score(keeper, Message(*pack_batch(batch))))
+    assert unpack_scores(scored).values.equal(expected)
+    grouped = child.regroup(keeper, Message(scored.head, scored.tensors | {"groups": batch.groups}))
+    assert unpack_scores(Message(*grouped)).values.equal(2 * expected)
+
+
+def test_a_fork_has_a_child_of_its_own_and_leaves_its_parent_s_alone(odd):
+    expected, process = odd(make_batch()).values, odd.child.process
+    if not (fork := os.fork()):
+        try:
+            os._exit(0 if odd(make_batch()).values.equal(expected) and odd.child.process is not process else 1)
+        finally:
+            os._exit(2)
+    assert os.waitpid(fork, 0)[1] == 0
+    assert odd(make_batch()).values.equal(expected) and odd.child.process is process
+
+
+def test_a_child_for_which_no_file_can_be_opened_is_told(odd, monkeypatch):
+    def refuse():
+        raise OSError("Too many open files")
+
+    monkeypatch.setattr("nft_core.remote.process.socket.socketpair", refuse)
+    with pytest.raises(NftError, match="'odd' failed: its process could not be started: Too many open files"):
+        ChildReward(odd.start)
 
 
 def test_another_number_of_scores_is_an_error(odd):

@@ -80,7 +80,8 @@ def test_an_environment_is_stale_where_its_card_or_a_package_changed():
     record["made_for"]["packages"]["nft-plugins"] = "0.0.1"
     (needed.folder / environments.RECORD).write_text(json.dumps(record))
     assert find_change(needed).startswith("stale: nft-plugins 0.0.1 became ")
-    remove_environment(needed.name, print)
+    twice = CliRunner().invoke(main, ["env", "remove", needed.name, needed.name])
+    assert twice.exit_code == 2 and f"{needed.name} is removed." in twice.stderr
     assert find_change(needed) == "missing"
 
 

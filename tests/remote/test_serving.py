@@ -10,6 +10,7 @@ import threading
 import time
 from contextlib import closing, contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 
 import forks
 import pytest
@@ -30,6 +31,7 @@ from nft_core.scoring import failures
 from nft_core.scoring.composed import Composed, Term, call_reward
 from nft_core.scoring.failures import Failed, guard_reward
 from nft_core.scoring.pictures import NoPrompts
+from nft_core.serving import running
 from nft_core.serving.deployment import Deployment, read_deployment
 from nft_core.serving.limits import Limits
 from nft_core.serving.metrics import Metrics
@@ -230,11 +232,13 @@ def test_requests_of_several_clients_are_scored_together(engine):
     assert joined.tensors["groups"].tolist() == [0, 0, 1, 2, 2]
     # One that is bad costs its own client alone.
     jobs = [make_job("fails", Message(*pack_batch(batch(1, prompts=[p]))), 60) for p in ("good", "bad", "fine")]
-    engine = make_engine(Limits(wait=0))
+    engine, noted = make_engine(Limits(wait=0)), []
+    engine.note = lambda name, images: noted.append(images)
     for job in jobs:
         engine.queue.put(job)
     engine.start()
     engine.close()
+    assert noted == [1, 1]
     assert [job.future.exception() is None for job in jobs] == [True, False, True]
     assert jobs[2].future.result().values.equal(bright(batch(1)).values)
 
@@ -494,6 +498,8 @@ def test_no_server():
         address = f"http://127.0.0.1:{free.getsockname()[1]}"
         with pytest.raises(NftError, match=r"Start the server, as in `nft serve --reward many`"):
             connect(address)
+    with pytest.raises(NftError, match="cannot be used: no server answers .*InvalidURL"):
+        connect("http://gpü_x:1")
 
 
 @pytest.mark.parametrize(
@@ -581,6 +587,29 @@ def test_a_server_that_ends_answers_what_it_has_begun():
         guard_reward(far, FailurePolicy("stop", 1), "slow")(batch())
 
 
+def test_a_reward_that_hangs_does_not_keep_the_server_from_ending():
+    gate.clear()
+    engine = make_engine(Limits(wait=0, patience=0.1))
+    engine.queue.put(make_job("slow", Message(*pack_batch(batch(1))), 60))
+    engine.start()
+    engine.close()
+    assert engine.threads[0].is_alive()
+    gate.set()
+    engine.threads[0].join()
+
+
+def test_long_prompts_are_asked_about_in_requests_that_are_short_enough(address, monkeypatch):
+    far, lengths = connect(address), []
+
+    def answer(path, read, body, patience):
+        lengths.append(len(body))
+        return [""] * len(wire.decode_message(body).head["prompts"])
+
+    monkeypatch.setattr(far, "ask", answer)
+    assert far.find_refusals([("猫" * 500, {})] * 3500) == [""] * 3500  # A letter takes 6 bytes as JSON.
+    assert sum(lengths) > wire.LARGEST_TEXT > max(lengths)
+
+
 def test_what_comes_after_the_end_is_sent_elsewhere():
     with serving(engine := make_engine()) as address:
         far = connect(address, "bright")
@@ -597,6 +626,10 @@ def test_what_comes_after_the_end_is_sent_elsewhere():
 def test_ports_and_tokens(address, monkeypatch):
     with pytest.raises(NftError, match="Cannot listen on 127.0.0.1, port .* choose one with --port"):
         bind_socket("127.0.0.1", int(address.rpartition(":")[2]))
+    with pytest.raises(
+        NftError, match="Cannot listen on 203.0.113.1, .* --host takes an address of this machine"
+    ):
+        bind_socket("203.0.113.1", 0)
     token, is_new = choose_token("", False, "0.0.0.0")
     assert is_new and len(token) > 40
     assert choose_token("SERVE_TOKEN", False, "0.0.0.0") == (TOKEN, False)
@@ -666,6 +699,23 @@ def test_commands(address, tmp_path, monkeypatch):
     ):
         done = CliRunner().invoke(main, ["serve", "--port", "0", *words])
         assert done.exit_code == 2 and text in done.output
+
+
+def test_the_command_serves_as_soon_as_it_says_so_and_shows_no_secret(tmp_path, monkeypatch):
+    cards = []
+
+    def make_server(app, bound, limits):
+        cards.extend(app.routes[0].endpoint.__self__.engine.describe()["rewards"])
+        server = SimpleNamespace(run=lambda sockets: socket.create_connection(bound.getsockname()).close())
+        return server
+
+    monkeypatch.setattr(running, "make_server", make_server)
+    file = tmp_path / "mine.py"
+    file.write_text("def make(*, api_key: str, n: int): return lambda batch: None\n")
+    words = ["--reward", f"{file}:make,api_key=abc,n=2", "--no-token", "--port", "0", "--device", "cpu"]
+    done = CliRunner().invoke(main, ["serve", *words])
+    assert done.exit_code == 0, done.output
+    assert "abc" not in done.output and cards[0]["made"].endswith("api_key=***,n=2")
 
 
 def start_server(port):

@@ -212,6 +212,7 @@ def remove(names: tuple[str, ...]) -> None:
         if chosen not in made:
             raise UsageError(f"There is no environment {chosen}: {', '.join(sorted(made)) or 'none'} is made.")
         remove_environment(chosen, tell)
+        made.remove(chosen)
         tell(f"{chosen} is removed.")
 
 

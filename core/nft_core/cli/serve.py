@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.metadata
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -152,27 +153,36 @@ def serve_rewards(
     limits = Limits(batch, wait_ms / 1000, queue, max_images, max_side, max_mib << 20, seconds)
     token, is_new = choose_token(token_env or "", no_token, host)
     offered = Offered(rewards, choose_preset(tiny, preset), device.split(","), limits, digest_token(token))
-    specs = offered.read_specs()
+    titles = [spec.title for spec in offered.read_specs()]
     # Mistakes are told, and the port is taken, before anything large is loaded.
     with bind_socket(host, port) as bound:
         address = write_address(bound)
 
         def tell() -> None:
-            variable = "" if no_token else f",token_env={token_env or 'NFT_TOKEN'}"
-            click.echo(f"Serving {', '.join(spec.title for spec in specs)} at {address}")
-            if is_new:
-                click.echo(f"Where a run starts, with the token, which is shown once: export NFT_TOKEN={token}")
-            words = [f"--reward {address}/{spec.title}{variable}" for spec in specs]
-            click.echo(f"Use it with: {' '.join(words)}")
+            variable = "" if no_token else token_env or "NFT_TOKEN"
+            click.echo(describe_use(address, titles, variable, token if is_new else ""))
 
-        click.echo(f"Loading {', '.join(spec.title for spec in specs)}", err=True)
+        click.echo(f"Loading {', '.join(titles)}", err=True)
         if engine == "uvicorn":
             app = offered.make_application()
+            bound.listen()  # Who connects as soon as that is told waits, and is not refused.
             tell()
             make_server(app, bound, limits).run([bound])
             return
         place = (host, bound.getsockname()[1])
     serve_replicas(offered, replicas, place, tell)
+
+
+def describe_use(address: str, titles: Sequence[str], variable: str, new_token: str) -> str:
+    """Say where rewards are served, and how a run uses them.
+
+    variable: of the environment, with the token; empty where none is needed. new_token: one that was made now.
+    """
+    lines = [f"Serving {', '.join(titles)} at {address}"]
+    if new_token:
+        lines.append(f"Set the token where the run starts. It is shown only now: export {variable}={new_token}")
+    option = f",token_env={variable}" if variable else ""
+    return "\n".join([*lines, "Use it with: " + " ".join(f"--reward {address}/{t}{option}" for t in titles)])
 
 
 def check_engine(engine: str, deployment: Path | None) -> None:
@@ -265,6 +275,7 @@ def load_offer(spec: RewardSpec, host: Host, places: Sequence[torch.device], set
     """Load a reward on each device, and say what it is."""
     from ..runs.fingerprint import collect_sources, identify_source
     from ..runs.inputs import load_rewards
+    from ..runs.record import hide_in_text, list_secrets
     from ..serving.workers import make_offer
 
     card = host.find_reward(spec.name)
@@ -273,4 +284,6 @@ def load_offer(spec: RewardSpec, host: Host, places: Sequence[torch.device], set
         str(spec.name), host.rewards.get(str(spec.name)), collect_sources(host, [str(spec.name)])
     )
     options = ",".join(f"{key}={value}" for key, value in sorted(spec.options.items()))
-    return make_offer(spec.title, card.info, f"{source} {options}".strip(), copies)
+    # Clients are told of them.
+    shown = hide_in_text(options, list_secrets(os.environ))
+    return make_offer(spec.title, card.info, f"{source} {shown}".strip(), copies)

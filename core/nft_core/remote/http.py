@@ -130,7 +130,7 @@ class Servers:
             status, headers, content = await self.send(server + path, body)
             if status == 200:
                 return read(content)
-        except (httpx.HTTPError, WireError) as error:
+        except (httpx.HTTPError, httpx.InvalidURL, WireError) as error:
             raise Unanswered(f"{type(error).__name__}: {error}".rstrip(": ")) from error
         if status == 429:
             raise Full(read_pause(headers))

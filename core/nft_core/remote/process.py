@@ -41,7 +41,7 @@ class ChildProcess:
     """
 
     def __init__(self, name: str, python: Path, isolated: bool) -> None:
-        self.name, self.owner, self.asked = name, os.getpid(), 0
+        self.name, self.owner = name, os.getpid()
         self.said: deque[str] = deque(maxlen=LAST_WORDS)
         self.heard = monotonic()
         ours, theirs = socket.socketpair()
@@ -73,14 +73,13 @@ class ChildProcess:
                 os.close(end)
         self.channel = ours
         ours.settimeout(LOOK)
-        self.end = weakref.finalize(self, end_process, self.process, ours, our_life)
+        self.end = weakref.finalize(self, end_process, self.owner, self.process, ours, our_life)
         Thread(target=show_words, args=(words, name, weakref.ref(self)), name=name, daemon=True).start()
 
     def ask(self, head: Mapping[str, Any], tensors: Mapping[str, Any] | None = None) -> Message:
         """Send a request and wait for its answer. Raises ChildEnded where none comes that makes sense."""
-        self.asked += 1
         self.heard = monotonic()
-        pieces = encode_pieces({**head, "id": self.asked}, tensors)
+        pieces = encode_pieces(head, tensors)
         limit = SILENCE if head["request"] == "make" else None
         try:
             for piece in pieces:
@@ -168,9 +167,15 @@ def show_words(words: int, name: str, child: weakref.ref[ChildProcess]) -> None:
                 print(f"[{name}] {text}", file=sys.stderr, flush=True)
 
 
-def end_process(process: subprocess.Popen[bytes], channel: socket.socket, life: int) -> None:
-    """Let a child end: it does when its socket is closed; its watcher ends it and all others of its group."""
+def end_process(owner: int, process: subprocess.Popen[bytes], channel: socket.socket, life: int) -> None:
+    """Let a child end: it does when its socket is closed; its watcher ends it and all others of its group.
+
+    A process that was forked gives up its copies alone: the child is its parent's.
+    """
     channel.close()
+    if owner != os.getpid():
+        os.close(life)
+        return
     with suppress(OSError):
         os.killpg(process.pid, signal.SIGKILL)
     with suppress(OSError):

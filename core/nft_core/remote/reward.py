@@ -111,7 +111,7 @@ class ChildReward:
     def bring_up(self) -> Message:
         """Start the child and let it make the reward."""
         start = self.start
-        self.child = None
+        self.child = child = None
         try:
             child = ChildProcess(start.mark, start.python, start.isolated)
             check_hello(child.receive().head, start)
@@ -127,7 +127,8 @@ class ChildReward:
                 }
             )
         except (OSError, WireError) as error:
-            raise self.lost(f"its process could not be started: {child.explain_end(error)}") from error
+            why = child.explain_end(error) if child else error
+            raise self.lost(f"its process could not be started: {why}") from error
         except ChildEnded as error:
             raise self.lost(f"while it was loaded, {error}") from error.__cause__
         self.raise_error(reply, making=True)

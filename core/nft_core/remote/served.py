@@ -29,8 +29,8 @@ if TYPE_CHECKING:
 
 #: Seconds for which a server that does not answer is waited for where no `retry` of the user's counts.
 PATIENCE = 60.0
-#: Prompts that a request asks about at most.
-AT_ONCE = 10_000
+#: Prompts that a request asks about at most: with 8 kB for each it is as long as one may be.
+AT_ONCE = 1000
 
 
 class ServedReward:

@@ -76,20 +76,42 @@ def describe_command() -> str:
 
 def hide_secrets(words: Sequence[str], environment: Mapping[str, str]) -> str:
     """Join a command's words, with `***` for values of secret options and variables, and for keys."""
-    known = {v for name, v in environment.items() if SECRET_NAME.fullmatch(name) and len(v) >= 6}
+    secrets = list_secrets(environment)
     kept, before = [], ""
     for word in words:
         # `--api-key VALUE`: the value is the next word.
         follows = before.startswith("--") and "=" not in before and SECRET_NAME.fullmatch(before[2:])
-        text = HIDDEN if follows else word
-        # The longest first: a short secret may be a part of a longer one.
-        for value in sorted(known, key=len, reverse=True):
-            text = text.replace(value, HIDDEN)
-        text = SECRET_OPTION.sub(rf"\g<1>{HIDDEN}", text)
-        kept.append(SECRET_ADDRESS.sub(HIDDEN, SECRET_VALUE.sub(HIDDEN, text)))
+        kept.append(HIDDEN if follows else hide_in_text(word, secrets))
         before = word
     # A name may hold bytes that are no text.
     return shlex.join(kept).encode("utf-8", "backslashreplace").decode()
+
+
+def list_secrets(environment: Mapping[str, str]) -> list[str]:
+    """List the values of variables whose names say that they are secret."""
+    found = {v for name, v in environment.items() if SECRET_NAME.fullmatch(name) and len(v) >= 6}
+    # The longest first: a short secret may be a part of a longer one.
+    return sorted(found, key=len, reverse=True)
+
+
+def hide_in_text(text: str, secrets: Sequence[str]) -> str:
+    """Write `***` in a text for given secrets, for values of secret options, and for keys."""
+    for value in secrets:
+        text = text.replace(value, HIDDEN)
+    text = SECRET_OPTION.sub(rf"\g<1>{HIDDEN}", text)
+    return SECRET_ADDRESS.sub(HIDDEN, SECRET_VALUE.sub(HIDDEN, text))
+
+
+def hide_in_settings(value: Any, secrets: Sequence[str]) -> Any:
+    """Copy settings, with `***` for what may be secret in their texts."""
+    if isinstance(value, str):
+        return hide_in_text(value, secrets)
+    if isinstance(value, Mapping):
+        return {
+            name: HIDDEN if isinstance(v, str) and SECRET_NAME.fullmatch(name) else hide_in_settings(v, secrets)
+            for name, v in value.items()
+        }
+    return [hide_in_settings(v, secrets) for v in value] if isinstance(value, list | tuple) else value
 
 
 def find_commit(folder: Path) -> str:

@@ -17,7 +17,7 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
 from nft_plugins import PromptError, Scores
-from nft_plugins.wire import Message, WireError, decode_message, encode_message, pack_scores
+from nft_plugins.wire import Message, WireError, decode_message, encode_message, is_list_of, pack_scores
 
 from ..errors import NftError
 from ..remote.http import MESSAGE
@@ -105,7 +105,7 @@ class Service:
             name = self.find_reward(message)
             prompts: Any = message.head.get("prompts")
             metadata: Any = message.head.get("metadata")
-            if not is_list_of(str, prompts) or not is_list_of(dict, metadata) or len(prompts) != len(metadata):
+            if not is_list_of(prompts, str) or not is_list_of(metadata, dict) or len(prompts) != len(metadata):
                 raise WireError("a request needs prompts, texts, and metadata, an object for each")
             pairs = list(zip(prompts, metadata, strict=True))
             return JSONResponse({"refusals": await run_in_threadpool(self.engine.find_refusals, name, pairs)})
@@ -198,11 +198,6 @@ def explain_refusal(error: Exception) -> Refusal:
     if isinstance(error, NftError):
         return Refusal(500, "failed", str(error))
     raise error
-
-
-def is_list_of(kind: type, value: Any) -> bool:
-    """Tell whether a value is a list of such things."""
-    return isinstance(value, list) and all(isinstance(item, kind) for item in value)
 
 
 def read_seconds(message: Message, most: float) -> float:

@@ -24,7 +24,7 @@ class Metrics:
         )
         self.seconds = Histogram(
             "nft_score_seconds",
-            "Seconds from a request's arrival to its scores.",
+            "Seconds that a request was queued and scored.",
             ["reward"],
             registry=registry,
         )

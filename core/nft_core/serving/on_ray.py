@@ -110,8 +110,8 @@ def serve_on_ray(
         from ray import serve
 
         logging.getLogger("ray.serve").setLevel(logging.WARNING)
-        check_room(deployment)
         made = make_deployment(make_app, deployment, limits)
+        check_room(deployment)  # Now that the words of autoscaling are known to be right.
         if serve.status().proxies:
             raise NftError(
                 "Ray Serve runs on this cluster already, and would serve the rewards at its own address: end "

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import os
 import socket
 from collections.abc import Iterator
@@ -27,7 +28,7 @@ SHORTEST = 16
 
 
 def bind_socket(host: str, port: int) -> socket.socket:
-    """Take a port. Nobody can connect before the server listens on it. Raises NftError where it is in use."""
+    """Take a port. Nobody can connect before the server listens on it. Raises NftError where that fails."""
     kind = socket.AF_INET6 if ":" in host else socket.AF_INET
     bound = socket.socket(kind, socket.SOCK_STREAM)
     bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -35,10 +36,14 @@ def bind_socket(host: str, port: int) -> socket.socket:
         bound.bind((host, port))
     except OSError as error:
         bound.close()
-        raise NftError(
-            f"Cannot listen on {host}, port {port}: {error.strerror or error}. Another program, or another nft "
-            "serve, may have the port: choose one with --port, or 0 for any that is free."
-        ) from error
+        advice = "--host takes an address of this machine: 127.0.0.1, or 0.0.0.0 for all that it has."
+        if error.errno == errno.EADDRINUSE:
+            advice = (
+                "Another program, or another nft serve, has the port: choose one with --port, or 0 for any."
+            )
+        elif error.errno == errno.EACCES:
+            advice = "Ports below 1024 are the system's: choose a higher one with --port."
+        raise NftError(f"Cannot listen on {host}, port {port}: {error.strerror or error}. {advice}") from error
     return bound
 
 

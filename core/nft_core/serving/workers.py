@@ -96,10 +96,10 @@ class Engine:
             self.threads.append(thread)
 
     def close(self) -> None:
-        """End the workers, once they have done what is queued."""
+        """End the workers, once they have done what is queued. One whose reward hangs is left to itself."""
         self.queue.close()
         for thread in self.threads:
-            thread.join()
+            thread.join(self.limits.patience)
 
     def describe(self) -> dict[str, Any]:
         """Describe what is offered, for clients."""
@@ -119,24 +119,27 @@ class Engine:
             torch.cuda.set_device(device)
         while jobs := self.queue.take():
             reward = self.offers[jobs[0].reward].copies[number]
-            try:
-                scored = score_jobs(jobs, reward, str(device))
-            except BaseException as error:
-                if len(jobs) == 1:
-                    fail(jobs[0], error)
-                    continue
-                # One of the requests may be at fault, and the others shall have their scores.
-                for job in jobs:
-                    try:
-                        job.future.set_result(score_jobs([job], reward, str(device))[0])
-                    except BaseException as own:
-                        fail(job, own)
-            else:
-                for job, scores in zip(jobs, scored, strict=True):
-                    job.future.set_result(scores)
-            self.note(jobs[0].reward, sum(job.size for job in jobs))
+            self.answer(jobs, reward, str(device))
             # Otherwise a batch of images would stay in memory until the next job comes.
             del jobs, reward
+
+    def answer(self, jobs: Sequence[Job], reward: Reward, device: str) -> None:
+        """Score jobs as one batch. Where that fails, score each alone: only one of them may be at fault."""
+        scored: list[Scores] = []
+        try:
+            scored = score_jobs(jobs, reward, device)
+        except BaseException as error:
+            if len(jobs) == 1:
+                fail(jobs[0], error)
+                return
+        if not scored:  # Outside `except`, so that the traceback no longer keeps GPU tensors alive.
+            for job in jobs:
+                self.answer([job], reward, device)
+            return
+        for job, scores in zip(jobs, scored, strict=True):
+            job.future.set_result(scores)
+        if images := sum(job.size for job in jobs):  # To compare groups scores none.
+            self.note(jobs[0].reward, images)
 
 
 def fail(job: Job, error: BaseException) -> None:

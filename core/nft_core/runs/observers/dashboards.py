@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -14,6 +15,7 @@ from nft_plugins import Batch, Run, Scores, hookimpl
 
 from ..comparison.figures import Summary, summarize
 from ..comparison.reading import RunFigures
+from ..record import hide_in_settings, list_secrets
 from .history import History
 from .metrics import read_records
 from .report_page import list_changes
@@ -51,6 +53,8 @@ class Dashboard(ABC):
     def nft_run_started(self, run: Run) -> None:
         # The points of a run that goes on are there already.
         self.curves = Curves(read_records(run.folder))
+        # They may go to a server, and an option of a reward may be a key.
+        self.settings = hide_in_settings(run.settings, list_secrets(os.environ))
         self.begin(run)
         self.begun = True
 
@@ -80,7 +84,7 @@ class Dashboard(ABC):
 
     @abstractmethod
     def begin(self, run: Run) -> None:
-        """Begin the run there, or go on with it, and write its settings."""
+        """Begin the run there, or go on with it, and write `settings`, which has no secrets in it."""
 
     @abstractmethod
     def log_figures(self, epoch: int, figures: Mapping[str, float]) -> None:
@@ -142,8 +146,9 @@ def recall(path: Path, new: str) -> tuple[str, bool]:
 
     Returns it, and whether it was noted before: the run goes on.
     """
-    if path.exists():
-        return path.read_text(encoding="utf-8").strip(), True
+    # An empty file is left where the power failed.
+    if known := path.read_text(encoding="utf-8").strip() if path.exists() else "":
+        return known, True
     path.write_text(new + "\n", encoding="utf-8")
     return new, False
 

@@ -72,7 +72,8 @@ class LiveView(Progress):
         lines = []
         for name in names:
             line = f"{name:<{longest}}  evaluated {self.evaluations.get(name, '-')}"
-            means = [format_figure(mean) for mean in self.rollouts.get(name, [])]
+            # More would not fit, and a line of thousands of epochs takes long to fit ten times a second.
+            means = [format_figure(mean) for mean in self.rollouts.get(name, [])[-width:]]
             start = f"{line}, rollouts"
             while means and len(start) + sum(len(mean) + 1 for mean in means) > width:
                 del means[0]

@@ -57,7 +57,7 @@ class SwanLab(Dashboard):
                 resume="allow",
                 name=self.name or run.folder.name,
                 log_dir=str(run.folder / "swanlab"),
-                config=dict(run.settings),
+                config=dict(self.settings),
                 settings=settings,
             )
 

@@ -28,8 +28,7 @@ class TensorBoard(Dashboard):
         place = f"{self.folder}/{run.folder.name}" if self.folder else str(run.folder / "tensorboard")
         # What a killed process wrote of later epochs is left out: they come again.
         self.writer = self.open(place, purge_step=run.epoch + 1)
-        self.settings = run.settings
-        rows = [f"| {escape_cell(name)} | {escape_cell(value)} |" for name, value in run.settings.items()]
+        rows = [f"| {escape_cell(name)} | {escape_cell(value)} |" for name, value in self.settings.items()]
         self.writer.add_text("settings", "\n".join(["| setting | value |", "|---|---|", *rows]))
 
     def log_figures(self, epoch: int, figures: Mapping[str, float]) -> None:

@@ -53,7 +53,7 @@ class Trackio(Dashboard):
                 space_id=self.space,
                 server_url=self.server,
                 private=self.private,
-                config=dict(run.settings),
+                config=dict(self.settings),
                 resume="allow" if known else "never",
                 embed=False,
             )

@@ -44,7 +44,7 @@ class WandB(Dashboard):
             resume="allow",
             name=self.name or run.folder.name,
             dir=str(run.folder),
-            config=dict(run.settings),
+            config=dict(self.settings),
         )
         # By epoch, since its own count goes up with every call.
         self.log.define_metric("*", step_metric="epoch")
