@@ -87,6 +87,14 @@ def nft_progress(run: Run, phase: str, done: int, total: int) -> None:
 
 
 @hookspec
+def nft_eval_progress(run: Run, images: int, means: Mapping[str, float | None]) -> None:
+    """An evaluation has scored `images` images so far, with these means of each reward.
+
+    Of several processes the first one alone counts. None: no image has a valid score.
+    """
+
+
+@hookspec
 def nft_epoch_finished(run: Run, record: EpochRecord) -> None:
     """An epoch is over; `record` is its line of `metrics.jsonl`."""
 

@@ -73,6 +73,37 @@ def test_console_in_a_terminal_shows_bars_and_figures(run, capsys):
     assert "cat  evaluated 0.75 (+0.5), rollouts 0.5" in shown
 
 
+def test_an_evaluation_shows_its_means_as_they_come(run, capsys):
+    console = Console()
+    console.terminal = Terminal(force_terminal=True, width=100)
+    console.nft_run_started(run)
+    console.nft_eval_progress(run, 1, {"cat": 0.125, "dog": None})
+    assert console.bars.write_figures(100) == [
+        "cat  evaluated 0.125 over 1 image so far",
+        "dog  evaluated - over 1 image so far",
+    ]
+    console.nft_eval_finished(run, evaluation(0, 0.25))
+    assert console.bars.write_figures(100) == ["cat  evaluated 0.25", "dog  evaluated 0.25"]
+    console.nft_eval_progress(run, 2, {"cat": 0.5})
+    assert console.bars.write_figures(100)[0] == "cat  evaluated 0.25, now 0.5 over 2 images so far"
+    console.nft_run_finished(run, None)
+
+
+def test_an_evaluation_without_a_terminal_tells_its_means_now_and_then(run, capsys, monkeypatch):
+    monkeypatch.setattr("nft_core.runs.observers.console.QUIET", 0.0)
+    console = Console()
+    console.nft_run_started(run)
+    capsys.readouterr()
+    console.nft_progress(run, "eval", 2, 8)
+    console.nft_eval_progress(run, 2, {"cat": 0.125, "dog": None})
+    console.nft_progress(run, "eval", 4, 8)
+    console.nft_eval_finished(run, evaluation(0, 0.25))
+    console.nft_progress(run, "eval", 2, 8)
+    first, second, _, of_next = capsys.readouterr().out.splitlines()
+    assert first == of_next == "eval: 2/8 images"
+    assert second == "eval: 4/8 images  (so far cat 0.125  dog -, over 2 images)"
+
+
 def test_a_terminal_shows_as_many_epochs_as_its_width_takes():
     view = LiveView(Terminal(force_terminal=True, width=40), 0, 20)
     for epoch in range(1, 10):
@@ -252,7 +283,8 @@ def test_a_folder_that_cannot_be_made_is_not_said_to_be_deleted():
 
 def test_a_full_disk_costs_the_report_and_not_the_run(run, capsys, monkeypatch):
     """It is told once in plain words, and the page is not named before there is one."""
-    report, console, write = Report(), Console(), Path.write_text
+    report, write = Report(), Path.write_text
+    console = Console(report)
 
     def refuse(path, *given, **options):
         if path.name == ".report.html":
@@ -272,6 +304,13 @@ def test_a_full_disk_costs_the_report_and_not_the_run(run, capsys, monkeypatch):
     report.write(run, "running")
     console.nft_run_finished(run, ValueError())
     assert f"Report:   {run.folder / 'report.html'}" in capsys.readouterr().out
+    # The page of an earlier epoch stays, and is not this run's report.
+    with monkeypatch.context() as full:
+        full.setattr(Path, "write_text", refuse)
+        report.write(run, "finished")
+    console.nft_run_finished(run, None)
+    assert (run.folder / "report.html").exists()
+    assert "Report:" not in capsys.readouterr().out
 
 
 def test_a_run_that_goes_on_compares_with_where_it_began(run, capsys):

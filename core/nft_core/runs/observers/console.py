@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 from time import monotonic
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console as Terminal
 from rich.table import Table
@@ -14,8 +14,11 @@ from nft_plugins import Run, hookimpl
 
 from ..fingerprint import is_comparable, list_changes, pick_picture_part
 from .evaluations import Paired, pair_images, read_scores
-from .live import LiveView, format_figure, format_seconds, list_means
+from .live import LiveView, count_images, format_figure, format_seconds, list_means
 from .metrics import read_records
+
+if TYPE_CHECKING:
+    from .report import Report
 
 #: Marks an interval that holds 0; and what the mark says, once below the table.
 CHANCE, EXPLAINED = " ?", "?: 0 is in the interval, so the change may be chance."
@@ -26,7 +29,8 @@ QUIET = 30.0
 class Console:
     """Follows a run on standard output."""
 
-    def __init__(self) -> None:
+    def __init__(self, report: Report | None = None) -> None:
+        self.report = report
         # Names and paths are others' words, in which brackets and colons mean nothing.
         self.terminal = Terminal(highlight=False, soft_wrap=True, markup=False, emoji=False)
         self.firsts: list[Mapping[str, Any]] = []
@@ -35,6 +39,8 @@ class Console:
         self.checkpoint: Path | None = None
         self.warned: set[str] = set()
         self.bars: LiveView | None = None
+        #: Of the evaluation under way: the means so far, in words.
+        self.so_far = ""
         self.began = self.told = monotonic()
 
     @hookimpl
@@ -57,7 +63,14 @@ class Console:
             self.bars.show_phase(phase, done, total)
         elif phase == "eval" and monotonic() - self.told >= QUIET:
             self.told = monotonic()
-            self.say(f"eval: {done}/{total} images")
+            self.say(f"eval: {done}/{total} images{self.so_far}")
+
+    @hookimpl
+    def nft_eval_progress(self, run: Run, images: int, means: Mapping[str, float | None]) -> None:
+        figures = "  ".join(f"{name} {format_figure(mean)}" for name, mean in means.items())
+        self.so_far = f"  (so far {figures}, over {count_images(images)})" if means else ""
+        if self.bars:
+            self.bars.show_means(images, means)
 
     @hookimpl
     def nft_epoch_finished(self, run: Run, record: Mapping[str, Any]) -> None:
@@ -85,7 +98,7 @@ class Console:
         first = f"epoch {self.base['epoch']}" if self.base["epoch"] else "base"
         note = f"  ({first} {compared})" if compared else ""
         self.say(f"eval at epoch {record['epoch']}: {write_means(record)}{note}")
-        self.told = monotonic()
+        self.told, self.so_far = monotonic(), ""
         if self.bars:
             like = self.base
             known = {n: m for n, m in list_means(like) if not explain_difference(like, record, n)}
@@ -116,8 +129,8 @@ class Console:
             samples = run.folder / "samples"
             drawn = f"Pictures: {samples}    " if samples.exists() else ""
             self.say(f"{drawn}figures: {run.folder / 'metrics.jsonl'}")
-            if (report := run.folder / "report.html").exists():
-                self.say(f"Report:   {report}")
+            if self.report and self.report.written:
+                self.say(f"Report:   {self.report.written}")
         if self.checkpoint:
             self.say(f"Weights:  {self.checkpoint}")
         if self.latest:
