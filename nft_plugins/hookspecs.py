@@ -18,8 +18,8 @@ ENTRY_POINT_GROUP = "nft_plugins"
 #: The version of this contract, "MAJOR.MINOR". A plug-in says in its module which one it was written for,
 #: `CONTRACT = "1.0"`, and works with every later 1.x: minor versions add, and only a major one takes away,
 #: after a minor one has warned of it. 1.1 brought `Generator` and the types of records, 1.2 `Environment`,
-#: 1.3 a preset's family, prompts, notes and sources.
-CONTRACT = "1.3"
+#: 1.3 a preset's family, prompts, notes and sources, 1.4 `nft_eval_progress`.
+CONTRACT = "1.4"
 #: Hooks that offer something: the kind of their cards.
 OFFERS: dict[str, type] = {
     "nft_register_rewards": RewardInfo,

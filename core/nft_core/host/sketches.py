@@ -11,6 +11,7 @@ import builtins
 import importlib.util
 import inspect
 import sys
+from abc import ABCMeta
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
@@ -22,6 +23,8 @@ OF_TYPES = (
     *(ast.Constant, ast.BinOp, ast.BitOr),
 )
 FUNCTIONS = (ast.FunctionDef, ast.AsyncFunctionDef)
+#: Methods of a base class that decide what its subclasses take.
+OF_SUBCLASSES = {"__new__", "__init_subclass__"}
 
 
 #: Words of a source that may give it more names when it is imported.
@@ -42,7 +45,7 @@ def sketch_factory(factory: str | Callable[..., Any]) -> Callable[..., Any] | No
         return None
     try:
         module, node = find_definition(*factory.split(":"))
-        return make_sketch(module, find_arguments(node))
+        return make_sketch(module, find_arguments(module, node))
     except KeyboardInterrupt:
         raise
     except BaseException:  # A package above the module may raise anything when it is imported.
@@ -117,16 +120,36 @@ def binds_name(node: ast.AST, name: str) -> bool:
     return isinstance(targets, ast.Name) and targets.id == name
 
 
-def find_arguments(node: ast.stmt) -> ast.arguments:
+def find_arguments(module: str, node: ast.stmt) -> ast.arguments:
     """Find the arguments that a function or a class takes. Raises UnclearError where they may be others."""
     if isinstance(node, FUNCTIONS) and not node.decorator_list:
         return node.args
-    if isinstance(node, ast.ClassDef) and not (node.decorator_list or node.bases or node.keywords):
+    if isinstance(node, ast.ClassDef) and has_plain_bases(module, node):
         made = [n for n in node.body if isinstance(n, FUNCTIONS) and n.name in ("__init__", "__new__")]
         given = made[0].args if len(made) == 1 else None
         if given and made[0].name == "__init__" and not (made[0].decorator_list or given.posonlyargs):
             return ast.arguments(**{**vars(given), "args": given.args[1:]})  # without self
     raise UnclearError(ast.dump(node)[:80])
+
+
+def has_plain_bases(module: str, node: ast.ClassDef) -> bool:
+    """Tell whether nothing but its own body says what a class takes when it is called."""
+    if node.decorator_list or node.keywords:
+        return False
+    return all(isinstance(base, ast.Name) and is_plain_base(module, base.id) for base in node.bases)
+
+
+def is_plain_base(module: str, name: str) -> bool:
+    """Tell whether a base class leaves it to its subclasses what they take."""
+    module, node = find_definition(module, name)
+    if isinstance(node, ast.ImportFrom):  # Its module is imported already.
+        made: Any = getattr(sys.modules[module], name, None)
+        if type(made) not in (type, ABCMeta):
+            return False
+        return not OF_SUBCLASSES & {own for each in made.__mro__[:-1] for own in vars(each)}
+    if not isinstance(node, ast.ClassDef) or not has_plain_bases(module, node):
+        return False
+    return not any(binds_name(n, own) for n in ast.walk(node) for own in OF_SUBCLASSES)
 
 
 def make_sketch(module: str, given: ast.arguments) -> Callable[..., Any]:
