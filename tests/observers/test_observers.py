@@ -13,7 +13,7 @@ from rich.console import Console as Terminal
 from safetensors import SafetensorError
 
 from nft_core.errors import NftError, advise_on_disk, say_uncreatable
-from nft_core.output import keep_output_alive
+from nft_core.output import keep_output_alive, wrap_words
 from nft_core.runs.observers.console import Console, compare_evaluations, format_seconds
 from nft_core.runs.observers.evaluations import save_scores
 from nft_core.runs.observers.live import LiveView
@@ -186,7 +186,7 @@ def test_a_run_is_compared_with_its_like(run, capsys):
     console.nft_eval_finished(run, record)
     assert "eval at epoch 1: cat 0.75  dog 0.75  bird 0.125  (base cat 0.25)" in capsys.readouterr().out
     console.nft_run_finished(run, None)
-    rows = {line.split()[1]: line for line in capsys.readouterr().out.splitlines() if line.startswith("│")}
+    rows = {line.split()[0]: line for line in capsys.readouterr().out.splitlines() if "│" in line}
     assert re.findall(r"[-+\d.]+", rows["cat"]) == ["0.25", "0.75", "+0.5"]
     assert re.findall(r"[-+\d.]+", rows["dog"]) == ["0.25", "0.75"]
     assert re.findall(r"[-+\d.]+", rows["bird"]) == ["-", "0.125"]
@@ -237,6 +237,31 @@ def test_numbers_stay_whole_in_a_terminal_of_80_columns(run):
     assert max(map(len, lines)) == 80
     (row,) = (line for line in lines if " to " in line)
     assert re.search(r"[-+][-.e\d]+ to [-+][-.e\d]+ \?", row)
+    names = [line.partition("│")[0].strip() for line in lines if "│" in line]
+    assert names == ["jpeg_incompressibility/", "compression"], "\n".join(lines)
+
+
+def test_commands_and_quoted_texts_are_not_broken():
+    text = 'Now run `pip install x`. It says "two words" in /a/path/that/is/wider/than/all.'
+    broken = ["Now run", "`pip install x`. It", 'says "two words" in', "/a/path/that/is/wider/than/all."]
+    assert wrap_words(text, 20).split("\n") == broken
+    assert wrap_words("  0.1 s  loading", 80) == "  0.1 s  loading"
+    # A long one has to be, at its own spaces.
+    assert wrap_words('a "sign with many words"', 12).split("\n") == ['a "sign with', 'many words"']
+
+
+def test_lines_are_broken_at_words_and_paths_are_not(run, capsys):
+    console = Console()
+    console.terminal.width, console.terminal._force_terminal = 40, True
+    long = Run(run.folder / "a folder whose name is long" / "x", run.settings, epochs=2)
+    long.folder.mkdir(parents=True)
+    console.nft_run_started(long)
+    console.nft_eval_finished(long, evaluation(0, 0.25) | {"warnings": {"x": "Two words " * 8}})
+    console.nft_run_finished(long, None)
+    lines = capsys.readouterr().out.splitlines()
+    assert f"Writing to {long.folder}" in lines and f"Figures:  {long.folder / 'metrics.jsonl'}" in lines
+    warning = lines[next(i for i, line in enumerate(lines) if "Warning" in line) :][:3]
+    assert warning[0].endswith("Two words") and warning[1] == "Two words Two words Two words Two words"
 
 
 def test_means_over_other_images_have_no_change():

@@ -15,7 +15,7 @@ import click
 
 from .. import environment
 from ..errors import UsageError
-from ..output import keep_output_alive
+from ..output import keep_output_alive, say
 from .repeating import repeat_command
 from .score import choose_preset, make_preset_option
 from .tables import show_figures
@@ -155,7 +155,7 @@ def evaluate(
     if processes > 1:
         sys.exit(launch_command(repeat_command(ctx), processes))
     first = environment.is_first_process()
-    tell = partial(click.echo, err=True) if first else lambda text: None
+    tell = partial(say, err=True) if first else lambda text: None
     with keep_output_alive():
         with show_progress(first) as show:
             results = run_evaluation(request, host, out, save_images=save_images, tell=tell, show=show)

@@ -39,7 +39,8 @@ class LiveView(Progress):
         task = self.tasks[1]
         # The same phase again, as of the next epoch, begins with fewer done than before.
         if phase != task.description or done < task.completed:
-            self.reset(self.phase, description=phase, total=total)
+            # Count too, or the display might show the old one for a moment.
+            self.reset(self.phase, description=phase, total=total, count="", left="")
             # The first report may come when a batch is done, and how long that took is not known.
             self.first_done = done
         since = done - self.first_done
