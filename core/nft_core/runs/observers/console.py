@@ -153,8 +153,9 @@ class Console:
         self.warned = {k for k in self.warned if not k.startswith(record["event"])} | set(kinds)
 
     def say(self, text: str) -> None:
-        width = self.terminal.width if self.terminal.is_terminal else len(text)
-        self.terminal.print(wrap_words(text, width))
+        if self.terminal.is_terminal:
+            text = "\n".join(wrap_words(line, self.terminal.width) for line in text.split("\n"))
+        self.terminal.print(text)
 
 
 class Name(str):
