@@ -54,6 +54,9 @@ class RewardInfo:
     check_prompt: `"module:function"`, which is called with a prompt and its metadata before the reward is made,
         and raises `PromptError` where the reward could not score them with any options. Its module should
         import nothing heavy. The reward's own `check_prompt`, which knows its options, is asked later.
+    reads_prompt: whether it reads the prompt with any options, so that `nft score` asks for one at once.
+    wraps: an option that is the spec of another reward, with `;` between its options, such as `of` of
+        `rank,of=ocr;upscale=4`: prompts are checked for that one too.
     """
 
     name: str
@@ -70,6 +73,8 @@ class RewardInfo:
     extra: str = ""
     environment: Environment | tuple[Environment, ...] | None = None
     check_prompt: str = ""
+    reads_prompt: bool = False
+    wraps: str = ""
 
 
 @dataclass(frozen=True)

@@ -18,8 +18,9 @@ ENTRY_POINT_GROUP = "nft_plugins"
 #: The version of this contract, "MAJOR.MINOR". A plug-in says in its module which one it was written for,
 #: `CONTRACT = "1.0"`, and works with every later 1.x: minor versions add, and only a major one takes away,
 #: after a minor one has warned of it. 1.1 brought `Generator` and the types of records, 1.2 `Environment`,
-#: 1.3 objectives, checks of prompts on cards, and a preset's family, prompts, notes and sources.
-CONTRACT = "1.3"
+#: 1.3 objectives, checks of prompts on cards, and a preset's family, prompts, notes and sources, 1.4
+#: `nft_eval_progress`.
+CONTRACT = "1.4"
 #: Hooks that offer something: the kind of their cards.
 OFFERS: dict[str, type] = {
     "nft_register_rewards": RewardInfo,
@@ -90,6 +91,14 @@ def nft_run_started(run: Run) -> None:
 @hookspec
 def nft_progress(run: Run, phase: str, done: int, total: int) -> None:
     """`done` of `total` images have passed the phase: rollout, reward, train or eval."""
+
+
+@hookspec
+def nft_eval_progress(run: Run, images: int, means: Mapping[str, float | None]) -> None:
+    """An evaluation has scored `images` images so far, with these means of each reward.
+
+    Of several processes the first one alone counts. None: no image has a valid score.
+    """
 
 
 @hookspec

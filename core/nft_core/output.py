@@ -1,12 +1,40 @@
-"""Keeps a run going when the reader of its output ends or its terminal is closed."""
+"""Writes to people: lines fit their terminal, and a run goes on when that is closed or its reader ends."""
 
 from __future__ import annotations
 
 import os
+import re
 import sys
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from typing import Any, TextIO, cast
+
+import click
+
+#: A word and the spaces before it; a command in backticks and a text in quotes are one word.
+WORD = re.compile(r"""\s*(?:`[^`]*`|"[^"]*"|\S)+""")
+
+
+def say(text: str, err: bool = False) -> None:
+    """Print a text. A terminal gets a single line broken at words; several lines, such as code, stay."""
+    stream = sys.stderr if err else sys.stdout
+    if "\n" not in text and stream.isatty():
+        with suppress(OSError, ValueError):  # It has no size.
+            text = wrap_words(text, os.get_terminal_size(stream.fileno()).columns)
+    click.echo(text, err=err)
+
+
+def wrap_words(text: str, width: int) -> str:
+    """Break a line at spaces alone, so that words, paths and commands stay whole and can be copied."""
+    lines = [""]
+    for word in WORD.findall(text):
+        # A long text in quotes has to be broken, at its own spaces.
+        for part in re.findall(r"\s*\S+", word) if len(word.strip()) > width else [word]:
+            if lines[-1] and len(lines[-1] + part) > width:
+                lines.append(part.lstrip())
+            else:
+                lines[-1] += part
+    return "\n".join(lines)
 
 
 class Lasting:

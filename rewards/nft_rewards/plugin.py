@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 from nft_plugins import Environment, RewardInfo, hookimpl
 
-CONTRACT = "1.3"
+CONTRACT = "1.4"
 CLIP_L = "openai/clip-vit-large-patch14"
 
 REWARDS = (
@@ -20,6 +20,7 @@ REWARDS = (
         memory="3.9 GB in fp32, 2.0 GB in bf16",
         licence="MIT",
         range="about 18 to 24",
+        reads_prompt=True,
     ),
     RewardInfo(
         "hpsv2",
@@ -33,6 +34,7 @@ REWARDS = (
         range="about 0.2 to 0.35",
         modules=("open_clip", "torchvision"),
         extra="open_clip",
+        reads_prompt=True,
     ),
     RewardInfo(
         "hpsv3",
@@ -47,6 +49,7 @@ REWARDS = (
         memory="31 GB in fp32, 16 GB in bf16",
         licence="MIT; Apache-2.0 (Qwen2-VL-7B)",
         range="no bounds",
+        reads_prompt=True,
     ),
     RewardInfo(
         "clipscore",
@@ -59,6 +62,7 @@ REWARDS = (
         memory="1.7 GB in fp32, 0.9 GB in bf16",
         licence="MIT",
         range="cosine, about 0.2 to 0.35",
+        reads_prompt=True,
     ),
     RewardInfo(
         "aesthetic",
@@ -99,6 +103,7 @@ REWARDS = (
             ),
             options={"engine": "package"},
         ),
+        reads_prompt=True,
     ),
     RewardInfo(
         "ocr",
@@ -164,6 +169,7 @@ REWARDS = (
         definition="(worse + equal others / 2) / (n - 1) within the group; alone 0.5",
         range="0 to 1",
         metadata=("what the other reward needs",),
+        wraps="of",
     ),
     RewardInfo(
         "jpeg_compressibility",

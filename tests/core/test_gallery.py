@@ -3,10 +3,11 @@
 import pytest
 import torch
 
+from nft_core.scoring.composer import Composed, Term
 from nft_core.training import gallery
 from nft_core.training.evaluation import evaluate
 
-from .test_train import PROMPTS, make
+from .test_train import PROMPTS, make, redness
 
 AT_512 = 3 * 512 * 512 * 4
 
@@ -48,3 +49,16 @@ def test_observers_get_some_pictures_with_their_scores_and_figures_of_all(tmp_pa
     # What is kept for comparisons is of all.
     for epoch, scores, groups in kept:
         assert (epoch, len(scores), groups.tolist()) == (0, 6, [0, 0, 1, 1, 2, 2])
+
+
+def test_observers_are_told_running_means_which_end_as_the_figures(tmp_path):
+    told, records = [], []
+    run = make(tmp_path, eval_images=2, rollout_batch=4)
+    run.reward = Composed((Term("red", 1.0, redness),))
+    run.observe = lambda hook, **given: (told if hook == "nft_eval_progress" else records).append(given)
+    evaluate(run)
+    assert [part["images"] for part in told] == [4, 6]
+    rewards = next(given["record"]["rewards"] for given in records if "record" in given)
+    means = {name: figures["mean"] for name, figures in rewards.items() if name != "total"}
+    assert told[-1]["means"] == pytest.approx(means)
+    assert told[0]["means"] != pytest.approx(means)

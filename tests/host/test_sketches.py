@@ -6,15 +6,17 @@ import sys
 
 import pytest
 
+from nft_core.errors import UsageError
 from nft_core.host.factories import import_factory
 from nft_core.host.host import load_host
-from nft_core.host.prompt_checks import make_prompt_check
+from nft_core.host.prompt_checks import list_readers, make_prompt_check
 from nft_core.host.sketches import list_definitions, sketch_factory
 from nft_core.host.specs import parse_reward
 from nft_plugins.rules import read_types
 
 HEAVY = """
 from __future__ import annotations
+from abc import ABC
 from typing import Any, Literal
 from .kinds import Kind as Variant, star
 raise ImportError("too heavy")
@@ -32,6 +34,14 @@ class New:
 class Below(New):
     def __init__(self, other): ...
 class Inherits(Made):
+    def __init__(self, other): ...
+class Hidden(ABC):
+    def __new__(cls, size): ...
+class Overruled(Hidden):
+    def __init__(self, other): ...
+class Unseen(Absent):
+    def __init__(self, other): ...
+class Dotted(star.Base):
     def __init__(self, other): ...
 @star
 def decorated(b): ...
@@ -88,7 +98,20 @@ def test_parameters_and_types_are_read_without_an_import(heavy):
 
 
 @pytest.mark.parametrize(
-    "name", ["Slashed", "Below", "decorated", "twice", "sometimes", "alias", "star", "absent"]
+    "name",
+    [
+        "Slashed",
+        "Below",
+        "Overruled",
+        "Unseen",
+        "Dotted",
+        "decorated",
+        "twice",
+        "sometimes",
+        "alias",
+        "star",
+        "absent",
+    ],
 )
 def test_nothing_is_said_where_the_source_is_not_plain(heavy, name):
     assert heavy(f"core:{name}") is None
@@ -103,6 +126,20 @@ def test_cards_refuse_prompts_that_no_options_make_fit():
     check = make_prompt_check([parse_reward("geneval=0.5")], host)
     fitting, other = check([("a cat", {"include": [{"class": "cat", "count": 1}]}), ("a cat", {})])
     assert not fitting and other.startswith("geneval: needs metadata include") and "prompt 'a cat'" in other
+
+
+def test_cards_check_prompts_for_the_reward_that_another_one_wraps():
+    host = load_host()
+    check = make_prompt_check([parse_reward("rank,of=ocr;upscale=2")], host)
+    fitting, other = check([('a sign that says "HI"', {}), ("a sign", {})])
+    assert not fitting and other.startswith("rank: no words to read")
+    with pytest.raises(UsageError, match=r"Unknown reward 'ocrr'. Did you mean 'ocr'"):
+        make_prompt_check([parse_reward("rank,of=ocrr")], host)
+
+
+def test_cards_say_which_rewards_read_prompts():
+    given = ["pickscore,variant=nft", "rank,of=clipscore", "rank,of=aesthetic", "jpeg_compressibility", "ocr"]
+    assert list_readers(map(parse_reward, given), load_host()) == ["pickscore", "rank"]
 
 
 @pytest.mark.parametrize(
@@ -138,6 +175,11 @@ eval --tiny tiny --reward ocr --prompts plain.txt
 eval --tiny tiny --reward ocr --out mine.py/new
 eval --tiny tiny --reward jpeg_compressibility,varaint=x
 score red.png --tiny --reward ocr --prompt cat
+score red.png --tiny --reward pickscore
+eval --tiny tiny
+run --tiny --out new --reward ocr --model unknown
+run --tiny --out new --reward rank,of=ocr --prompts plain.txt
+serve --reward pickscroe
 rewards check jpeg_compressibility varaint=x
 """
 
@@ -150,6 +192,8 @@ def test_mistakes_are_told_before_torch_is_imported(tmp_path):
     (tmp_path / "mixed.txt").write_text("\n".join([*lines, 'a sign that says "HI"']))
     (tmp_path / "mine.py").write_text("def warmth(images): ...\n")
     Image.new("RGB", (8, 8)).save(tmp_path / "red.png")
+    (tmp_path / "unknown").mkdir()
+    (tmp_path / "unknown" / "model_index.json").write_text('{"_class_name": "AbsentPipeline"}')
     code = (
         "import sys\nfrom nft_core.cli import main\n"
         f"for line in {MISTAKES.strip().splitlines()!r}:\n"

@@ -13,7 +13,7 @@ from rich.console import Console as Terminal
 from safetensors import SafetensorError
 
 from nft_core.errors import NftError, advise_on_disk, say_uncreatable
-from nft_core.output import keep_output_alive
+from nft_core.output import keep_output_alive, wrap_words
 from nft_core.runs.observers import live
 from nft_core.runs.observers.console import Console, compare_evaluations, format_seconds
 from nft_core.runs.observers.evaluations import save_scores
@@ -72,6 +72,37 @@ def test_console_in_a_terminal_shows_bars_and_figures(run, capsys):
     assert "rollout" in shown and "3/8 images" in shown
     assert "1/2" in shown and "1:30 left, 10.0 img/s" in shown
     assert "cat  evaluated 0.75 (+0.5), rollouts 0.5" in shown
+
+
+def test_an_evaluation_shows_its_means_as_they_come(run, capsys):
+    console = Console()
+    console.terminal = Terminal(force_terminal=True, width=100)
+    console.nft_run_started(run)
+    console.nft_eval_progress(run, 1, {"cat": 0.125, "dog": None})
+    assert console.bars.write_figures(100) == [
+        "cat  evaluated 0.125 over 1 image so far",
+        "dog  evaluated - over 1 image so far",
+    ]
+    console.nft_eval_finished(run, evaluation(0, 0.25))
+    assert console.bars.write_figures(100) == ["cat  evaluated 0.25", "dog  evaluated 0.25"]
+    console.nft_eval_progress(run, 2, {"cat": 0.5})
+    assert console.bars.write_figures(100)[0] == "cat  evaluated 0.25, now 0.5 over 2 images so far"
+    console.nft_run_finished(run, None)
+
+
+def test_an_evaluation_without_a_terminal_tells_its_means_now_and_then(run, capsys, monkeypatch):
+    monkeypatch.setattr("nft_core.runs.observers.console.QUIET", 0.0)
+    console = Console()
+    console.nft_run_started(run)
+    capsys.readouterr()
+    console.nft_progress(run, "eval", 2, 8)
+    console.nft_eval_progress(run, 2, {"cat": 0.125, "dog": None})
+    console.nft_progress(run, "eval", 4, 8)
+    console.nft_eval_finished(run, evaluation(0, 0.25))
+    console.nft_progress(run, "eval", 2, 8)
+    first, second, _, of_next = capsys.readouterr().out.splitlines()
+    assert first == of_next == "eval: 2/8 images"
+    assert second == "eval: 4/8 images  (so far cat 0.125  dog -, over 2 images)"
 
 
 def test_a_terminal_shows_as_many_epochs_as_its_width_takes(monkeypatch):
@@ -160,7 +191,7 @@ def test_a_run_is_compared_with_its_like(run, capsys):
     console.nft_eval_finished(run, record)
     assert "eval at epoch 1: cat 0.75  dog 0.75  bird 0.125  (base cat 0.25)" in capsys.readouterr().out
     console.nft_run_finished(run, None)
-    rows = {line.split()[1]: line for line in capsys.readouterr().out.splitlines() if line.startswith("│")}
+    rows = {line.split()[0]: line for line in capsys.readouterr().out.splitlines() if "│" in line}
     assert re.findall(r"[-+\d.]+", rows["cat"]) == ["0.25", "0.75", "+0.5"]
     assert re.findall(r"[-+\d.]+", rows["dog"]) == ["0.25", "0.75"]
     assert re.findall(r"[-+\d.]+", rows["bird"]) == ["-", "0.125"]
@@ -211,6 +242,31 @@ def test_numbers_stay_whole_in_a_terminal_of_80_columns(run):
     assert max(map(len, lines)) == 80
     (row,) = (line for line in lines if " to " in line)
     assert re.search(r"[-+][-.e\d]+ to [-+][-.e\d]+ \?", row)
+    names = [line.partition("│")[0].strip() for line in lines if "│" in line]
+    assert names == ["jpeg_incompressibility/", "compression"], "\n".join(lines)
+
+
+def test_commands_and_quoted_texts_are_not_broken():
+    text = 'Now run `pip install x`. It says "two words" in /a/path/that/is/wider/than/all.'
+    broken = ["Now run", "`pip install x`. It", 'says "two words" in', "/a/path/that/is/wider/than/all."]
+    assert wrap_words(text, 20).split("\n") == broken
+    assert wrap_words("  0.1 s  loading", 80) == "  0.1 s  loading"
+    # A long one has to be, at its own spaces.
+    assert wrap_words('a "sign with many words"', 12).split("\n") == ['a "sign with', 'many words"']
+
+
+def test_lines_are_broken_at_words_and_paths_are_not(run, capsys):
+    console = Console()
+    console.terminal.width, console.terminal._force_terminal = 40, True
+    long = Run(run.folder / "a folder whose name is long" / "x", run.settings, epochs=2)
+    long.folder.mkdir(parents=True)
+    console.nft_run_started(long)
+    console.nft_eval_finished(long, evaluation(0, 0.25) | {"warnings": {"x": "Two words " * 8}})
+    console.nft_run_finished(long, None)
+    lines = capsys.readouterr().out.splitlines()
+    assert f"Writing to {long.folder}" in lines and f"Figures:  {long.folder / 'metrics.jsonl'}" in lines
+    warning = lines[next(i for i, line in enumerate(lines) if "Warning" in line) :][:3]
+    assert warning[0].endswith("Two words") and warning[1] == "Two words Two words Two words Two words"
 
 
 def test_means_over_other_images_have_no_change():
@@ -257,7 +313,8 @@ def test_a_folder_that_cannot_be_made_is_not_said_to_be_deleted():
 
 def test_a_full_disk_costs_the_report_and_not_the_run(run, capsys, monkeypatch):
     """It is told once in plain words, and the page is not named before there is one."""
-    report, console, write = Report(), Console(), Path.write_text
+    report, write = Report(), Path.write_text
+    console = Console(report)
 
     def refuse(path, *given, **options):
         if path.name == ".report.html":
@@ -277,6 +334,13 @@ def test_a_full_disk_costs_the_report_and_not_the_run(run, capsys, monkeypatch):
     report.write(run, "running")
     console.nft_run_finished(run, ValueError())
     assert f"Report:   {run.folder / 'report.html'}" in capsys.readouterr().out
+    # The page of an earlier epoch stays, and is not this run's report.
+    with monkeypatch.context() as full:
+        full.setattr(Path, "write_text", refuse)
+        report.write(run, "finished")
+    console.nft_run_finished(run, None)
+    assert (run.folder / "report.html").exists()
+    assert "Report:" not in capsys.readouterr().out
 
 
 def test_a_run_that_goes_on_compares_with_where_it_began(run, capsys):

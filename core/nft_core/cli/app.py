@@ -13,6 +13,7 @@ import click
 
 from ..errors import MEMORY_FULL, NftError, Stopped, UsageError, is_memory_full
 from ..objective.choices import Combine
+from ..output import say
 from .compare import compare_runs
 from .doctor import diagnose, explain_broken_torchvision
 from .env import manage_environments
@@ -44,7 +45,7 @@ class Group(click.Group):
             click.echo(f"Ended by {Signals(number).name}, with nothing that had to be saved.", err=True)
             sys.exit(128 + number)
         except NftError as error:
-            click.echo(f"Error: {explain_broken_torchvision(error) or error}", err=True)
+            say(f"Error: {explain_broken_torchvision(error) or error}", err=True)
             sys.exit(error.exit_code)
         except Exception as error:
             # Libraries raise these two as errors of many kinds, with texts that do not help a user.
@@ -53,7 +54,7 @@ class Group(click.Group):
                 cause = f"{MEMORY_FULL} ({' '.join(str(error).split())[:200] or 'MemoryError'})"
             if not cause:
                 raise  # It is a defect of ours: the traceback helps to find it.
-            click.echo(f"Error: {cause}", err=True)
+            say(f"Error: {cause}", err=True)
             sys.exit(NftError.exit_code)
 
 
@@ -269,7 +270,7 @@ def start_run(
         given,
     )
     if given.get("prompts") and settings.eval_prompts and not given.get("eval_prompts"):
-        click.echo(f"Evaluations are on other prompts than --prompts: those of {settings.eval_prompts}.")
+        say(f"Evaluations are on other prompts than --prompts: those of {settings.eval_prompts}.")
     if plan:
         from ..planning.known import find_card, find_planned_family, use_known_model
 

@@ -15,7 +15,7 @@ import click
 
 from .. import environment
 from ..errors import UsageError
-from ..output import keep_output_alive
+from ..output import keep_output_alive, say
 from .repeating import repeat_command
 from .score import choose_preset, make_preset_option
 from .tables import show_figures
@@ -110,9 +110,10 @@ def evaluate(
     and --protocol repeats it. Whatever ends an evaluation, the same command goes on with it.
     """
     from ..evaluation.entries import parse_model
+    from ..evaluation.own import read_all_own, require_rewards
     from ..host.host import load_host
     from ..runs.folder import check_creatable
-    from ..runs.inputs import check_given
+    from ..runs.inputs import check_given, make_run_settings
     from ..settings import parse_assignment
 
     host, chosen = load_host(), choose_preset(tiny, preset)
@@ -124,6 +125,14 @@ def evaluate(
     check_given(host, chosen, rewards, pairs, options["prompts"], given.get("unscorable"))
     if options["solver"]:
         host.check_solver(options["solver"])
+    renamed = {"images": "eval_images", "steps": "eval_steps", "prompts": "eval_prompts"}
+    given |= {renamed.get(name, name): value for name, value in options.items() if value is not None}
+    if rewards:
+        given["rewards"] = list(rewards)
+    if protocol is None:
+        own = next(iter(read_all_own(listed, host, given)), None)
+        layers = (own.for_evaluation() if own else {}, given)
+        require_rewards(make_run_settings(host, chosen, *layers), own)
     # These import torch.
     from ..evaluation.api import make_request
     from ..evaluation.folders import check_folder
@@ -131,10 +140,6 @@ def evaluate(
     from ..parallel.launch import count_processes, end_with_the_parent, launch_command
     from ..parallel.signals import end_on_signals
 
-    renamed = {"images": "eval_images", "steps": "eval_steps", "prompts": "eval_prompts"}
-    given |= {renamed.get(name, name): value for name, value in options.items() if value is not None}
-    if rewards:
-        given["rewards"] = list(rewards)
     request = make_request(
         *(host, listed, [], chosen, given),
         guidance=parse_guidance(guidance) if guidance is not None else None,
@@ -150,7 +155,7 @@ def evaluate(
     if processes > 1:
         sys.exit(launch_command(repeat_command(ctx), processes))
     first = environment.is_first_process()
-    tell = partial(click.echo, err=True) if first else lambda text: None
+    tell = partial(say, err=True) if first else lambda text: None
     with keep_output_alive():
         with show_progress(first) as show:
             results = run_evaluation(request, host, out, save_images=save_images, tell=tell, show=show)

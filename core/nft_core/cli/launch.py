@@ -8,10 +8,8 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import click
-
 from .. import environment
-from ..output import keep_output_alive
+from ..output import keep_output_alive, say
 
 if TYPE_CHECKING:
     from ..host.host import Host
@@ -48,7 +46,7 @@ def launch_training(
         settings = make_settings(use_copies(settings.model_dump(), folder, copies))
 
     environment.check_numbers()
-    announce = environment.make_announcer(click.echo)
+    announce = environment.make_announcer(say)
     end_with_the_parent()
     end_on_signals()
     # A launcher such as torchrun has started all processes already, and this is one of them.
@@ -63,7 +61,7 @@ def launch_training(
                 settings,
                 folder,
                 host,
-                click.echo,
+                say,
                 resume,
                 allow_changes,
                 count_on_gpu,

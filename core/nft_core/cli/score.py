@@ -145,12 +145,12 @@ def score_files(
     Below several images stand the means, their standard errors and 95 % intervals; where metadata has a tag,
     these by tag too, and GenEval as it is published.
     """
-    from ..host.prompt_checks import make_prompt_check
+    from ..host.prompt_checks import list_readers, make_prompt_check
     from ..runs.checks import check_rewards
     from ..runs.inputs import load_rewards, make_run_settings, parse_rewards
     from ..runs.setup import pick_device
     from ..scoring.image_files import find_images
-    from ..scoring.items import check_prompts, find_prompts
+    from ..scoring.items import check_prompts, find_prompts, require_prompts
 
     if prompt is not None and prompts is not None:
         raise click.UsageError("--prompt is for all images and --prompts for each: give one of them.")
@@ -169,6 +169,7 @@ def score_files(
         # Mistakes in prompts and files are found here, before anything large is loaded.
         items = find_prompts(find_images(images, partial(click.echo, err=True)), prompt, prompts)
         check_prompts(items, make_prompt_check(specs, host))
+        require_prompts(items, list_readers(specs, host))
         check_rewards(specs, host)
         from ..scoring.images import score_items  # It imports PyTorch.
 

@@ -144,7 +144,9 @@ def serve_rewards(
     and with --engine ray the extra ray.
     """
     check_engine(engine, deployment)
-    from ..serving.app import digest_token
+    chosen = choose_preset(tiny, preset)
+    specs = check_offer(rewards, chosen)
+    from ..serving.app import digest_token  # It imports PyTorch.
     from ..serving.deployment import read_deployment
     from ..serving.limits import Limits
     from ..serving.running import bind_socket, choose_token, make_server, write_address
@@ -152,8 +154,8 @@ def serve_rewards(
     replicas = read_deployment(deployment)
     limits = Limits(batch, wait_ms / 1000, queue, max_images, max_side, max_mib << 20, seconds)
     token, is_new = choose_token(token_env or "", no_token, host)
-    offered = Offered(rewards, choose_preset(tiny, preset), device.split(","), limits, digest_token(token))
-    titles = [spec.title for spec in offered.read_specs()]
+    offered = Offered(rewards, chosen, device.split(","), limits, digest_token(token))
+    titles = [spec.title for spec in specs]
     # Mistakes are told, and the port is taken, before anything large is loaded.
     with bind_socket(host, port) as bound:
         address = write_address(bound)
@@ -215,20 +217,6 @@ class Offered:
     limits: Limits
     digest: str
 
-    def read_settings(self, host: Host) -> Settings:
-        from ..runs.inputs import make_run_settings
-
-        return make_run_settings(host, self.preset, {"rewards": list(self.rewards)})
-
-    def read_specs(self, host: Host | None = None) -> list[RewardSpec]:
-        """Read the rewards' specs. Raises UsageError for those that cannot be offered."""
-        from ..runs.inputs import parse_rewards
-
-        host = host or load_host()
-        specs = parse_rewards(self.read_settings(host), host)
-        check_specs(specs)
-        return specs
-
     def make_application(self, replica: str = "") -> Any:
         """Load the rewards and make the application that offers them."""
         from ..runs.setup import pick_device
@@ -239,8 +227,8 @@ class Offered:
         places = [pick_device(name.strip()) for name in self.devices]
         silence_libraries("transformers")
         with redirect_prints():  # Rewards print too.
-            settings = self.read_settings(host)
-            offers = [load_offer(spec, host, places, settings) for spec in self.read_specs(host)]
+            settings, specs = read_specs(self.rewards, self.preset, host)
+            offers = [load_offer(spec, host, places, settings) for spec in specs]
         engine = Engine(offers, places, self.limits, importlib.metadata.version("nft-hub"))
         engine.replica = replica
         return make_app(engine, self.digest)
@@ -256,6 +244,27 @@ def serve_replicas(
         return offered.make_application(read_replica_name())
 
     serve_on_ray(make_app, deployment, offered.limits, place, tell)
+
+
+def check_offer(rewards: Sequence[str], preset: str | None) -> list[RewardSpec]:
+    """Check what is to be offered, and load nothing; returns its specs. Raises UsageError and NftError."""
+    from ..runs.checks import check_rewards
+
+    host = load_host()
+    with redirect_prints():  # Rewards print too.
+        _, specs = read_specs(rewards, preset, host)
+        check_rewards(specs, host)
+    return specs
+
+
+def read_specs(rewards: Sequence[str], preset: str | None, host: Host) -> tuple[Settings, list[RewardSpec]]:
+    """Read the settings and the rewards that are offered. Raises UsageError for those that cannot be."""
+    from ..runs.inputs import make_run_settings, parse_rewards
+
+    settings = make_run_settings(host, preset, {"rewards": list(rewards)})
+    specs = parse_rewards(settings, host)
+    check_specs(specs)
+    return settings, specs
 
 
 def check_specs(specs: Sequence[RewardSpec]) -> None:

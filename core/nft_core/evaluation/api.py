@@ -18,7 +18,7 @@ from ..scoring.composer import Composed, Given, as_spec
 from ..settings import Settings
 from .entries import Model, parse_model
 from .folders import check_folder
-from .own import Own, describe_own, name_defaults, read_all_own, read_held_out_of_run
+from .own import describe_own, name_defaults, read_all_own, read_held_out_of_run, require_rewards
 from .protocol import GivenReward, find_protocol, read_protocol
 from .report import Evaluation
 from .request import Request, prepare_request, read_held_out
@@ -126,7 +126,9 @@ def make_request(
         s = known.apply(s).model_copy(update={"unscorable": "error"})
         specs = rewards or parse_rewards(s, host)
         return prepare_request(s, host, models or default_models(s, preset), specs, texts, protocol=known)
-    specs = rewards or parse_rewards_for_evaluation(s, host, own)
+    if not rewards:
+        require_rewards(s, own)
+    specs = rewards or parse_rewards(s, host)
     # What a run held out is no default for who gives prompts, and need not even be read.
     by_hand = prompts is not None or "eval_prompts" in settings
     given = {*settings, *(["prompts"] if by_hand else []), *(["guidance"] if guidance else [])}
@@ -149,20 +151,6 @@ def make_request(
         notes=notes,
         defaults=name_defaults(own, preset),
     )
-
-
-def parse_rewards_for_evaluation(settings: Settings, host: Host, own: Own | None) -> Sequence[GivenReward]:
-    """Parse the rewards that settings name. Raises UsageError where there are none, or one is not known.
-
-    own: of the first model, whose rewards serve as an example.
-    """
-    if not settings.rewards:
-        trained = f"The run of {own.name} was trained on {', '.join(own.rewards)}. " if own else ""
-        raise UsageError(
-            f"An evaluation needs a reward: give --reward NAME, as in --reward pickscore. {trained}"
-            "`nft rewards` lists them; FILE.py:FUNCTION is a reward of yours."
-        )
-    return parse_rewards(settings, host)
 
 
 def default_models(settings: Settings, preset: str | None) -> list[Model]:

@@ -7,8 +7,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from ..errors import UsageError
 from ..host.host import Host
 from ..host.local import is_reference
@@ -190,10 +188,23 @@ def is_other(a: Any, b: Any) -> bool:
     return len(files) < 2 or files[0].read_bytes() != files[1].read_bytes()
 
 
+def require_rewards(settings: Settings, own: Own | None) -> None:
+    """Raise UsageError where settings name no reward. own: of the first model, whose rewards are an example."""
+    if settings.rewards:
+        return
+    trained = f"The run of {own.name} was trained on {', '.join(own.rewards)}. " if own else ""
+    raise UsageError(
+        f"An evaluation needs a reward: give --reward NAME, as in --reward pickscore. {trained}"
+        "`nft rewards` lists them; FILE.py:FUNCTION is a reward of yours."
+    )
+
+
 def choose_held_out(settings: Settings, host: Host) -> list[Prompt]:
     """Choose the held-out prompts of a run as the run itself does, so that their numbers are the same."""
     prompts, held_out = read_prompt_files(settings, {})
     if settings.unscorable == "drop":  # Which of them are left out, the rewards alone know.
+        import torch
+
         reward = load_rewards(
             parse_rewards(settings, host), host, torch.device("cpu"), settings.reward_defaults
         )

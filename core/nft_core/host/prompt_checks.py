@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from types import SimpleNamespace
 from typing import Any
 
-from nft_plugins import PromptError
+from nft_plugins import PromptError, RewardInfo
 
 from ..errors import NftError, describe_error, locate_error
 from ..prompts import Check, Prompts
 from .factories import import_factory
 from .host import Host
 from .lending import copy_for_plugin
-from .specs import RewardSpec
+from .specs import RewardSpec, parse_reward
 
 
 def make_prompt_check(specs: Iterable[RewardSpec], host: Host) -> Check:
@@ -22,14 +22,29 @@ def make_prompt_check(specs: Iterable[RewardSpec], host: Host) -> Check:
     It finds prompts that a reward can never score, whatever its options are. A reward that is loaded may refuse
     more.
     """
-    named = {spec.title: host.find_reward(spec.name).info.check_prompt for spec in specs}
-    members = {
-        title: SimpleNamespace(check_prompt=import_factory(check)) for title, check in named.items() if check
-    }
+    members = [
+        (spec.title, SimpleNamespace(check_prompt=import_factory(card.check_prompt)))
+        for spec in specs
+        for card in list_cards(spec, host)
+        if card.check_prompt
+    ]
 
     return lambda prompts: find_first_refusals(
-        [find_refusals(member, title, prompts) for title, member in members.items()], len(prompts)
+        [find_refusals(member, title, prompts) for title, member in members], len(prompts)
     )
+
+
+def list_cards(spec: RewardSpec, host: Host) -> Iterator[RewardInfo]:
+    """List the card of a reward, and of another one that its options name. Raises UsageError for no spec."""
+    card = host.find_reward(spec.name).info
+    yield card
+    if inner := spec.options.get(card.wraps):
+        yield from list_cards(parse_reward(str(inner).replace(";", ",")), host)
+
+
+def list_readers(specs: Iterable[RewardSpec], host: Host) -> list[str]:
+    """List the names of the rewards whose cards say that they read prompts with any options."""
+    return [spec.title for spec in specs if any(card.reads_prompt for card in list_cards(spec, host))]
 
 
 def check_prompt(member: Any, name: str, prompt: str, metadata: Mapping[str, Any]) -> None:

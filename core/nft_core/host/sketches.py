@@ -18,6 +18,8 @@ from pathlib import Path
 from typing import Any
 
 FUNCTIONS = (ast.FunctionDef, ast.AsyncFunctionDef)
+#: Methods of a base class that decide what its subclasses take.
+OF_SUBCLASSES = {"__new__", "__init_subclass__"}
 
 
 #: Words of a source that may give it more names when it is imported.
@@ -117,30 +119,32 @@ def find_arguments(module: str, node: ast.stmt) -> ast.arguments:
     """Find the arguments that a function or a class takes. Raises UnclearError where they may be others."""
     if isinstance(node, FUNCTIONS) and not node.decorator_list:
         return node.args
-    if isinstance(node, ast.ClassDef) and not (node.decorator_list or node.keywords):
+    if isinstance(node, ast.ClassDef) and has_plain_bases(module, node):
         made = [n for n in node.body if isinstance(n, FUNCTIONS) and n.name in ("__init__", "__new__")]
         given = made[0].args if len(made) == 1 else None
         if given and made[0].name == "__init__" and not (made[0].decorator_list or given.posonlyargs):
-            for base in node.bases:
-                check_base(module, base)
             return ast.arguments(**{**vars(given), "args": given.args[1:]})  # without self
     raise UnclearError(ast.dump(node)[:80])
 
 
-def check_base(module: str, base: ast.expr) -> None:
-    """Raise UnclearError where a class's base may decide what the class takes: by `__new__` or a metaclass."""
-    if not isinstance(base, ast.Name):
-        raise UnclearError(ast.dump(base)[:80])
-    origin, node = find_definition(module, base.id)
-    if isinstance(node, ast.ImportFrom):  # from a module that is imported already, such as abc
-        found = getattr(sys.modules[origin], next(a.name for a in node.names if base.id in (a.asname, a.name)))
-        if type(found) in (type, ABCMeta) and found.__new__ is object.__new__:
-            return
-    is_plain = isinstance(node, ast.ClassDef) and not (node.decorator_list or node.keywords)
-    if not isinstance(node, ast.ClassDef) or not is_plain or any(binds_name(n, "__new__") for n in node.body):
-        raise UnclearError(base.id)
-    for each in node.bases:
-        check_base(origin, each)
+def has_plain_bases(module: str, node: ast.ClassDef) -> bool:
+    """Tell whether nothing but its own body says what a class takes when it is called."""
+    if node.decorator_list or node.keywords:
+        return False
+    return all(isinstance(base, ast.Name) and is_plain_base(module, base.id) for base in node.bases)
+
+
+def is_plain_base(module: str, name: str) -> bool:
+    """Tell whether a base class leaves it to its subclasses what they take."""
+    module, node = find_definition(module, name)
+    if isinstance(node, ast.ImportFrom):  # Its module is imported already.
+        made: Any = getattr(sys.modules[module], name, None)
+        if type(made) not in (type, ABCMeta):
+            return False
+        return not OF_SUBCLASSES & {own for each in made.__mro__[:-1] for own in vars(each)}
+    if not isinstance(node, ast.ClassDef) or not has_plain_bases(module, node):
+        return False
+    return not any(binds_name(n, own) for n in ast.walk(node) for own in OF_SUBCLASSES)
 
 
 def make_sketch(module: str, given: ast.arguments) -> Callable[..., Any]:

@@ -7,7 +7,7 @@ import importlib
 import inspect
 import json
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from contextlib import suppress
 from functools import lru_cache
 from importlib.metadata import version
@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any, cast, get_args, get_type_hints
 
 import torch
-from diffusers import FlowMatchEulerDiscreteScheduler
 
 from nft_plugins.files import (
     PICKLED,
@@ -29,7 +28,7 @@ from nft_plugins.files import (
 from nft_plugins.vocabulary import check_end, check_tokenizer
 
 from .headers import check_dtypes, check_shapes
-from .schedulers import check_scheduler, read_prediction_type
+from .schedulers import check_scheduler
 from .small_files import list_files, read_object
 
 #: Libraries that a pipeline's parts may be of.
@@ -296,21 +295,3 @@ def empty_part(
         config = cls.config_class.from_pretrained(source, **where)
         check_attention(config, str(Path(source) / "config.json"))
         return cast(torch.nn.Module, cls(config))
-
-
-def explain_unknown_pipeline(source: str, pipeline: str, known: Iterable[str]) -> str:
-    """Say why a pipeline of an unknown class cannot be trained, and what can be done."""
-    try:  # Whatever its class: the files of all schedulers are read alike.
-        scheduler = FlowMatchEulerDiscreteScheduler.load_config(source, subfolder="scheduler")
-    except (OSError, ValueError):
-        scheduler = {}
-    names = ", ".join(sorted(known))
-    if (predicted := read_prediction_type(scheduler)) != "flow_prediction":
-        return (
-            f"{source} is a {pipeline}, which is not a flow-matching model: its {scheduler['_class_name']} "
-            f"takes it to predict {predicted}. Only flow-matching models can be trained, those of: {names}."
-        )
-    return (
-        f"{source} is a {pipeline}, which no model plug-in handles. Known: {names}. For another flow-matching "
-        "pipeline an adapter is a short class in a plug-in package; docs/models.md shows one."
-    )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shlex
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from nft_plugins.files import PICKLED
 from ..errors import NftError, UsageError, shorten_error
 from .hub import fetch_file
 from .run_folders import suggest_run
-from .small_files import PEFT_CONFIG, list_files, read_object
+from .small_files import PEFT_CONFIG, list_files, read_object, read_prediction_type
 
 INDEX = "model_index.json"
 #: Makes a pipeline's folder of one file.
@@ -56,6 +57,25 @@ def find_index(source: str) -> dict[str, Any]:
             "and, for a gated model, `hf auth login`; a local folder with --model PATH works offline, "
             "and so does --tiny, which brings its own small model."
         ) from error
+
+
+def explain_unknown_pipeline(source: str, pipeline: str, known: Iterable[str]) -> str:
+    """Say why a pipeline of an unknown class cannot be trained, and what can be done."""
+    folder, name = Path(source).expanduser(), "scheduler/scheduler_config.json"
+    try:  # Whatever its class: the files of all schedulers are read alike.
+        scheduler = read_object(folder / name if folder.is_dir() else fetch_file(source, name))
+    except (OSError, ValueError):
+        scheduler = {}
+    names = ", ".join(sorted(known))
+    if (predicted := read_prediction_type(scheduler)) != "flow_prediction":
+        return (
+            f"{source} is a {pipeline}, which is not a flow-matching model: its {scheduler['_class_name']} "
+            f"takes it to predict {predicted}. Only flow-matching models can be trained, those of: {names}."
+        )
+    return (
+        f"{source} is a {pipeline}, which no model plug-in handles. Known: {names}. For another flow-matching "
+        "pipeline an adapter is a short class in a plug-in package; docs/models.md shows one."
+    )
 
 
 def describe_path(path: Path) -> str:

@@ -9,6 +9,8 @@ from typing import Any
 
 from diffusers import FlowMatchEulerDiscreteScheduler
 
+from .small_files import read_prediction_type
+
 #: Steps of training that a scheduler may say; it makes a table of them.
 MOST_STEPS = 1_000_000
 
@@ -56,10 +58,3 @@ def make_flow_scheduler(config: Mapping[str, Any]) -> Any:
     if config.get("use_flow_sigmas"):
         return FlowMatchEulerDiscreteScheduler(shift=config.get("flow_shift", 1.0))
     return FlowMatchEulerDiscreteScheduler.from_config(config)
-
-
-def read_prediction_type(scheduler: Mapping[str, Any]) -> str:
-    """Read from a scheduler's config what it takes the model to predict, such as `flow_prediction`."""
-    of_flow = "FlowMatch" in str(scheduler.get("_class_name", "FlowMatch")) or scheduler.get("use_flow_sigmas")
-    # Old files leave out what was the only thing to predict then.
-    return "flow_prediction" if of_flow else str(scheduler.get("prediction_type", "epsilon"))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -36,3 +37,10 @@ def list_files(folder: Path, *suffixes: str) -> list[Path]:
         if not file.is_file():  # Reading a named pipe would wait for ever.
             raise OSError(f"{file} is no file, or a link to one that is not there.")
     return found
+
+
+def read_prediction_type(scheduler: Mapping[str, Any]) -> str:
+    """Read from a scheduler's config what it takes the model to predict, such as `flow_prediction`."""
+    of_flow = "FlowMatch" in str(scheduler.get("_class_name", "FlowMatch")) or scheduler.get("use_flow_sigmas")
+    # Old files leave out what was the only thing to predict then.
+    return "flow_prediction" if of_flow else str(scheduler.get("prediction_type", "epsilon"))

@@ -350,4 +350,4 @@ def rescue_training(
     except Exception as error:  # Whatever it is, the one that ended the run is to be seen.
         tell(str(error))
         return
-    tell(f"Saved at epoch {at.epoch}, gradient step {at.step}. To go on: {name_resume(folder)}")
+    tell(f"Saved at epoch {at.epoch}, gradient step {at.step}.\nTo go on: {name_resume(folder)}")

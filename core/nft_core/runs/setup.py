@@ -104,7 +104,7 @@ def find_family(settings: Settings, host: Host) -> tuple[str, Mapping[str, Any]]
     pipeline = str(index["_class_name"])
     family = host.choose_family(pipeline, settings.family)
     if family is None:
-        from ..models.checks import explain_unknown_pipeline
+        from ..models.paths import explain_unknown_pipeline
 
         known = {p for card in host.models.values() for p in card.info.pipelines}
         raise UsageError(explain_unknown_pipeline(name, pipeline, known))

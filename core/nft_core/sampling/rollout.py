@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, wait
 from contextlib import AbstractContextManager, contextmanager
@@ -138,6 +139,7 @@ def roll_out(
     phase: Callable[[str], AbstractContextManager[None]],
     stop: Callable[[], None] = lambda: None,
     look: Callable[[Tensor, Batch], None] | None = None,
+    follow: Callable[[Scores], None] = lambda scores: None,
 ) -> Rollout:
     """Generate this process's share of the images, and score each batch while the next is generated.
 
@@ -145,14 +147,20 @@ def roll_out(
     phase: times what runs inside it: `rollout`, and `reward`, the waits for scores.
     stop: called every now and then; raises Stopped where the run was told to end, and no score is waited for.
     look: called with each batch and which images are in it; latents are not kept then.
+    follow: called with the scores of each batch of this process as they come, before groups are compared.
     Raises what a reward raises, in all processes if in one.
     """
     index, groups = list_owned(len(draws)), draws.list_groups()
     take_tallies(reward)  # A rollout that was cut off may have left some.
     latents: list[Tensor] = []
     finite: list[Tensor] = []
-    pending: list[Future[Scores]] = []
+    pending: deque[Future[Scores]] = deque()
     scores: list[Scores] = []
+
+    def take_scores() -> None:
+        scores.append(await_scores(pending.popleft(), stop))
+        follow(scores[-1])
+
     # In this order: when a process fails, its own scoring thread ends first, and then the others are told.
     with (
         fail_together(sampler.device, partial(join_passes, sampler, condition, groups)),
@@ -174,12 +182,12 @@ def roll_out(
             # The reward scores this batch in another thread while the next one is generated.
             pending.append(scorer.submit(wrap_in_side_stream(sampler.device, partial(reward, batch))))
             progress(draws.purpose, sum(map(len, finite)), len(index))
-            if len(pending) > AHEAD:
-                with phase("reward"):
-                    await_scores(pending[-1 - AHEAD], stop)
+            with phase("reward"):
+                while pending and (len(pending) > AHEAD or pending[0].done()):
+                    take_scores()
         with phase("reward"):
-            for future in pending:
-                scores.append(await_scores(future, stop))
+            while pending:
+                take_scores()
                 progress("reward", sum(map(len, scores)), len(index))
         # Inside `fail_together`, since it raises where details differ, perhaps in one process alone.
         mine = concatenate_scores(scores)

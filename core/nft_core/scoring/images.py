@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import json
 import math
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, cast
 
 import torch
@@ -23,7 +21,7 @@ from .composed import call_reward
 from .composer import Composed, Given, compose
 from .contract import regroup_scores
 from .image_files import decode_image
-from .items import Item, check_prompts, make_item
+from .items import Item, NoPrompt, check_prompts, make_item
 from .pictures import NoPrompts, number_groups
 from .scores import concatenate_scores
 
@@ -54,20 +52,6 @@ class Scored:
     def note_failure(self, name: str, error: str) -> None:
         self.valid[name], self.values[name], self.details[name] = False, None, {}
         self.errors[name] = error
-
-
-class NoPrompt(UsageError):
-    """A reward looked at the prompt of an image that has none."""
-
-    def __init__(self, path: Path, reward: str = "") -> None:
-        self.path = path
-        line = json.dumps({"image": path.name, "prompt": "..."}, ensure_ascii=False)
-        beside = path.parent / "metadata.jsonl"  # as the datasets library calls it
-        file = f"{beside if beside.is_file() else 'FILE.jsonl'} with a line such as {line}"
-        super().__init__(
-            f"{path} has no prompt, and the reward {reward!r} reads it. Give --prompt TEXT for all images, "
-            f"--prompts {file}, or a file {path.with_suffix('.txt').name} beside the image."
-        )
 
 
 @name_arguments()

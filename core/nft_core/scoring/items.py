@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -33,6 +33,20 @@ class Item:
     size: tuple[int, int]
     prompt: str | None = None
     metadata: Mapping[str, Any] = field(default_factory=dict)
+
+
+class NoPrompt(UsageError):
+    """A reward looked at the prompt of an image that has none."""
+
+    def __init__(self, path: Path, reward: str = "") -> None:
+        self.path = path
+        line = json.dumps({"image": path.name, "prompt": "..."}, ensure_ascii=False)
+        beside = path.parent / "metadata.jsonl"  # as the datasets library calls it
+        file = f"{beside if beside.is_file() else 'FILE.jsonl'} with a line such as {line}"
+        super().__init__(
+            f"{path} has no prompt, and the reward {reward!r} reads it. Give --prompt TEXT for all images, "
+            f"--prompts {file}, or a file {path.with_suffix('.txt').name} beside the image."
+        )
 
 
 def find_prompts(images: Iterable[Path], prompt: str | None = None, file: Path | None = None) -> list[Item]:
@@ -168,3 +182,11 @@ def check_prompts(items: Iterable[Item], check: Check) -> None:
     for (path, _, _), why in zip(prompted, refusals, strict=True):
         if why:
             raise UsageError(f"{path}: {why}")
+
+
+def require_prompts(items: Iterable[Item], readers: Sequence[str]) -> None:
+    """Raise NoPrompt for an image without a prompt. readers: names of the rewards that read prompts."""
+    for item in items:
+        # One that cannot be read costs its own scores alone.
+        if readers and item.prompt is None and item.size != UNREADABLE:
+            raise NoPrompt(item.path, readers[0])

@@ -58,6 +58,26 @@ def digest_valid_samples(scores: Scores) -> dict[str, str]:
     return {name: sha256(mask.tobytes()).hexdigest()[:12] for name, mask in masks.items() if not mask.all()}
 
 
+class RunningMeans:
+    """Keeps the mean of each reward over the images that have scores so far, without their total."""
+
+    def __init__(self) -> None:
+        self.images = 0
+        self.sums: dict[str, float] = {}
+        self.counts: dict[str, int] = {}
+
+    def add(self, scores: Scores) -> None:
+        """Add the scores of a batch."""
+        self.images += len(scores)
+        for name, (_, part) in scores.parts.items():
+            self.sums[name] = self.sums.get(name, 0.0) + float(part.values[part.valid].double().sum())
+            self.counts[name] = self.counts.get(name, 0) + int(part.valid.sum())
+
+    def compute(self) -> dict[str, float | None]:
+        """Compute the mean of each reward over its valid images; None where there are none."""
+        return {name: self.sums[name] / count if count else None for name, count in self.counts.items()}
+
+
 Figures = dict[str, tuple[Tensor, Tensor]]
 
 

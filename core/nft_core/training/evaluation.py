@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from nft_plugins import Scores
+
 from ..parallel import processes
 from ..sampling.draws import Draws
 from ..sampling.rollout import roll_out
-from ..scoring.statistics import digest_valid_samples, summarize_scores
+from ..scoring.statistics import RunningMeans, digest_valid_samples, summarize_scores
 from ..seeds import reseed
 from .gallery import Gallery
 from .state import Training
@@ -20,7 +22,12 @@ def evaluate(run: Training) -> dict[str, str]:
     indices = range(len(run.eval_prompts))
     # Epoch 0 in the key whatever the epoch: before and after differ by the weights alone.
     draws = Draws(run.eval_prompts, indices, s.eval_images, s.seed, "eval", 0)
-    gallery = Gallery(draws)
+    gallery, means = Gallery(draws), RunningMeans()
+
+    def show_means(scores: Scores) -> None:
+        means.add(scores)
+        run.observe("nft_eval_progress", images=means.images, means=means.compute())
+
     # The averaged weights are those that a checkpoint holds for use, so these are evaluated.
     with run.policy.use_ema(), run.policy.merge_lora():
         rollout = roll_out(
@@ -32,6 +39,7 @@ def evaluate(run: Training) -> dict[str, str]:
             run.phase,
             stop=run.raise_if_stopped,
             look=gallery.add,
+            follow=show_means,
         )
     # An evaluation's time belongs to no epoch.
     run.phases.clear()

@@ -14,4 +14,5 @@ def make_builtin_observers(console: bool = True) -> list[object]:
     from .report import Report
     from .samples import Samples
 
-    return [Metrics(), Samples(), Report(), *([Console()] if console else [])]
+    report = Report()
+    return [Metrics(), Samples(), report, *([Console(report)] if console else [])]

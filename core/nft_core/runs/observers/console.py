@@ -2,20 +2,28 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from time import monotonic
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+from rich.cells import cell_len
 from rich.console import Console as Terminal
+from rich.console import ConsoleOptions, RenderResult
 from rich.table import Table
+from rich.text import Text
 
 from nft_plugins import Run, hookimpl
 
+from ...output import wrap_words
 from ..fingerprint import is_comparable, list_changes, pick_picture_part
 from .evaluations import Paired, pair_images, read_scores
-from .live import LiveView, format_figure, format_seconds, list_means
+from .live import LiveView, count_images, format_figure, format_seconds, list_means
 from .metrics import read_records
+
+if TYPE_CHECKING:
+    from .report import Report
 
 #: Marks an interval that holds 0; and what the mark says, once below the table.
 CHANCE, EXPLAINED = " ?", "?: 0 is in the interval, so the change may be chance."
@@ -26,7 +34,8 @@ QUIET = 30.0
 class Console:
     """Follows a run on standard output."""
 
-    def __init__(self) -> None:
+    def __init__(self, report: Report | None = None) -> None:
+        self.report = report
         # Names and paths are others' words, in which brackets and colons mean nothing.
         self.terminal = Terminal(highlight=False, soft_wrap=True, markup=False, emoji=False)
         self.firsts: list[Mapping[str, Any]] = []
@@ -35,11 +44,13 @@ class Console:
         self.checkpoint: Path | None = None
         self.warned: set[str] = set()
         self.bars: LiveView | None = None
+        #: Of the evaluation under way: the means so far, in words.
+        self.so_far = ""
         self.began = self.told = monotonic()
 
     @hookimpl
     def nft_run_started(self, run: Run) -> None:
-        self.say(f"Writing to {run.folder}")
+        self.terminal.print(f"Writing to {run.folder}")
         if differences := describe_evaluation(run.settings):
             self.say(f"Evaluations are not generated as rollouts are: {differences}.")
         # A run that goes on is compared with what it was before it stopped.
@@ -57,7 +68,14 @@ class Console:
             self.bars.show_phase(phase, done, total)
         elif phase == "eval" and monotonic() - self.told >= QUIET:
             self.told = monotonic()
-            self.say(f"eval: {done}/{total} images")
+            self.say(f"eval: {done}/{total} images{self.so_far}")
+
+    @hookimpl
+    def nft_eval_progress(self, run: Run, images: int, means: Mapping[str, float | None]) -> None:
+        figures = "  ".join(f"{name} {format_figure(mean)}" for name, mean in means.items())
+        self.so_far = f"  (so far {figures}, over {count_images(images)})" if means else ""
+        if self.bars:
+            self.bars.show_means(images, means)
 
     @hookimpl
     def nft_epoch_finished(self, run: Run, record: Mapping[str, Any]) -> None:
@@ -85,7 +103,7 @@ class Console:
         first = f"epoch {self.base['epoch']}" if self.base["epoch"] else "base"
         note = f"  ({first} {compared})" if compared else ""
         self.say(f"eval at epoch {record['epoch']}: {write_means(record)}{note}")
-        self.told = monotonic()
+        self.told, self.so_far = monotonic(), ""
         if self.bars:
             like = self.base
             known = {n: m for n, m in list_means(like) if not explain_difference(like, record, n)}
@@ -113,13 +131,14 @@ class Console:
         if self.base and self.latest and (self.latest is not self.base or not error):
             self.terminal.print(compare_evaluations(self.base, self.latest, run.folder))
         if self.latest:
-            samples = run.folder / "samples"
-            drawn = f"Pictures: {samples}    " if samples.exists() else ""
-            self.say(f"{drawn}figures: {run.folder / 'metrics.jsonl'}")
-            if (report := run.folder / "report.html").exists():
-                self.say(f"Report:   {report}")
+            # A line for each, which the terminal breaks where it is too long, so that it can be copied whole.
+            if (samples := run.folder / "samples").exists():
+                self.terminal.print(f"Pictures: {samples}")
+            self.terminal.print(f"Figures:  {run.folder / 'metrics.jsonl'}")
+            if self.report and self.report.written:
+                self.terminal.print(f"Report:   {self.report.written}")
         if self.checkpoint:
-            self.say(f"Weights:  {self.checkpoint}")
+            self.terminal.print(f"Weights:  {self.checkpoint}")
         if self.latest:
             self.say(f"Time:     {format_seconds(monotonic() - self.began)} since it began here")
 
@@ -134,7 +153,21 @@ class Console:
         self.warned = {k for k in self.warned if not k.startswith(record["event"])} | set(kinds)
 
     def say(self, text: str) -> None:
+        if self.terminal.is_terminal:
+            text = "\n".join(wrap_words(line, self.terminal.width) for line in text.split("\n"))
         self.terminal.print(text)
+
+
+class Name(str):
+    """A name in a table, which is broken behind `_` and `/` where the column is narrow."""
+
+    def __rich_console__(self, console: Terminal, options: ConsoleOptions) -> RenderResult:
+        lines = [""]
+        for part in re.findall(r"[^_/]*[_/]|[^_/]+", self):
+            if lines[-1] and cell_len(lines[-1] + part) > options.max_width:
+                lines.append("")
+            lines[-1] += part
+        yield Text("\n".join(lines), overflow="fold")
 
 
 def describe_evaluation(settings: Mapping[str, Any]) -> str:
@@ -155,7 +188,7 @@ def describe_evaluation(settings: Mapping[str, Any]) -> str:
 def describe_failures(record: Mapping[str, Any]) -> dict[str, str]:
     """Describe what failing rewards have cost."""
     return {
-        f"{name} failed": f"{name} failed: {r['retried']} calls were made again, {r['masked']} images lost."
+        f"{name} failed": f"{name} failed: calls made again: {r['retried']}, images lost: {r['masked']}."
         for name, r in record["rewards"].items()
         if name != "total" and (r.get("retried") or r.get("masked"))
     }
@@ -168,7 +201,9 @@ def compare_evaluations(
 
     folder: of the run, whose scores of single images give each change its 95 % interval.
     """
-    table = Table(title=f"{base['images']} held-out images, same prompts and noise")
+    images = f"{base['images']} held-out image{'' if base['images'] == 1 else 's'}"
+    # Without an edge, as a terminal of 80 columns needs all of them.
+    table = Table(title=f"{images}, same prompts and noise", show_edge=False, pad_edge=False)
     first = f"epoch {base['epoch']}" if base["epoch"] else "base"
     for title in ("", first, f"epoch {latest['epoch']}", "change", "95 % interval"):
         # In a narrow terminal long names fold, and numbers stay whole.
@@ -187,7 +222,7 @@ def compare_evaluations(
             else:
                 change = f"{now - was:+.4g}"
                 interval = describe_interval(pair_images(first_scores, latest_scores, name))
-        table.add_row(name, format_figure(was), format_figure(now), change, interval)
+        table.add_row(Name(name), format_figure(was), format_figure(now), change, interval)
         if interval.endswith(CHANCE) and EXPLAINED not in notes:
             notes.insert(0, EXPLAINED)
     table.caption = "\n".join(notes) or None

@@ -24,6 +24,8 @@ class LiveView(Progress):
         # By reward: means of all rollouts, the latest last; and that of the latest evaluation with its change.
         self.rollouts: dict[str, list[float | None]] = {}
         self.evaluations: dict[str, str] = {}
+        # Of the evaluation under way: the mean over the images that have scores so far.
+        self.means: dict[str, str] = {}
         self.terminal = terminal
         # Transient: at the end a table says what counts, and old bars would stand above it.
         super().__init__(*columns, console=terminal, transient=True)
@@ -37,7 +39,8 @@ class LiveView(Progress):
         task = self.tasks[1]
         # The same phase again, as of the next epoch, begins with fewer done than before.
         if phase != task.description or done < task.completed:
-            self.reset(self.phase, description=phase, total=total)
+            # Count too, or the display might show the old one for a moment.
+            self.reset(self.phase, description=phase, total=total, count="", left="")
             # The first report may come when a batch is done, and how long that took is not known.
             self.first_done = done
         since = done - self.first_done
@@ -58,6 +61,12 @@ class LiveView(Progress):
             was = base.get(name)
             change = f" ({mean - was:+.3g})" if mean is not None and was is not None else ""
             self.evaluations[name] = f"{format_figure(mean)}{change}"
+        self.means.clear()
+
+    def show_means(self, images: int, means: Mapping[str, float | None]) -> None:
+        """Show the means of an evaluation that is under way."""
+        over = f"over {count_images(images)} so far"
+        self.means = {name: f"{format_figure(mean)} {over}" for name, mean in means.items()}
 
     def get_renderables(self) -> Iterable[RenderableType]:
         """Give the bars, and a line for each reward."""
@@ -67,11 +76,12 @@ class LiveView(Progress):
 
     def write_figures(self, width: int) -> list[str]:
         """Write each reward's figures: its evaluation, and as many of the last epochs as the width takes."""
-        names = list(dict.fromkeys([*self.evaluations, *self.rollouts]))
+        names = list(dict.fromkeys([*self.evaluations, *self.means, *self.rollouts]))
         longest = max(map(len, names), default=0)
         lines = []
         for name in names:
-            line = f"{name:<{longest}}  evaluated {self.evaluations.get(name, '-')}"
+            evaluated = ", now ".join(x[name] for x in (self.evaluations, self.means) if name in x)
+            line = f"{name:<{longest}}  evaluated {evaluated or '-'}"
             # More would not fit, and a line of thousands of epochs takes long to fit ten times a second.
             means = [format_figure(mean) for mean in self.rollouts.get(name, [])[-width:]]
             start = f"{line}, rollouts"
@@ -88,6 +98,10 @@ def list_means(record: Mapping[str, Any]) -> list[tuple[str, float | None]]:
 
 def format_figure(value: float | None, form: str = ".4g") -> str:
     return "-" if value is None else f"{value:{form}}"
+
+
+def count_images(images: int) -> str:
+    return f"{images} image{'' if images == 1 else 's'}"
 
 
 def format_seconds(seconds: float) -> str:

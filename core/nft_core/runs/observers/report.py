@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from pathlib import Path
 from time import perf_counter
 
 from nft_plugins import Run, hookimpl
@@ -20,10 +21,14 @@ SHARE = 0.01
 
 
 class Report:
-    """Writes the page at every evaluation, at the end, and after epochs if it costs 1 % of the time."""
+    """Writes the page at every evaluation, at the end, and after epochs if it costs 1 % of the time.
+
+    written: the page, or None where the last attempt failed: a file that is there then tells of less.
+    """
 
     def __init__(self) -> None:
         self.history = History()
+        self.written: Path | None = None
         self.refused = False
         self.evaluated = ""
         self.due = 0.0
@@ -45,6 +50,7 @@ class Report:
 
     def write(self, run: Run, state: str) -> None:
         began = perf_counter()
+        self.written = None
         self.history.read_on(run.folder)
         told = self.history
         figures = RunFigures(
@@ -55,7 +61,7 @@ class Report:
         page = draw_report(figures, state, run.epochs, self.evaluated)
         try:
             write_page(run.folder / FILE, page)
-            self.refused = False
+            self.refused, self.written = False, run.folder / FILE
         except OSError as error:  # Training needs no page, and the next one may find room.
             if not self.refused:
                 cause = explain_full_disk(error) or f"{error}. {advise_on_disk(error)}."
