@@ -1,5 +1,6 @@
 """A server of rewards and its client, over real HTTP on this machine: scores, limits, failures, bad input."""
 
+import asyncio
 import json
 import random
 import socket
@@ -18,6 +19,7 @@ import torch
 from click.testing import CliRunner
 from PIL import Image
 from servers import serving as serving_with
+from starlette.responses import JSONResponse
 
 from nft_core import score as public
 from nft_core.cli.app import main
@@ -31,7 +33,8 @@ from nft_core.scoring import failures
 from nft_core.scoring.composed import Composed, Term, call_reward
 from nft_core.scoring.failures import Failed, guard_reward
 from nft_core.scoring.pictures import NoPrompts
-from nft_core.serving import running
+from nft_core.serving import running, workers
+from nft_core.serving.app import HostGuard
 from nft_core.serving.deployment import Deployment, read_deployment
 from nft_core.serving.limits import Limits
 from nft_core.serving.metrics import Metrics
@@ -190,14 +193,45 @@ def test_prompts_are_checked_and_groups_compared_as_here(address, engine, monkey
         far.check_prompt("a", {"text": "b"})
     pairs = [("a", {"text": "a"}), ("b", {}), ("c", {"text": "c"})]
     whole = Composed((Term("far", 1.0, guard_reward(far, FailurePolicy("mask"), "far")), Term("y", 1.0, bare)))
-    asked, ask = [], engine.find_refusals
-    monkeypatch.setattr(engine, "find_refusals", lambda name, prompts: asked.append(name) or ask(name, prompts))
+    asked, ask = [], workers.find_refusals
+    monkeypatch.setattr(
+        workers, "find_refusals", lambda reward, name, p: asked.append(name) or ask(reward, name, p)
+    )
     refusals = whole.find_refusals(pairs)
     assert asked == ["many"]  # One request for all.
     assert refusals[::2] == ["", ""] and refusals[1] == "far: many: 'b' is not in the metadata"
     scores, groups = call_reward("many", REWARDS["many"], batch(4)), torch.tensor([0, 0, 7, 7])
     same(far.regroup(scores, groups), REWARDS["many"].regroup(scores, groups))
     assert not hasattr(bare, "check_prompt") and not hasattr(bare, "regroup")
+
+
+def test_prompts_are_checked_by_the_thread_that_scores(address, monkeypatch):
+    """A reward, such as one with a tokenizer, is not written for two calls at once."""
+    threads = []
+    monkeypatch.setattr(
+        REWARDS["many"], "check_prompt", lambda *given: threads.append(threading.current_thread().name)
+    )
+    connect(address).check_prompt("a", {"text": "a"})
+    assert threads == ["scoring on cpu"]
+
+
+def test_a_server_without_a_token_answers_to_names_of_this_machine_alone():
+    """A web page that has its own name lead to 127.0.0.1 is refused, whatever it asks for."""
+
+    def ask(host):
+        told = []
+
+        async def send(message):
+            told.append(message)
+
+        scope = {"type": "http", "headers": [(b"host", host.encode())]}
+        asyncio.run(HostGuard(JSONResponse("let through"))(scope, None, send))
+        return told[0]["status"], told[1]["body"].decode()
+
+    for host in ("127.0.0.1:8000", "localhost", "[::1]:8000"):
+        assert ask(host) == (200, '"let through"')
+    status, text = ask("cats.example:8000")
+    assert status == 403 and "answers to 127.0.0.1, localhost, [::1] alone" in text
 
 
 def test_images_without_prompts_are_scored_by_rewards_that_read_none(address):
@@ -705,7 +739,7 @@ def test_the_command_serves_as_soon_as_it_says_so_and_shows_no_secret(tmp_path, 
     cards = []
 
     def make_server(app, bound, limits):
-        cards.extend(app.routes[0].endpoint.__self__.engine.describe()["rewards"])
+        cards.extend(app.app.routes[0].endpoint.__self__.engine.describe()["rewards"])
         server = SimpleNamespace(run=lambda sockets: socket.create_connection(bound.getsockname()).close())
         return server
 

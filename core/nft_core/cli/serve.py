@@ -295,4 +295,6 @@ def load_offer(spec: RewardSpec, host: Host, places: Sequence[torch.device], set
     options = ",".join(f"{key}={value}" for key, value in sorted(spec.options.items()))
     # Clients are told of them.
     shown = hide_in_text(options, list_secrets(os.environ))
-    return make_offer(spec.title, card.info, f"{source} {shown}".strip(), copies)
+    # A preset gives options too, also to rewards that this one asks.
+    made = [source, shown, f"preset={settings.preset}" if settings.preset else ""]
+    return make_offer(spec.title, card.info, " ".join(filter(None, made)), copies)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import hmac
+import re
 from collections.abc import AsyncIterator, Awaitable, Callable, MutableMapping
 from contextlib import asynccontextmanager
 from time import monotonic
@@ -17,17 +18,19 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
 from nft_plugins import PromptError, Scores
-from nft_plugins.wire import Message, WireError, decode_message, encode_message, is_list_of, pack_scores
+from nft_plugins.wire import Message, WireError, decode_message, encode_message, pack_scores
 
 from ..errors import NftError
 from ..remote.http import MESSAGE
 from .metrics import Metrics
 from .openapi import describe_api
 from .queue import Ending, Job, Late, make_job
-from .workers import Engine, NoPromptsGiven
+from .workers import Engine, NoPromptsGiven, check_prompts, read_prompts, regroup
 
 #: Addresses that need no token.
 OPEN = ("/health", "/openapi.json")
+#: Names of the machine that a server runs on, as requests without a token may give them.
+OF_THIS_MACHINE = ("127.0.0.1", "localhost", "[::1]")
 #: Seconds after which a client that found the queue full is to come again.
 COME_AGAIN = "1"
 
@@ -38,6 +41,11 @@ class Refusal(Exception):
     def __init__(self, status: int, kind: str, text: str) -> None:
         super().__init__(text)
         self.status, self.kind = status, kind
+
+
+def write_scores(scores: Scores) -> Response:
+    """Write scores as a message."""
+    return Response(encode_message(*pack_scores(scores)), media_type=MESSAGE)
 
 
 class Service:
@@ -79,12 +87,29 @@ class Service:
         def make(name: str, message: Message, seconds: float) -> Job:
             if not self.engine.offers[name].card["regroups"]:
                 raise WireError(f"the reward {name!r} compares no groups")
-            return Job(name, message, 0, None, monotonic() + seconds)
+            return Job(name, message, 0, None, monotonic() + seconds, regroup)
 
         return await self.answer(request, make)
 
-    async def answer(self, request: Request, make: Callable[[str, Message, float], Job]) -> Response:
-        """Answer a request with scores, once a worker has made them."""
+    async def check(self, request: Request) -> Response:
+        """Say which prompts a reward can never score, and why."""
+
+        def make(name: str, message: Message, seconds: float) -> Job:
+            read_prompts(message)
+            return Job(name, message, 0, None, monotonic() + seconds, check_prompts)
+
+        def write(refusals: list[str]) -> Response:
+            return JSONResponse({"refusals": refusals})
+
+        return await self.answer(request, make, write)
+
+    async def answer(
+        self,
+        request: Request,
+        make: Callable[[str, Message, float], Job],
+        write: Callable[[Any], Response] = write_scores,
+    ) -> Response:
+        """Answer a request with what a worker makes of it, as a rule with scores."""
 
         async def ask(message: Message) -> Response:
             name = self.find_reward(message)
@@ -92,23 +117,9 @@ class Service:
             job = make(name, message, seconds)
             self.engine.queue.put(job)
             begun = monotonic()
-            scores = await await_scores(request, job, seconds)
+            made = await await_answer(request, job, seconds)
             self.metrics.seconds.labels(name).observe(monotonic() - begun)
-            return Response(encode_message(*pack_scores(scores)), media_type=MESSAGE)
-
-        return await self.admit(request, ask)
-
-    async def check(self, request: Request) -> Response:
-        """Say which prompts a reward can never score, and why."""
-
-        async def ask(message: Message) -> Response:
-            name = self.find_reward(message)
-            prompts: Any = message.head.get("prompts")
-            metadata: Any = message.head.get("metadata")
-            if not is_list_of(prompts, str) or not is_list_of(metadata, dict) or len(prompts) != len(metadata):
-                raise WireError("a request needs prompts, texts, and metadata, an object for each")
-            pairs = list(zip(prompts, metadata, strict=True))
-            return JSONResponse({"refusals": await run_in_threadpool(self.engine.find_refusals, name, pairs)})
+            return write(made)
 
         return await self.admit(request, ask)
 
@@ -208,8 +219,8 @@ def read_seconds(message: Message, most: float) -> float:
     return min(seconds, most)
 
 
-async def await_scores(request: Request, job: Job, seconds: float) -> Scores:
-    """Wait for a job's scores. Raises ClientDisconnect where its client goes, and Late after `seconds`."""
+async def await_answer(request: Request, job: Job, seconds: float) -> Any:
+    """Wait for a job's answer. Raises ClientDisconnect where its client goes, and Late after `seconds`."""
     future = asyncio.wrap_future(job.future)
     gone: asyncio.Future[Any] = asyncio.ensure_future(request.receive())
     try:
@@ -242,6 +253,25 @@ class TokenGuard:
         await self.app(scope, receive, send)
 
 
+class HostGuard:
+    """Lets only requests through that name this machine, for a server without a token.
+
+    A web page whose own name leads to 127.0.0.1 could use it otherwise (DNS rebinding).
+    """
+
+    def __init__(self, app: Any) -> None:
+        self.app = app
+
+    async def __call__(self, scope: MutableMapping[str, Any], receive: Any, send: Any) -> None:
+        if scope["type"] == "http":
+            given = dict(scope["headers"]).get(b"host", b"").decode("latin-1")
+            if re.sub(r":\d+$", "", given) not in OF_THIS_MACHINE:
+                text = f"a server without a token answers to {', '.join(OF_THIS_MACHINE)} alone"
+                await JSONResponse({"error": "host", "text": text}, 403)(scope, receive, send)
+                return
+        await self.app(scope, receive, send)
+
+
 def digest_token(token: str) -> str:
     """Make the digest by which a server knows a token; empty for no token, where everybody may ask."""
     return token and hashlib.sha256(f"Bearer {token}".encode()).hexdigest()
@@ -267,4 +297,4 @@ def make_app(engine: Engine, digest: str) -> Any:
         Route("/check", service.check, methods=["POST"]),
     ]
     app = Starlette(routes=routes, lifespan=run_workers)
-    return TokenGuard(app, digest) if digest else app
+    return TokenGuard(app, digest) if digest else HostGuard(app)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from threading import Condition
@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from nft_plugins import Scores
+from nft_plugins import Reward, Scores
 from nft_plugins.wire import Message, WireError
 
 from ..errors import NftError
@@ -31,6 +31,8 @@ class Job:
     """What a client asks of a reward, and the future of its answer. end: when its client no longer waits.
 
     joins: what requests must have in common to be scored together; None for one that is not joined.
+    ask: what the reward is asked for where it is not to score images: a function of its name, itself and the
+        message.
     """
 
     reward: str
@@ -38,7 +40,8 @@ class Job:
     size: int
     joins: Any
     end: float
-    future: Future[Scores] = field(default_factory=Future)
+    ask: Callable[[str, Reward, Message], Any] | None = None
+    future: Future[Any] = field(default_factory=Future)
 
 
 class Queue:

@@ -6,13 +6,13 @@ import hashlib
 import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from threading import Lock, Thread
+from threading import Thread
 from typing import Any
 
 import torch
 
 from nft_plugins import CONTRACT, Reward, RewardInfo, Scores
-from nft_plugins.wire import VERSION, Message, WireError, unpack_batch, unpack_scores
+from nft_plugins.wire import VERSION, Message, WireError, is_list_of, unpack_batch, unpack_scores
 
 from ..errors import NftError, UsageError, describe_error
 from ..host.prompt_checks import find_refusals
@@ -84,7 +84,6 @@ class Engine:
         self.offers = {offer.name: offer for offer in offers}
         self.devices, self.limits, self.version = devices, limits, version
         self.queue = Queue(limits.batch, limits.wait)
-        self.checking = Lock()
         self.threads: list[Thread] = []
         self.note: Note = lambda name, images: None
 
@@ -108,11 +107,6 @@ class Engine:
         versions = {"wire": VERSION, "contract": CONTRACT, "nft-hub": self.version, "torch": torch.__version__}
         return versions | {"devices": list(map(str, self.devices)), "limits": limits, "rewards": cards}
 
-    def find_refusals(self, name: str, prompts: Prompts) -> list[str]:
-        """Find why a reward can never score prompts; "" for each that it can."""
-        with self.checking:  # Rewards are not written for two calls at once.
-            return find_refusals(self.offers[name].copies[0], name, prompts)
-
     def work(self, number: int, device: torch.device) -> None:
         """Score what is queued on one device, until the queue is closed."""
         if device.type == "cuda":  # Each thread has its own.
@@ -125,9 +119,9 @@ class Engine:
 
     def answer(self, jobs: Sequence[Job], reward: Reward, device: str) -> None:
         """Score jobs as one batch. Where that fails, score each alone: only one of them may be at fault."""
-        scored: list[Scores] = []
+        scored: list[Any] = []
         try:
-            scored = score_jobs(jobs, reward, device)
+            scored = answer_jobs(jobs, reward, device)
         except BaseException as error:
             if len(jobs) == 1:
                 fail(jobs[0], error)
@@ -138,7 +132,7 @@ class Engine:
             return
         for job, scores in zip(jobs, scored, strict=True):
             job.future.set_result(scores)
-        if images := sum(job.size for job in jobs):  # To compare groups scores none.
+        if images := sum(job.size for job in jobs):  # To compare groups or check prompts scores none.
             self.note(jobs[0].reward, images)
 
 
@@ -148,11 +142,11 @@ def fail(job: Job, error: BaseException) -> None:
     job.future.set_exception(error if known else NftError(describe_error(error)))
 
 
-def score_jobs(jobs: Sequence[Job], reward: Reward, device: str) -> list[Scores]:
-    """Score the images of jobs as one batch, or let a reward compare groups."""
+def answer_jobs(jobs: Sequence[Job], reward: Reward, device: str) -> list[Any]:
+    """Score the images of jobs as one batch, or ask a reward for what the only job is about."""
     name = jobs[0].reward
-    if jobs[0].joins is None:
-        return [regroup(name, reward, jobs[0].message)]
+    if ask := jobs[0].ask:
+        return [ask(name, reward, jobs[0].message)]
     message = join_messages([job.message for job in jobs])
     batch = unpack_batch(message, device)
     if message.head.get("no_prompts"):
@@ -170,3 +164,17 @@ def regroup(name: str, reward: Reward, message: Message) -> Scores:
     if groups is None or groups.dtype != torch.int64 or groups.shape != scores.values.shape:
         raise WireError(f"groups must be [{len(scores)}] of int64")
     return regroup_scores(name, reward, scores, groups)
+
+
+def check_prompts(name: str, reward: Reward, message: Message) -> list[str]:
+    """Find why a reward can never score the prompts of a message; "" for each that it can."""
+    return find_refusals(reward, name, read_prompts(message))
+
+
+def read_prompts(message: Message) -> Prompts:
+    """Read prompts with their metadata. Raises WireError where the message has none."""
+    prompts: Any = message.head.get("prompts")
+    metadata: Any = message.head.get("metadata")
+    if not is_list_of(prompts, str) or not is_list_of(metadata, dict) or len(prompts) != len(metadata):
+        raise WireError("a request needs prompts, texts, and metadata, an object for each")
+    return list(zip(prompts, metadata, strict=True))

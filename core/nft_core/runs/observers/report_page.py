@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable, Mapping, Sequence
 from datetime import UTC, datetime
 from html import escape
@@ -15,6 +16,7 @@ from ...settings import Settings
 from ..comparison.figures import Summary, summarize
 from ..comparison.reading import RunFigures
 from ..fingerprint import pick_picture_part
+from ..record import hide_in_settings, list_secrets
 from .pictures import Pictures, name_epoch, read_pictures
 from .weights import describe_weight, list_lower, read_weights
 
@@ -186,7 +188,8 @@ def draw_curves(
 
 
 def draw_settings(settings: Mapping[str, Any]) -> str:
-    """Draw the settings that are not as they are by default, and below them all."""
+    """Draw the settings that are not as they are by default, and below them all. Secret values are hidden."""
+    settings = hide_in_settings(settings, list_secrets(os.environ))
     fields = Settings.model_fields
     defaults = {name: field.get_default(call_default_factory=True) for name, field in fields.items()}
     changed = {n: v for n, v in settings.items() if n not in fields or v != defaults[n]}
