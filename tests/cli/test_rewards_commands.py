@@ -45,7 +45,7 @@ def test_info_shows_the_whole_card(name):
         value = getattr(card, field)
         assert found[field] == (list(value) if isinstance(value, tuple) else value)
         for part in value if isinstance(value, tuple) else [value]:
-            assert part in result.stdout
+            assert (("yes" if part else "no") if isinstance(part, bool) else part) in result.stdout
     names = [name_environment(card, each) for each in list_environments(card)]
     assert [each["name"] for each in found["environment"]] == names
     assert all(f"{name} (for " in result.stdout for name in names)

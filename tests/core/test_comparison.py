@@ -8,6 +8,7 @@ import sys
 
 import pytest
 import torch
+import toy
 from click.testing import CliRunner
 from pages import read_data
 from safetensors.numpy import load_file, save_file
@@ -31,8 +32,6 @@ from nft_core.settings import make_settings
 from nft_core.training.loop import train
 from nft_plugins import Run, Scores
 from nft_solvers.euler import Euler
-
-from . import test_train as toy
 
 PROMPTS = [Prompt("<b>" + "a" * n, {}) for n in range(3, 11)]
 REWARDS = [{"name": "redness", "weight": 1.0}]

@@ -5,8 +5,8 @@ import copy
 import pytest
 import torch
 from safetensors.torch import load_file
-from test_train import Toy, make
 from tiny_run import short_run, start
+from toy import Toy, make
 
 from nft_core.errors import CheckpointError, NftError, UsageError
 from nft_core.models.sd3 import SD3

@@ -2,12 +2,11 @@
 
 import pytest
 import torch
+from toy import PROMPTS, make, redness
 
 from nft_core.scoring.composer import Composed, Term
 from nft_core.training import gallery
 from nft_core.training.evaluation import evaluate
-
-from .test_train import PROMPTS, make, redness
 
 AT_512 = 3 * 512 * 512 * 4
 

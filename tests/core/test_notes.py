@@ -8,6 +8,7 @@ from dataclasses import replace
 import pytest
 import torch
 from PIL import Image
+from toy import make
 
 import nft_core
 from nft_core.cli.score import describe_result, show_scores, write_csv
@@ -26,8 +27,6 @@ from nft_core.training.evaluation import evaluate
 from nft_plugins import Batch, Part, Scores
 from nft_rewards.geneval import GenEval
 from nft_rewards.rank import Rank
-
-from .test_train import make
 
 
 class Reader:

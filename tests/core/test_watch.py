@@ -4,6 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from toy import SETTINGS, make
 
 from nft_core.errors import NftError
 from nft_core.host.specs import FailurePolicy, RewardSpec
@@ -12,8 +13,6 @@ from nft_core.settings import make_settings
 from nft_core.training.loop import train
 from nft_core.training.watch import compare_spreads, list_warnings
 from nft_plugins import Scores
-
-from .test_train import SETTINGS, make
 
 
 def every(number, first):

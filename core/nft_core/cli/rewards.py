@@ -47,6 +47,8 @@ def show_reward(name: str, as_json: bool) -> None:
     facts["environment"] = [write_environment(each) for each in row["environment"]]
     facts["ready"] = "yes" if row["ready"] else f"no: {row['install']}"
     for key, value in facts.items():
+        if isinstance(value, bool):
+            value = "yes" if value else "no"
         text = "; ".join(map(str, value)) if isinstance(value, (list, tuple)) else str(value)
         click.echo(f"{key:<13} {text or '-'}")
     click.echo()
