@@ -128,17 +128,18 @@ def test_every_formula_can_be_drawn(pages):
 
 @pytest.mark.slow
 @pytest.mark.skipif(not shutil.which("chromium"), reason="draws a page in chromium")
-def test_a_browser_draws_diagrams_and_formulae(site, tmp_path):
+@pytest.mark.parametrize(("name", "formulas"), [("architecture", False), ("idea", True)])
+def test_a_browser_draws_diagrams_and_formulas(site, tmp_path, name, formulas):
     result = subprocess.run(
         [
             *["chromium", "--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={tmp_path}"],
-            *["--virtual-time-budget=20000", "--dump-dom", (site / "architecture/index.html").as_uri()],
+            *["--virtual-time-budget=20000", "--dump-dom", (site / name / "index.html").as_uri()],
         ],
         capture_output=True,
         text=True,
         timeout=120,
     )
-    page = (ROOT / "docs/architecture.md").read_text(encoding="utf-8")
+    page = (ROOT / f"docs/{name}.md").read_text(encoding="utf-8")
     assert len(re.findall(r'<pre class="diagram"[^>]*><svg', result.stdout)) == page.count("```mermaid") > 0
     assert "Syntax error" not in result.stdout
-    assert 'class="katex"' in result.stdout
+    assert ('class="katex"' in result.stdout) == formulas
