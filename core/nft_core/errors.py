@@ -98,7 +98,7 @@ def unknown_name(kind: str, name: str, known: Iterable[str], hint: str = "", lis
     """
     known = sorted(known)
     if lists and len(known) > SHORT_LIST:
-        there_are = f"`{lists}` lists all {len(known)}."
+        there_are = f"`{lists}` lists them all."
     else:
         there_are = f"Known: {', '.join(known) or 'none'}."
     return UsageError(

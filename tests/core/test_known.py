@@ -41,7 +41,8 @@ def test_other_ways_to_name_a_card():
 
 
 @pytest.mark.parametrize(
-    ("given", "said"), [("h10", "Did you mean .*'h100'"), ("0.5", "4090"), ("nan", "a100-40")]
+    ("given", "said"),
+    [("h10", "Did you mean .*'h100'"), ("0.5", "4090"), ("4070", "Did you mean .*'4080'"), ("nan", "a100-40")],
 )
 def test_an_unknown_card_is_told_which_there_are(given, said):
     with pytest.raises(UsageError, match=f"Unknown card '{given}'.*{said}.*--card 24"):

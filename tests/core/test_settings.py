@@ -137,7 +137,7 @@ def test_a_group_may_have_the_name_of_a_setting():
         ({"lr": 1, "optimizer": {"lr": 2}}, "lr is given twice"),
         (
             {"eval_evry": 1},
-            "Did you mean 'eval_every', 'eval_solver' or 'eval_steps'. `nft settings` lists all",
+            "Did you mean 'eval_every', 'eval_solver' or 'eval_steps'. `nft settings` lists them all",
         ),
     ],
 )

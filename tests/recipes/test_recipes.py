@@ -7,12 +7,14 @@ import pytest
 from click.testing import CliRunner
 
 from nft_core.cli.app import main
+from nft_core.errors import NftError
 from nft_core.host import cards as cards_module
 from nft_core.host.host import load_host
 from nft_core.host.specs import parse_reward
 from nft_core.runs.folder import read_run_file
 from nft_core.runs.inputs import make_run_settings
-from nft_core.runs.presets import list_doubts
+from nft_core.runs.presets import list_model_doubts, list_prompt_doubts
+from nft_core.runs.run import run_training
 from nft_core.settings import for_evaluation
 from nft_plugins.testing import check_plugin
 
@@ -209,17 +211,20 @@ def test_a_preset_whose_reward_lacks_its_extra(tmp_path, monkeypatch):
 )
 def test_distilled_models_are_warned_of(tmp_path, name, kind, more, distilled):
     s = make_run_settings(HOST, None, {"model": str(pipeline(tmp_path / name, kind, **more))})
-    doubts = list(list_doubts(s, HOST))
+    doubts = list(list_model_doubts(s, HOST))
     assert any("distilled to few steps" in doubt for doubt in doubts) is distilled
     assert len(doubts) == distilled
 
 
 def test_built_in_prompts_are_not_the_presets(tmp_path):
-    model = pipeline(tmp_path / "small", "StableDiffusion3Pipeline")
-    s = make_run_settings(HOST, "sd35-pickscore", {"model": str(model)})
-    (doubt,) = list_doubts(s, HOST)
+    s = make_run_settings(HOST, "sd35-pickscore", {"model": str(tmp_path / "missing")})
+    (doubt,) = list_prompt_doubts(s, HOST)
     assert "dataset/pickscore/train.txt" in doubt
-    assert not list(list_doubts(s.model_copy(update={"prompts": "mine.txt"}), HOST))
+    assert not list(list_prompt_doubts(s.model_copy(update={"prompts": "mine.txt"}), HOST))
+    told = []
+    with pytest.raises(NftError, match="Cannot load the model|missing"):
+        run_training(s, tmp_path / "run", HOST, say=told.append)
+    assert told == [f"Warning: {doubt}"], "what is missing is told at once, the prompts before the model"
 
 
 def test_the_command_shows_every_value_with_its_source(monkeypatch):
@@ -230,6 +235,7 @@ def test_the_command_shows_every_value_with_its_source(monkeypatch):
     assert rows["old_decay"][1:] == ['"slow"', '"ramp"', "config/nft.py:78, decay_type 2"]
     assert rows.keys() >= RECIPES["sd35-ocr"].settings.keys()
     assert "dataset/ocr/train.txt" in output
+    assert "nft run --preset sd35-ocr --prompts FILE --eval-prompts FILE\n" in output
     (row,) = json.loads(nft("presets", "sd35-ocr", "--json").output)
     assert row["settings"] == dict(RECIPES["sd35-ocr"].settings)
     listed = nft("presets").output

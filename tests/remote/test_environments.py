@@ -64,6 +64,7 @@ def test_the_commands_say_which_there_are(monkeypatch):
 
     rows = {row["name"]: row for row in json.loads(nft("list", "--json").stdout)}
     assert rows["imagereward-package"]["state"] == "missing"
+    assert "`nft env create NAME` makes a missing one." in nft("list").stdout
     assert "needs no environment" in nft("create", "pickscore").stderr
     assert "Unknown environment 'ocrpaddle'" in nft("create", "ocrpaddle").stderr
     assert "There is no environment ocr-paddle" in nft("remove", "ocr-paddle").stderr

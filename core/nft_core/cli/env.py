@@ -137,7 +137,13 @@ def show_environments(as_json: bool) -> None:
         "megabytes": "MB",
         "folder": "folder",
     }
-    show_rows(describe_environments(load_host()), columns, as_json)
+    rows = describe_environments(load_host())
+    show_rows(rows, columns, as_json)
+    if not as_json and any(row["state"] == "missing" for row in rows):
+        click.echo(
+            "`nft env create NAME` makes a missing one. Only some options of a reward need one, "
+            "such as ocr,engine=paddle."
+        )
 
 
 #: What `check` asks an environment's Python: how long the contract takes to import, and versions.

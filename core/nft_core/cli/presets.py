@@ -50,6 +50,8 @@ def show_preset(row: Mapping[str, Any]) -> None:
     for title, fact in facts.items():
         if fact:
             click.echo(f"  {title:<8} {fact}")
+    files = " --prompts FILE --eval-prompts FILE" if row["prompts"] else ""
+    click.echo(f"  {'to run':<8} nft run --preset {row['name']}{files}")
     for note in row["notes"]:
         click.echo(f"  {note}")
     table = new_table()

@@ -37,6 +37,10 @@ class Card(NamedTuple):
     lacks_bf16: bool = False
 
 
+#: No card has as many GiB, so that a higher number is a name, such as 3080.
+MOST_MEMORY = 1000
+
+
 @cache
 def read_known() -> dict[str, Any]:
     """Read the table of GPUs and models."""
@@ -54,7 +58,7 @@ def find_card(given: str) -> Card:
         memory = float(given)
     except ValueError:
         memory = 0.0
-    if not 1 <= memory <= 10_000:
+    if not 1 <= memory <= MOST_MEMORY:
         raise unknown_name("card", given, cards, "Or give its memory in GiB, as in --card 24.")
     return Card(f"a GPU of {memory:g} GiB", memory)
 

@@ -48,14 +48,18 @@ def check_family(settings: Settings, host: Host, family: str) -> None:
         )
 
 
-def list_doubts(settings: Settings, host: Host) -> Iterator[str]:
-    """List what a user should know of a new run's preset and model before it starts, a paragraph each."""
+def list_prompt_doubts(settings: Settings, host: Host) -> Iterator[str]:
+    """List what a user should know of a new run's prompts, a paragraph each. The model may be missing."""
     card = host.presets.get(settings.preset)
     if card and card.info.prompts and not settings.prompts:
         yield (
             f"the preset {settings.preset!r} is for other prompts than those built in, which are trained on "
             f"without --prompts. Its prompts are {card.info.prompts}."
         )
+
+
+def list_model_doubts(settings: Settings, host: Host) -> Iterator[str]:
+    """List what a user should know of a new run's model before it starts, a paragraph each."""
     family, index = find_family(settings, host)
     base = find_model(settings).base
     name = base.rstrip("/").rpartition("/")[2].lower()

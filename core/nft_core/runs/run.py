@@ -34,7 +34,7 @@ from .inputs import (
 )
 from .observers.evaluations import save_scores
 from .observers.metrics import trim_metrics
-from .presets import list_doubts
+from .presets import list_model_doubts, list_prompt_doubts
 from .record import add_start, describe_start
 from .resume import choose_checkpoint, digest_prompts, restore_training
 from .setup import (
@@ -108,10 +108,12 @@ def run_training(
     environment.check_numbers()
     first = environment.is_first_process()
     tell = say if first else lambda text: None
+    new = not (resume and holds_a_run(folder))
+    for doubt in list_prompt_doubts(settings, host) if new else ():
+        tell(f"Warning: {doubt}")
     inputs = check_run(settings, folder, host, resume, allow_changes, caller.prompts, caller.announce)
-    if not (resume and holds_a_run(folder)):
-        for doubt in list_doubts(settings, host):
-            tell(f"Warning: {doubt}")
+    for doubt in list_model_doubts(settings, host) if new else ():
+        tell(f"Warning: {doubt}")
     asked = make_observers(settings, host) if first else {}
     with ExitStack() as stack:
         found: Path | None = None
