@@ -3,6 +3,7 @@
 import asyncio
 import json
 import random
+import signal
 import socket
 import struct
 import subprocess
@@ -752,14 +753,35 @@ def test_the_command_serves_as_soon_as_it_says_so_and_shows_no_secret(tmp_path, 
     assert "abc" not in done.output and cards[0]["made"].endswith("api_key=***,n=2")
 
 
-def start_server(port):
+def start_server(port, **more):
     command = [sys.executable, "-m", "nft_core", "serve", "--reward", "jpeg_compressibility", "--device", "cpu"]
     process = forks.Popen(
-        [*command, "--port", str(port), "--token-env", "SERVE_TOKEN"], stdout=subprocess.PIPE, text=True
+        [*command, "--port", str(port), "--token-env", "SERVE_TOKEN"], stdout=subprocess.PIPE, text=True, **more
     )
     first = process.stdout.readline()  # It is printed once the reward is loaded.
     assert first.startswith("Serving jpeg_compressibility at"), first
     return process
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_ends_a_server_once_what_it_has_begun_is_answered(number):
+    with bind_socket("127.0.0.1", 0) as free:
+        port = free.getsockname()[1]
+    process = start_server(port, stderr=subprocess.PIPE)
+    far = await_server(port)
+    head, tensors = pack_batch(batch(1))
+    body = encode_message({"reward": "jpeg_compressibility", "digest": far.card["digest"], **head}, tensors)
+    lines = ["POST /score HTTP/1.1", "Host: 127.0.0.1", f"Content-Type: {http.MESSAGE}"]
+    lines += [f"Authorization: Bearer {TOKEN}", f"Content-Length: {len(body)}", "", ""]
+    with socket.create_connection(("127.0.0.1", port)) as connection:
+        connection.sendall("\r\n".join(lines).encode() + body[:50])
+        await_requests(f"http://127.0.0.1:{port}", 1)
+        process.send_signal(number)
+        time.sleep(0.2)  # Were it to end at once, the rest would come too late.
+        connection.sendall(body[50:])
+        assert connection.recv(100).startswith(b"HTTP/1.1 200")
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 0 and "Traceback" not in errors and "Aborted" not in errors
 
 
 def test_a_killed_server_that_comes_back_changes_no_score():

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import errno
 import os
+import signal
 import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -17,7 +18,7 @@ from uvicorn import Config, Server
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from ..errors import NftError, UsageError
-from ..parallel.signals import handle_signals, list_handled_signals
+from ..parallel.signals import ENDING, handle_signals
 from ..remote.http import read_token
 from .limits import Limits
 
@@ -136,7 +137,9 @@ class QuietServer(Server):
             self.force_exit = self.should_exit
             self.should_exit = True
 
-        with handle_signals(list_handled_signals(), end):
+        # asyncio has its own handler for Ctrl-C here, which would cancel what is under way.
+        unheard = (signal.SIG_IGN, None)
+        with handle_signals([number for number in ENDING if signal.getsignal(number) not in unheard], end):
             yield
 
 
