@@ -72,12 +72,17 @@ def decode_message(data: bytes, *, limit: int = LARGEST, text_limit: int = LARGE
         raise WireError(f"a message of {PREFIX.size + text + body} bytes was announced, and {len(data)} came")
     start = PREFIX.size + text
     try:
-        head = json.loads(bytes(data[PREFIX.size : start]))
+        head = json.loads(bytes(data[PREFIX.size : start]), parse_constant=refuse_constant)
     except (ValueError, RecursionError) as error:
         raise WireError(f"the JSON of a message cannot be read: {error}") from error
     if not isinstance(head, dict):
         raise WireError(f"the JSON of a message must be an object, got {type(head).__name__}")
     return Message(head, read_tensors(bytes(data[start:])) if body else {})
+
+
+def refuse_constant(name: str) -> None:
+    """Raise ValueError for NaN and the infinities, which JSON does not have and Python reads."""
+    raise ValueError(f"{name} is no number of JSON")
 
 
 def check_prefix(prefix: bytes, limit: int = LARGEST, text_limit: int = LARGEST_TEXT) -> tuple[int, int]:

@@ -165,6 +165,7 @@ def prefix(text, body, magic=MAGIC, version=VERSION):
         (prefix(2, 5) + b"{}", "was announced, and"),
         (prefix(2, 0) + b"[]", "must be an object, got list"),
         (prefix(2, 0) + b"{]", "cannot be read"),
+        (prefix(9, 0) + b'{"a":NaN}', "cannot be read: NaN is no number of JSON"),
         (prefix(10**5, 0) + b"[" * 10**5, "cannot be read"),
         (prefix(2, 8) + b"{}" + b"\xff" * 8, "tensors of a message cannot be read"),
     ],

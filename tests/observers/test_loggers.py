@@ -6,7 +6,7 @@ import time
 import pytest
 
 from nft_core.errors import NftError
-from nft_core.host.specs import ObserverSpec, parse_observer
+from nft_core.host.specs import PluginSpec, parse_observer
 
 from .records import play
 
@@ -93,9 +93,9 @@ def test_one_that_is_not_installed_is_named_with_its_command(host, monkeypatch, 
     with pytest.raises(
         NftError, match=rf'The observer {name!r} needs {name}, not installed: pip install "nft-hub'
     ):
-        host.make_observer(ObserverSpec(name))
+        host.make_observer(PluginSpec(name))
 
 
 def test_specs():
-    assert parse_observer("wandb,project=x") == ObserverSpec("wandb", {"project": "x"})
-    assert parse_observer({"name": "wandb", "project": "x"}) == ObserverSpec("wandb", {"project": "x"})
+    assert parse_observer("wandb,project=x") == PluginSpec("wandb", {"project": "x"})
+    assert parse_observer({"name": "wandb", "project": "x"}) == PluginSpec("wandb", {"project": "x"})

@@ -212,6 +212,15 @@ def test_a_child_that_hangs_while_loading_is_told(monkeypatch):
         start_child("hangs")
 
 
+def test_a_python_that_says_nothing_is_told(monkeypatch, tmp_path):
+    monkeypatch.setattr(process, "SILENCE", 0.3)
+    python = tmp_path / "python"
+    python.write_text("#!/bin/sh\nexec sleep 100\n")
+    python.chmod(0o755)
+    with pytest.raises(NftError, match="could not be started: .* neither answered nor said anything for 0.3 s"):
+        ChildReward(Start("odd", "odd", python, f"{MODULE}:Odd"))
+
+
 def test_a_python_that_is_not_there_is_told():
     with pytest.raises(NftError, match="/no/python cannot be started"):
         ChildReward(Start("odd", "odd", Path("/no/python"), f"{MODULE}:Odd"))

@@ -41,7 +41,7 @@ from .hooks import Hooks
 from .lending import Inside, keep_state
 from .local import is_reference, load_object, make_class_card, make_local_card
 from .objects import is_object_name, missing_object
-from .specs import FailurePolicy, ObjectiveSpec, ObserverSpec, parse_reward, split_options
+from .specs import FailurePolicy, PluginSpec, parse_reward, split_options
 
 
 @dataclass
@@ -150,7 +150,7 @@ class Host:
         """Raise UsageError for an option that is wrong, as far as that is told without importing the reward."""
         check_options("reward", self.find_reward(name), split_placing(options)[1])
 
-    def check_observer(self, spec: ObserverSpec) -> None:
+    def check_observer(self, spec: PluginSpec) -> None:
         """Raise UsageError for a wrong name or option, as far as is told without importing the observer."""
         check_options("observer", self.find_observer(spec.name), spec.options)
 
@@ -214,7 +214,7 @@ class Host:
         require_modules(card, name_card("observer", card))
         return card
 
-    def make_observer(self, spec: ObserverSpec) -> object:
+    def make_observer(self, spec: PluginSpec) -> object:
         """Make an observer by name or by `FILE.py:CLASS`. Raises what `make_reward` raises."""
         card = self.find_observer(spec.name)
         what = name_card("observer", card)
@@ -231,7 +231,7 @@ class Host:
             return make_class_card(ObjectiveInfo, name)
         return self._find_card("objective", name, self.objectives)
 
-    def make_objective(self, spec: ObjectiveSpec, lent: Mapping[str, Any]) -> Objective:
+    def make_objective(self, spec: PluginSpec, lent: Mapping[str, Any]) -> Objective:
         """Make an objective by name or by `FILE.py:CLASS`. Raises what `make_reward` raises.
 
         lent: settings of the run that its factory is given if it takes them and the user does not give them.
@@ -319,8 +319,8 @@ class Host:
         makers: list[tuple[Mapping[str, Registered[Any]], Callable[[str], object]]] = [
             (self.rewards, lambda name: self.make_reward(name, {})),
             (self.solvers, lambda name: self.make_solver(name, {})),
-            (self.objectives, lambda name: self.make_objective(ObjectiveSpec(name), {})),
-            (self.observers, lambda name: self.make_observer(ObserverSpec(name))),
+            (self.objectives, lambda name: self.make_objective(PluginSpec(name), {})),
+            (self.observers, lambda name: self.make_observer(PluginSpec(name))),
         ]
         rows = {f"{row.distribution} ({row.name})": row for row in self.plugins}
         for cards, make in makers:

@@ -74,16 +74,8 @@ class RewardSpec:
 
 
 @dataclass(frozen=True)
-class ObserverSpec:
-    """Holds an observer's name and the options that its factory is given."""
-
-    name: str
-    options: Mapping[str, Any] = field(default_factory=dict)
-
-
-@dataclass(frozen=True)
-class ObjectiveSpec:
-    """Holds an objective's name and the options that its factory is given."""
+class PluginSpec:
+    """Holds the name of an observer or an objective, and the options that its factory is given."""
 
     name: str
     options: Mapping[str, Any] = field(default_factory=dict)
@@ -151,26 +143,28 @@ def _parse_number(value: Any) -> float:
         return math.nan
 
 
-def parse_observer(given: str | Mapping[str, Any]) -> ObserverSpec:
-    """Make a spec from its text, or from a TOML table with `name` and options.
+def parse_observer(given: str | Mapping[str, Any]) -> PluginSpec:
+    """Make an observer's spec from its text, or from a TOML table with `name` and options.
 
     Raises UsageError for a text or table of another form.
     """
-    name, weight, options = _parse_spec(given, "An observer", OBSERVER_FORM)
-    if weight != "":
-        raise UsageError(f"Observer {name!r}: it has no weight; an observer is written {OBSERVER_FORM}.")
-    return ObserverSpec(name, options)
+    return _parse_unweighted(given, "observer", OBSERVER_FORM)
 
 
-def parse_objective(given: str | Mapping[str, Any]) -> ObjectiveSpec:
-    """Make a spec from its text, or from a TOML table with `name` and options.
+def parse_objective(given: str | Mapping[str, Any]) -> PluginSpec:
+    """Make an objective's spec from its text, or from a TOML table with `name` and options.
 
     Raises UsageError for a text or table of another form.
     """
-    name, weight, options = _parse_spec(given, "An objective", OBJECTIVE_FORM)
+    return _parse_unweighted(given, "objective", OBJECTIVE_FORM)
+
+
+def _parse_unweighted(given: str | Mapping[str, Any], kind: str, form: str) -> PluginSpec:
+    """Make the spec of what has a name and options, and no weight."""
+    name, weight, options = _parse_spec(given, f"An {kind}", form)
     if weight != "":
-        raise UsageError(f"Objective {name!r}: it has no weight; an objective is written {OBJECTIVE_FORM}.")
-    return ObjectiveSpec(name, options)
+        raise UsageError(f"{kind.capitalize()} {name!r}: it has no weight; an {kind} is written {form}.")
+    return PluginSpec(name, options)
 
 
 def _parse_spec(given: str | Mapping[str, Any], what: str, form: str) -> tuple[str, Any, dict[str, Any]]:

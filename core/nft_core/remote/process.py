@@ -88,6 +88,10 @@ class ChildProcess:
         except (OSError, WireError) as error:
             raise ChildEnded(self.explain_end(error)) from error
 
+    def await_hello(self) -> Message:
+        """Read the first message, which it sends by itself."""
+        return self.receive(SILENCE)
+
     def send(self, data: bytes) -> None:
         """Send all of a piece of a message. Raises OSError where the process is gone."""
         left = memoryview(data)

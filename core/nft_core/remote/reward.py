@@ -114,7 +114,7 @@ class ChildReward:
         self.child = child = None
         try:
             child = ChildProcess(start.mark, start.python, start.isolated)
-            check_hello(child.receive().head, start)
+            check_hello(child.await_hello().head, start)
             reply = child.ask(
                 {
                     "request": "make",
