@@ -132,7 +132,10 @@ def test_scorable():
         keep_scorable([bad], check, "drop")
     told = []
     drop_unscorable(Inputs([], None, [good, bad], [good], None, None), check, "drop", told.append)
-    assert told[0] == ("1 of 3 prompts are left out: not every reward can score them, such as f:2: no text")
+    assert (
+        told[0]
+        == "2 of 3 prompts are used, those that every reward can score. One that is left out: f:2: no text"
+    )
 
 
 @given(st.integers(1, 40), st.integers(1, 40), st.integers(0, 3))

@@ -94,8 +94,10 @@ def run_evaluation(
         reward = load_rewards(cast(Any, request.rewards), host, device, s.reward_defaults)
         with keep_state("the check of prompts"):
             prompts = keep_scorable(list(request.prompts), reward.find_refusals, s.unscorable)
-        if lost := len(request.prompts) - len(prompts):
-            tell(f"{lost} of {len(request.prompts)} prompts are left out: not every reward can score them.")
+        if len(prompts) < len(request.prompts):
+            tell(
+                f"{len(prompts)} of {len(request.prompts)} prompts are used, those that every reward can score."
+            )
         protocol = request.complete_protocol(prompts, host)
         # With different models or prompts they would wait for one another for ever.
         told = [protocol.fingerprint(), [entry.identity for entry in request.entries]]

@@ -233,13 +233,13 @@ def drop_unscorable(
     everything = [*inputs.prompts, *inputs.held_out]
     prompts = keep_scorable(inputs.prompts, check, policy)
     held_out = keep_scorable(inputs.held_out, check, policy) if inputs.held_out else []
-    if lost := len(everything) - len(prompts) - len(held_out):
+    if (used := len(prompts) + len(held_out)) < len(everything):
         refusals = zip(everything, find_refusals(everything, check), strict=True)
         prompt, why = next(refusal for refusal in refusals if refusal[1])
         example = why[prompt.where.rfind("/") + 1 :]  # The whole path of a file would fill the line.
         tell(
-            f"{lost} of {len(everything)} prompts are left out: not every reward can score them, such as "
-            f"{example}"
+            f"{used} of {len(everything)} prompts are used, those that every reward can score. One that is left "
+            f"out: {example}"
         )
     return prompts, held_out
 

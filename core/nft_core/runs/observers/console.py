@@ -52,7 +52,7 @@ class Console:
     def nft_run_started(self, run: Run) -> None:
         self.terminal.print(f"Writing to {run.folder}")
         if differences := describe_evaluation(run.settings):
-            self.say(f"Evaluations are not generated as rollouts are: {differences}.")
+            self.say(f"Evaluations generate images in another way than training: {differences}.")
         # A run that goes on is compared with what it was before it stopped.
         for record in read_records(run.folder):
             if is_evaluation(record):
