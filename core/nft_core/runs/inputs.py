@@ -238,8 +238,8 @@ def drop_unscorable(
         prompt, why = next(refusal for refusal in refusals if refusal[1])
         example = why[prompt.where.rfind("/") + 1 :]  # The whole path of a file would fill the line.
         tell(
-            f"{used} of {len(everything)} prompts are used, those that every reward can score. One that is left "
-            f"out: {example}"
+            f"{used} of {len(everything)} prompts are used, those that every reward can score. One that is "
+            f"left out: {example}"
         )
     return prompts, held_out
 
