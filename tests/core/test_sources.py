@@ -273,7 +273,7 @@ def test_a_run_that_is_not_there_is_no_hub_id(sd3_folder, tmp_path, monkeypatch)
 
 
 def test_a_pipeline_of_a_package_that_lies_elsewhere_now(lora_run, tmp_path):
-    """That of --tiny does where a checkpoint was copied from another machine."""
+    """The pipeline of --tiny lies elsewhere where a checkpoint was copied from another machine."""
     copy = shutil.copytree(lora_run, tmp_path / "copy")
     state = json.loads((copy / "state.json").read_text())
     state["settings"]["model"] = "/elsewhere/site-packages/nft_tiny/data/pipeline"

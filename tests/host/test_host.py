@@ -380,7 +380,7 @@ def test_deprecations_are_noted(site, monkeypatch):
     from nft_plugins import ContractDeprecation, hookspecs
 
     def nft_register_rewards(register):
-        """As it is, and going away."""
+        """Keeps its form, and is going away."""
 
     announced = hookspecs.hookspec(nft_register_rewards, warn_on_impl=ContractDeprecation("use another hook"))
     monkeypatch.setattr(hookspecs, "nft_register_rewards", announced)

@@ -62,7 +62,7 @@ def batch_of(height, width, prompts=PROMPTS):
 
 
 def expected(model, batch, antialias=True):
-    """As the published code scores: ToTensor, resize the longest side, pad, normalise, cosine."""
+    """Score as the published code does: ToTensor, resize the longest side, pad, normalise, cosine."""
     rows = []
     for image, prompt in zip(batch.pil, batch.prompts, strict=True):
         x = F.to_tensor(image)

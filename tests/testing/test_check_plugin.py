@@ -145,7 +145,7 @@ def required(*, scale: float):
 
 
 def untyped(*, variant: Literal["a", "b"] = "a", scale=1.0):
-    """Of what type?"""
+    """Takes a scale without saying its type."""
 
 
 def no_such_default(*, variant: Literal["a", "b"] = "c"):
